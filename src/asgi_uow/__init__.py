@@ -1,0 +1,43 @@
+"""One SQLAlchemy unit of work per request, committed before the response leaves."""
+
+from __future__ import annotations
+
+from ._context import (
+    after_commit,
+    after_response,
+    after_rollback,
+    before_commit,
+    current_read_session,
+    current_session,
+    current_unit_of_work,
+    deferred,
+    force_commit,
+    savepoint,
+    set_rollback_only,
+    unit_of_work,
+)
+from ._middleware import UnitOfWorkMiddleware
+from ._session import Session
+from ._states import Outcome
+from ._unit import UnitOfWork
+from .database import Database
+
+__all__ = [
+    "Database",
+    "Outcome",
+    "Session",
+    "UnitOfWork",
+    "UnitOfWorkMiddleware",
+    "after_commit",
+    "after_response",
+    "after_rollback",
+    "before_commit",
+    "current_read_session",
+    "current_session",
+    "current_unit_of_work",
+    "deferred",
+    "force_commit",
+    "savepoint",
+    "set_rollback_only",
+    "unit_of_work",
+]

@@ -1,0 +1,255 @@
+"""The one ContextVar, and everything that looks there.
+
+It holds the unit of work itself, never its parts: a framework that runs a handler in
+a child task or a thread hands it a copy of the context, and what is changed inside
+the object still arrives, while a value bound again would not.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, ParamSpec, overload
+
+from ._policy import decide_exit
+from ._states import State
+from ._unit import Settings, UnitOfWork
+from .errors import NestedUnitOfWorkError, NoUnitOfWorkError, UnitOfWorkClosedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    from ._engines import Engines
+    from ._session import Savepoint, Session
+
+P = ParamSpec("P")
+
+_current: ContextVar[UnitOfWork | None] = ContextVar("asgi_uow.current", default=None)
+
+
+def find_unit_of_work() -> UnitOfWork | None:
+    """Give the unit of work of this context, ended or not, or None."""
+    return _current.get()
+
+
+@contextmanager
+def use(unit: UnitOfWork | None) -> Iterator[None]:
+    """Make `unit` (or none) the current one; a request never trusts what it finds.
+
+    Servers start a pipelined request in the context of the one before.
+    https://github.com/encode/uvicorn/issues/2167
+    """
+    token = _current.set(unit)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _require(operation: str) -> UnitOfWork:
+    unit = _current.get()
+    if unit is None:
+        raise NoUnitOfWorkError(operation)
+    if unit.state is State.CLOSED:
+        raise UnitOfWorkClosedError(operation, unit.state)
+    return unit
+
+
+def current_unit_of_work() -> UnitOfWork:
+    """Give the unit of work of this request or `async with db:` block.
+
+    Raises `NoUnitOfWorkError` where there is none and `UnitOfWorkClosedError` in a
+    task that has outlived it.
+    """
+    return _require("current_unit_of_work()")
+
+
+def current_session(db: Engines | None = None) -> Session:
+    """Give the write session of the current unit of work; it opens on first use.
+
+    `db` is needed only where the unit serves several databases; the first is the
+    default. Raises `NoUnitOfWorkError` without a unit, `UnknownDatabaseError` for a
+    database the unit does not serve, `UnitOfWorkClosedError` once it is decided.
+    """
+    return _require("current_session()").session(db)
+
+
+def current_read_session(db: Engines | None = None) -> Session:
+    """Give the read-only session of the current unit of work.
+
+    The database itself refuses writes on it. It stays open for generators and
+    background tasks after the response has started, and is closed when the
+    application returns. Raises as `current_session` does.
+    """
+    return _require("current_read_session()").read_session(db)
+
+
+def savepoint(db: Engines | None = None) -> Savepoint:
+    """Open a SAVEPOINT around a part that may fail: `async with savepoint(): ...`.
+
+    An exception that leaves the block rolls back to the savepoint and goes on; the
+    unit of work can still be committed.
+    """
+    return _require("savepoint()").session(db).begin_nested()
+
+
+def set_rollback_only(reason: str) -> None:
+    """Have the current unit of work rolled back; the response stays as it is.
+
+    `reason` is for observers. Raises `UnitOfWorkClosedError` once it is decided.
+    """
+    _require("set_rollback_only()").set_rollback_only(reason)
+
+
+def force_commit() -> None:
+    """Have the current unit committed whatever the status: an audit row with a 403.
+
+    Does not help a unit that the database has given up or `set_rollback_only` has
+    marked. Raises `UnitOfWorkClosedError` once it is decided.
+    """
+    _require("force_commit()").force_commit()
+
+
+def before_commit(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `fn` inside the transaction, just before COMMIT, in order.
+
+    The place for a transactional enqueue. One that raises, or takes longer than
+    `hook_timeout` seconds, has everything rolled back. It may register others.
+    Raises `TypeError` if `fn` is not callable.
+    """
+    _register("before_commit", fn, args, kwargs)
+
+
+def after_commit(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `fn` once COMMIT is proven, before the response leaves, in order.
+
+    Never called for work that was not kept. A failure is reported to the observers,
+    changes no outcome and stops no other hook. Sync callables run in a worker
+    thread. At most once: a process that dies after COMMIT calls it never.
+    """
+    _register("after_commit", fn, args, kwargs)
+
+
+def after_rollback(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `fn` once a rollback is proven, in reverse order of registration.
+
+    Not called while the outcome is unknown.
+    """
+    _register("after_rollback", fn, args, kwargs)
+
+
+def after_response(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `fn` as `after_commit` does, but after the application has returned."""
+    _register("after_response", fn, args, kwargs)
+
+
+def _register(
+    phase: str,
+    fn: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> None:
+    unit = _require(f"{phase}()")
+    unit.check_writable(f"{phase}()")
+    unit.hooks.register(phase, fn, args, kwargs)
+
+
+@overload
+def deferred(fn: Callable[P, object], /) -> Callable[P, None]: ...
+@overload
+def deferred(
+    *,
+    when: Callable[P, bool] | None = None,
+) -> Callable[[Callable[P, object]], Callable[P, None]]: ...
+def deferred(
+    fn: Callable[P, object] | None = None,
+    /,
+    *,
+    when: Callable[P, bool] | None = None,
+) -> Callable[P, None] | Callable[[Callable[P, object]], Callable[P, None]]:
+    """Make calls of a function wait for the commit, as with `after_commit`.
+
+    Calling the decorated function registers it with its arguments and returns None.
+    `when` gets the same arguments; where it is false the call does nothing. Raises
+    `NoUnitOfWorkError` outside a unit of work.
+    """
+
+    def decorate(fn: Callable[P, object]) -> Callable[P, None]:
+        @functools.wraps(fn)
+        def register(*args: P.args, **kwargs: P.kwargs) -> None:
+            if when is None or when(*args, **kwargs):
+                after_commit(fn, *args, **kwargs)
+
+        return register
+
+    return decorate if fn is None else decorate(fn)
+
+
+class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_work(db)
+    """A unit of work outside a request: `async with unit_of_work(db) as uow:`.
+
+    The general form of `async with db:`, for several databases or, with
+    `independent=True`, for one with connection and outcome of its own inside
+    another unit of the same database.
+
+    Leaving the block commits; an exception rolls back and goes on. Raises
+    `NestedUnitOfWorkError` inside an undecided unit of the same database.
+    """
+
+    def __init__(self, *databases: Engines, independent: bool = False) -> None:
+        """Serve `databases`, the first being the default."""
+        if not databases:
+            message = "unit_of_work() needs at least one Database."
+            raise TypeError(message)
+        self.databases = databases
+        self.independent = independent
+
+    async def __aenter__(self) -> UnitOfWork:
+        """Open the unit; no session and no connection yet."""
+        around = _current.get()
+        settings = around.settings if around is not None else Settings()
+        outer = around if around is not None and not around.is_decided else None
+        for db in self.databases:
+            if outer is not None and outer.serves(db):
+                self._refuse_nested(outer, db)
+        unit = UnitOfWork(self.databases, settings, parent=outer)
+        unit.token = _current.set(unit)
+        return unit
+
+    def _refuse_nested(self, outer: UnitOfWork, db: Engines) -> None:
+        # SQLite lets one writer in: the inner unit would wait for the outer forever.
+        one_writer = db.engine.dialect.name == "sqlite"
+        if not self.independent or (one_writer and outer.has_used(db)):
+            raise NestedUnitOfWorkError(db)
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Commit or roll back, then close; raises if the work was not kept."""
+        await leave(exc)
+
+
+async def leave(error: BaseException | None) -> None:
+    """End the current unit of work of an `async with` block."""
+    unit = _current.get()
+    if unit is None or unit.token is None:
+        operation = "leaving the unit of work"
+        raise NoUnitOfWorkError(operation)
+    try:
+        await unit.finish(
+            decide_exit(
+                error,
+                rollback_only=unit.state is State.ROLLBACK_ONLY,
+                doomed=unit.doomed_by is not None,
+                forced=unit.forced,
+                commit_on_exit=all(db.commit_on_exit for db in unit.databases),
+            ),
+        )
+    finally:
+        await unit.release()
+        _current.reset(unit.token)

@@ -1,0 +1,213 @@
+"""Facts per database: defaults, error codes, what a driver's connection tells."""
+
+from __future__ import annotations
+
+import dataclasses
+import select
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol
+
+from sqlalchemy import exc as sa_exc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sqlalchemy import URL, Dialect
+
+ASYNC_DRIVERS = MappingProxyType(
+    {
+        "sqlite": "aiosqlite",
+        "mysql": "asyncmy",
+        "mariadb": "asyncmy",
+        "postgresql": "asyncpg",
+    },
+)
+"""The driver a URL gets that names none."""
+
+EXTRAS = MappingProxyType(
+    {"asyncmy": "mysql", "asyncpg": "postgresql", "aiosqlite": "sqlite"},
+)
+
+READ_ONLY_STATEMENT = MappingProxyType(
+    {
+        "sqlite": "PRAGMA query_only = ON",
+        "mysql": "SET SESSION TRANSACTION READ ONLY",
+        "mariadb": "SET SESSION TRANSACTION READ ONLY",
+        "postgresql": "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
+    },
+)
+"""Sent once per connection of a read engine, so it costs no request anything."""
+
+READ_ONLY_CODES = frozenset({1792, 1290, 1836, "25006", "SQLITE_READONLY"})
+"""MySQL: read-only transaction, server or mode. PostgreSQL: 25006."""
+
+UNREACHABLE_CODES = frozenset({1040, 1047, 1053, 2002, 2003, 2006, 2013})
+"""MySQL: too many connections, node not ready, shutting down, not reached, lost."""
+
+RETRYABLE_CODES = frozenset(
+    {1020, 1205, 1213, 3101, "40001", "40P01", "55P03", "SQLITE_BUSY"},
+)
+"""Conflicts with other transactions; the same work may well succeed a moment later."""
+
+MYSQL_RECYCLE = 1800
+"""Seconds after which a MySQL connection is replaced; wait_timeout is 28800 there."""
+
+SQLITE_BUSY_TIMEOUT = 5000
+"""Milliseconds a SQLite statement waits for a lock."""
+
+
+class _Asyncmy(Protocol):
+    _stream_broken: bool
+
+    def get_transaction_status(self) -> bool: ...
+
+
+class _Asyncpg(Protocol):
+    def is_closed(self) -> bool: ...
+    def is_in_transaction(self) -> bool: ...
+
+
+class _PsycopgInfo(Protocol):
+    transaction_status: int
+
+
+class _Psycopg(Protocol):
+    closed: bool
+    info: _PsycopgInfo
+
+    def fileno(self) -> int: ...
+
+
+class _Aiosqlite(Protocol):
+    in_transaction: bool
+
+
+def _asyncmy_open(connection: _Asyncmy) -> bool:
+    return connection.get_transaction_status()
+
+
+def _asyncmy_dead(connection: _Asyncmy) -> bool:
+    return connection._stream_broken  # noqa: SLF001  # the pool of asyncmy looks there
+
+
+def _asyncpg_open(connection: _Asyncpg) -> bool:
+    return connection.is_in_transaction()
+
+
+def _asyncpg_dead(connection: _Asyncpg) -> bool:
+    return connection.is_closed()
+
+
+def _psycopg_open(connection: _Psycopg) -> bool:
+    return connection.info.transaction_status != 0
+
+
+def _psycopg_dead(connection: _Psycopg) -> bool:
+    """An idle connection with something to read has been told good-bye."""
+    if connection.closed:
+        return True
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _aiosqlite_open(connection: _Aiosqlite) -> bool:
+    return connection.in_transaction
+
+
+def _never(connection: object) -> bool:  # noqa: ARG001
+    return False
+
+
+def _always(connection: object) -> bool:  # noqa: ARG001
+    return True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Driver:
+    """What can be asked of a driver's connection without a round trip."""
+
+    in_transaction: Callable[..., bool]
+    is_dead: Callable[..., bool]
+
+
+DRIVERS: Mapping[str, Driver] = MappingProxyType(
+    {
+        "asyncmy": Driver(_asyncmy_open, _asyncmy_dead),
+        "asyncpg": Driver(_asyncpg_open, _asyncpg_dead),
+        "psycopg": Driver(_psycopg_open, _psycopg_dead),
+        "psycopg_async": Driver(_psycopg_open, _psycopg_dead),
+        "aiosqlite": Driver(_aiosqlite_open, _never),
+    },
+)
+UNKNOWN_DRIVER = Driver(_always, _never)
+
+
+def driver_of(dialect: Dialect) -> Driver:
+    """Look the driver up; an unknown one is always rolled back to be safe."""
+    return DRIVERS.get(dialect.driver, UNKNOWN_DRIVER)
+
+
+def is_memory(url: URL) -> bool:
+    """Tell whether `url` is a SQLite database that lives in one connection."""
+    return url.get_backend_name() == "sqlite" and (
+        url.database in {None, "", ":memory:"} or url.query.get("mode") == "memory"
+    )
+
+
+def engine_defaults(url: URL) -> dict[str, object]:
+    """Give the engine options that suit the database; the caller's own win."""
+    options: dict[str, object] = {"pool_reset_on_return": None}
+    if url.get_backend_name() in {"mysql", "mariadb"}:
+        options["pool_recycle"] = MYSQL_RECYCLE
+    return options
+
+
+def code_of(error: BaseException | None) -> str | int | None:
+    """Find the driver's code: MySQL errno, SQLSTATE, or SQLite's error name.
+
+    MySQL's number comes first: asyncmy errors carry a SQLSTATE too, and 40000 or
+    HY000 says less than 1213.
+    """
+    while error is not None:
+        origin = getattr(error, "orig", None) or error
+        first: object = origin.args[0] if origin.args else None
+        if isinstance(first, int) and not isinstance(origin, OSError):
+            return first
+        for attribute in ("sqlstate", "sqlite_errorname"):
+            code: object = getattr(origin, attribute, None)
+            if isinstance(code, str):
+                return code
+        error = error.__cause__
+    return None
+
+
+def is_lost(error: BaseException) -> bool:
+    """Tell whether the connection is gone."""
+    return isinstance(error, OSError) or (
+        isinstance(error, sa_exc.DBAPIError) and error.connection_invalidated
+    )
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Tell whether the database could not be reached; trying again may help."""
+    if isinstance(error, sa_exc.TimeoutError) or is_lost(error):
+        return True
+    code = code_of(error)
+    return code in UNREACHABLE_CODES or (
+        isinstance(code, str) and code.startswith(("08", "53", "57P"))
+    )
+
+
+def may_succeed_later(error: BaseException) -> bool:
+    """Tell whether the same work may succeed a moment later."""
+    return is_unavailable(error) or code_of(error) in RETRYABLE_CODES
+
+
+def is_driver_disconnect(error: BaseException) -> bool:
+    """Tell what SQLAlchemy does not know to be a disconnect.
+
+    asyncmy: `InterfaceError (0, 'Cancelled during execution')` on every use of a
+    connection whose statement was cancelled.
+    """
+    return type(error).__name__ == "InterfaceError" and error.args[:1] == (0,)

@@ -1,0 +1,108 @@
+"""The synchronous sessions underneath: what they refuse, whoever calls."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from sqlalchemy import event, orm
+
+from .errors import ManagedTransactionError, ReadOnlySessionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.orm import ORMExecuteState, SessionTransaction
+
+
+class ManagedSession(orm.Session):
+    """Refuses to be ended by hand, also through `run_sync` and `sync_session`."""
+
+    finisher: asyncio.Task[object] | None = None
+    """The task of the unit of work that ends this session."""
+
+    connections: list[Connection]
+    """The connections on which this session has begun a transaction."""
+
+    joined: Callable[[], Connection | None]
+    """Gives the writer's connection once the reads of the unit belong there."""
+
+    def _only_the_unit(self, operation: str) -> None:
+        if self.finisher is None or asyncio.current_task() is not self.finisher:
+            raise ManagedTransactionError(operation)
+
+    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002
+        """Open a SAVEPOINT; a transaction is the unit's to begin."""
+        if not nested:
+            operation = "session.begin()"
+            raise ManagedTransactionError(operation)
+        return super().begin(nested=True)
+
+    def commit(self) -> None:
+        """Commit, if the unit of work says so."""
+        self._only_the_unit("session.commit()")
+        super().commit()
+
+    def prepare(self) -> None:
+        """Prepare a two-phase commit, if the unit of work says so."""
+        self._only_the_unit("session.prepare()")
+        super().prepare()
+
+    def rollback(self) -> None:
+        """Roll back, if the unit of work says so."""
+        self._only_the_unit("session.rollback()")
+        super().rollback()
+
+    def close(self) -> None:
+        """Close, if the unit of work says so."""
+        self._only_the_unit("session.close()")
+        super().close()
+
+    def reset(self) -> None:
+        """Refuse."""
+        self._only_the_unit("session.reset()")
+        super().reset()
+
+    def invalidate(self) -> None:
+        """Invalidate the connection, if the unit of work says so."""
+        self._only_the_unit("session.invalidate()")
+        super().invalidate()
+
+
+class ReadOnlySession(ManagedSession):
+    """The synchronous read session: refuses to flush and to run DML.
+
+    Text that writes is refused by the database, whose read engine is read-only.
+    """
+
+    def get_bind(self, *args: object, **kwargs: object) -> Engine | Connection:
+        """Read from the writer's transaction once the unit has used it."""
+        connection = self.joined()
+        if connection is not None:
+            return connection
+        return super().get_bind(*args, **kwargs)  # type: ignore[arg-type]
+
+
+@event.listens_for(ManagedSession, "after_begin", propagate=True)
+def _remember_connection(
+    session: ManagedSession,
+    transaction: SessionTransaction,  # noqa: ARG001
+    connection: Connection,
+) -> None:
+    if connection not in session.connections:
+        session.connections.append(connection)
+
+
+@event.listens_for(ReadOnlySession, "before_flush", propagate=True)
+def _refuse_flush(*_: object) -> None:
+    operation = "A flush"
+    raise ReadOnlySessionError(operation)
+
+
+@event.listens_for(ReadOnlySession, "do_orm_execute", propagate=True)
+def _refuse_dml(state: ORMExecuteState) -> None:
+    if state.is_insert or state.is_update or state.is_delete:
+        operation = f"{type(state.statement).__name__.upper()}"
+        raise ReadOnlySessionError(operation)

@@ -1,0 +1,209 @@
+"""The ASGI shell: one unit of work per request, ended before the response leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from ._context import use
+from ._policy import commit_below_400, decide_response, exception_cause, rollback
+from ._problem import FAILURE, problem
+from ._shield import run_to_completion
+from ._states import SETTLED, Cause, State
+from ._unit import Settings, UnitOfWork
+from .observers import LoggingObserver
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ._asgi import ASGIApp, Message, Receive, Scope, Send
+    from ._engines import Engines
+    from ._policy import CommitWhen, Decision
+    from .errors import UnitOfWorkFailedError
+    from .observers import Observer
+
+UNIT = "asgi_uow.unit"
+"""The key in the scope under which an inner middleware finds the unit."""
+
+START = "http.response.start"
+ERROR_STATUS = 400
+
+
+class UnitOfWorkMiddleware:
+    """Gives every HTTP request one unit of work on `databases`.
+
+    At the first `http.response.start` the unit is committed or rolled back, before
+    that message is forwarded: the client never sees a success that the database did
+    not keep. Websocket handlers use `async with db:`, once per message.
+
+    `commit_when(status, headers)`: commit for this response? Default: below 400.
+    `observers`: called with every event; default one `LoggingObserver`.
+    `error_app`: the ASGI app that answers when the work was not kept; it finds the
+    failure in `scope["asgi_uow.failure"]`. None leaves the answer to what is around.
+    `commit_timeout`: seconds for COMMIT; past it the outcome is UNKNOWN.
+    `hook_timeout`: seconds for each hook. None is no limit.
+
+    Raises `TypeError` if no database is given.
+    """
+
+    def __init__(  # the public options, each of its own
+        self,
+        app: ASGIApp,
+        *databases: Engines,
+        commit_when: CommitWhen = commit_below_400,
+        observers: Sequence[Observer] = (LoggingObserver(),),
+        error_app: ASGIApp | None = problem,
+        commit_timeout: float | None = 30.0,
+        hook_timeout: float | None = 5.0,
+    ) -> None:
+        """Wrap `app`; opens nothing."""
+        if not databases:
+            message = "UnitOfWorkMiddleware(app, db): pass at least one Database."
+            raise TypeError(message)
+        self.app = app
+        self.databases = databases
+        self.commit_when = commit_when
+        self.error_app = error_app
+        self.settings = Settings(tuple(observers), commit_timeout, hook_timeout)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, self._disposing(send))
+        elif scope["type"] != "http":
+            with use(None):
+                await self.app(scope, receive, send)
+        else:
+            outer: UnitOfWork | None = scope.get(UNIT)
+            if outer is not None and not outer.is_open:
+                outer = None
+            if outer is not None and all(map(outer.serves, self.databases)):
+                await self.app(scope, receive, send)
+                return
+            unit = UnitOfWork(self.databases, self.settings, parent=outer)
+            scope[UNIT] = unit
+            try:
+                with use(unit):
+                    await self._serve(scope, receive, send, unit)
+            finally:
+                scope[UNIT] = outer
+
+    def _disposing(self, send: Send) -> Send:
+        """Close the engines that asgi-uow made once the application has shut down."""
+
+        async def forward(message: Message) -> None:
+            if message["type"].startswith("lifespan.shutdown."):
+                for db in self.databases:
+                    await db.dispose_owned()
+            await send(message)
+
+        return forward
+
+    async def _serve(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        unit: UnitOfWork,
+    ) -> None:
+        exchange = _Exchange(unit, send, self.commit_when)
+        try:
+            try:
+                await self.app(scope, receive, exchange.send)
+            except BaseException as error:
+                await exchange.end(rollback(exception_cause(error)))
+                failure = exchange.failure_behind(error)
+                if failure is not None and isinstance(error, Exception):
+                    await self._answer(scope, receive, exchange, failure)
+                    if failure is not error:
+                        raise failure from failure.__cause__
+                raise
+            await exchange.end(rollback(Cause.ABANDONED))
+            if exchange.failure is not None and not exchange.forwarded:
+                await self._answer(scope, receive, exchange, exchange.failure)
+                raise exchange.failure
+        finally:
+            await unit.release()
+
+    async def _answer(
+        self,
+        scope: Scope,
+        receive: Receive,
+        exchange: _Exchange,
+        failure: Exception,
+    ) -> None:
+        if self.error_app is not None and not exchange.forwarded:
+            scope[FAILURE] = failure
+            await self.error_app(scope, receive, exchange.forward)
+
+
+class _Exchange:
+    """One request's way out: the decision, and what has been forwarded."""
+
+    def __init__(self, unit: UnitOfWork, send: Send, commit_when: CommitWhen) -> None:
+        self.unit = unit
+        self.forwarded = False
+        self.failure: UnitOfWorkFailedError | None = None
+        self._answered = False
+        self._settled = asyncio.Event()
+        self._send = send
+        self._commit_when = commit_when
+
+    async def send(self, message: Message) -> None:
+        """Decide at the first start; after a failure let only an error answer pass."""
+        if message["type"] == START:
+            if self.unit.is_open:
+                await self._decide(message["status"], message.get("headers", ()))
+            elif self.failure is not None and not self.forwarded:
+                self._answered = message["status"] >= ERROR_STATUS
+        if self.failure is not None and not self._answered:
+            raise self.failure
+        await self.forward(message)
+
+    async def forward(self, message: Message) -> None:
+        """Pass a message to the server."""
+        start = message["type"] == START
+        if start:
+            self.forwarded = True
+        await self._send(message)
+        if start and self.unit.state in SETTLED:
+            self.unit.responding()
+
+    async def end(self, decision: Decision) -> None:
+        """Give a unit that never saw a start its end; wait for one being decided."""
+        if self.unit.is_open:
+            await self.unit.finish(decision)
+        elif not self._settled.is_set():
+            await run_to_completion(self._settled.wait())
+
+    def failure_behind(self, error: BaseException) -> Exception | None:
+        """Give what has to be answered for, if the application did not do so."""
+        if self.failure is not None:
+            return None if self._answered else self.failure
+        if isinstance(error, Exception) and self.unit.unavailable(error):
+            return error
+        return None
+
+    async def _decide(
+        self, status: int, headers: Iterable[tuple[bytes, bytes]]
+    ) -> None:
+        """Decide, and end the unit before the start is forwarded."""
+        unit = self.unit
+        broken: Exception | None = None
+        try:
+            decision = decide_response(
+                status=status,
+                headers=list(headers),
+                rollback_only=unit.state is State.ROLLBACK_ONLY,
+                doomed=unit.doomed_by is not None,
+                forced=unit.forced,
+                commit_when=self._commit_when,
+            )
+        except Exception as error:  # noqa: BLE001  # becomes the cause of the failure
+            broken = error
+            decision = rollback(Cause.EXCEPTION, refuse=True)
+        try:
+            await unit.finish(decision, broken)
+        finally:
+            self.failure = unit.failure
+            self._settled.set()

@@ -1,0 +1,104 @@
+"""The decision: commit or roll back. Pure functions, no I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from ._states import Cause
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
+
+    from ._asgi import Headers
+
+    CommitWhen: TypeAlias = Callable[[int, Headers], bool]
+
+ERROR_STATUS = 400
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decision:
+    """What is to be done with a unit of work, and why."""
+
+    commit: bool
+    cause: Cause | None = None
+    refuse: bool = False
+    """The response claims a success that is not so: replace it by an error."""
+
+
+COMMIT = Decision(commit=True)
+
+
+def rollback(cause: Cause, *, refuse: bool = False) -> Decision:
+    """Decide against the work."""
+    return Decision(commit=False, cause=cause, refuse=refuse)
+
+
+def commit_below_400(status: int, headers: Headers) -> bool:  # noqa: ARG001
+    """Commit for a 1xx, 2xx or 3xx response: the default of `commit_when`."""
+    return status < ERROR_STATUS
+
+
+def decide_response(  # the whole rule in one place
+    *,
+    status: int,
+    headers: Headers,
+    rollback_only: bool,
+    doomed: bool,
+    forced: bool,
+    commit_when: CommitWhen,
+) -> Decision:
+    """Decide at the first `http.response.start`; the first match wins.
+
+    1. `set_rollback_only(reason)`: roll back, the response stays as it is.
+    2. Doomed by the database: roll back; a response below 400 is replaced by an
+       error, one at or above 400 stays as it is.
+    3. `force_commit()`: commit, whatever the status.
+    4. `commit_when(status, headers)`.
+    """
+    if rollback_only:
+        return rollback(Cause.EXPLICIT)
+    if doomed:
+        return rollback(Cause.DOOMED, refuse=status < ERROR_STATUS)
+    if forced or commit_when(status, headers):
+        return COMMIT
+    return rollback(Cause.STATUS)
+
+
+def decide_exit(
+    error: BaseException | None,
+    *,
+    rollback_only: bool,
+    doomed: bool,
+    forced: bool,
+    commit_on_exit: bool,
+) -> Decision:
+    """Decide at the end of `async with db:`; the first match wins.
+
+    1. `set_rollback_only(reason)`: roll back.
+    2. Doomed by the database: roll back, and raise if there is no exception yet.
+    3. An exception rolls back, unless it carries a `status_code` (or `status`)
+       below 400, as redirects do that frameworks raise.
+    4. `force_commit()` or `commit_on_exit`: commit.
+    """
+    if rollback_only:
+        return rollback(Cause.EXPLICIT)
+    if doomed:
+        return rollback(Cause.DOOMED, refuse=error is None)
+    if error is not None and not _is_redirect(error):
+        return rollback(exception_cause(error))
+    if forced or commit_on_exit:
+        return COMMIT
+    return rollback(Cause.EXPLICIT)
+
+
+def exception_cause(error: BaseException) -> Cause:
+    """Tell a cancellation (and other non-`Exception`s) from a failure."""
+    return Cause.EXCEPTION if isinstance(error, Exception) else Cause.CANCELLED
+
+
+def _is_redirect(error: BaseException) -> bool:
+    status: object = getattr(error, "status_code", getattr(error, "status", None))
+    return isinstance(status, int) and status < ERROR_STATUS

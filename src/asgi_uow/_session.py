@@ -1,0 +1,424 @@
+"""The session of a unit of work: SQLAlchemy's, with three additions.
+
+It takes plain SQL with named parameters, its calls take turns, and only the unit of
+work may commit, roll back or close it. `Any` stands where SQLAlchemy's own signatures
+have it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from sqlalchemy.util import EMPTY_DICT
+
+from ._dialects import driver_of
+from ._turn import Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable
+    from types import TracebackType
+
+    from sqlalchemy import Connection, Executable
+    from sqlalchemy.engine import Result, ScalarResult
+    from sqlalchemy.engine.interfaces import _CoreAnyExecuteParams
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncResult, AsyncScalarResult
+    from sqlalchemy.orm._typing import OrmExecuteOptionsParameter
+    from sqlalchemy.orm.session import _BindArguments
+    from sqlalchemy.sql.selectable import TypedReturnsRows
+    from sqlalchemy.util.typing import TupleAny
+    from typing_extensions import TypeVarTuple
+
+    from ._managed import ManagedSession
+
+    Ts = TypeVarTuple("Ts")
+
+T = TypeVar("T")
+F = TypeVar("F", bound="Callable[..., Coroutine[object, object, object]]")
+
+
+def _takes_turn(method: F) -> F:
+    """Let a call wait for the one in flight, then check that the unit is open."""
+
+    @functools.wraps(method)
+    async def call(self: Session, *args: object, **kwargs: object) -> object:
+        while True:
+            turn = self.turn
+            async with turn:
+                if turn is not self.turn:
+                    continue  # the reads moved to the writer while this one waited
+                self.check(f"session.{method.__name__}()")
+                try:
+                    return await method(self, *args, **kwargs)
+                except Exception as error:
+                    self.note(error)
+                    raise
+
+    return call  # type: ignore[return-value]  # the same signature, see wraps
+
+
+def _executable(statement: Executable | str) -> Executable:
+    return text(statement) if isinstance(statement, str) else statement
+
+
+def _parameters(
+    params: _CoreAnyExecuteParams | None,
+    named: dict[str, object],
+) -> _CoreAnyExecuteParams | None:
+    if not named:
+        return params
+    if params is not None:
+        message = "Pass the parameters as a mapping or by name, not both."
+        raise TypeError(message)
+    return named
+
+
+class Savepoint(AsyncSessionTransaction):
+    """SQLAlchemy's `AsyncSessionTransaction` for a SAVEPOINT, taking turns."""
+
+    __slots__ = ()
+
+    session: Session
+
+    async def start(self, is_ctxmanager: bool = False) -> Savepoint:  # noqa: FBT001, FBT002
+        """Send SAVEPOINT."""
+        async with self.session.turn:
+            self.session.check("session.begin_nested()")
+            await super().start(is_ctxmanager)
+        return self
+
+    async def commit(self) -> None:
+        """Send RELEASE SAVEPOINT."""
+        async with self.session.turn:
+            await super().commit()
+
+    async def rollback(self) -> None:
+        """Send ROLLBACK TO SAVEPOINT."""
+        async with self.session.turn:
+            await super().rollback()
+
+    async def __aexit__(
+        self,
+        type_: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Release, or roll back to the savepoint after an exception."""
+        async with self.session.turn:
+            await super().__aexit__(type_, value, traceback)
+
+
+class Session(AsyncSession):
+    """SQLAlchemy's `AsyncSession`, made by a unit of work and ended by it.
+
+    Beside what `AsyncSession` offers it takes a plain string with named parameters:
+
+        await session.execute("SELECT id FROM users WHERE name = :name", name="Ann")
+
+    Calls from several tasks of one request take turns; two statements never meet on
+    the connection. `commit()`, `rollback()`, `close()` and `begin()` raise
+    `ManagedTransactionError`; `begin_nested()` is welcome. After the unit has been
+    decided, every call on its write session raises `UnitOfWorkClosedError`.
+    """
+
+    sync_session: ManagedSession
+
+    def __init__(
+        self,
+        bind: AsyncEngine,
+        *,
+        session_class: type[ManagedSession],
+        check: Callable[[str], None],
+        note: Callable[[Exception], None],
+        writer: Callable[[], Session | None] = lambda: None,
+        **options: Any,
+    ) -> None:
+        """Bind to `bind`; `check` raises when the unit of work is not open.
+
+        `writer` gives the write session once a read session is to read there.
+        """
+        self._check = check
+        self.note = note
+        self.writer = writer
+        self._turn = Turn()
+        super().__init__(
+            bind,
+            sync_session_class=session_class,
+            close_resets_only=False,
+            **options,
+        )
+        self.sync_session.connections = []
+        self.sync_session.joined = self._joined
+
+    def _joined(self) -> Connection | None:
+        writer = self.writer()
+        return None if writer is None else writer.sync_session.connection()
+
+    @property
+    def turn(self) -> Turn:
+        """The lock to hold during a call: of the session whose connection is used."""
+        writer = self.writer()
+        return self._turn if writer is None else writer.turn
+
+    def check(self, operation: str) -> None:
+        """Raise unless the unit of work is open, or is itself ending the session."""
+        finisher = self.sync_session.finisher
+        if finisher is None or asyncio.current_task() is not finisher:
+            self._check(operation)
+
+    def hand_over(self) -> None:
+        """Let the current task, and no other, commit, roll back and close."""
+        self.sync_session.finisher = asyncio.current_task()
+
+    def require_alive(self) -> None:
+        """Raise `ConnectionError` if the driver knows that a connection is dead.
+
+        Costs no round trip. Before COMMIT this tells "certainly not committed"
+        from "nobody knows".
+        """
+        for connection in self.sync_session.connections:
+            if connection.closed or connection.invalidated:
+                continue
+            raw = connection.connection.driver_connection
+            if driver_of(connection.dialect).is_dead(raw):
+                message = "the connection was lost before COMMIT was sent"
+                raise ConnectionError(message)
+
+    def begin_nested(self) -> Savepoint:
+        """Open a SAVEPOINT; what fails inside is undone, the rest goes on."""
+        return Savepoint(self, nested=True)
+
+    def add(self, instance: object, *, _warn: bool = True) -> None:
+        """Place an object in the session; it is inserted at the next flush."""
+        self.check("session.add()")
+        super().add(instance, _warn=_warn)
+
+    def add_all(self, instances: Iterable[object]) -> None:
+        """Place several objects in the session."""
+        self.check("session.add_all()")
+        super().add_all(instances)
+
+    @overload
+    async def execute(
+        self,
+        statement: TypedReturnsRows[*Ts],
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = ...,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> Result[*Ts]: ...
+
+    @overload
+    async def execute(
+        self,
+        statement: Executable | str,
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = ...,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> Result[*TupleAny]: ...
+
+    @_takes_turn
+    async def execute(
+        self,
+        statement: Executable | str,
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> Result[*TupleAny]:
+        """Execute a statement, or plain SQL with named parameters."""
+        return await super().execute(
+            _executable(statement),
+            _parameters(params, named),
+            execution_options=execution_options,
+            bind_arguments=bind_arguments,
+        )
+
+    @overload
+    async def scalar(
+        self,
+        statement: TypedReturnsRows[T],
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = ...,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> T | None: ...
+
+    @overload
+    async def scalar(
+        self,
+        statement: Executable | str,
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = ...,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> Any: ...
+
+    @_takes_turn
+    async def scalar(
+        self,
+        statement: Executable | str,
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> Any:
+        """Give the first column of the first row, or None."""
+        return await super().scalar(
+            _executable(statement),
+            _parameters(params, named),
+            execution_options=execution_options,
+            bind_arguments=bind_arguments,
+        )
+
+    @overload
+    async def scalars(
+        self,
+        statement: TypedReturnsRows[T],
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = ...,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> ScalarResult[T]: ...
+
+    @overload
+    async def scalars(
+        self,
+        statement: Executable | str,
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = ...,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> ScalarResult[Any]: ...
+
+    @_takes_turn
+    async def scalars(
+        self,
+        statement: Executable | str,
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> ScalarResult[Any]:
+        """Give the first column of every row."""
+        return await super().scalars(
+            _executable(statement),
+            _parameters(params, named),
+            execution_options=execution_options,
+            bind_arguments=bind_arguments,
+        )
+
+    @overload
+    async def stream(
+        self,
+        statement: TypedReturnsRows[*Ts],
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = ...,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> AsyncResult[*Ts]: ...
+
+    @overload
+    async def stream(
+        self,
+        statement: Executable | str,
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = ...,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> AsyncResult[*TupleAny]: ...
+
+    @_takes_turn
+    async def stream(
+        self,
+        statement: Executable | str,
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> AsyncResult[*TupleAny]:
+        """Execute and stream the rows through a server-side cursor."""
+        return await super().stream(
+            _executable(statement),
+            _parameters(params, named),
+            execution_options=execution_options,
+            bind_arguments=bind_arguments,
+        )
+
+    @overload
+    async def stream_scalars(
+        self,
+        statement: TypedReturnsRows[T],
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = ...,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> AsyncScalarResult[T]: ...
+
+    @overload
+    async def stream_scalars(
+        self,
+        statement: Executable | str,
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = ...,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> AsyncScalarResult[Any]: ...
+
+    @_takes_turn
+    async def stream_scalars(
+        self,
+        statement: Executable | str,
+        params: _CoreAnyExecuteParams | None = None,
+        *,
+        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
+        bind_arguments: _BindArguments | None = None,
+        **named: object,
+    ) -> AsyncScalarResult[Any]:
+        """Stream the first column of every row."""
+        return await super().stream_scalars(
+            _executable(statement),
+            _parameters(params, named),
+            execution_options=execution_options,
+            bind_arguments=bind_arguments,
+        )
+
+
+# What takes no text takes turns as it is; `delete_all`, `merge_all`: SQLAlchemy 2.1.
+for _name in (
+    "get",
+    "get_one",
+    "refresh",
+    "run_sync",
+    "delete",
+    "delete_all",
+    "merge",
+    "merge_all",
+    "flush",
+    "connection",
+    "commit",
+    "rollback",
+    "close",
+    "reset",
+    "invalidate",
+):
+    if hasattr(AsyncSession, _name):
+        setattr(Session, _name, _takes_turn(getattr(AsyncSession, _name)))

@@ -1,0 +1,504 @@
+"""The unit of work: its sessions, its states, and `finish()`, which ends it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+import warnings
+from typing import TYPE_CHECKING
+
+import anyio
+
+from . import _dialects
+from ._hooks import Hooks
+from ._policy import Decision, rollback
+from ._problem import RETRY_AFTER
+from ._shield import bounded, run_to_completion
+from ._states import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
+from .errors import (
+    BeforeCommitError,
+    CommitFailedError,
+    DoomedError,
+    OutcomeUnknownError,
+    PartialCommitError,
+    UnitOfWorkClosedError,
+    UnitOfWorkFailedError,
+    UnknownDatabaseError,
+)
+from .observers import (
+    CommitFailed,
+    HookFailed,
+    LoggingObserver,
+    Observer,
+    ReleaseFailed,
+    UnitFinished,
+    notify,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from contextvars import Token
+
+    from ._engines import Engines
+    from ._hooks import Hook
+    from ._session import Session
+    from .observers import Event
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """What a unit of work is told from outside; times in seconds, None is no limit."""
+
+    observers: tuple[Observer, ...] = (LoggingObserver(),)
+    commit_timeout: float | None = 30.0
+    hook_timeout: float | None = 5.0
+
+
+class UnitOfWork:
+    """What one request, or one `async with db:`, does to its databases.
+
+    Sessions open on first use. The end is decided once: everything is committed or
+    nothing is, and what was registered for that end happens then.
+    """
+
+    def __init__(
+        self,
+        databases: Sequence[Engines],
+        settings: Settings,
+        *,
+        parent: UnitOfWork | None = None,
+        attempt: int = 1,
+    ) -> None:
+        """Serve `databases`, the first being the default; opens nothing."""
+        self.databases = tuple(databases)
+        self.parent = parent
+        self.attempt = attempt
+        self.hooks = Hooks()
+        self.outcome: Outcome | None = None
+        self.cause: Cause | None = None
+        self.reason: str | None = None
+        self.failure: UnitOfWorkFailedError | None = None
+        self.forced = False
+        self.token: Token[UnitOfWork | None] | None = None
+        self.settings = settings
+        self._state = State.NEW
+        self._writers: dict[Engines, Session] = {}
+        self._readers: dict[Engines, Session] = {}
+        self._unavailable: list[Exception] = []
+        self._opened = time.perf_counter()
+
+    # What handlers use
+
+    @property
+    def state(self) -> State:
+        """Where in its life the unit is."""
+        return self._state
+
+    @property
+    def doomed_by(self) -> BaseException | None:
+        """The error for which the database gave the transaction up, if it did."""
+        return None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the end is not decided yet."""
+        return self._state in UNDECIDED
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether COMMIT or ROLLBACK is being sent or lies behind."""
+        return self._state not in WRITABLE
+
+    def session(self, db: Engines | None = None) -> Session:
+        """Give the write session of `db`, of the first database by default.
+
+        Raises `UnitOfWorkClosedError` once the unit is decided and
+        `UnknownDatabaseError` for a database that it does not serve.
+        """
+        db = self.databases[0] if db is None else db
+        if db not in self.databases:
+            return self._around("session()", db).session(db)
+        self.check_writable("session()")
+        if db not in self._writers:
+            self._writers[db] = db.write_session(self.check_writable, self._note)
+            self._activate()
+        return self._writers[db]
+
+    def read_session(self, db: Engines | None = None) -> Session:
+        """Give the read-only session of `db`; open until the unit is closed."""
+        db = self.databases[0] if db is None else db
+        if db not in self.databases:
+            return self._around("read_session()", db).read_session(db)
+        self._check_readable("read_session()")
+        if db not in self._readers:
+            self._readers[db] = db.make_read_session(
+                self._check_readable,
+                self._note,
+                functools.partial(self._reads_move_to, db),
+            )
+            self._activate()
+        return self._readers[db]
+
+    def set_rollback_only(self, reason: str) -> None:
+        """Have nothing kept, whatever the response; `reason` is for observers."""
+        self.check_undecided("set_rollback_only()")
+        self.reason = reason
+        if self._state is not State.ROLLBACK_ONLY:
+            self._move(State.ROLLBACK_ONLY)
+
+    def force_commit(self) -> None:
+        """Have everything committed whatever the status of the response."""
+        self.check_undecided("force_commit()")
+        self.forced = True
+
+    # What the shells use
+
+    def serves(self, db: Engines) -> bool:
+        """Tell whether this unit, or one around it, serves `db`."""
+        if db in self.databases:
+            return True
+        return self.parent is not None and self.parent.serves(db)
+
+    def has_used(self, db: Engines) -> bool:
+        """Tell whether a connection is held that another unit would wait for."""
+        if db not in self.databases:
+            return self.parent is not None and self.parent.has_used(db)
+        sessions = [self._writers.get(db)]
+        if db.is_memory:
+            sessions.append(self._readers.get(db))
+        return any(s is not None and s.sync_session.connections for s in sessions)
+
+    def unavailable(self, error: BaseException) -> bool:
+        """Tell whether `error` is, or follows from, a database out of reach."""
+        seen: set[int] = set()
+        cause: BaseException | None = error
+        while cause is not None and id(cause) not in seen:
+            if any(cause is noted for noted in self._unavailable):
+                return True
+            seen.add(id(cause))
+            cause = cause.__cause__ or cause.__context__
+        return False
+
+    async def finish(
+        self,
+        decision: Decision,
+        because: Exception | None = None,
+    ) -> None:
+        """Commit or roll back, release the write connections, run the hooks.
+
+        The only place that does. Raises the failure if a commit was wanted, or
+        claimed by the response, and the work was not kept. Until COMMIT is sent a
+        cancellation rolls back; from then on it is delivered after the last hook.
+        `because` is the error behind a decision that refuses the response.
+        """
+        cancelled: BaseException | None = None
+        if decision.commit:
+            self._move(State.PREPARING)
+            try:
+                await self._prepare()
+            except Exception as error:  # noqa: BLE001  # raised below as the failure
+                decision = self._give_up(error)
+            except BaseException as error:  # noqa: BLE001  # raised below as it is
+                cancelled = error
+                decision = self._give_up(error)
+        self._move(State.COMMITTING if decision.commit else State.ROLLING_BACK)
+        self.cause = decision.cause
+        if decision.refuse and decision.cause is not None:
+            kind = CommitFailedError if because else DoomedError
+            self.failure = self._fail(kind, decision.cause, because or self.doomed_by)
+        if self._writers or self.hooks:
+            await run_to_completion(self._settle(commit=decision.commit))
+        else:
+            self._conclude(_outcome_of(decision))
+        if cancelled is not None:
+            raise cancelled
+        if self.failure is not None:
+            raise self.failure
+
+    async def release(self) -> None:
+        """Close what is left open and run the `after_response` hooks."""
+        committed = self.outcome is Outcome.COMMITTED
+        if self._readers or (committed and self.hooks.after_response):
+            await run_to_completion(self._release())
+        self._move(State.CLOSED)
+        self.hooks.clear()
+
+    def responding(self) -> None:
+        """Note that the start of the response has been forwarded."""
+        self._move(State.RESPONDING)
+
+    # Checks
+
+    def check_undecided(self, operation: str) -> None:
+        """Raise `UnitOfWorkClosedError` once the end has been decided."""
+        if self._state not in UNDECIDED:
+            raise UnitOfWorkClosedError(operation, self._state)
+
+    def check_writable(self, operation: str) -> None:
+        """Raise `UnitOfWorkClosedError` once the flush before COMMIT is over."""
+        if self._state not in WRITABLE:
+            raise UnitOfWorkClosedError(operation, self._state)
+
+    def _check_readable(self, operation: str) -> None:
+        if self._state is State.CLOSED:
+            raise UnitOfWorkClosedError(operation, self._state)
+
+    def _move(self, state: State) -> None:
+        if state not in TRANSITIONS[self._state]:
+            operation = f"becoming {state.value}"
+            raise UnitOfWorkClosedError(operation, self._state)
+        self._state = state
+
+    # Sessions
+
+    def _around(self, operation: str, db: Engines) -> UnitOfWork:
+        if self.parent is None:
+            raise UnknownDatabaseError(operation, db)
+        return self.parent
+
+    def _activate(self) -> None:
+        if self._state is State.NEW:
+            self._move(State.ACTIVE)
+
+    def _reads_move_to(self, db: Engines) -> Session | None:
+        """Give the write session once reads belong into its transaction."""
+        if self._state not in WRITABLE:
+            return None
+        if db.is_memory:
+            return self.session(db)
+        writer = self._writers.get(db)
+        return (
+            writer if writer is not None and writer.sync_session.connections else None
+        )
+
+    def _note(self, error: Exception) -> None:
+        if _dialects.is_unavailable(error):
+            self._unavailable.append(error)
+
+    # The end
+
+    async def _prepare(self) -> None:
+        """Run the `before_commit` hooks and flush, until neither adds to the other."""
+        timeout = self.settings.hook_timeout
+        queue = self.hooks.before_commit
+        done = 0
+        while True:
+            while done < len(queue):
+                hook = queue[done]
+                done += 1
+                try:
+                    await hook.call(timeout)
+                except Exception as error:
+                    raise _HookStoppedError(hook.name) from error
+            for session in self._writers.values():
+                with anyio.fail_after(timeout):
+                    await session.flush()
+            if done == len(queue):
+                return
+
+    def _give_up(self, error: BaseException) -> Decision:
+        """Turn what stopped the preparation into a rollback and the failure."""
+        kind: type[UnitOfWorkFailedError] = CommitFailedError
+        cause, detail = Cause.COMMIT_FAILED, ""
+        if isinstance(error, _HookStoppedError) and error.__cause__ is not None:
+            kind, cause, detail = BeforeCommitError, Cause.BEFORE_COMMIT, str(error)
+            error = error.__cause__
+        if isinstance(error, TimeoutError):
+            cause = Cause.TIMEOUT
+        elif not isinstance(error, Exception):
+            cause = Cause.CANCELLED
+        self.failure = self._fail(kind, cause, error, detail=detail)
+        return rollback(cause)
+
+    def _fail(
+        self,
+        kind: type[UnitOfWorkFailedError],
+        cause: Cause,
+        error: BaseException | None,
+        *,
+        outcome: Outcome = Outcome.ROLLED_BACK,
+        detail: str = "",
+    ) -> UnitOfWorkFailedError:
+        later = (
+            outcome is Outcome.ROLLED_BACK
+            and error is not None
+            and _dialects.may_succeed_later(error)
+        )
+        failure = kind(
+            outcome,
+            cause,
+            detail=detail,
+            retry_after=RETRY_AFTER if later else None,
+        )
+        failure.__cause__ = error
+        return failure
+
+    async def _settle(self, *, commit: bool) -> None:
+        """Commit or roll back, close the write sessions, run the hooks."""
+        outcome = await self._commit() if commit else Outcome.ROLLED_BACK
+        for session in self._writers.values():
+            await self._end_session(session, outcome)
+        self._conclude(outcome)
+        if outcome is Outcome.COMMITTED:
+            await self._run_hooks("after_commit", self.hooks.after_commit)
+        elif outcome is Outcome.ROLLED_BACK:
+            self.hooks.after_rollback.reverse()
+            await self._run_hooks("after_rollback", self.hooks.after_rollback)
+
+    async def _commit(self) -> Outcome:
+        """COMMIT every session that executed something, in the order of first use."""
+        committed = False
+        for session in self._writers.values():
+            commit = _Commit(session)
+            try:
+                await bounded(commit.run(), self.settings.commit_timeout)
+            except Exception as error:  # noqa: BLE001  # becomes the failure
+                return self._commit_failed(error, commit, committed=committed)
+            committed = committed or bool(session.sync_session.connections)
+        return Outcome.COMMITTED
+
+    def _commit_failed(
+        self,
+        error: Exception,
+        commit: _Commit,
+        *,
+        committed: bool,
+    ) -> Outcome:
+        """Tell what a failed COMMIT means, and remember the failure."""
+        self._note(error)
+        in_doubt = commit.sent and (
+            isinstance(error, TimeoutError) or _dialects.is_lost(error)
+        )
+        kind: type[UnitOfWorkFailedError]
+        outcome, kind = Outcome.ROLLED_BACK, CommitFailedError
+        if committed:
+            outcome, kind = Outcome.PARTIAL, PartialCommitError
+        elif in_doubt:
+            outcome, kind = Outcome.UNKNOWN, OutcomeUnknownError
+        timed_out = isinstance(error, TimeoutError)
+        self.cause = Cause.TIMEOUT if timed_out else Cause.COMMIT_FAILED
+        self.failure = self._fail(kind, self.cause, error, outcome=outcome)
+        return outcome
+
+    async def _end_session(self, session: Session, outcome: Outcome) -> None:
+        """Give the connection back clean, or throw it away."""
+
+        async def end() -> None:
+            session.hand_over()
+            if outcome in {Outcome.UNKNOWN, Outcome.PARTIAL}:
+                await session.invalidate()
+            elif self.failure is not None:
+                # After a failed COMMIT close() alone sends nothing.
+                await session.rollback()
+            await session.close()
+
+        await self._let_go("closing the write session", end, session)
+
+    async def _let_go(
+        self,
+        operation: str,
+        end: Callable[[], Coroutine[object, object, None]],
+        session: Session,
+    ) -> None:
+        """Call `end`; if it fails, report that and throw the connection away."""
+
+        async def invalidate() -> None:
+            session.hand_over()
+            await session.invalidate()
+
+        for step in (end, invalidate):
+            try:
+                await bounded(step(), self.settings.commit_timeout)
+            except Exception as error:  # noqa: BLE001  # reported; the outcome stands
+                self._notify(ReleaseFailed(operation, error))
+            else:
+                return
+
+    def _conclude(self, outcome: Outcome) -> None:
+        """Record the outcome and tell the observers."""
+        self.outcome = outcome
+        self._move(State[outcome.name])
+        if self.failure is not None:
+            self._notify(
+                CommitFailed(
+                    self.failure,
+                    outcome,
+                    self.failure.cause,
+                    _dialects.code_of(self.failure.__cause__),
+                ),
+            )
+        if self._writers or self._readers or self.hooks:
+            used = [db for db, s in self._writers.items() if s.sync_session.connections]
+            self._notify(
+                UnitFinished(
+                    outcome,
+                    self.cause,
+                    self.reason,
+                    tuple(db.name for db in used),
+                    time.perf_counter() - self._opened,
+                ),
+            )
+
+    async def _run_hooks(self, phase: str, queue: list[Hook]) -> None:
+        """Run every hook, also those registered meanwhile; none stops another."""
+        for hook in queue:
+            try:
+                await hook.call(self.settings.hook_timeout)
+            except BaseException as error:  # noqa: BLE001  # hook isolation
+                self._notify(HookFailed(phase, hook.name, error))
+
+    async def _release(self) -> None:
+        """Close the read sessions, then run the `after_response` hooks."""
+        for session in self._readers.values():
+            close = functools.partial(_close, session)
+            await self._let_go("closing the read session", close, session)
+        if self.outcome is Outcome.COMMITTED:
+            await self._run_hooks("after_response", self.hooks.after_response)
+
+    def _notify(self, event: Event) -> None:
+        notify(self.settings.observers, event)
+
+    def __del__(self) -> None:
+        """Warn of hooks that never ran: the unit was dropped without an end."""
+        if self._state is not State.CLOSED and self.hooks:
+            warnings.warn(
+                f"{self!r} was collected with hooks that never ran",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+    def __repr__(self) -> str:
+        """Show state and databases, without passwords."""
+        names = ", ".join(db.name for db in self.databases)
+        return f"<UnitOfWork {self._state.value} on {names}>"
+
+
+class _HookStoppedError(Exception):
+    """Carries the name of the `before_commit` hook whose error is its cause."""
+
+
+class _Commit:
+    """One COMMIT, and whether it may have reached the server."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.sent = False
+
+    async def run(self) -> None:
+        session = self.session
+        session.hand_over()
+        async with session.turn:
+            session.require_alive()
+            self.sent = True
+            await session.commit()
+
+
+async def _close(session: Session) -> None:
+    session.hand_over()
+    await session.close()
+
+
+def _outcome_of(decision: Decision) -> Outcome:
+    return Outcome.COMMITTED if decision.commit else Outcome.ROLLED_BACK

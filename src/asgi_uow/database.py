@@ -1,0 +1,163 @@
+"""`Database`: what an application creates once and uses everywhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import exc as sa_exc
+from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from . import _config, _dialects
+from ._context import current_unit_of_work, leave, unit_of_work
+from ._engines import Engines
+from .errors import ConfigurationError, MissingDriverError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from sqlalchemy import URL
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from ._session import Session
+    from ._unit import UnitOfWork
+
+
+class Database(Engines):
+    """A database: its writer engine, its read engine, and units of work on them.
+
+    `engine` is the writer. Reads use `readers`, or else an engine of their own on
+    the writer's server, on which the database itself refuses writes.
+    `commit_on_exit=False` has `async with db:` roll back unless `force_commit()` is
+    called; it says nothing about requests. All other options are those of
+    SQLAlchemy's `Session`; `expire_on_commit` is False unless passed.
+
+    Create it at import time or at start-up; nothing connects before first use.
+    Raises `ConfigurationError` for an engine or option that cannot work.
+    """
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str | URL,
+        *,
+        read_urls: Sequence[str | URL] = (),
+        commit_on_exit: bool = True,
+        **engine_options: Any,
+    ) -> Self:
+        """Create the engines with defaults that suit the database.
+
+        `sqlite:///app.db`, `mysql://...`, `postgresql://...`: a URL without a driver
+        gets the async one. `engine_options` are those of `create_async_engine`, for
+        the writer and the readers alike, and win over the defaults. The middleware
+        closes these engines after the application's lifespan shutdown.
+
+        Raises `ConfigurationError` for a URL or option that cannot work and
+        `MissingDriverError`, naming the extra, where the driver is not installed.
+        """
+        database = cls(
+            _create_engine(url, engine_options),
+            readers=[_create_engine(each, engine_options) for each in read_urls],
+            commit_on_exit=commit_on_exit,
+        )
+        database._owned = True
+        return database
+
+    @classmethod
+    def from_config(
+        cls,
+        mapping: Mapping[str, object],
+        *,
+        prefix: str = "DATABASE_",
+    ) -> Self:
+        """Create the engines from `os.environ`, Sanic's `app.config` or the like.
+
+        Reads `DATABASE_URL`, `READ_URLS` (comma-separated or a list), `ECHO`,
+        `ECHO_POOL`, `POOL_SIZE`, `MAX_OVERFLOW`, `POOL_PRE_PING`, `POOL_RECYCLE`
+        and `POOL_TIMEOUT` (seconds) and `POOL_CLASS` (a class name of
+        `sqlalchemy.pool`), each with the prefix. Values may be strings. Raises
+        `ConfigurationError` naming key and kind for one that does not cast; warns of
+        a key that looks misspelt and leaves all others alone.
+        """
+        config = _config.read(mapping, prefix)
+        return cls.from_url(
+            config.url,
+            read_urls=config.read_urls,
+            **config.engine_options,
+        )
+
+    @property
+    def write(self) -> Session:
+        """The write session of the current unit of work: `current_session(db)`."""
+        return current_unit_of_work().session(self)
+
+    @property
+    def read(self) -> Session:
+        """The read session of the current unit: `current_read_session(db)`."""
+        return current_unit_of_work().read_session(self)
+
+    async def __aenter__(self) -> UnitOfWork:
+        """Open a unit of work for this database; see `unit_of_work`."""
+        return await unit_of_work(self).__aenter__()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Commit, or roll back after an exception; raises if not kept."""
+        await leave(exc)
+
+
+def _create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
+    parsed = _async_url(url)
+    defaults = _dialects.engine_defaults(parsed)
+    if _dialects.is_memory(parsed):
+        defaults |= {
+            "poolclass": AsyncAdaptedQueuePool,
+            "pool_size": 1,
+            "max_overflow": 0,
+        }
+    try:
+        return create_async_engine(parsed, **{**defaults, **options})
+    except ModuleNotFoundError as error:
+        driver = parsed.get_driver_name()
+        raise MissingDriverError(driver, _dialects.EXTRAS.get(driver)) from error
+    except sa_exc.NoSuchModuleError as error:
+        message = f"SQLAlchemy knows no database {parsed.drivername!r}."
+        raise ConfigurationError(message) from error
+    except sa_exc.InvalidRequestError as error:
+        message = (
+            f"{parsed.drivername!r} is not an async driver: leave the driver out "
+            "to get the usual one, or name an async one."
+        )
+        raise ConfigurationError(message) from error
+    except TypeError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _async_url(url: str | URL) -> URL:
+    try:
+        parsed = make_url(url)
+    except (sa_exc.ArgumentError, ValueError):
+        # Not chained: SQLAlchemy 2.0 quotes the string, password and all.
+        message = (
+            "The database URL cannot be read; it should look like "
+            "postgresql://user:password@host/name or sqlite:///app.db. A password "
+            "with special characters has to be percent-encoded."
+        )
+        raise ConfigurationError(message) from None
+    if parsed.drivername == "postgres":
+        parsed = parsed.set(drivername="postgresql")
+    if "+" not in parsed.drivername and parsed.drivername in _dialects.ASYNC_DRIVERS:
+        driver = _dialects.ASYNC_DRIVERS[parsed.drivername]
+        parsed = parsed.set(drivername=f"{parsed.drivername}+{driver}")
+    if parsed.get_backend_name() in {"mysql", "mariadb"} and (
+        "charset" not in parsed.query
+    ):
+        parsed = parsed.update_query_dict({"charset": "utf8mb4"})
+    return parsed

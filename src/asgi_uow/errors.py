@@ -1,0 +1,192 @@
+"""Everything asgi-uow raises.
+
+```
+AsgiUowError
+├── ConfigurationError            a URL, key or option that cannot work (ValueError)
+│   └── MissingDriverError        the driver is not installed (ImportError)
+├── EngineNotInitialisedError     a Database without an engine was used
+├── NoUnitOfWorkError             there is no unit of work here (LookupError)
+│   └── UnknownDatabaseError      the unit of work does not serve this database
+├── NestedUnitOfWorkError         a unit inside a unit of the same database
+├── UnitOfWorkClosedError         the unit of work has ended
+├── ManagedTransactionError       commit(), rollback() or close() by hand
+├── ReadOnlySessionError          a write on the read session
+└── UnitOfWorkFailedError         a commit was wanted and the work was not kept
+    ├── BeforeCommitError         a before_commit hook raised
+    ├── CommitFailedError         flush or COMMIT failed; rolled back
+    ├── DoomedError               the database had already given the work up
+    ├── OutcomeUnknownError       the answer to COMMIT never came
+    └── PartialCommitError        one database committed, another did not
+```
+
+All but the root also inherit from the builtin that fits, so that code which knows
+nothing of asgi-uow can catch them. None is an `OSError`: frameworks mistake one
+that is raised out of `send` for a client that went away.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._states import Cause, Outcome, State
+
+
+class AsgiUowError(Exception):
+    """The base of every error of this package."""
+
+
+class ConfigurationError(AsgiUowError, ValueError):
+    """A URL, configuration key or option that cannot work; never shows a password."""
+
+
+class MissingDriverError(ConfigurationError, ImportError):
+    """The database driver of the URL is not installed."""
+
+    def __init__(self, driver: str, extra: str | None) -> None:
+        """Name the driver and, where there is one, the extra that brings it."""
+        remedy = f"pip install 'asgi-uow[{extra}]'" if extra else f"install {driver}"
+        super().__init__(f"The database driver {driver!r} is not installed: {remedy}.")
+
+
+class EngineNotInitialisedError(AsgiUowError, RuntimeError):
+    """A `Database` that has no engine yet was used."""
+
+    def __init__(self) -> None:
+        """Say how a database gets its engine."""
+        super().__init__(
+            "This Database has no engine: create it with Database(engine), "
+            "Database.from_url(...) or Database.from_config(...), or assign "
+            "db.engine before its first use.",
+        )
+
+
+class NoUnitOfWorkError(AsgiUowError, LookupError):
+    """There is no unit of work in this context."""
+
+    def __init__(self, operation: str) -> None:
+        """Name what was asked for."""
+        super().__init__(
+            f"{operation} needs a unit of work and there is none here: add "
+            "UnitOfWorkMiddleware to the application, or use `async with db:` "
+            "outside a request (and in websocket handlers, once per message).",
+        )
+
+
+class UnknownDatabaseError(NoUnitOfWorkError):
+    """The current unit of work does not serve the database that was asked for."""
+
+    def __init__(self, operation: str, database: object) -> None:
+        """Name the database; its repr hides the password."""
+        AsgiUowError.__init__(
+            self,
+            f"{operation}: the current unit of work does not serve {database!r}. "
+            "Pass it to UnitOfWorkMiddleware(app, ...) or unit_of_work(...) too.",
+        )
+
+
+class NestedUnitOfWorkError(AsgiUowError, RuntimeError):
+    """A unit of work was opened inside one of the same database."""
+
+    def __init__(self, database: object) -> None:
+        """Name the database and the two ways out."""
+        super().__init__(
+            f"A unit of work for {database!r} is already open here. Use savepoint() "
+            "for a part that may fail, or unit_of_work(db, independent=True) for a "
+            "separate connection with an outcome of its own.",
+        )
+
+
+class UnitOfWorkClosedError(AsgiUowError, RuntimeError):
+    """The unit of work has ended and refuses the operation."""
+
+    def __init__(self, operation: str, state: State) -> None:
+        """Name the operation and the state."""
+        super().__init__(
+            f"{operation}: this unit of work is {state.value}; its response was "
+            "decided and its write session is closed for good. For work after the "
+            "response (background tasks, generators, hooks) open a unit of work of "
+            "its own with `async with db:`.",
+        )
+
+
+class ManagedTransactionError(AsgiUowError, RuntimeError):
+    """The transaction of a unit of work was ended by hand."""
+
+    def __init__(self, operation: str) -> None:
+        """Name the call and what to use in its place."""
+        super().__init__(
+            f"{operation} was called by hand inside a unit of work, which commits or "
+            "rolls back by itself when the response starts. Use "
+            "set_rollback_only(reason) to have nothing kept, savepoint() for a part "
+            "that may fail, or flush() to send pending changes now.",
+        )
+
+
+class ReadOnlySessionError(AsgiUowError, RuntimeError):
+    """Something was written on the read session; nothing was changed."""
+
+    def __init__(self, operation: str) -> None:
+        """Name what was refused."""
+        super().__init__(
+            f"{operation} was refused on the read session, which cannot write. "
+            "Write with current_session() (or db.write).",
+        )
+
+
+class UnitOfWorkFailedError(AsgiUowError, RuntimeError):
+    """A commit was wanted and the work was not kept, or may not have been.
+
+    `outcome` and `cause` say what happened; `__cause__` is the error underneath.
+    `retry_after` is a number of seconds where the work is proven not kept and
+    trying again may help, otherwise None.
+    """
+
+    what = "The unit of work was not committed"
+
+    def __init__(
+        self,
+        outcome: Outcome,
+        cause: Cause,
+        *,
+        detail: str = "",
+        retry_after: int | None = None,
+    ) -> None:
+        """Remember outcome and cause; `detail` is appended to the message."""
+        self.outcome = outcome
+        self.cause = cause
+        self.retry_after = retry_after
+        super().__init__(
+            f"{self.what} (outcome: {outcome.value}, cause: {cause.value})"
+            f"{': ' if detail else '.'}{detail}",
+        )
+
+
+class BeforeCommitError(UnitOfWorkFailedError):
+    """A `before_commit` hook raised or took too long; everything was rolled back."""
+
+    what = "A before_commit hook stopped the commit"
+
+
+class CommitFailedError(UnitOfWorkFailedError):
+    """The flush or the COMMIT failed; everything was rolled back."""
+
+    what = "The commit failed and everything was rolled back"
+
+
+class DoomedError(UnitOfWorkFailedError):
+    """The database had given the work up and the application went on regardless."""
+
+    what = "The database had already given this transaction up"
+
+
+class OutcomeUnknownError(UnitOfWorkFailedError):
+    """The connection died between COMMIT and its answer: kept or not, nobody knows."""
+
+    what = "The answer to COMMIT never came; the work may or may not have been kept"
+
+
+class PartialCommitError(UnitOfWorkFailedError):
+    """One database of the unit committed and a later one did not."""
+
+    what = "Only some of the databases committed"

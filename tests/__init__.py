@@ -1,0 +1,1 @@
+"""Facts about asgi-uow, and the servers they are checked on."""

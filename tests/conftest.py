@@ -1,0 +1,8 @@
+"""Every test can ask for a database: see `tests.servers.plugin`."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.register_assert_rewrite("tests.servers")
+pytest_plugins = ["tests.servers.plugin", "pytester"]

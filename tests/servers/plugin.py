@@ -1,0 +1,180 @@
+"""One server of each kind per test run, and the fixtures that hand them out.
+
+The pytest process starts a server when it is first asked for one; under xdist
+it starts both before the workers, which get the ports. It stops them when the
+run ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.servers.backend import (
+    MariaDBBackend,
+    PostgreSQLBackend,
+    ServerBackend,
+    SQLiteBackend,
+)
+from tests.servers.process import MariaDB, PostgreSQL, Server, is_root
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+    from pathlib import Path
+
+    from xdist.workermanage import WorkerController
+
+    from tests.servers.backend import Backend
+
+KINDS: dict[str, type[Server]] = {"mariadb": MariaDB, "postgresql": PostgreSQL}
+MISSING = "is not installed"
+WORKER_KEY = "asgi_uow_server_ports"
+SERVERS = pytest.StashKey["RunningServers"]()
+APT = threading.Lock()
+
+
+def install(kind: type[Server]) -> None:  # pragma: no cover - needs a network
+    """Install a server with apt-get, if root."""
+    if is_root():
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        command = ["apt-get", "install", "--yes", "--no-install-recommends"]
+        with APT:
+            subprocess.run(["apt-get", "update"], env=environment, check=False)
+            subprocess.run([*command, kind.package], env=environment, check=False)
+
+
+class RunningServers:
+    """The servers of this test run, each started when first asked for."""
+
+    def __init__(
+        self,
+        ports: Mapping[str, int | None],
+        kinds: Mapping[str, type[Server]] = KINDS,
+        install: Callable[[type[Server]], None] = install,
+    ) -> None:
+        self._ports = dict(ports)
+        self._kinds = kinds
+        self._install = install
+        self._servers: list[Server] = []
+
+    def port(self, kind: str) -> int | None:
+        """Return the port of a server, None if it is not installed."""
+        if kind not in self._ports:
+            self._ports[kind] = self._start(self._kinds[kind])
+        return self._ports[kind]
+
+    def ports(self) -> dict[str, int | None]:
+        """Return the ports of all kinds, started side by side."""
+        with ThreadPoolExecutor() as pool:
+            ports = pool.map(self.port, self._kinds)
+            return dict(zip(self._kinds, ports, strict=True))
+
+    def stop(self) -> None:
+        while self._servers:
+            self._servers.pop().close()
+
+    def _start(self, kind: type[Server]) -> int | None:
+        if not kind.is_installed():
+            self._install(kind)
+        if not kind.is_installed():
+            return None
+        server = kind()
+        self._servers.append(server)
+        server.start()
+        return server.port
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    workerinput = getattr(config, "workerinput", {})
+    config.stash[SERVERS] = RunningServers(workerinput.get(WORKER_KEY, {}))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[SERVERS].stop()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: WorkerController) -> None:
+    node.workerinput[WORKER_KEY] = node.config.stash[SERVERS].ports()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    if count := sum(MISSING in str(report.longrepr) for report in skipped):
+        title = f"{count} tests did not run: their database server {MISSING}"
+        terminalreporter.section(title, sep="!", red=True, bold=True)
+
+
+def server_port(config: pytest.Config, kind: str) -> int:
+    """Return the port of this run's server; without one skip, in CI fail."""
+    port = config.stash[SERVERS].port(kind)
+    if port is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{kind} {MISSING}")
+        pytest.skip(f"{kind} {MISSING}")
+    return port
+
+
+def make_backend(request: pytest.FixtureRequest, driver: str) -> Backend:
+    """Return the backend for a driver, not yet entered."""
+    if driver == "aiosqlite":
+        return SQLiteBackend(request.getfixturevalue("tmp_path"))
+    if driver == "asyncmy":
+        return MariaDBBackend(server_port(request.config, "mariadb"))
+    return PostgreSQLBackend(server_port(request.config, "postgresql"), driver)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Tests run on asyncio, the only event loop of SQLAlchemy."""
+    return "asyncio"
+
+
+@pytest.fixture(params=["aiosqlite", "asyncmy", "asyncpg"])
+async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+    """An empty database on SQLite, MariaDB, PostgreSQL in turn."""
+    async with make_backend(request, request.param) as backend:
+        yield backend
+
+
+@pytest.fixture(params=["asyncmy", "asyncpg"])
+async def server_backend(
+    request: pytest.FixtureRequest,
+) -> AsyncIterator[ServerBackend]:
+    """An empty database on MariaDB and PostgreSQL in turn."""
+    async with make_backend(request, request.param) as backend:
+        assert isinstance(backend, ServerBackend)
+        yield backend
+
+
+@pytest.fixture(params=["aiosqlite", "asyncmy", "asyncpg", "psycopg"])
+async def any_driver(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+    """An empty database through each of the four async drivers in turn."""
+    async with make_backend(request, request.param) as backend:
+        yield backend
+
+
+@pytest.fixture
+async def sqlite(tmp_path: Path) -> AsyncIterator[SQLiteBackend]:
+    """An empty SQLite database file."""
+    async with SQLiteBackend(tmp_path) as backend:
+        yield backend
+
+
+@pytest.fixture
+async def mariadb(pytestconfig: pytest.Config) -> AsyncIterator[MariaDBBackend]:
+    """An empty database on MariaDB."""
+    async with MariaDBBackend(server_port(pytestconfig, "mariadb")) as backend:
+        yield backend
+
+
+@pytest.fixture
+async def postgresql(pytestconfig: pytest.Config) -> AsyncIterator[PostgreSQLBackend]:
+    """An empty database on PostgreSQL."""
+    async with PostgreSQLBackend(server_port(pytestconfig, "postgresql")) as backend:
+        yield backend

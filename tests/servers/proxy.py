@@ -1,0 +1,265 @@
+"""A TCP proxy that counts round trips and cuts or holds chosen ones."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Self
+
+from tests.servers.process import HOST, POLL_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+Chunk = tuple[bytes, str | None]
+
+_MYSQL_QUIT = 0x01
+_MYSQL_COMMANDS = {
+    0x02: "INIT_DB ",
+    0x03: "",
+    0x0E: "PING",
+    0x16: "PREPARE ",
+    0x1F: "RESET_CONNECTION",
+}
+_POSTGRESQL_STARTUP = 3  # the protocol's major version; other codes ask for TLS
+
+
+@dataclass(eq=False)
+class Rule:
+    """What happens once, to the next round trip that fits; then `fired` is set."""
+
+    action: Literal["cut_before", "cut_after", "hold"]
+    predicate: Callable[[str], bool]
+    fired: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(eq=False)
+class Hold(Rule):
+    """An answer of the server that is kept back until `release()`.
+
+    `fired` is set when the client has asked, `answered` when the server has
+    done what it was asked for.
+    """
+
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
+    released: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def release(self) -> None:
+        self.released.set()
+
+
+class RecordingProxy:
+    """Forwards to a server on this machine, knows its protocol, speaks no TLS.
+
+    A round trip is what a client sends and waits for: a command packet on
+    MySQL; a simple Query, a Sync or a Flush on PostgreSQL. Its name is its SQL
+    without a final semicolon, "PREPARE ..." if PostgreSQL shall only parse it,
+    "PING" and the like for MySQL's other commands. Handshakes and goodbyes are
+    no trips; `connections` counts the accepted ones.
+    """
+
+    def __init__(self, kind: str, server_port: int, *, delay_ms: float = 0) -> None:
+        self.trips: list[str] = []
+        self.connections = 0
+        self.delay_ms = delay_ms
+        self.port = 0
+        self._chunks = {"mariadb": mysql_chunks, "postgresql": postgresql_chunks}[kind]
+        self._server_port = server_port
+        self._rules: list[Rule] = []
+        self._links: set[_Link] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._listener = await asyncio.start_server(self._accept, HOST, 0)
+        self.port = self._listener.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._listener.close()
+        while self._tasks:  # again, for a client that was just coming in
+            self.cut()
+            await asyncio.wait(self._tasks, timeout=POLL_SECONDS)
+        await self._listener.wait_closed()
+
+    def clear(self) -> None:
+        """Forget the trips recorded so far."""
+        self.trips.clear()
+
+    def cut(self) -> None:
+        """Cut every connection now."""
+        for link in self._links:
+            link.cut()
+
+    def cut_before(self, predicate: Callable[[str], bool]) -> Rule:
+        """Cut instead of forwarding the next trip that fits."""
+        return self._add(Rule("cut_before", predicate))
+
+    def cut_after(self, predicate: Callable[[str], bool]) -> Rule:
+        """Forward the next trip that fits, cut when the server has answered.
+
+        The server has done what it was asked for, the client cannot know.
+        """
+        return self._add(Rule("cut_after", predicate))
+
+    def hold_answer(self, predicate: Callable[[str], bool]) -> Hold:
+        """Forward the next trip that fits, keep the answer back."""
+        hold = Hold("hold", predicate)
+        self._add(hold)
+        return hold
+
+    def _add(self, rule: Rule) -> Rule:
+        self._rules.append(rule)
+        return rule
+
+    def note(self, trip: str) -> Rule | None:
+        """Record a trip, return the rule it meets."""
+        self.trips.append(trip)
+        for rule in self._rules:
+            if rule.predicate(trip):
+                self._rules.remove(rule)
+                return rule
+        return None
+
+    async def pause(self) -> None:
+        if self.delay_ms:
+            await asyncio.sleep(self.delay_ms / 1000)
+
+    async def _accept(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            upstream = await asyncio.open_connection(HOST, self._server_port)
+        except OSError:  # the server is down: so is this connection
+            writer.transport.abort()
+        else:
+            link = _Link(self, (reader, writer), upstream)
+            self._links.add(link)
+            await link.run(self._chunks(reader))
+            self._links.remove(link)
+        finally:
+            self._tasks.remove(task)
+
+
+Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class _Link:
+    """One client's connection and its connection to the server."""
+
+    def __init__(self, proxy: RecordingProxy, client: Stream, server: Stream) -> None:
+        self._proxy = proxy
+        self._client = client[1]
+        self._server_reader, self._server = server
+        self._pending: Rule | None = None
+
+    async def run(self, chunks: AsyncIterator[Chunk]) -> None:
+        await asyncio.gather(self._upward(chunks), self._downward())
+
+    def cut(self) -> None:
+        self._let_go()
+        self._client.transport.abort()
+        self._server.transport.abort()
+
+    async def _upward(self, chunks: AsyncIterator[Chunk]) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            async for data, trip in chunks:
+                rule = None if trip is None else self._proxy.note(trip)
+                if rule is not None and rule.action == "cut_before":
+                    self.cut()
+                    rule.fired.set()
+                    break
+                self._pending = rule
+                await self._proxy.pause()
+                self._server.write(data)
+                await self._server.drain()
+                if isinstance(rule, Hold):
+                    rule.fired.set()
+        self._hang_up()
+
+    async def _downward(self) -> None:
+        with suppress(ConnectionError):
+            while data := await self._server_reader.read(65536):
+                rule = self._pending
+                if isinstance(rule, Hold):
+                    rule.answered.set()
+                    await rule.released.wait()
+                elif rule is not None:
+                    self.cut()
+                    rule.fired.set()
+                    break
+                self._pending = None
+                await self._proxy.pause()
+                self._client.write(data)
+                await self._client.drain()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Close after sending what is still to be sent."""
+        self._let_go()
+        self._client.close()
+        self._server.close()
+
+    def _let_go(self) -> None:
+        if isinstance(self._pending, Hold):
+            self._pending.release()
+
+
+async def mysql_chunks(reader: asyncio.StreamReader) -> AsyncIterator[Chunk]:
+    """Packets: length (3 bytes), sequence number, payload.
+
+    A command has number 0; logging in and long commands go on from 1.
+    """
+    while True:
+        head = await reader.readexactly(4)
+        body = await reader.readexactly(int.from_bytes(head[:3], "little"))
+        is_trip = head[3] == 0 and body[0] != _MYSQL_QUIT
+        yield head + body, _mysql_name(body) if is_trip else None
+
+
+def _mysql_name(body: bytes) -> str:
+    name = _MYSQL_COMMANDS.get(body[0])
+    return f"COM_{body[0]}" if name is None else name + name_of(body[1:])
+
+
+async def postgresql_chunks(reader: asyncio.StreamReader) -> AsyncIterator[Chunk]:
+    """Messages: type (1 byte, absent before the startup), length, payload."""
+    version = 0
+    while version != _POSTGRESQL_STARTUP:
+        head = await reader.readexactly(4)
+        body = await reader.readexactly(int.from_bytes(head) - 4)
+        version = int.from_bytes(body[:2])
+        yield head + body, None
+    statements: dict[bytes, str] = {}
+    batch, parsed, bound = b"", list[str](), list[str]()
+    while True:
+        head = await reader.readexactly(5)
+        body = await reader.readexactly(int.from_bytes(head[1:]) - 4)
+        batch += head + body
+        match head[:1]:
+            case b"P":  # Parse: name, SQL, types
+                name, sql, _ = body.split(b"\0", 2)
+                statements[name] = name_of(sql)
+                parsed.append(f"PREPARE {statements[name]}")
+            case b"B":  # Bind: portal, name, values
+                _, name, _ = body.split(b"\0", 2)
+                bound.append(statements[name])
+            case b"D" | b"E" | b"C":  # Describe, Execute, Close: wait for Sync
+                pass
+            case b"Q":
+                yield batch, name_of(body)
+                batch = b""
+            case b"S" | b"H":  # Sync, Flush
+                yield batch, "; ".join(bound or parsed) or "SYNC"
+                batch, parsed, bound = b"", [], []
+            case _:  # passwords, copied data, goodbye
+                yield batch, None
+                batch = b""
+
+
+def name_of(text: bytes) -> str:
+    return text.decode(errors="replace").strip("\0 \n;")
