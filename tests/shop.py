@@ -1,0 +1,47 @@
+"""The tables most tests use, and how to make a COMMIT fail on each database."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from asgi_uow import current_session
+from tests.servers.backend import MariaDBBackend
+
+if TYPE_CHECKING:
+    from tests.servers.backend import Backend
+
+TABLES = (
+    "CREATE TABLE parents (id INTEGER PRIMARY KEY)",
+    "CREATE TABLE items (id INTEGER PRIMARY KEY, parent INTEGER"
+    " REFERENCES parents (id) DEFERRABLE INITIALLY DEFERRED)",
+)
+MARIADB_TABLES = ("CREATE TABLE items (id INTEGER PRIMARY KEY, parent INTEGER)",)
+
+
+async def create(backend: Backend) -> None:
+    """Make an empty table `items`."""
+    mariadb = isinstance(backend, MariaDBBackend)
+    await backend.execute(*(MARIADB_TABLES if mariadb else TABLES))
+
+
+async def insert(number: int) -> None:
+    """Insert an item on the current write session."""
+    await current_session().execute("INSERT INTO items (id) VALUES (:id)", id=number)
+
+
+async def items(backend: Backend) -> list[object]:
+    """Look through a fresh connection."""
+    return [row[0] for row in await backend.fetch("SELECT id FROM items ORDER BY id")]
+
+
+async def insert_then_break_commit(backend: Backend, number: int) -> None:
+    """Insert an item so that COMMIT itself fails, not the statement.
+
+    A deferred foreign key where there is one; MariaDB has none, there the
+    connection is killed.
+    """
+    await insert(number)
+    if isinstance(backend, MariaDBBackend):
+        await backend.kill_connections()
+    else:
+        await current_session().execute("UPDATE items SET parent = 404")
