@@ -194,14 +194,17 @@ def is_unavailable(error: BaseException) -> bool:
     if isinstance(error, sa_exc.TimeoutError) or is_lost(error):
         return True
     code = code_of(error)
+    if code is None:
+        # psycopg that could not connect: no server, so no SQLSTATE and no statement.
+        return isinstance(error, sa_exc.OperationalError) and error.statement is None
     return code in UNREACHABLE_CODES or (
         isinstance(code, str) and code.startswith(("08", "53", "57P"))
     )
 
 
-def may_succeed_later(error: BaseException) -> bool:
-    """Tell whether the same work may succeed a moment later."""
-    return is_unavailable(error) or code_of(error) in RETRYABLE_CODES
+def is_conflict(error: BaseException) -> bool:
+    """Tell whether another transaction was in the way; trying again may help."""
+    return code_of(error) in RETRYABLE_CODES
 
 
 def is_driver_disconnect(error: BaseException) -> bool:

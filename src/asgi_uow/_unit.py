@@ -323,7 +323,7 @@ class UnitOfWork:
         later = (
             outcome is Outcome.ROLLED_BACK
             and error is not None
-            and _dialects.may_succeed_later(error)
+            and (self.unavailable(error) or _dialects.is_conflict(error))
         )
         failure = kind(
             outcome,
