@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import select
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -44,10 +45,29 @@ READ_ONLY_CODES = frozenset({1792, 1290, 1836, "25006", "SQLITE_READONLY"})
 UNREACHABLE_CODES = frozenset({1040, 1047, 1053, 2002, 2003, 2006, 2013})
 """MySQL: too many connections, node not ready, shutting down, not reached, lost."""
 
+FATAL_CODES = frozenset({1020, 1180, 1181, 1213, 3101})
+"""MySQL has rolled the whole transaction back, whatever the savepoints: snapshot
+conflict, commit and rollback errors, deadlock, group replication conflict."""
+
 RETRYABLE_CODES = frozenset(
     {1020, 1205, 1213, 3101, "40001", "40P01", "55P03", "SQLITE_BUSY"},
 )
 """Conflicts with other transactions; the same work may well succeed a moment later."""
+
+PSYCOPG_IN_ERROR = 3
+"""psycopg.pq.TransactionStatus.INERROR: until ROLLBACK nothing else is accepted."""
+
+IMPLICIT_COMMIT = re.compile(
+    r"\s*(?:/\*.*?\*/\s*)*(?:(?:CREATE|DROP)\s+(?!TEMPORARY)|ALTER|TRUNCATE|RENAME|"
+    r"GRANT|REVOKE|ANALYZE|OPTIMIZE|REPAIR|CHECK|FLUSH|LOCK\s+TABLE|BEGIN|"
+    r"START\s+TRANSACTION)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Statements for which MySQL commits first, from its manual's chapter "Statements
+That Cause an Implicit Commit"; MariaDB has the same."""
+
+MYSQL_SYNTAX_ERROR = 1064
+"""Not understood, so nothing was committed for it."""
 
 MYSQL_RECYCLE = 1800
 """Seconds after which a MySQL connection is replaced; wait_timeout is 28800 there."""
@@ -60,6 +80,7 @@ class _Asyncmy(Protocol):
     _stream_broken: bool
 
     def get_transaction_status(self) -> bool: ...
+    def thread_id(self) -> int: ...
 
 
 class _Asyncpg(Protocol):
@@ -90,6 +111,10 @@ def _asyncmy_dead(connection: _Asyncmy) -> bool:
     return connection._stream_broken  # noqa: SLF001  # the pool of asyncmy looks there
 
 
+def _asyncmy_kill(connection: _Asyncmy) -> str:
+    return f"KILL QUERY {connection.thread_id()}"
+
+
 def _asyncpg_open(connection: _Asyncpg) -> bool:
     return connection.is_in_transaction()
 
@@ -115,6 +140,24 @@ def _aiosqlite_open(connection: _Aiosqlite) -> bool:
     return connection.in_transaction
 
 
+def _mysql_gave_up(connection: object, error: BaseException) -> bool:  # noqa: ARG001
+    return code_of(error) in FATAL_CODES
+
+
+def _asyncpg_gave_up(connection: object, error: BaseException) -> bool:  # noqa: ARG001
+    """Only what the server sent has a severity; a wrong parameter never got there."""
+    return getattr(error.__cause__, "severity", None) is not None
+
+
+def _psycopg_gave_up(connection: _Psycopg, error: BaseException) -> bool:  # noqa: ARG001
+    return connection.info.transaction_status == PSYCOPG_IN_ERROR
+
+
+def _aiosqlite_gave_up(connection: _Aiosqlite, error: BaseException) -> bool:  # noqa: ARG001
+    """SQLite rolls back by itself after some errors, and says so when asked."""
+    return not connection.in_transaction
+
+
 def _never(connection: object) -> bool:  # noqa: ARG001
     return False
 
@@ -129,15 +172,25 @@ class Driver:
 
     in_transaction: Callable[..., bool]
     is_dead: Callable[..., bool]
+    gave_up: Callable[..., bool] = _mysql_gave_up
+    """Given connection and driver error: has the server given work up?"""
+    savepoints_survive: bool = False
+    """What was given up is at most what the innermost open savepoint covers."""
+    kill: Callable[..., str] | None = None
+    """Given a connection: what stops its statement, sent from another connection.
+
+    None where the driver itself tells the server of a cancellation.
+    """
 
 
+_PSYCOPG = Driver(_psycopg_open, _psycopg_dead, _psycopg_gave_up, True)  # noqa: FBT003
 DRIVERS: Mapping[str, Driver] = MappingProxyType(
     {
-        "asyncmy": Driver(_asyncmy_open, _asyncmy_dead),
-        "asyncpg": Driver(_asyncpg_open, _asyncpg_dead),
-        "psycopg": Driver(_psycopg_open, _psycopg_dead),
-        "psycopg_async": Driver(_psycopg_open, _psycopg_dead),
-        "aiosqlite": Driver(_aiosqlite_open, _never),
+        "asyncmy": Driver(_asyncmy_open, _asyncmy_dead, kill=_asyncmy_kill),
+        "asyncpg": Driver(_asyncpg_open, _asyncpg_dead, _asyncpg_gave_up, True),  # noqa: FBT003
+        "psycopg": _PSYCOPG,
+        "psycopg_async": _PSYCOPG,
+        "aiosqlite": Driver(_aiosqlite_open, _never, _aiosqlite_gave_up),
     },
 )
 UNKNOWN_DRIVER = Driver(_always, _never)

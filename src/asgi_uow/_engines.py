@@ -12,14 +12,16 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
-from sqlalchemy.exc import DisconnectionError
+from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
-from . import _dialects
+from . import _dialects, _journal
 from ._managed import ManagedSession, ReadOnlySession
 from ._session import Session
+from ._shield import bounded
 from .errors import ConfigurationError, EngineNotInitialisedError, ReadOnlySessionError
+from .observers import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 ERROR_SEEN = "asgi_uow.error_seen"
 IDLE_SINCE = "asgi_uow.idle_since"
+
+ASIDE_SECONDS = 2.0
+"""Seconds for connecting to the server and stopping a cancelled statement."""
 
 PING_AFTER_IDLE = 30.0
 """Seconds of idleness after which a connection is pinged before it is handed out."""
@@ -79,7 +84,7 @@ class Engines:
         if self.is_memory:
             self._read_engine = engine
         else:
-            self._read_engine = _derive_read_engine(engine)
+            self._read_engine = _derive_engine(engine)
             _prepare(self._read_engine, read_only=True)
         _prepare(engine, read_only=False)
         self._engine = engine
@@ -112,6 +117,7 @@ class Engines:
             session_class=ManagedSession,
             check=check,
             note=note,
+            run_aside=self._run_aside,
             **self._session_options,
         )
 
@@ -127,10 +133,27 @@ class Engines:
             session_class=ReadOnlySession,
             check=check,
             note=note,
+            run_aside=self._run_aside,
             writer=writer,
             **self._session_options
             | {"autoflush": False, "join_transaction_mode": "rollback_only"},
         )
+
+    async def _run_aside(self, statement: str) -> None:
+        """Run a statement on a connection of its own, for a few seconds at most."""
+
+        async def run() -> None:
+            async with aside.connect() as connection:
+                await connection.exec_driver_sql(statement)
+
+        aside = _derive_engine(self.engine)
+        try:
+            await bounded(run(), ASIDE_SECONDS)
+        except (sa_exc.DBAPIError, OSError):
+            # It ended by itself, or the server is gone and its locks with it.
+            logger.debug("%s was not run", statement, exc_info=True)
+        finally:
+            await aside.dispose()
 
     async def dispose(self) -> None:
         """Close every pooled connection of the writer and the readers."""
@@ -173,8 +196,11 @@ def _check_engine(engine: object) -> None:
         raise ConfigurationError(message)
 
 
-def _derive_read_engine(engine: AsyncEngine) -> AsyncEngine:
-    """Make an engine with a pool of its own that connects just as `engine` does."""
+def _derive_engine(engine: AsyncEngine) -> AsyncEngine:
+    """Make an engine with a pool of its own that connects just as `engine` does.
+
+    Where AUTOCOMMIT is set on it, nothing is sent when a connection is closed.
+    """
     return create_async_engine(
         engine.url,
         pool=engine.sync_engine.pool.recreate(),
@@ -187,19 +213,21 @@ def _derive_read_engine(engine: AsyncEngine) -> AsyncEngine:
 def _prepare(engine: AsyncEngine, *, read_only: bool) -> None:
     """Attach the listeners; all of them run inside SQLAlchemy's greenlet."""
     target = engine.sync_engine
-    sqlite = target.dialect.name == "sqlite"
-    if sqlite:
+    # First, so that those that follow know what a disconnect is.
+    event.listen(target, "handle_error", _note_error)
+    if target.dialect.name == "sqlite":
         event.listen(target, "connect", _sqlite_settings)
         if not read_only:
             event.listen(target, "begin", _sqlite_begin)
     if read_only:
         event.listen(target, "connect", _Reader(target).make_read_only)
         event.listen(target, "handle_error", _name_read_only_error)
+    else:
+        _journal.listen(target)
     care = _Care(target)
     event.listen(target, "checkout", care.check_alive)
     event.listen(target, "checkin", care.note_idle)
     event.listen(target, "reset", care.roll_back_if_open)
-    event.listen(target, "handle_error", _note_error)
 
 
 class _Reader:
@@ -234,18 +262,19 @@ class _Care:
         idle_since: float | None = entry.info.pop(IDLE_SINCE, None)
         if self.driver.is_dead(raw):
             message = "the connection was closed while it was idle"
-            raise DisconnectionError(message)
+            raise sa_exc.DisconnectionError(message)
         if idle_since is None or time.monotonic() - idle_since < PING_AFTER_IDLE:
             return
         try:
             self.dialect.do_ping(dbapi_connection)
         except self.dialect.loaded_dbapi.Error as error:
             message = "the connection did not answer after a time of idleness"
-            raise DisconnectionError(message) from error
+            raise sa_exc.DisconnectionError(message) from error
 
     def note_idle(self, _: object, entry: ConnectionPoolEntry) -> None:
-        """Remember when a connection came back."""
+        """Remember when a connection came back, and that it is nobody's now."""
         entry.info[IDLE_SINCE] = time.monotonic()
+        entry.info.pop(_journal.JOURNAL, None)
 
     def roll_back_if_open(
         self,
@@ -268,7 +297,7 @@ class _Care:
                 self.driver.in_transaction(raw)
             ):
                 message = "the transaction could not be rolled back"
-                raise DisconnectionError(message)
+                raise sa_exc.DisconnectionError(message)
 
 
 def _note_error(context: ExceptionContext) -> None:

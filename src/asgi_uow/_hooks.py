@@ -75,6 +75,8 @@ class Hooks:
                 f"{phase}() takes a callable and its arguments, not {fn!r}. Did you "
                 f"call the function? Write {phase}(fn, arg), not {phase}(fn(arg))."
             )
+            if inspect.iscoroutine(fn):
+                fn.close()  # or it warns that it was never awaited
             raise TypeError(message)
         queue: list[Hook] = getattr(self, phase)
         queue.append(Hook(fn, args, kwargs))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import event, orm
 
+from . import _journal
+from ._dialects import driver_of
 from .errors import ManagedTransactionError, ReadOnlySessionError
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import Engine
     from sqlalchemy.orm import ORMExecuteState, SessionTransaction
+
+    from ._journal import Journal
 
 
 class ManagedSession(orm.Session):
@@ -25,6 +29,12 @@ class ManagedSession(orm.Session):
 
     connections: list[Connection]
     """The connections on which this session has begun a transaction."""
+
+    kills: list[str]
+    """What stops a statement in flight on those connections, on MySQL."""
+
+    journal: Journal
+    """What the database has said against the transaction."""
 
     joined: Callable[[], Connection | None]
     """Gives the writer's connection once the reads of the unit belong there."""
@@ -93,6 +103,11 @@ def _remember_connection(
 ) -> None:
     if connection not in session.connections:
         session.connections.append(connection)
+        driver = driver_of(connection.dialect)
+        if driver.kill is not None:
+            session.kills.append(driver.kill(connection.connection.driver_connection))
+        if not isinstance(session, ReadOnlySession):
+            _journal.attach(connection, session.journal)
 
 
 @event.listens_for(ReadOnlySession, "before_flush", propagate=True)

@@ -16,6 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 from sqlalchemy.util import EMPTY_DICT
 
 from ._dialects import driver_of
+from ._journal import Journal
+from ._shield import run_to_completion
 from ._turn import Turn
 
 if TYPE_CHECKING:
@@ -55,6 +57,9 @@ def _takes_turn(method: F) -> F:
                     return await method(self, *args, **kwargs)
                 except Exception as error:
                     self.note(error)
+                    raise
+                except asyncio.CancelledError:
+                    await self.stop_statement()
                     raise
 
     return call  # type: ignore[return-value]  # the same signature, see wraps
@@ -133,15 +138,18 @@ class Session(AsyncSession):
         session_class: type[ManagedSession],
         check: Callable[[str], None],
         note: Callable[[Exception], None],
+        run_aside: Callable[[str], Coroutine[object, object, None]],
         writer: Callable[[], Session | None] = lambda: None,
         **options: Any,
     ) -> None:
         """Bind to `bind`; `check` raises when the unit of work is not open.
 
-        `writer` gives the write session once a read session is to read there.
+        `writer` gives the write session once a read session is to read there;
+        `run_aside` runs a statement on a connection of its own.
         """
         self._check = check
         self.note = note
+        self.run_aside = run_aside
         self.writer = writer
         self._turn = Turn()
         super().__init__(
@@ -151,6 +159,8 @@ class Session(AsyncSession):
             **options,
         )
         self.sync_session.connections = []
+        self.sync_session.kills = []
+        self.sync_session.journal = Journal()
         self.sync_session.joined = self._joined
 
     def _joined(self) -> Connection | None:
@@ -172,6 +182,26 @@ class Session(AsyncSession):
     def hand_over(self) -> None:
         """Let the current task, and no other, commit, roll back and close."""
         self.sync_session.finisher = asyncio.current_task()
+
+    async def stop_statement(self) -> None:
+        """Have the server stop the statement that was just cancelled.
+
+        MySQL goes on with it, locks and all, although the connection is gone.
+        """
+        kills, self.sync_session.kills = self.sync_session.kills, []
+        for statement in kills:
+            await run_to_completion(self.run_aside(statement))
+
+    @property
+    def doomed_by(self) -> BaseException | None:
+        """The error for which the work of this session can no longer be committed.
+
+        A failed flush dooms too: SQLAlchemy has rolled the transaction back.
+        """
+        journal = self.sync_session.journal
+        if journal.doomed_by is None and not self.is_active:
+            return journal.last
+        return journal.doomed_by
 
     def require_alive(self) -> None:
         """Raise `ConnectionError` if the driver knows that a connection is dead.

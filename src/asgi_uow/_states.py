@@ -71,7 +71,7 @@ TRANSITIONS = MappingProxyType(
         State.ROLLBACK_ONLY: {State.ROLLING_BACK},
         State.PREPARING: {State.COMMITTING, State.ROLLING_BACK},
         State.COMMITTING: SETTLED,
-        State.ROLLING_BACK: {State.ROLLED_BACK},
+        State.ROLLING_BACK: {State.ROLLED_BACK, State.PARTIAL},
         State.COMMITTED: {State.RESPONDING, State.CLOSED},
         State.ROLLED_BACK: {State.RESPONDING, State.CLOSED},
         State.UNKNOWN: {State.RESPONDING, State.CLOSED},

@@ -29,6 +29,7 @@ from .errors import (
 from .observers import (
     CommitFailed,
     HookFailed,
+    ImplicitCommit,
     LoggingObserver,
     Observer,
     ReleaseFailed,
@@ -86,6 +87,7 @@ class UnitOfWork:
         self._writers: dict[Engines, Session] = {}
         self._readers: dict[Engines, Session] = {}
         self._unavailable: list[Exception] = []
+        self._doomed_by: BaseException | None = None
         self._opened = time.perf_counter()
 
     # What handlers use
@@ -97,8 +99,14 @@ class UnitOfWork:
 
     @property
     def doomed_by(self) -> BaseException | None:
-        """The error for which the database gave the transaction up, if it did."""
-        return None
+        """The first error for which the database gave the work up, if it did.
+
+        Until the decision a ROLLBACK TO SAVEPOINT can still undo it.
+        """
+        if self._doomed_by is not None:
+            return self._doomed_by
+        doomed = (session.doomed_by for session in self._writers.values())
+        return next((error for error in doomed if error is not None), None)
 
     @property
     def is_open(self) -> bool:
@@ -202,6 +210,10 @@ class UnitOfWork:
             except BaseException as error:  # noqa: BLE001  # raised below as it is
                 cancelled = error
                 decision = self._give_up(error)
+            else:
+                if self.doomed_by is not None:
+                    decision = rollback(Cause.DOOMED, refuse=True)
+        self._doomed_by = self.doomed_by
         self._move(State.COMMITTING if decision.commit else State.ROLLING_BACK)
         self.cause = decision.cause
         if decision.refuse and decision.cause is not None:
@@ -337,6 +349,8 @@ class UnitOfWork:
     async def _settle(self, *, commit: bool) -> None:
         """Commit or roll back, close the write sessions, run the hooks."""
         outcome = await self._commit() if commit else Outcome.ROLLED_BACK
+        if outcome is Outcome.ROLLED_BACK:
+            outcome = self._look_for_implicit_commits()
         for session in self._writers.values():
             await self._end_session(session, outcome)
         self._conclude(outcome)
@@ -345,6 +359,21 @@ class UnitOfWork:
         elif outcome is Outcome.ROLLED_BACK:
             self.hooks.after_rollback.reverse()
             await self._run_hooks("after_rollback", self.hooks.after_rollback)
+
+    def _look_for_implicit_commits(self) -> Outcome:
+        """Tell whether DDL has kept a part of what is to be rolled back."""
+        for session in self._writers.values():
+            statement = session.sync_session.journal.committed_by
+            if statement is not None:
+                self.failure = self._fail(
+                    PartialCommitError,
+                    self.cause or Cause.COMMIT_FAILED,
+                    self.failure.__cause__ if self.failure else None,
+                    outcome=Outcome.PARTIAL,
+                    detail=f"MySQL committed by itself for {statement!r}",
+                )
+                return Outcome.PARTIAL
+        return Outcome.ROLLED_BACK
 
     async def _commit(self) -> Outcome:
         """COMMIT every session that executed something, in the order of first use."""
@@ -419,6 +448,10 @@ class UnitOfWork:
         """Record the outcome and tell the observers."""
         self.outcome = outcome
         self._move(State[outcome.name])
+        for session in self._writers.values():
+            statement = session.sync_session.journal.committed_by
+            if statement is not None:
+                self._notify(ImplicitCommit(statement))
         if self.failure is not None:
             self._notify(
                 CommitFailed(

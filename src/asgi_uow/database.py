@@ -116,6 +116,8 @@ class Database(Engines):
 def _create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
     parsed = _async_url(url)
     defaults = _dialects.engine_defaults(parsed)
+    if parsed.drivername == "sqlite+aiosqlite":
+        options = _with_safe_connection(options)
     if _dialects.is_memory(parsed):
         defaults |= {
             "poolclass": AsyncAdaptedQueuePool,
@@ -138,6 +140,15 @@ def _create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
         raise ConfigurationError(message) from error
     except TypeError as error:
         raise ConfigurationError(str(error)) from error
+
+
+def _with_safe_connection(options: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        from ._sqlite import connect  # noqa: PLC0415  # needs the extra
+    except ImportError:
+        return dict(options)  # SQLAlchemy says so below
+    theirs = options.get("connect_args", {})
+    return {**options, "connect_args": {"async_creator_fn": connect, **theirs}}
 
 
 def _async_url(url: str | URL) -> URL:

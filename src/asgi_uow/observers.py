@@ -23,6 +23,7 @@ __all__ = [
     "CommitFailed",
     "Event",
     "HookFailed",
+    "ImplicitCommit",
     "LoggingObserver",
     "Observer",
     "ReleaseFailed",
@@ -79,7 +80,17 @@ class ReleaseFailed:
     error: BaseException
 
 
-Event: TypeAlias = UnitFinished | CommitFailed | HookFailed | ReleaseFailed
+@dataclasses.dataclass(frozen=True, slots=True)
+class ImplicitCommit:
+    """MySQL committed in the middle of a unit because of DDL; it cannot be undone."""
+
+    statement: str
+    """The statement, without its parameters."""
+
+
+Event: TypeAlias = (
+    UnitFinished | CommitFailed | HookFailed | ReleaseFailed | ImplicitCommit
+)
 
 
 class Observer(Protocol):
@@ -126,6 +137,11 @@ class LoggingObserver:
                     event.phase,
                     event.hook,
                     exc_info=event.error,
+                )
+            case ImplicitCommit():
+                self.log.error(
+                    "the database committed in the middle of a unit of work: %s",
+                    event.statement,
                 )
             case ReleaseFailed():
                 self.log.error(

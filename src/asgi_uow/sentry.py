@@ -34,7 +34,7 @@ class SentryObserver:
                 self._capture(event.error, f"{event.phase} hook failed", event.hook)
             case ReleaseFailed():
                 self._capture(event.error, f"{event.operation} failed", None)
-            case _:
+            case _:  # a unit that finished, or DDL: nothing was raised
                 pass
 
     @staticmethod

@@ -1,0 +1,146 @@
+"""The error journal: what the database has said against a transaction.
+
+A driver that reports COMMIT as successful does not mean that the work was kept.
+PostgreSQL answers COMMIT with ROLLBACK once a statement has failed, and MySQL has
+rolled everything back after a deadlock and commits only what came later. Both said so
+before; the journal remembers it. It costs no statement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from sqlalchemy import event
+
+from . import _dialects
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine.interfaces import ExceptionContext
+
+    from ._dialects import Driver
+
+JOURNAL = "asgi_uow.journal"
+"""The key in a connection's info under which its session's journal is found."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """An error that gave up the work done at savepoint depth `depth` and deeper."""
+
+    error: BaseException
+    depth: int
+
+
+class Journal:
+    """What went wrong on the connection of one write session."""
+
+    def __init__(self) -> None:
+        """Start with a clean sheet."""
+        self.last: BaseException | None = None
+        self.committed_by: str | None = None
+        """The statement for which MySQL committed on its own, if it did."""
+        self._entries: list[Entry] = []
+        self._savepoints: list[str] = []
+        self._opened = 0
+        self._ddl: str | None = None
+
+    @property
+    def doomed_by(self) -> BaseException | None:
+        """The first error for which work was given up that nobody has undone since."""
+        return self._entries[0].error if self._entries else None
+
+    def note(self, context: ExceptionContext, driver: Driver, raw: object) -> None:
+        """Note an error, and what it has given up."""
+        error = context.original_exception
+        self.last = context.sqlalchemy_exception or error
+        if context.is_disconnect:
+            self._entries.append(Entry(self.last, depth=0))
+        elif driver.gave_up(raw, error):
+            depth = len(self._savepoints) if driver.savepoints_survive else 0
+            self._entries.append(Entry(self.last, depth))
+        if _dialects.code_of(error) != _dialects.MYSQL_SYNTAX_ERROR:
+            self.executed()
+
+    def savepoint(self) -> None:
+        """Note a SAVEPOINT; SQLAlchemy numbers them per connection."""
+        self._opened += 1
+        self._savepoints.append(f"sa_savepoint_{self._opened}")
+
+    def leave_savepoint(self, name: str, *, undone: bool) -> None:
+        """Note RELEASE, or ROLLBACK TO, which undoes what was given up inside."""
+        if name in self._savepoints:
+            depth = self._savepoints.index(name)
+            del self._savepoints[depth:]
+            if undone:
+                self._entries = [each for each in self._entries if each.depth <= depth]
+
+    def executing(self, statement: str) -> None:
+        """Note DDL in an open transaction, for which MySQL commits first."""
+        if _dialects.IMPLICIT_COMMIT.match(statement):
+            self._ddl = statement
+
+    def executed(self) -> None:
+        """Note that the DDL was run; MySQL has committed even if it failed."""
+        self.committed_by = self.committed_by or self._ddl
+        self._ddl = None
+
+
+def attach(connection: Connection, journal: Journal) -> None:
+    """Have the errors of `connection` noted until it goes back to its pool."""
+    connection.info[JOURNAL] = journal
+
+
+def listen(engine: Engine) -> None:
+    """Write the journals of the connections of a writer engine."""
+    driver = _dialects.driver_of(engine.dialect)
+
+    def on_error(context: ExceptionContext) -> None:
+        journal, raw = _find(context.connection)
+        if journal is not None:
+            journal.note(context, driver, raw)
+
+    def on_savepoint(connection: Connection, _: str | None) -> None:
+        journal, _raw = _find(connection)
+        if journal is not None:
+            journal.savepoint()
+
+    def on_release(connection: Connection, name: str, _: object) -> None:
+        journal, _raw = _find(connection)
+        if journal is not None:
+            journal.leave_savepoint(name, undone=False)
+
+    def on_rollback_to(connection: Connection, name: str, _: object) -> None:
+        journal, _raw = _find(connection)
+        if journal is not None:
+            journal.leave_savepoint(name, undone=True)
+
+    def on_execute(
+        connection: Connection, _cursor: object, statement: str, *_: object
+    ) -> None:
+        journal, raw = _find(connection)
+        if journal is not None and driver.in_transaction(raw):
+            journal.executing(statement)
+
+    def on_executed(connection: Connection, *_: object) -> None:
+        journal, _raw = _find(connection)
+        if journal is not None:
+            journal.executed()
+
+    event.listen(engine, "handle_error", on_error)
+    event.listen(engine, "savepoint", on_savepoint)
+    event.listen(engine, "release_savepoint", on_release)
+    event.listen(engine, "rollback_savepoint", on_rollback_to)
+    if engine.dialect.name in {"mysql", "mariadb"}:
+        event.listen(engine, "before_cursor_execute", on_execute)
+        event.listen(engine, "after_cursor_execute", on_executed)
+
+
+def _find(connection: Connection | None) -> tuple[Journal | None, object]:
+    """Give the journal of a connection, if it has one, and the driver's connection."""
+    if connection is None or connection.closed or connection.invalidated:
+        return None, None
+    journal: Journal | None = connection.info.get(JOURNAL)
+    return journal, connection.connection.driver_connection
