@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
 from asgi_uow import current_session
 from tests.servers.backend import MariaDBBackend
 
 if TYPE_CHECKING:
     from tests.servers.backend import Backend
+
+
+class Base(DeclarativeBase):
+    """Mapped to the shop's table."""
+
+
+class Item(Base):
+    """An item."""
+
+    __tablename__ = "items"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
 
 TABLES = (
     "CREATE TABLE parents (id INTEGER PRIMARY KEY)",

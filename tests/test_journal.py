@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import exc as sa_exc
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from asgi_uow import (
     Database,
@@ -29,6 +28,7 @@ from asgi_uow.observers import CommitFailed, ImplicitCommit, UnitFinished
 from tests import shop
 from tests.asgi import endpoint, request
 from tests.servers.backend import SQLiteBackend
+from tests.shop import Item
 from tests.test_promises import shop_database
 
 if TYPE_CHECKING:
@@ -37,17 +37,6 @@ if TYPE_CHECKING:
     from asgi_uow.observers import Event
     from tests.asgi import Response
     from tests.servers.backend import Backend, MariaDBBackend, PostgreSQLBackend
-
-
-class Base(DeclarativeBase):
-    """Mapped to the shop's table."""
-
-
-class Item(Base):
-    """An item."""
-
-    __tablename__ = "items"
-    id: Mapped[int] = mapped_column(primary_key=True)
 
 
 class Request:

@@ -7,7 +7,9 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy import exc as sa_exc
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import (
     Database,
@@ -18,6 +20,7 @@ from asgi_uow import (
     after_response,
     after_rollback,
     before_commit,
+    current_read_session,
     current_session,
     current_unit_of_work,
 )
@@ -25,15 +28,18 @@ from asgi_uow._states import Cause, State
 from asgi_uow.errors import (
     BeforeCommitError,
     CommitFailedError,
+    ConfigurationError,
     NoUnitOfWorkError,
     OutcomeUnknownError,
     PartialCommitError,
+    ReadOnlySessionError,
     UnitOfWorkClosedError,
     UnknownDatabaseError,
 )
 from asgi_uow.observers import CommitFailed, ReleaseFailed, UnitFinished
 from tests import shop
 from tests.asgi import BODY, START, endpoint, http_scope, no_body, request, respond
+from tests.shop import Item
 from tests.test_promises import checked_out, shop_database
 
 if TYPE_CHECKING:
@@ -490,19 +496,43 @@ async def test_flush_may_register_before_commit(db: Database, sqlite: Backend) -
     """A hook registered while the session is flushed still runs before COMMIT."""
 
     async def handler() -> None:
-        await shop.insert(1)
         session = current_session()
-        flush = session.flush
-
-        async def flush_once() -> None:
-            session.flush = flush  # type: ignore[method-assign]
-            before_commit(shop.insert, 2)
-
-        session.flush = flush_once  # type: ignore[assignment]
+        session.add(Item(id=1))
+        event.listen(
+            session.sync_session,
+            "before_flush",
+            lambda *_: before_commit(shop.insert, 2),
+        )
 
     await request(UnitOfWorkMiddleware(endpoint(handler), db))
 
     assert [1, 2] == await shop.items(sqlite)
+
+
+async def test_change_on_the_read_session_is_never_lost(
+    db: Database, sqlite: Backend
+) -> None:
+    """What nobody would ever flush fails the request instead of being dropped."""
+    fired: list[str] = []
+
+    async def add() -> None:
+        await shop.insert(1)
+        current_read_session().add(Item(id=2))
+        after_commit(fired.append, "hook")
+
+    async def change() -> None:
+        item = await current_read_session().get_one(Item, 3)
+        item.id = 4
+
+    await sqlite.execute("INSERT INTO items (id) VALUES (3)")
+    for handler in (add, change):
+        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+
+        assert 500 == response.status
+        assert isinstance(response.error, CommitFailedError)
+        assert isinstance(response.error.__cause__, ReadOnlySessionError)
+    assert [] == fired
+    assert [3] == await shop.items(sqlite)
 
 
 @pytest.mark.parametrize("kind", ["raises", "hangs"])
@@ -644,6 +674,45 @@ async def test_send_in_a_task_of_its_own_is_waited_for(
 # Outcomes in doubt
 
 
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("how", ["cut_after", "cut_before"])
+async def test_unknown_is_resolved_on_postgresql(
+    postgresql: PostgreSQLBackend, how: str, driver: str
+) -> None:
+    """resolve_unknown: a lost answer is settled by asking for the transaction id."""
+    fired: list[str] = []
+    units: list[UnitOfWork] = []
+
+    async def handler() -> None:
+        units.append(current_unit_of_work())
+        await shop.insert(1)
+        after_commit(fired.append, "commit")
+        after_rollback(fired.append, "rollback")
+
+    async with postgresql.proxy() as proxy:
+        await shop.create(postgresql)
+        url = postgresql.through(proxy.port).replace("asyncpg", driver)
+        db = Database.from_url(url, resolve_unknown=True)
+        cut = proxy.cut_after if how == "cut_after" else proxy.cut_before
+        cut(lambda trip: trip == "COMMIT")
+
+        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+
+        kept = how == "cut_after"
+        assert (Outcome.COMMITTED if kept else Outcome.ROLLED_BACK) is units[0].outcome
+        assert (200 if kept else 503) == response.status
+        assert ["commit" if kept else "rollback"] == fired
+        assert ([1] if kept else []) == await shop.items(postgresql)
+        assert [0, 0] == checked_out(db)
+        await db.dispose()
+
+
+def test_resolve_unknown_is_for_postgresql() -> None:
+    """Only PostgreSQL can be asked."""
+    with pytest.raises(ConfigurationError, match="PostgreSQL only"):
+        Database.from_url("sqlite:///app.db", resolve_unknown=True)
+
+
 @pytest.mark.parametrize("how", ["cut_after", "cut_before", "timeout"])
 async def test_lost_answer_to_commit_is_unknown(
     server_backend: MariaDBBackend | PostgreSQLBackend, how: str
@@ -716,6 +785,39 @@ async def test_second_database_failing_is_partial(
         assert [1] == await shop.items(mariadb)
         assert [] == await shop.items(sqlite)
         assert [0, 0, 0, 0] == checked_out(first, second)
+
+
+async def test_two_phase_commit(mariadb: MariaDBBackend, sqlite: Backend) -> None:
+    """twophase=True: prepared everywhere before the first COMMIT; all or nothing."""
+    await shop.create(mariadb)
+    await mariadb.execute("CREATE TABLE more (id INTEGER PRIMARY KEY)")
+    first = Database(create_async_engine(mariadb.url), twophase=True)
+    second = Database(create_async_engine(mariadb.url), twophase=True)
+
+    async def handler() -> None:
+        await current_session(first).execute("INSERT INTO items (id) VALUES (1)")
+        await current_session(second).execute("INSERT INTO more (id) VALUES (2)")
+
+    async def lose_the_second() -> None:
+        await current_session(first).execute("INSERT INTO items (id) VALUES (3)")
+        session = current_session(second)
+        thread = await session.scalar("SELECT connection_id()")
+        await session.execute("INSERT INTO more (id) VALUES (4)")
+        await mariadb.execute(f"KILL {thread}")
+
+    response = await request(UnitOfWorkMiddleware(endpoint(handler), first, second))
+    failed = await request(
+        UnitOfWorkMiddleware(endpoint(lose_the_second), first, second)
+    )
+
+    assert 200 == response.status
+    assert 503 == failed.status
+    assert isinstance(failed.error, CommitFailedError)
+    assert [1] == await shop.items(mariadb)
+    assert [(2,)] == await mariadb.fetch("SELECT id FROM more")
+    assert [0, 0, 0, 0] == checked_out(first, second)
+    for db in (first, second):
+        await db.dispose()
 
 
 async def test_first_database_failing_keeps_nothing(

@@ -87,7 +87,7 @@ def current_read_session(db: Engines | None = None) -> Session:
 
 
 def savepoint(db: Engines | None = None) -> Savepoint:
-    """Open a SAVEPOINT around a part that may fail: `async with savepoint(): ...`.
+    """Open a SAVEPOINT around a part that may fail, with `async with`.
 
     An exception that leaves the block rolls back to the savepoint and goes on; the
     unit of work can still be committed.

@@ -176,6 +176,8 @@ class Driver:
     """Given connection and driver error: has the server given work up?"""
     savepoints_survive: bool = False
     """What was given up is at most what the innermost open savepoint covers."""
+    streams_alone: bool = True
+    """While a stream is being read the connection can do nothing else."""
     kill: Callable[..., str] | None = None
     """Given a connection: what stops its statement, sent from another connection.
 
@@ -183,14 +185,31 @@ class Driver:
     """
 
 
-_PSYCOPG = Driver(_psycopg_open, _psycopg_dead, _psycopg_gave_up, True)  # noqa: FBT003
+_PSYCOPG = Driver(
+    _psycopg_open,
+    _psycopg_dead,
+    _psycopg_gave_up,
+    savepoints_survive=True,
+    streams_alone=False,
+)
 DRIVERS: Mapping[str, Driver] = MappingProxyType(
     {
         "asyncmy": Driver(_asyncmy_open, _asyncmy_dead, kill=_asyncmy_kill),
-        "asyncpg": Driver(_asyncpg_open, _asyncpg_dead, _asyncpg_gave_up, True),  # noqa: FBT003
+        "asyncpg": Driver(
+            _asyncpg_open,
+            _asyncpg_dead,
+            _asyncpg_gave_up,
+            savepoints_survive=True,
+            streams_alone=False,
+        ),
         "psycopg": _PSYCOPG,
         "psycopg_async": _PSYCOPG,
-        "aiosqlite": Driver(_aiosqlite_open, _never, _aiosqlite_gave_up),
+        "aiosqlite": Driver(
+            _aiosqlite_open,
+            _never,
+            _aiosqlite_gave_up,
+            streams_alone=False,
+        ),
     },
 )
 UNKNOWN_DRIVER = Driver(_always, _never)

@@ -9,9 +9,11 @@ of each connection.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import event
+from anyio import move_on_after, sleep
+from sqlalchemy import event, text
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
@@ -37,6 +39,9 @@ IDLE_SINCE = "asgi_uow.idle_since"
 ASIDE_SECONDS = 2.0
 """Seconds for connecting to the server and stopping a cancelled statement."""
 
+RESOLVE_PAUSE = 0.05
+"""Seconds between two questions to a server that cannot tell yet."""
+
 PING_AFTER_IDLE = 30.0
 """Seconds of idleness after which a connection is pinged before it is handed out."""
 
@@ -50,11 +55,13 @@ class Engines:
         *,
         readers: Sequence[AsyncEngine] = (),
         commit_on_exit: bool = True,
+        resolve_unknown: bool = False,
         **session_options: Any,
     ) -> None:
         """See `asgi_uow.Database`."""
         _refuse_reserved(session_options)
         self.commit_on_exit = commit_on_exit
+        self.resolve_unknown = resolve_unknown
         self._session_options: dict[str, Any] = {"expire_on_commit": False}
         self._session_options |= session_options
         self._readers = tuple(readers)
@@ -80,6 +87,9 @@ class Engines:
             message = "This Database has an engine already; make another Database."
             raise ConfigurationError(message)
         _check_engine(engine)
+        if self.resolve_unknown and engine.dialect.name != "postgresql":
+            message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
+            raise ConfigurationError(message)
         self.is_memory = _dialects.is_memory(engine.url)
         if self.is_memory:
             self._read_engine = engine
@@ -154,6 +164,23 @@ class Engines:
             logger.debug("%s was not run", statement, exc_info=True)
         finally:
             await aside.dispose()
+
+    async def was_committed(self, transaction_id: str, seconds: float) -> bool | None:
+        """Ask PostgreSQL what became of a transaction; None if it cannot be told.
+
+        Asks again for so many `seconds` while the server is away or still at it.
+        """
+        query = text("SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8))")
+        status: str | None = "in progress"
+        aside = _derive_engine(self.engine)
+        with move_on_after(seconds):
+            while status == "in progress":
+                await sleep(RESOLVE_PAUSE)
+                with suppress(sa_exc.DBAPIError, OSError):
+                    async with aside.connect() as connection:
+                        status = await connection.scalar(query, {"id": transaction_id})
+        await aside.dispose()
+        return {"committed": True, "aborted": False}.get(status or "")
 
     async def dispose(self) -> None:
         """Close every pooled connection of the writer and the readers."""

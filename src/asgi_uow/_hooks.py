@@ -60,7 +60,12 @@ class Hooks:
 
     def __bool__(self) -> bool:
         """Tell whether anything was registered."""
-        return any(getattr(self, phase) for phase in PHASES)
+        return bool(
+            self.before_commit
+            or self.after_commit
+            or self.after_rollback
+            or self.after_response
+        )
 
     def register(
         self,

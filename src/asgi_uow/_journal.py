@@ -99,35 +99,27 @@ def listen(engine: Engine) -> None:
 
     def on_error(context: ExceptionContext) -> None:
         journal, raw = _find(context.connection)
-        if journal is not None:
+        if raw is not None:
             journal.note(context, driver, raw)
 
     def on_savepoint(connection: Connection, _: str | None) -> None:
-        journal, _raw = _find(connection)
-        if journal is not None:
-            journal.savepoint()
+        _find(connection)[0].savepoint()
 
     def on_release(connection: Connection, name: str, _: object) -> None:
-        journal, _raw = _find(connection)
-        if journal is not None:
-            journal.leave_savepoint(name, undone=False)
+        _find(connection)[0].leave_savepoint(name, undone=False)
 
     def on_rollback_to(connection: Connection, name: str, _: object) -> None:
-        journal, _raw = _find(connection)
-        if journal is not None:
-            journal.leave_savepoint(name, undone=True)
+        _find(connection)[0].leave_savepoint(name, undone=True)
 
     def on_execute(
         connection: Connection, _cursor: object, statement: str, *_: object
     ) -> None:
         journal, raw = _find(connection)
-        if journal is not None and driver.in_transaction(raw):
+        if driver.in_transaction(raw):
             journal.executing(statement)
 
     def on_executed(connection: Connection, *_: object) -> None:
-        journal, _raw = _find(connection)
-        if journal is not None:
-            journal.executed()
+        _find(connection)[0].executed()
 
     event.listen(engine, "handle_error", on_error)
     event.listen(engine, "savepoint", on_savepoint)
@@ -138,9 +130,12 @@ def listen(engine: Engine) -> None:
         event.listen(engine, "after_cursor_execute", on_executed)
 
 
-def _find(connection: Connection | None) -> tuple[Journal | None, object]:
-    """Give the journal of a connection, if it has one, and the driver's connection."""
+def _find(connection: Connection | None) -> tuple[Journal, object]:
+    """Give the journal of a connection and the driver's connection, if it has one.
+
+    A connection that no unit of work uses gets a journal that nobody reads.
+    """
     if connection is None or connection.closed or connection.invalidated:
-        return None, None
-    journal: Journal | None = connection.info.get(JOURNAL)
+        return Journal(), None
+    journal: Journal = connection.info.get(JOURNAL) or Journal()
     return journal, connection.connection.driver_connection

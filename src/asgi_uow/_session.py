@@ -18,7 +18,9 @@ from sqlalchemy.util import EMPTY_DICT
 from ._dialects import driver_of
 from ._journal import Journal
 from ._shield import run_to_completion
+from ._streams import take_turns
 from ._turn import Turn
+from .errors import ConcurrentUseError, ReadOnlySessionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeVarTuple
 
     from ._managed import ManagedSession
+    from ._streams import StreamResult
 
     Ts = TypeVarTuple("Ts")
 
@@ -52,7 +55,9 @@ def _takes_turn(method: F) -> F:
             async with turn:
                 if turn is not self.turn:
                     continue  # the reads moved to the writer while this one waited
-                self.check(f"session.{method.__name__}()")
+                operation = f"session.{method.__name__}()"
+                self.check(operation)
+                self.refuse_while_streaming(operation)
                 try:
                     return await method(self, *args, **kwargs)
                 except Exception as error:
@@ -152,6 +157,7 @@ class Session(AsyncSession):
         self.run_aside = run_aside
         self.writer = writer
         self._turn = Turn()
+        self.streams: list[StreamResult] = []
         super().__init__(
             bind,
             sync_session_class=session_class,
@@ -202,6 +208,33 @@ class Session(AsyncSession):
         if journal.doomed_by is None and not self.is_active:
             return journal.last
         return journal.doomed_by
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether a flush would have something to do."""
+        return bool(self.new or self.dirty or self.deleted)
+
+    def refuse_changes(self) -> None:
+        """Raise `ReadOnlySessionError` for changes that nobody would ever flush."""
+        changed = any(map(self.is_modified, self.dirty))
+        if changed or self.new or self.deleted:
+            operation = "A change to an object"
+            raise ReadOnlySessionError(operation)
+
+    def refuse_while_streaming(self, operation: str) -> None:
+        """Raise `ConcurrentUseError` if a stream keeps the connection to itself."""
+        writer = self.writer()
+        streams = self.streams if writer is None else [*self.streams, *writer.streams]
+        if any(each.is_open for each in streams) and any(
+            driver_of(connection.dialect).streams_alone
+            for connection in self.sync_session.connections
+        ):
+            raise ConcurrentUseError(operation)
+
+    async def close_streams(self) -> None:
+        """Close the streams that nobody has read to their end."""
+        while self.streams:
+            await self.streams.pop().close()
 
     def require_alive(self) -> None:
         """Raise `ConnectionError` if the driver knows that a connection is dead.
@@ -384,12 +417,16 @@ class Session(AsyncSession):
         **named: object,
     ) -> AsyncResult[*TupleAny]:
         """Execute and stream the rows through a server-side cursor."""
-        return await super().stream(
+        result = await super().stream(
             _executable(statement),
             _parameters(params, named),
             execution_options=execution_options,
             bind_arguments=bind_arguments,
         )
+        stream = take_turns(result, lambda: self.turn)
+        self.streams = [each for each in self.streams if each.is_open]
+        self.streams.append(stream)
+        return stream
 
     @overload
     async def stream_scalars(

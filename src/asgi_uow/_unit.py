@@ -38,13 +38,17 @@ from .observers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Sequence
     from contextvars import Token
 
     from ._engines import Engines
     from ._hooks import Hook
     from ._session import Session
     from .observers import Event
+
+
+RESOLVE_SECONDS = 30.0
+"""Seconds for settling an unknown outcome where `commit_timeout` is None."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -292,6 +296,8 @@ class UnitOfWork:
 
     async def _prepare(self) -> None:
         """Run the `before_commit` hooks and flush, until neither adds to the other."""
+        for session in self._readers.values():
+            session.refuse_changes()
         timeout = self.settings.hook_timeout
         queue = self.hooks.before_commit
         done = 0
@@ -304,8 +310,9 @@ class UnitOfWork:
                 except Exception as error:
                     raise _HookStoppedError(hook.name) from error
             for session in self._writers.values():
-                with anyio.fail_after(timeout):
-                    await session.flush()
+                if session.has_changes:
+                    with anyio.fail_after(timeout):
+                        await session.flush()
             if done == len(queue):
                 return
 
@@ -351,8 +358,9 @@ class UnitOfWork:
         outcome = await self._commit() if commit else Outcome.ROLLED_BACK
         if outcome is Outcome.ROLLED_BACK:
             outcome = self._look_for_implicit_commits()
-        for session in self._writers.values():
-            await self._end_session(session, outcome)
+        if outcome is not Outcome.COMMITTED:
+            for session in self._writers.values():
+                await self._roll_back(session, outcome)
         self._conclude(outcome)
         if outcome is Outcome.COMMITTED:
             await self._run_hooks("after_commit", self.hooks.after_commit)
@@ -376,73 +384,81 @@ class UnitOfWork:
         return Outcome.ROLLED_BACK
 
     async def _commit(self) -> Outcome:
-        """COMMIT every session that executed something, in the order of first use."""
+        """COMMIT every session that executed something, in the order of first use.
+
+        Sessions with `twophase=True` are all prepared before the first COMMIT.
+        """
         committed = False
-        for session in self._writers.values():
-            commit = _Commit(session)
+        commits = [_Commit(db, session) for db, session in self._writers.items()]
+        steps = [(commit, commit.prepare) for commit in commits if commit.two_phase]
+        steps += [(commit, commit.run) for commit in commits]
+        for commit, step in steps:
             try:
-                await bounded(commit.run(), self.settings.commit_timeout)
+                await bounded(step(), self.settings.commit_timeout)
             except Exception as error:  # noqa: BLE001  # becomes the failure
-                return self._commit_failed(error, commit, committed=committed)
-            committed = committed or bool(session.sync_session.connections)
+                if not commit.acknowledged:
+                    return await self._commit_failed(error, commit, committed)
+                await self._throw_away(commit.session, error)
+            committed = committed or commit.kept_something
         return Outcome.COMMITTED
 
-    def _commit_failed(
+    async def _commit_failed(
         self,
         error: Exception,
         commit: _Commit,
-        *,
-        committed: bool,
+        committed: bool,  # noqa: FBT001
     ) -> Outcome:
         """Tell what a failed COMMIT means, and remember the failure."""
         self._note(error)
-        in_doubt = commit.sent and (
-            isinstance(error, TimeoutError) or _dialects.is_lost(error)
-        )
+        timed_out = isinstance(error, TimeoutError)
+        in_doubt = commit.sent and (timed_out or _dialects.is_lost(error))
+        if in_doubt and commit.transaction_id is not None:
+            seconds = self.settings.commit_timeout or RESOLVE_SECONDS
+            kept = await commit.db.was_committed(commit.transaction_id, seconds)
+            if kept:
+                await self._throw_away(commit.session, error)
+                return Outcome.COMMITTED
+            in_doubt = kept is None
         kind: type[UnitOfWorkFailedError]
         outcome, kind = Outcome.ROLLED_BACK, CommitFailedError
         if committed:
             outcome, kind = Outcome.PARTIAL, PartialCommitError
         elif in_doubt:
             outcome, kind = Outcome.UNKNOWN, OutcomeUnknownError
-        timed_out = isinstance(error, TimeoutError)
         self.cause = Cause.TIMEOUT if timed_out else Cause.COMMIT_FAILED
         self.failure = self._fail(kind, self.cause, error, outcome=outcome)
         return outcome
 
-    async def _end_session(self, session: Session, outcome: Outcome) -> None:
-        """Give the connection back clean, or throw it away."""
+    async def _roll_back(self, session: Session, outcome: Outcome) -> None:
+        """Roll back and give the connection back clean, or throw it away."""
 
         async def end() -> None:
             session.hand_over()
-            if outcome in {Outcome.UNKNOWN, Outcome.PARTIAL}:
-                await session.invalidate()
-            elif self.failure is not None:
-                # After a failed COMMIT close() alone sends nothing.
-                await session.rollback()
-            await session.close()
+            async with session.turn:
+                if outcome is not Outcome.ROLLED_BACK:
+                    await session.invalidate()
+                elif self.failure is not None:
+                    # After a failed COMMIT close() alone sends nothing.
+                    await session.rollback()
+                await session.close()
 
-        await self._let_go("closing the write session", end, session)
+        try:
+            await bounded(end(), self.settings.commit_timeout)
+        except Exception as error:  # noqa: BLE001  # reported; the outcome stands
+            await self._throw_away(session, error)
 
-    async def _let_go(
-        self,
-        operation: str,
-        end: Callable[[], Coroutine[object, object, None]],
-        session: Session,
-    ) -> None:
-        """Call `end`; if it fails, report that and throw the connection away."""
+    async def _throw_away(self, session: Session, error: Exception) -> None:
+        """Report a session that could not be closed; its connection is not reused."""
 
         async def invalidate() -> None:
             session.hand_over()
             await session.invalidate()
 
-        for step in (end, invalidate):
-            try:
-                await bounded(step(), self.settings.commit_timeout)
-            except Exception as error:  # noqa: BLE001  # reported; the outcome stands
-                self._notify(ReleaseFailed(operation, error))
-            else:
-                return
+        self._notify(ReleaseFailed("closing the session", error))
+        try:
+            await bounded(invalidate(), self.settings.commit_timeout)
+        except Exception as again:  # noqa: BLE001  # reported; the outcome stands
+            self._notify(ReleaseFailed("invalidating the connection", again))
 
     def _conclude(self, outcome: Outcome) -> None:
         """Record the outcome and tell the observers."""
@@ -484,8 +500,10 @@ class UnitOfWork:
     async def _release(self) -> None:
         """Close the read sessions, then run the `after_response` hooks."""
         for session in self._readers.values():
-            close = functools.partial(_close, session)
-            await self._let_go("closing the read session", close, session)
+            try:
+                await bounded(_close(session), self.settings.commit_timeout)
+            except Exception as error:  # noqa: BLE001  # reported; nothing depends on it
+                await self._throw_away(session, error)
         if self.outcome is Outcome.COMMITTED:
             await self._run_hooks("after_response", self.hooks.after_response)
 
@@ -513,24 +531,53 @@ class _HookStoppedError(Exception):
 
 
 class _Commit:
-    """One COMMIT, and whether it may have reached the server."""
+    """One COMMIT: may it have reached the server, and has the server answered?"""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, db: Engines, session: Session) -> None:
+        self.db = db
         self.session = session
+        self.transaction_id: str | None = None
         self.sent = False
+        self.acknowledged = False
 
-    async def run(self) -> None:
+    @property
+    def two_phase(self) -> bool:
+        return self.session.sync_session.twophase
+
+    @property
+    def kept_something(self) -> bool:
+        return self.acknowledged and bool(self.session.sync_session.connections)
+
+    async def prepare(self) -> None:
+        """Have the server promise that it can commit."""
         session = self.session
         session.hand_over()
         async with session.turn:
+            await session.close_streams()
+            if session.in_transaction():
+                await session.run_sync(lambda sync: sync.prepare())
+
+    async def run(self) -> None:
+        """Commit, and give the connection back."""
+        session = self.session
+        session.hand_over()
+        async with session.turn:
+            await session.close_streams()
+            if self.db.resolve_unknown and session.sync_session.connections:
+                query = "SELECT CAST(pg_current_xact_id_if_assigned() AS text)"
+                self.transaction_id = await session.scalar(query)
             session.require_alive()
             self.sent = True
             await session.commit()
+            self.acknowledged = True
+            await session.close()
 
 
 async def _close(session: Session) -> None:
     session.hand_over()
-    await session.close()
+    async with session.turn:
+        await session.close_streams()
+        await session.close()
 
 
 def _outcome_of(decision: Decision) -> Outcome:

@@ -32,7 +32,9 @@ class Database(Engines):
     `engine` is the writer. Reads use `readers`, or else an engine of their own on
     the writer's server, on which the database itself refuses writes.
     `commit_on_exit=False` has `async with db:` roll back unless `force_commit()` is
-    called; it says nothing about requests. All other options are those of
+    called; it says nothing about requests. `resolve_unknown=True` (PostgreSQL) asks
+    for the transaction id before each COMMIT, one more round trip, so that a COMMIT
+    whose answer was lost can be settled. All other options are those of
     SQLAlchemy's `Session`; `expire_on_commit` is False unless passed.
 
     Create it at import time or at start-up; nothing connects before first use.
@@ -46,6 +48,7 @@ class Database(Engines):
         *,
         read_urls: Sequence[str | URL] = (),
         commit_on_exit: bool = True,
+        resolve_unknown: bool = False,
         **engine_options: Any,
     ) -> Self:
         """Create the engines with defaults that suit the database.
@@ -62,6 +65,7 @@ class Database(Engines):
             _create_engine(url, engine_options),
             readers=[_create_engine(each, engine_options) for each in read_urls],
             commit_on_exit=commit_on_exit,
+            resolve_unknown=resolve_unknown,
         )
         database._owned = True
         return database

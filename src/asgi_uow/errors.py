@@ -11,6 +11,7 @@ AsgiUowError
 ├── UnitOfWorkClosedError         the unit of work has ended
 ├── ManagedTransactionError       commit(), rollback() or close() by hand
 ├── ReadOnlySessionError          a write on the read session
+├── ConcurrentUseError            a statement while a stream is being read
 └── UnitOfWorkFailedError         a commit was wanted and the work was not kept
     ├── BeforeCommitError         a before_commit hook raised
     ├── CommitFailedError         flush or COMMIT failed; rolled back
@@ -131,6 +132,18 @@ class ReadOnlySessionError(AsgiUowError, RuntimeError):
         super().__init__(
             f"{operation} was refused on the read session, which cannot write. "
             "Write with current_session() (or db.write).",
+        )
+
+
+class ConcurrentUseError(AsgiUowError, RuntimeError):
+    """A statement was sent while a streaming result holds the connection."""
+
+    def __init__(self, operation: str) -> None:
+        """Name the call that came in between."""
+        super().__init__(
+            f"{operation} was called while a stream() of the same session is still "
+            "being read, and this driver cannot do both. Read the stream to its end "
+            "or close it (`await result.close()`), or do not stream().",
         )
 
 

@@ -1,0 +1,275 @@
+"""What is known of each database, asked of real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import exc as sa_exc
+from sqlalchemy import make_url, text
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from asgi_uow import Database
+from asgi_uow._dialects import (
+    DRIVERS,
+    UNKNOWN_DRIVER,
+    code_of,
+    driver_of,
+    engine_defaults,
+    is_conflict,
+    is_driver_disconnect,
+    is_lost,
+    is_memory,
+    is_unavailable,
+)
+from tests.servers import eventually
+from tests.servers.process import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from tests.servers import Backend, MariaDBBackend, ServerBackend, SQLiteBackend
+
+CREATE = "CREATE TABLE t (id INTEGER PRIMARY KEY)"
+INSERT = text("INSERT INTO t VALUES (1)")
+
+DUPLICATE = {
+    "aiosqlite": "SQLITE_CONSTRAINT_PRIMARYKEY",
+    "asyncmy": 1062,
+    "asyncpg": "23505",
+    "psycopg": "23505",
+}
+LOCKED = {
+    "aiosqlite": "SQLITE_BUSY",
+    "asyncmy": 1205,
+    "asyncpg": "55P03",
+    "psycopg": "55P03",
+}
+on_servers = pytest.mark.parametrize(
+    "any_driver", ["asyncmy", "asyncpg", "psycopg"], indirect=True
+)
+
+
+class UnheardOf(SQLiteDialect_aiosqlite):
+    """A dialect whose driver asgi-uow knows nothing about."""
+
+    driver = "unheard_of"
+    supports_statement_cache = True
+
+
+registry.register("sqlite.unheard_of", __name__, "UnheardOf")
+
+
+@pytest.fixture
+async def engine(any_driver: Backend) -> AsyncIterator[AsyncEngine]:
+    """An engine as SQLAlchemy makes it, with a table `t`."""
+    await any_driver.execute(CREATE)
+    engine = create_async_engine(any_driver.url)
+    yield engine
+    await engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("sqlite://", True),
+        ("sqlite+aiosqlite://", True),
+        ("sqlite:///:memory:", True),
+        ("sqlite:///file:shared?mode=memory&cache=shared&uri=true", True),
+        ("sqlite:///app.db", False),
+        ("sqlite:///file:app.db?mode=ro&uri=true", False),
+        ("postgresql://localhost", False),
+    ],
+)
+def test_is_memory(*, url: str, expected: bool) -> None:
+    """A SQLite database without a file lives in its connection."""
+    assert expected == is_memory(make_url(url))
+
+
+@pytest.mark.parametrize("scheme", ["mysql", "mariadb+asyncmy"])
+def test_mysql_connections_are_recycled(scheme: str) -> None:
+    """Only the MySQL family ends connections that are idle for long."""
+    assert {"pool_reset_on_return", "pool_recycle"} == set(
+        engine_defaults(make_url(f"{scheme}://localhost/shop"))
+    )
+    assert ["pool_reset_on_return"] == list(
+        engine_defaults(make_url("postgresql://localhost/shop"))
+    )
+
+
+async def test_what_a_connection_tells(engine: AsyncEngine) -> None:
+    """A driver's connection knows whether a transaction is open."""
+    driver = driver_of(engine.dialect)
+    async with engine.connect() as connection:
+        raw = (await connection.get_raw_connection()).driver_connection
+        assert not driver.in_transaction(raw)
+        await connection.execute(INSERT)
+        assert driver.in_transaction(raw)
+        assert not driver.is_dead(raw)
+        await connection.rollback()
+        assert not driver.in_transaction(raw)
+
+
+@on_servers
+async def test_what_a_dead_connection_tells(
+    any_driver: ServerBackend, engine: AsyncEngine
+) -> None:
+    """A driver's connection knows that the server has closed it; no query asks."""
+    driver = driver_of(engine.dialect)
+    async with engine.connect() as connection:
+        raw = (await connection.get_raw_connection()).driver_connection
+        await any_driver.kill_connections()
+
+        async def is_dead() -> bool:
+            return driver.is_dead(raw)
+
+        await eventually(True, is_dead)
+        await connection.invalidate()
+
+
+@pytest.mark.parametrize("any_driver", ["psycopg"], indirect=True)
+async def test_what_a_closed_connection_tells(engine: AsyncEngine) -> None:
+    """A psycopg connection that was closed has no socket left to look at."""
+    async with engine.connect() as connection:
+        raw = (await connection.get_raw_connection()).driver_connection
+        assert raw is not None
+        await raw.close()
+        assert driver_of(engine.dialect).is_dead(raw)
+        await connection.invalidate()
+
+
+async def test_an_unknown_driver(sqlite: SQLiteBackend) -> None:
+    """A driver nobody heard of is always rolled back, and works."""
+    db = Database.from_url(f"sqlite+unheard_of:///{sqlite.path}")
+    assert UNKNOWN_DRIVER is driver_of(db.engine.dialect)
+    assert UNKNOWN_DRIVER not in DRIVERS.values()
+    async with db:
+        await db.write.execute(CREATE)
+    with contextlib.suppress(ZeroDivisionError):
+        async with db:
+            await db.write.execute("INSERT INTO t VALUES (1)")
+            raise ZeroDivisionError
+    async with db:
+        await db.write.execute("INSERT INTO t VALUES (2)")
+    await db.dispose()
+    assert [(2,)] == await sqlite.fetch("SELECT id FROM t")
+
+
+async def test_the_code_of_a_duplicate(engine: AsyncEngine) -> None:
+    """The code is the driver's own; a duplicate key stays a duplicate key."""
+    async with engine.connect() as connection:
+        await connection.execute(INSERT)
+        with pytest.raises(sa_exc.IntegrityError) as caught:
+            await connection.execute(INSERT)
+        await connection.rollback()
+    wrapped = RuntimeError("from the application")
+    wrapped.__cause__ = caught.value
+    for error in (caught.value, caught.value.orig, wrapped):
+        assert DUPLICATE[engine.dialect.driver] == code_of(error)
+    assert not is_conflict(caught.value)
+    assert not is_unavailable(caught.value)
+
+
+async def test_a_lock_somebody_else_holds(
+    any_driver: Backend, engine: AsyncEngine
+) -> None:
+    """A conflict with another transaction may be gone a moment later."""
+    await any_driver.execute("INSERT INTO t VALUES (1)")
+    first, second = "SELECT * FROM t FOR UPDATE", "SELECT * FROM t FOR UPDATE NOWAIT"
+    if any_driver.name == "sqlite":
+        first, second = "BEGIN IMMEDIATE", "BEGIN IMMEDIATE"
+    async with engine.connect() as one, engine.connect() as other:
+        if any_driver.name == "sqlite":
+            await other.exec_driver_sql("PRAGMA busy_timeout = 0")
+        await one.exec_driver_sql(first)
+        with pytest.raises(sa_exc.DBAPIError) as caught:
+            await other.exec_driver_sql(second)
+        await one.rollback()
+        await other.rollback()
+    assert LOCKED[engine.dialect.driver] == code_of(caught.value)
+    assert is_conflict(caught.value)
+    assert not is_unavailable(caught.value)
+
+
+@on_servers
+async def test_a_connection_that_is_lost(
+    any_driver: ServerBackend, engine: AsyncEngine
+) -> None:
+    """A statement on a connection that was killed says that it is lost."""
+    async with engine.connect() as connection:
+        await connection.execute(INSERT)
+        await any_driver.kill_connections()
+        with pytest.raises((sa_exc.DBAPIError, OSError)) as caught:
+            await connection.execute(INSERT)
+    assert is_lost(caught.value)
+    assert is_unavailable(caught.value)
+    assert not is_conflict(caught.value)
+
+
+@pytest.mark.parametrize(
+    "drivername", ["mysql+asyncmy", "postgresql+asyncpg", "postgresql+psycopg"]
+)
+async def test_a_server_that_is_down(drivername: str) -> None:
+    """A server that cannot be reached may be back a moment later."""
+    engine = create_async_engine(f"{drivername}://app@127.0.0.1:{free_port()}")
+    with pytest.raises((sa_exc.OperationalError, OSError)) as caught:
+        await engine.connect()
+    assert is_unavailable(caught.value)
+
+
+async def test_a_pool_that_is_exhausted(sqlite: SQLiteBackend) -> None:
+    """A pool without a free connection may have one a moment later."""
+    engine = create_async_engine(
+        sqlite.url, pool_size=1, max_overflow=0, pool_timeout=0.01
+    )
+    async with engine.connect():
+        with pytest.raises(sa_exc.TimeoutError) as caught:
+            await engine.connect()
+    await engine.dispose()
+    assert is_unavailable(caught.value)
+    assert code_of(caught.value) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "unavailable"),
+    [
+        (ConnectionRefusedError(111, "refused"), None, True),
+        (ValueError("1213"), None, False),
+        (ValueError(), None, False),
+        (None, None, False),
+    ],
+    ids=repr,
+)
+def test_errors_without_a_code(
+    *, error: BaseException | None, code: object, unavailable: bool
+) -> None:
+    """What no database said has no code, an errno of the system least of all."""
+    assert code is code_of(error)
+    assert unavailable == (error is not None and is_unavailable(error))
+
+
+async def test_a_cancelled_asyncmy_connection(mariadb: MariaDBBackend) -> None:
+    """asyncmy's refusal to go on after a cancellation counts as a lost connection."""
+    async with mariadb.proxy() as proxy:
+        db = Database.from_url(mariadb.through(proxy.port))
+        async with db.engine.connect() as connection:
+            raw = (await connection.get_raw_connection()).driver_connection
+            assert raw is not None
+            hold = proxy.hold_answer(lambda trip: trip == "SELECT 42")
+            query = asyncio.create_task(raw.query("SELECT 42"))
+            await hold.answered.wait()
+            query.cancel()
+            await asyncio.wait((query,))
+            with pytest.raises(sa_exc.InterfaceError) as caught:
+                await connection.execute(text("SELECT 43"))
+        await db.dispose()
+    assert caught.value.orig is not None
+    assert is_driver_disconnect(caught.value.orig)
+    assert caught.value.connection_invalidated
+    assert not is_driver_disconnect(ValueError(0))

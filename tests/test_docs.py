@@ -1,0 +1,98 @@
+"""What the README and the documentation show runs, and what they link to exists."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from httpx import ASGITransport, AsyncClient
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from httpx import Response
+
+    from asgi_uow._asgi import ASGIApp, Message
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+@asynccontextmanager
+async def running(app: ASGIApp) -> AsyncGenerator[None, None]:
+    """Take the application through its start-up and its shutdown."""
+    to_app: asyncio.Queue[Message] = asyncio.Queue()
+    from_app: asyncio.Queue[Message] = asyncio.Queue()
+    scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
+    task = asyncio.create_task(_call(app, scope, to_app, from_app))
+    for phase in ("startup", "shutdown"):
+        await to_app.put({"type": f"lifespan.{phase}"})
+        assert f"lifespan.{phase}.complete" == (await from_app.get())["type"]
+        if phase == "startup":
+            yield
+    await task
+
+
+async def _call(
+    app: ASGIApp,
+    scope: object,
+    to_app: asyncio.Queue[Message],
+    from_app: asyncio.Queue[Message],
+) -> None:
+    await app(scope, to_app.get, from_app.put)
+
+
+def answers(app: ASGIApp, *requests: str, json: object = None) -> list[Response]:
+    """Start the application, send it `"GET /path"` and so on, shut it down."""
+
+    async def exchange() -> list[Response]:
+        transport = ASGITransport(app, raise_app_exceptions=False)
+        client = AsyncClient(transport=transport, base_url="http://test")
+        async with running(app), client:
+            return [
+                await client.request(*request.split(), json=json)
+                for request in requests
+            ]
+
+    return asyncio.run(exchange())
+
+
+@every_page
+def test_every_python_block_runs(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks of a page share a namespace; `answers` is for the invisible ones."""
+    monkeypatch.chdir(tmp_path)
+    document = Sybil([PythonCodeBlockParser()]).parse(page)
+    document.namespace["answers"] = answers
+    for example in document.examples():
+        example.evaluate()
+
+
+@every_page
+def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+    """The docs builder follows those of the docs, but not those of the README."""
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [] == [link for link in links if not (page.parent / link).exists()]
+
+
+def test_the_program_of_the_readme_has_at_most_20_lines() -> None:
+    """It is on the first screen."""
+    readme = Sybil([PythonCodeBlockParser()]).parse(ROOT / "README.md")
+    program, _ = readme.examples()
+    assert 20 >= len(program.parsed.splitlines())

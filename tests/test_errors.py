@@ -1,0 +1,121 @@
+"""The tree of errors is what its docstring shows, and every message helps."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import re
+
+import pytest
+
+from asgi_uow import Database, Outcome, errors
+from asgi_uow._states import Cause, State
+
+LINE = re.compile(
+    r"^(?P<depth>[│├└─ ]*)(?P<name>\w+Error)(?: .*?(?:\((?P<mixin>\w+)\))?)?$"
+)
+DB = Database.from_url("postgresql://app:s3cret@db.example/shop")
+
+FAILED = (Outcome.ROLLED_BACK, Cause.COMMIT_FAILED)
+REMEDIES: list[tuple[errors.AsgiUowError, str]] = [
+    (errors.MissingDriverError("asyncpg", "postgresql"), "asgi-uow[postgresql]"),
+    (errors.MissingDriverError("aiomysql", None), "install aiomysql"),
+    (errors.EngineNotInitialisedError(), "Database.from_url("),
+    (errors.NoUnitOfWorkError("savepoint()"), "async with db:"),
+    (errors.UnknownDatabaseError("session()", DB), "UnitOfWorkMiddleware(app, ...)"),
+    (errors.NestedUnitOfWorkError(DB), "savepoint()"),
+    (errors.NestedUnitOfWorkError(DB), "unit_of_work(db, independent=True)"),
+    (errors.UnitOfWorkClosedError("session()", State.CLOSED), "async with db:"),
+    (errors.ManagedTransactionError("session.commit()"), "set_rollback_only(reason)"),
+    (errors.ManagedTransactionError("session.commit()"), "savepoint()"),
+    (errors.ReadOnlySessionError("A flush"), "current_session()"),
+    (errors.ConcurrentUseError("session.execute()"), "await result.close()"),
+    (errors.UnitOfWorkFailedError(*FAILED), "not committed"),
+    (errors.BeforeCommitError(*FAILED, detail="send"), "before_commit hook"),
+    (errors.CommitFailedError(*FAILED), "everything was rolled back"),
+    (errors.DoomedError(*FAILED), "already given this transaction up"),
+    (errors.OutcomeUnknownError(*FAILED), "may or may not have been kept"),
+    (errors.PartialCommitError(*FAILED), "Only some of the databases committed"),
+]
+
+
+def documented() -> dict[str, tuple[str | None, str | None]]:
+    """The tree of the docstring: name, parent and builtin."""
+    tree = inspect.cleandoc(errors.__doc__ or "").split("```")[1]
+    found: dict[str, tuple[str | None, str | None]] = {}
+    parents: list[str] = []
+    for line in filter(None, tree.splitlines()):
+        match = LINE.fullmatch(line)
+        assert match, line
+        depth = len(match["depth"]) // 4
+        del parents[depth:]
+        found[match["name"]] = (parents[-1] if parents else None, match["mixin"])
+        parents.append(match["name"])
+    return found
+
+
+def defined() -> dict[str, type[BaseException]]:
+    """The exceptions of the module."""
+    return {
+        name: value
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, BaseException)
+    }
+
+
+def test_the_tree() -> None:
+    """The tree names every class, in order of definition, under its parent."""
+    tree = documented()
+    assert set(defined()) == set(tree)
+    for name, (parent, mixin) in tree.items():
+        bases = [base.__name__ for base in defined()[name].__bases__]
+        assert (parent or "Exception") == bases[0]
+        if mixin is not None:
+            assert [mixin] == bases[1:]
+
+
+@pytest.mark.parametrize(
+    "kind", list(defined().values()), ids=lambda kind: kind.__name__
+)
+def test_builtins(kind: type[BaseException]) -> None:
+    """All but the root are a builtin too, and none is an OSError."""
+    fitting = [
+        base
+        for base in kind.__mro__
+        if vars(builtins).get(base.__name__) is base
+        and base not in {object, BaseException, Exception}
+    ]
+    assert (kind is errors.AsgiUowError) == (not fitting)
+    assert not issubclass(kind, OSError)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"), REMEDIES, ids=lambda value: type(value).__name__
+)
+def test_remedies(error: errors.AsgiUowError, remedy: str) -> None:
+    """Every message says what to do, or what is certain; never the password."""
+    assert remedy in str(error)
+    assert "s3cret" not in str(error)
+
+
+def test_every_error_has_a_message() -> None:
+    """No error but the two that are always given one can be raised without."""
+    told = {type(error).__name__ for error, _ in REMEDIES}
+    assert {"AsgiUowError", "ConfigurationError"} == set(defined()) - told
+
+
+def test_what_a_failure_carries() -> None:
+    """A failure tells outcome, cause and whether trying again may help."""
+    failure = errors.CommitFailedError(
+        Outcome.ROLLED_BACK, Cause.COMMIT_FAILED, retry_after=1
+    )
+    assert Outcome.ROLLED_BACK is failure.outcome
+    assert Cause.COMMIT_FAILED is failure.cause
+    assert 1 == failure.retry_after
+    assert str(failure) == (
+        "The commit failed and everything was rolled back "
+        "(outcome: rolled back, cause: commit_failed)."
+    )
+    hook = errors.BeforeCommitError(*FAILED, detail="Mailer.send")
+    assert str(hook).endswith("cause: commit_failed): Mailer.send")
+    assert hook.retry_after is None
