@@ -26,7 +26,7 @@ from asgi_uow import (
 )
 from asgi_uow._policy import COMMIT
 from asgi_uow._states import TRANSITIONS, Cause, State
-from asgi_uow._unit import Settings
+from asgi_uow._end import Settings
 from asgi_uow.errors import (
     CommitFailedError,
     NestedUnitOfWorkError,

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, ParamSpec, overload
 
+from ._end import Settings
 from ._policy import decide_exit
 from ._states import State
-from ._unit import Settings, UnitOfWork
+from ._unit import UnitOfWork
 from .errors import NestedUnitOfWorkError, NoUnitOfWorkError, UnitOfWorkClosedError
 
 if TYPE_CHECKING:

@@ -6,11 +6,12 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from ._context import use
+from ._end import Settings
 from ._policy import commit_below_400, decide_response, exception_cause, rollback
 from ._problem import FAILURE, problem
 from ._shield import run_to_completion
 from ._states import SETTLED, Cause, State
-from ._unit import Settings, UnitOfWork
+from ._unit import UnitOfWork
 from .observers import LoggingObserver
 
 if TYPE_CHECKING:

@@ -1,24 +1,22 @@
 """The session of a unit of work: SQLAlchemy's, with three additions.
 
 It takes plain SQL with named parameters, its calls take turns, and only the unit of
-work may commit, roll back or close it. `Any` stands where SQLAlchemy's own signatures
-have it.
+work may commit, roll back or close it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
-from sqlalchemy.util import EMPTY_DICT
 
 from ._dialects import driver_of
 from ._journal import Journal
 from ._shield import run_to_completion
 from ._streams import take_turns
+from ._text import TextSession
 from ._turn import Turn
 from .errors import ConcurrentUseError, ReadOnlySessionError
 
@@ -26,22 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
     from types import TracebackType
 
-    from sqlalchemy import Connection, Executable
-    from sqlalchemy.engine import Result, ScalarResult
-    from sqlalchemy.engine.interfaces import _CoreAnyExecuteParams
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncResult, AsyncScalarResult
-    from sqlalchemy.orm._typing import OrmExecuteOptionsParameter
-    from sqlalchemy.orm.session import _BindArguments
-    from sqlalchemy.sql.selectable import TypedReturnsRows
+    from sqlalchemy import Connection
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncResult
     from sqlalchemy.util.typing import TupleAny
-    from typing_extensions import TypeVarTuple
 
     from ._managed import ManagedSession
     from ._streams import StreamResult
 
-    Ts = TypeVarTuple("Ts")
-
-T = TypeVar("T")
 F = TypeVar("F", bound="Callable[..., Coroutine[object, object, object]]")
 
 
@@ -68,22 +57,6 @@ def _takes_turn(method: F) -> F:
                     raise
 
     return call  # type: ignore[return-value]  # the same signature, see wraps
-
-
-def _executable(statement: Executable | str) -> Executable:
-    return text(statement) if isinstance(statement, str) else statement
-
-
-def _parameters(
-    params: _CoreAnyExecuteParams | None,
-    named: dict[str, object],
-) -> _CoreAnyExecuteParams | None:
-    if not named:
-        return params
-    if params is not None:
-        message = "Pass the parameters as a mapping or by name, not both."
-        raise TypeError(message)
-    return named
 
 
 class Savepoint(AsyncSessionTransaction):
@@ -121,7 +94,7 @@ class Savepoint(AsyncSessionTransaction):
             await super().__aexit__(type_, value, traceback)
 
 
-class Session(AsyncSession):
+class Session(TextSession):
     """SQLAlchemy's `AsyncSession`, made by a unit of work and ended by it.
 
     Beside what `AsyncSession` offers it takes a plain string with named parameters:
@@ -231,6 +204,12 @@ class Session(AsyncSession):
         ):
             raise ConcurrentUseError(operation)
 
+    async def throw_away(self) -> None:
+        """Close the connection for good, also under a statement in flight."""
+        self.hand_over()
+        await AsyncSession.invalidate(self)
+        await self.stop_statement()
+
     async def close_streams(self) -> None:
         """Close the streams that nobody has read to their end."""
         while self.streams:
@@ -264,213 +243,21 @@ class Session(AsyncSession):
         self.check("session.add_all()")
         super().add_all(instances)
 
-    @overload
-    async def execute(
-        self,
-        statement: TypedReturnsRows[*Ts],
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> Result[*Ts]: ...
-
-    @overload
-    async def execute(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> Result[*TupleAny]: ...
-
-    @_takes_turn
-    async def execute(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> Result[*TupleAny]:
-        """Execute a statement, or plain SQL with named parameters."""
-        return await super().execute(
-            _executable(statement),
-            _parameters(params, named),
-            execution_options=execution_options,
-            bind_arguments=bind_arguments,
-        )
-
-    @overload
-    async def scalar(
-        self,
-        statement: TypedReturnsRows[T],
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> T | None: ...
-
-    @overload
-    async def scalar(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> Any: ...
-
-    @_takes_turn
-    async def scalar(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> Any:
-        """Give the first column of the first row, or None."""
-        return await super().scalar(
-            _executable(statement),
-            _parameters(params, named),
-            execution_options=execution_options,
-            bind_arguments=bind_arguments,
-        )
-
-    @overload
-    async def scalars(
-        self,
-        statement: TypedReturnsRows[T],
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> ScalarResult[T]: ...
-
-    @overload
-    async def scalars(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> ScalarResult[Any]: ...
-
-    @_takes_turn
-    async def scalars(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> ScalarResult[Any]:
-        """Give the first column of every row."""
-        return await super().scalars(
-            _executable(statement),
-            _parameters(params, named),
-            execution_options=execution_options,
-            bind_arguments=bind_arguments,
-        )
-
-    @overload
-    async def stream(
-        self,
-        statement: TypedReturnsRows[*Ts],
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> AsyncResult[*Ts]: ...
-
-    @overload
-    async def stream(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> AsyncResult[*TupleAny]: ...
-
-    @_takes_turn
-    async def stream(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> AsyncResult[*TupleAny]:
-        """Execute and stream the rows through a server-side cursor."""
-        result = await super().stream(
-            _executable(statement),
-            _parameters(params, named),
-            execution_options=execution_options,
-            bind_arguments=bind_arguments,
-        )
-        stream = take_turns(result, lambda: self.turn)
+    def watch(self, stream: AsyncResult[*TupleAny]) -> AsyncResult[*TupleAny]:
+        """Have the fetches of a stream take turns too."""
+        watched = take_turns(stream, lambda: self.turn)
         self.streams = [each for each in self.streams if each.is_open]
-        self.streams.append(stream)
-        return stream
-
-    @overload
-    async def stream_scalars(
-        self,
-        statement: TypedReturnsRows[T],
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> AsyncScalarResult[T]: ...
-
-    @overload
-    async def stream_scalars(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> AsyncScalarResult[Any]: ...
-
-    @_takes_turn
-    async def stream_scalars(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
-    ) -> AsyncScalarResult[Any]:
-        """Stream the first column of every row."""
-        return await super().stream_scalars(
-            _executable(statement),
-            _parameters(params, named),
-            execution_options=execution_options,
-            bind_arguments=bind_arguments,
-        )
+        self.streams.append(watched)
+        return watched
 
 
-# What takes no text takes turns as it is; `delete_all`, `merge_all`: SQLAlchemy 2.1.
+# `delete_all`, `merge_all`: SQLAlchemy 2.1.
 for _name in (
+    "execute",
+    "scalar",
+    "scalars",
+    "stream",
+    "stream_scalars",
     "get",
     "get_one",
     "refresh",
@@ -487,5 +274,5 @@ for _name in (
     "reset",
     "invalidate",
 ):
-    if hasattr(AsyncSession, _name):
-        setattr(Session, _name, _takes_turn(getattr(AsyncSession, _name)))
+    if hasattr(TextSession, _name):
+        setattr(Session, _name, _takes_turn(getattr(TextSession, _name)))

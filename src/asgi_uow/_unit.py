@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 import warnings
@@ -11,17 +10,15 @@ from typing import TYPE_CHECKING
 import anyio
 
 from . import _dialects
+from ._end import End, Outages, Settings
 from ._hooks import Hooks
 from ._policy import Decision, rollback
-from ._problem import RETRY_AFTER
-from ._shield import bounded, run_to_completion
+from ._shield import run_to_completion
 from ._states import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from .errors import (
     BeforeCommitError,
     CommitFailedError,
     DoomedError,
-    OutcomeUnknownError,
-    PartialCommitError,
     UnitOfWorkClosedError,
     UnitOfWorkFailedError,
     UnknownDatabaseError,
@@ -30,9 +27,6 @@ from .observers import (
     CommitFailed,
     HookFailed,
     ImplicitCommit,
-    LoggingObserver,
-    Observer,
-    ReleaseFailed,
     UnitFinished,
     notify,
 )
@@ -45,19 +39,6 @@ if TYPE_CHECKING:
     from ._hooks import Hook
     from ._session import Session
     from .observers import Event
-
-
-RESOLVE_SECONDS = 30.0
-"""Seconds for settling an unknown outcome where `commit_timeout` is None."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Settings:
-    """What a unit of work is told from outside; times in seconds, None is no limit."""
-
-    observers: tuple[Observer, ...] = (LoggingObserver(),)
-    commit_timeout: float | None = 30.0
-    hook_timeout: float | None = 5.0
 
 
 class UnitOfWork:
@@ -83,14 +64,14 @@ class UnitOfWork:
         self.outcome: Outcome | None = None
         self.cause: Cause | None = None
         self.reason: str | None = None
-        self.failure: UnitOfWorkFailedError | None = None
         self.forced = False
         self.token: Token[UnitOfWork | None] | None = None
         self.settings = settings
         self._state = State.NEW
         self._writers: dict[Engines, Session] = {}
         self._readers: dict[Engines, Session] = {}
-        self._unavailable: list[Exception] = []
+        self._outages = Outages()
+        self._end = End(self._writers, settings, self._outages)
         self._doomed_by: BaseException | None = None
         self._opened = time.perf_counter()
 
@@ -113,6 +94,11 @@ class UnitOfWork:
         return next((error for error in doomed if error is not None), None)
 
     @property
+    def failure(self) -> UnitOfWorkFailedError | None:
+        """What is raised because a commit was wanted and the work was not kept."""
+        return self._end.failure
+
+    @property
     def is_open(self) -> bool:
         """Whether the end is not decided yet."""
         return self._state in UNDECIDED
@@ -133,7 +119,9 @@ class UnitOfWork:
             return self._around("session()", db).session(db)
         self.check_writable("session()")
         if db not in self._writers:
-            self._writers[db] = db.write_session(self.check_writable, self._note)
+            self._writers[db] = db.write_session(
+                self.check_writable, self._outages.note
+            )
             self._activate()
         return self._writers[db]
 
@@ -146,7 +134,7 @@ class UnitOfWork:
         if db not in self._readers:
             self._readers[db] = db.make_read_session(
                 self._check_readable,
-                self._note,
+                self._outages.note,
                 functools.partial(self._reads_move_to, db),
             )
             self._activate()
@@ -183,14 +171,7 @@ class UnitOfWork:
 
     def unavailable(self, error: BaseException) -> bool:
         """Tell whether `error` is, or follows from, a database out of reach."""
-        seen: set[int] = set()
-        cause: BaseException | None = error
-        while cause is not None and id(cause) not in seen:
-            if any(cause is noted for noted in self._unavailable):
-                return True
-            seen.add(id(cause))
-            cause = cause.__cause__ or cause.__context__
-        return False
+        return self._outages.behind(error)
 
     async def finish(
         self,
@@ -222,11 +203,15 @@ class UnitOfWork:
         self.cause = decision.cause
         if decision.refuse and decision.cause is not None:
             kind = CommitFailedError if because else DoomedError
-            self.failure = self._fail(kind, decision.cause, because or self.doomed_by)
+            self._end.failure = self._end.fail(
+                kind, decision.cause, because or self.doomed_by
+            )
         if self._writers or self.hooks:
-            await run_to_completion(self._settle(commit=decision.commit))
+            await run_to_completion(self._settle(decision))
         else:
-            self._conclude(_outcome_of(decision))
+            self._conclude(
+                Outcome.COMMITTED if decision.commit else Outcome.ROLLED_BACK
+            )
         if cancelled is not None:
             raise cancelled
         if self.failure is not None:
@@ -288,10 +273,6 @@ class UnitOfWork:
             writer if writer is not None and writer.sync_session.connections else None
         )
 
-    def _note(self, error: Exception) -> None:
-        if _dialects.is_unavailable(error):
-            self._unavailable.append(error)
-
     # The end
 
     async def _prepare(self) -> None:
@@ -327,138 +308,20 @@ class UnitOfWork:
             cause = Cause.TIMEOUT
         elif not isinstance(error, Exception):
             cause = Cause.CANCELLED
-        self.failure = self._fail(kind, cause, error, detail=detail)
+        self._end.failure = self._end.fail(kind, cause, error, detail=detail)
         return rollback(cause)
 
-    def _fail(
-        self,
-        kind: type[UnitOfWorkFailedError],
-        cause: Cause,
-        error: BaseException | None,
-        *,
-        outcome: Outcome = Outcome.ROLLED_BACK,
-        detail: str = "",
-    ) -> UnitOfWorkFailedError:
-        later = (
-            outcome is Outcome.ROLLED_BACK
-            and error is not None
-            and (self.unavailable(error) or _dialects.is_conflict(error))
-        )
-        failure = kind(
-            outcome,
-            cause,
-            detail=detail,
-            retry_after=RETRY_AFTER if later else None,
-        )
-        failure.__cause__ = error
-        return failure
-
-    async def _settle(self, *, commit: bool) -> None:
-        """Commit or roll back, close the write sessions, run the hooks."""
-        outcome = await self._commit() if commit else Outcome.ROLLED_BACK
-        if outcome is Outcome.ROLLED_BACK:
-            outcome = self._look_for_implicit_commits()
-        if outcome is not Outcome.COMMITTED:
-            for session in self._writers.values():
-                await self._roll_back(session, outcome)
+    async def _settle(self, decision: Decision) -> None:
+        """Commit or roll back, then run the hooks of the outcome."""
+        outcome = await self._end.run(commit=decision.commit, cause=decision.cause)
+        if self.failure is not None:
+            self.cause = self.failure.cause
         self._conclude(outcome)
         if outcome is Outcome.COMMITTED:
             await self._run_hooks("after_commit", self.hooks.after_commit)
         elif outcome is Outcome.ROLLED_BACK:
             self.hooks.after_rollback.reverse()
             await self._run_hooks("after_rollback", self.hooks.after_rollback)
-
-    def _look_for_implicit_commits(self) -> Outcome:
-        """Tell whether DDL has kept a part of what is to be rolled back."""
-        for session in self._writers.values():
-            statement = session.sync_session.journal.committed_by
-            if statement is not None:
-                self.failure = self._fail(
-                    PartialCommitError,
-                    self.cause or Cause.COMMIT_FAILED,
-                    self.failure.__cause__ if self.failure else None,
-                    outcome=Outcome.PARTIAL,
-                    detail=f"MySQL committed by itself for {statement!r}",
-                )
-                return Outcome.PARTIAL
-        return Outcome.ROLLED_BACK
-
-    async def _commit(self) -> Outcome:
-        """COMMIT every session that executed something, in the order of first use.
-
-        Sessions with `twophase=True` are all prepared before the first COMMIT.
-        """
-        committed = False
-        commits = [_Commit(db, session) for db, session in self._writers.items()]
-        steps = [(commit, commit.prepare) for commit in commits if commit.two_phase]
-        steps += [(commit, commit.run) for commit in commits]
-        for commit, step in steps:
-            try:
-                await bounded(step(), self.settings.commit_timeout)
-            except Exception as error:  # noqa: BLE001  # becomes the failure
-                if not commit.acknowledged:
-                    return await self._commit_failed(error, commit, committed)
-                await self._throw_away(commit.session, error)
-            committed = committed or commit.kept_something
-        return Outcome.COMMITTED
-
-    async def _commit_failed(
-        self,
-        error: Exception,
-        commit: _Commit,
-        committed: bool,  # noqa: FBT001
-    ) -> Outcome:
-        """Tell what a failed COMMIT means, and remember the failure."""
-        self._note(error)
-        timed_out = isinstance(error, TimeoutError)
-        in_doubt = commit.sent and (timed_out or _dialects.is_lost(error))
-        if in_doubt and commit.transaction_id is not None:
-            seconds = self.settings.commit_timeout or RESOLVE_SECONDS
-            kept = await commit.db.was_committed(commit.transaction_id, seconds)
-            if kept:
-                await self._throw_away(commit.session, error)
-                return Outcome.COMMITTED
-            in_doubt = kept is None
-        kind: type[UnitOfWorkFailedError]
-        outcome, kind = Outcome.ROLLED_BACK, CommitFailedError
-        if committed:
-            outcome, kind = Outcome.PARTIAL, PartialCommitError
-        elif in_doubt:
-            outcome, kind = Outcome.UNKNOWN, OutcomeUnknownError
-        self.cause = Cause.TIMEOUT if timed_out else Cause.COMMIT_FAILED
-        self.failure = self._fail(kind, self.cause, error, outcome=outcome)
-        return outcome
-
-    async def _roll_back(self, session: Session, outcome: Outcome) -> None:
-        """Roll back and give the connection back clean, or throw it away."""
-
-        async def end() -> None:
-            session.hand_over()
-            async with session.turn:
-                if outcome is not Outcome.ROLLED_BACK:
-                    await session.invalidate()
-                elif self.failure is not None:
-                    # After a failed COMMIT close() alone sends nothing.
-                    await session.rollback()
-                await session.close()
-
-        try:
-            await bounded(end(), self.settings.commit_timeout)
-        except Exception as error:  # noqa: BLE001  # reported; the outcome stands
-            await self._throw_away(session, error)
-
-    async def _throw_away(self, session: Session, error: Exception) -> None:
-        """Report a session that could not be closed; its connection is not reused."""
-
-        async def invalidate() -> None:
-            session.hand_over()
-            await session.invalidate()
-
-        self._notify(ReleaseFailed("closing the session", error))
-        try:
-            await bounded(invalidate(), self.settings.commit_timeout)
-        except Exception as again:  # noqa: BLE001  # reported; the outcome stands
-            self._notify(ReleaseFailed("invalidating the connection", again))
 
     def _conclude(self, outcome: Outcome) -> None:
         """Record the outcome and tell the observers."""
@@ -500,10 +363,7 @@ class UnitOfWork:
     async def _release(self) -> None:
         """Close the read sessions, then run the `after_response` hooks."""
         for session in self._readers.values():
-            try:
-                await bounded(_close(session), self.settings.commit_timeout)
-            except Exception as error:  # noqa: BLE001  # reported; nothing depends on it
-                await self._throw_away(session, error)
+            await self._end.close_reader(session)
         if self.outcome is Outcome.COMMITTED:
             await self._run_hooks("after_response", self.hooks.after_response)
 
@@ -528,57 +388,3 @@ class UnitOfWork:
 
 class _HookStoppedError(Exception):
     """Carries the name of the `before_commit` hook whose error is its cause."""
-
-
-class _Commit:
-    """One COMMIT: may it have reached the server, and has the server answered?"""
-
-    def __init__(self, db: Engines, session: Session) -> None:
-        self.db = db
-        self.session = session
-        self.transaction_id: str | None = None
-        self.sent = False
-        self.acknowledged = False
-
-    @property
-    def two_phase(self) -> bool:
-        return self.session.sync_session.twophase
-
-    @property
-    def kept_something(self) -> bool:
-        return self.acknowledged and bool(self.session.sync_session.connections)
-
-    async def prepare(self) -> None:
-        """Have the server promise that it can commit."""
-        session = self.session
-        session.hand_over()
-        async with session.turn:
-            await session.close_streams()
-            if session.in_transaction():
-                await session.run_sync(lambda sync: sync.prepare())
-
-    async def run(self) -> None:
-        """Commit, and give the connection back."""
-        session = self.session
-        session.hand_over()
-        async with session.turn:
-            await session.close_streams()
-            if self.db.resolve_unknown and session.sync_session.connections:
-                query = "SELECT CAST(pg_current_xact_id_if_assigned() AS text)"
-                self.transaction_id = await session.scalar(query)
-            session.require_alive()
-            self.sent = True
-            await session.commit()
-            self.acknowledged = True
-            await session.close()
-
-
-async def _close(session: Session) -> None:
-    session.hand_over()
-    async with session.turn:
-        await session.close_streams()
-        await session.close()
-
-
-def _outcome_of(decision: Decision) -> Outcome:
-    return Outcome.COMMITTED if decision.commit else Outcome.ROLLED_BACK

@@ -8,6 +8,7 @@ run ends, however it ends.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,8 @@ class RunningServers:
 def pytest_configure(config: pytest.Config) -> None:
     workerinput = getattr(config, "workerinput", {})
     config.stash[SERVERS] = RunningServers(workerinput.get(WORKER_KEY, {}))
+    if not workerinput:  # being terminated is being interrupted: servers stop
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

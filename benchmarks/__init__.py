@@ -1,0 +1,3 @@
+"""What a unit of work costs: `python -m benchmarks`."""
+
+from __future__ import annotations

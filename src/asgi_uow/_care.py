@@ -1,0 +1,154 @@
+"""The care every engine gets, also one that was passed in.
+
+A connection that has an open transaction is rolled back before another unit of work
+sees it, a dead one is replaced before it is handed out, and a read engine is read-only
+from the first moment of each connection.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from sqlalchemy import event
+from sqlalchemy import exc as sa_exc
+
+from . import _dialects, _journal
+from .errors import ReadOnlySessionError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
+    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
+
+ERROR_SEEN = "asgi_uow.error_seen"
+IDLE_SINCE = "asgi_uow.idle_since"
+
+PING_AFTER_IDLE = 30.0
+"""Seconds of idleness after which a connection is pinged before it is handed out."""
+
+
+def prepare(engine: AsyncEngine, *, read_only: bool) -> None:
+    """Attach the listeners; all of them run inside SQLAlchemy's greenlet."""
+    target = engine.sync_engine
+    # First, so that those that follow know what a disconnect is.
+    event.listen(target, "handle_error", _note_error)
+    if target.dialect.name == "sqlite":
+        event.listen(target, "connect", _sqlite_settings)
+        if not read_only:
+            event.listen(target, "begin", _sqlite_begin)
+    if read_only:
+        event.listen(target, "connect", _Reader(target).make_read_only)
+        event.listen(target, "handle_error", _name_read_only_error)
+    else:
+        _journal.listen(target)
+    care = _Care(target)
+    event.listen(target, "checkout", care.check_alive)
+    event.listen(target, "checkin", care.note_idle)
+    event.listen(target, "reset", care.roll_back_if_open)
+
+
+class _Reader:
+    """Makes the connections of a read engine read-only, once each."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.dialect = engine.dialect
+
+    def make_read_only(self, dbapi_connection: DBAPIConnection, _: object) -> None:
+        # Last of the connect listeners, so no isolation level set before survives.
+        self.dialect.set_isolation_level(dbapi_connection, "AUTOCOMMIT")
+        cursor = dbapi_connection.cursor()
+        cursor.execute(_dialects.READ_ONLY_STATEMENT[self.dialect.name])
+        cursor.close()
+
+
+class _Care:
+    """Looks after pooled connections by asking the driver, not the server."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.dialect = engine.dialect
+        self.driver = _dialects.driver_of(engine.dialect)
+
+    def check_alive(
+        self,
+        dbapi_connection: DBAPIConnection,
+        entry: ConnectionPoolEntry,
+        _: object,
+    ) -> None:
+        """Replace a connection that is dead, or does not answer after idleness."""
+        raw = self.dialect.get_driver_connection(dbapi_connection)
+        idle_since: float | None = entry.info.pop(IDLE_SINCE, None)
+        if self.driver.is_dead(raw):
+            message = "the connection was closed while it was idle"
+            raise sa_exc.DisconnectionError(message)
+        if idle_since is None or time.monotonic() - idle_since < PING_AFTER_IDLE:
+            return
+        try:
+            self.dialect.do_ping(dbapi_connection)
+        except self.dialect.loaded_dbapi.Error as error:
+            message = "the connection did not answer after a time of idleness"
+            raise sa_exc.DisconnectionError(message) from error
+
+    def note_idle(self, _: object, entry: ConnectionPoolEntry) -> None:
+        """Remember when a connection came back, and that it is nobody's now."""
+        entry.info[IDLE_SINCE] = time.monotonic()
+        entry.info.pop(_journal.JOURNAL, None)
+
+    def roll_back_if_open(
+        self,
+        dbapi_connection: DBAPIConnection,
+        entry: ConnectionPoolEntry,
+        state: PoolResetState,
+    ) -> None:
+        """Send ROLLBACK only if a transaction is open or an error was seen.
+
+        SQLAlchemy itself sends none after a failed COMMIT, and the next user of the
+        connection would commit what failed. An error packet of MySQL carries no
+        status flag, hence the note that `_note_error` leaves.
+        """
+        if state.terminate_only or not state.asyncio_safe:
+            return
+        raw = self.dialect.get_driver_connection(dbapi_connection)
+        if entry.info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw):
+            dbapi_connection.rollback()
+            if self.driver is not _dialects.UNKNOWN_DRIVER and (
+                self.driver.in_transaction(raw)
+            ):
+                message = "the transaction could not be rolled back"
+                raise sa_exc.DisconnectionError(message)
+
+
+def _note_error(context: ExceptionContext) -> None:
+    if _dialects.is_driver_disconnect(context.original_exception):
+        context.is_disconnect = True
+    connection = context.connection
+    if connection is not None and not connection.invalidated and not connection.closed:
+        connection.info[ERROR_SEEN] = True
+
+
+def _name_read_only_error(context: ExceptionContext) -> None:
+    error = context.sqlalchemy_exception
+    if error is not None and _dialects.code_of(error) in _dialects.READ_ONLY_CODES:
+        operation = "A statement"
+        raise ReadOnlySessionError(operation) from error
+
+
+def _sqlite_settings(dbapi_connection: DBAPIConnection, _: object) -> None:
+    """Wait for locks, keep foreign keys, and let BEGIN be sent by `_sqlite_begin`."""
+    dbapi_connection.isolation_level = None
+    cursor = dbapi_connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {_dialects.SQLITE_BUSY_TIMEOUT}")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.close()
+
+
+def _sqlite_begin(connection: Connection) -> None:
+    """Take the write lock at once: an upgrade later can fail without waiting.
+
+    A SAVEPOINT opened before any DML needs the explicit BEGIN too, or its RELEASE
+    commits. https://www.sqlite.org/lang_savepoint.html
+    """
+    connection.exec_driver_sql("BEGIN IMMEDIATE")

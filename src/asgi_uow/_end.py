@@ -1,0 +1,262 @@
+"""How the sessions of a unit of work end: the lines that commit and roll back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from . import _dialects
+from ._problem import RETRY_AFTER
+from ._shield import bounded
+from ._states import Cause, Outcome
+from .errors import (
+    CommitFailedError,
+    OutcomeUnknownError,
+    PartialCommitError,
+    UnitOfWorkFailedError,
+)
+from .observers import LoggingObserver, Observer, ReleaseFailed, notify
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ._engines import Engines
+    from ._session import Session
+
+RESOLVE_SECONDS = 30.0
+"""Seconds for settling an unknown outcome where `commit_timeout` is None."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """What a unit of work is told from outside; times in seconds, None is no limit."""
+
+    observers: tuple[Observer, ...] = (LoggingObserver(),)
+    commit_timeout: float | None = 30.0
+    hook_timeout: float | None = 5.0
+
+
+class Outages:
+    """The errors that mean a database out of reach, as sessions ran into them."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._errors: list[Exception] = []
+
+    def note(self, error: Exception) -> None:
+        """Remember `error` if it is one."""
+        if _dialects.is_unavailable(error):
+            self._errors.append(error)
+
+    def behind(self, error: BaseException) -> bool:
+        """Tell whether `error` is one of them, or follows from one."""
+        seen: list[BaseException] = []
+        cause: BaseException | None = error
+        while cause is not None and cause not in seen:
+            if any(cause is noted for noted in self._errors):
+                return True
+            seen.append(cause)
+            cause = cause.__cause__ or cause.__context__
+        return False
+
+
+class End:
+    """Ends the write sessions of one unit, once, and says what became of them."""
+
+    def __init__(
+        self,
+        writers: Mapping[Engines, Session],
+        settings: Settings,
+        outages: Outages,
+    ) -> None:
+        """Be ready to end `writers`."""
+        self.failure: UnitOfWorkFailedError | None = None
+        self._stuck = False
+        self._writers = writers
+        self._settings = settings
+        self._outages = outages
+
+    def fail(
+        self,
+        kind: type[UnitOfWorkFailedError],
+        cause: Cause,
+        error: BaseException | None,
+        *,
+        outcome: Outcome = Outcome.ROLLED_BACK,
+        detail: str = "",
+    ) -> UnitOfWorkFailedError:
+        later = (
+            outcome is Outcome.ROLLED_BACK
+            and error is not None
+            and (self._outages.behind(error) or _dialects.is_conflict(error))
+        )
+        failure = kind(
+            outcome,
+            cause,
+            detail=detail,
+            retry_after=RETRY_AFTER if later else None,
+        )
+        failure.__cause__ = error
+        return failure
+
+    async def run(self, *, commit: bool, cause: Cause | None) -> Outcome:
+        """Commit or roll back, and give every connection back or throw it away."""
+        outcome = await self._commit() if commit else Outcome.ROLLED_BACK
+        if outcome is Outcome.ROLLED_BACK:
+            outcome = self._look_for_implicit_commits(cause)
+        if outcome is not Outcome.COMMITTED:
+            for session in self._writers.values():
+                await self._roll_back(session, outcome)
+        return outcome
+
+    def _look_for_implicit_commits(self, cause: Cause | None) -> Outcome:
+        """Tell whether DDL has kept a part of what is to be rolled back."""
+        for session in self._writers.values():
+            statement = session.sync_session.journal.committed_by
+            if statement is not None:
+                self.failure = self.fail(
+                    PartialCommitError,
+                    cause or Cause.COMMIT_FAILED,
+                    self.failure.__cause__ if self.failure else None,
+                    outcome=Outcome.PARTIAL,
+                    detail=f"MySQL committed by itself for {statement!r}",
+                )
+                return Outcome.PARTIAL
+        return Outcome.ROLLED_BACK
+
+    async def _commit(self) -> Outcome:
+        """COMMIT every session that executed something, in the order of first use.
+
+        Sessions with `twophase=True` are all prepared before the first COMMIT.
+        """
+        committed = False
+        commits = [_Commit(db, session) for db, session in self._writers.items()]
+        steps = [(commit, commit.prepare) for commit in commits if commit.two_phase]
+        steps += [(commit, commit.run) for commit in commits]
+        for commit, step in steps:
+            try:
+                await bounded(step(), self._settings.commit_timeout)
+            except Exception as error:  # noqa: BLE001  # becomes the failure
+                if not commit.acknowledged:
+                    return await self._commit_failed(error, commit, committed)
+                await self._throw_away(commit.session, error)
+            committed = committed or commit.kept_something
+        return Outcome.COMMITTED
+
+    async def _commit_failed(
+        self,
+        error: Exception,
+        commit: _Commit,
+        committed: bool,  # noqa: FBT001
+    ) -> Outcome:
+        """Tell what a failed COMMIT means, and remember the failure."""
+        self._outages.note(error)
+        self._stuck = timed_out = isinstance(error, TimeoutError)
+        in_doubt = commit.sent and (timed_out or _dialects.is_lost(error))
+        if in_doubt and commit.transaction_id is not None:
+            seconds = self._settings.commit_timeout or RESOLVE_SECONDS
+            kept = await commit.db.was_committed(commit.transaction_id, seconds)
+            if kept:
+                await self._throw_away(commit.session, error)
+                return Outcome.COMMITTED
+            in_doubt = kept is None
+        kind: type[UnitOfWorkFailedError]
+        outcome, kind = Outcome.ROLLED_BACK, CommitFailedError
+        if committed:
+            outcome, kind = Outcome.PARTIAL, PartialCommitError
+        elif in_doubt:
+            outcome, kind = Outcome.UNKNOWN, OutcomeUnknownError
+        cause = Cause.TIMEOUT if timed_out else Cause.COMMIT_FAILED
+        self.failure = self.fail(kind, cause, error, outcome=outcome)
+        return outcome
+
+    async def _roll_back(self, session: Session, outcome: Outcome) -> None:
+        """Roll back and give the connection back clean, or throw it away."""
+        failure = self.failure
+
+        async def end() -> None:
+            session.hand_over()
+            async with session.turn:
+                if outcome is not Outcome.ROLLED_BACK:
+                    await session.invalidate()
+                elif failure is not None:
+                    # After a failed COMMIT close() alone sends nothing.
+                    await session.rollback()
+                await session.close()
+
+        if self._stuck:
+            # What did not answer in time is not waited for again.
+            await self._throw_away(session, failure or TimeoutError())
+            return
+        try:
+            await bounded(end(), self._settings.commit_timeout)
+        except Exception as error:  # noqa: BLE001  # reported; the outcome stands
+            await self._throw_away(session, error)
+
+    async def close_reader(self, session: Session) -> None:
+        """Give the connection of a read session back, or throw it away."""
+
+        async def close() -> None:
+            session.hand_over()
+            async with session.turn:
+                await session.close_streams()
+                await session.close()
+
+        try:
+            await bounded(close(), self._settings.commit_timeout)
+        except Exception as error:  # noqa: BLE001  # reported; nothing depends on it
+            await self._throw_away(session, error)
+
+    async def _throw_away(self, session: Session, error: Exception) -> None:
+        """Report a session that could not be closed; its connection is not reused."""
+        self._report("closing the session", error)
+        try:
+            await bounded(session.throw_away(), self._settings.commit_timeout)
+        except Exception as again:  # noqa: BLE001  # reported; the outcome stands
+            self._report("throwing the connection away", again)
+
+    def _report(self, operation: str, error: Exception) -> None:
+        notify(self._settings.observers, ReleaseFailed(operation, error))
+
+
+class _Commit:
+    """One COMMIT: may it have reached the server, and has the server answered?"""
+
+    def __init__(self, db: Engines, session: Session) -> None:
+        self.db = db
+        self.session = session
+        self.transaction_id: str | None = None
+        self.sent = False
+        self.acknowledged = False
+
+    @property
+    def two_phase(self) -> bool:
+        return self.session.sync_session.twophase
+
+    @property
+    def kept_something(self) -> bool:
+        return self.acknowledged and bool(self.session.sync_session.connections)
+
+    async def prepare(self) -> None:
+        """Have the server promise that it can commit."""
+        session = self.session
+        session.hand_over()
+        async with session.turn:
+            await session.close_streams()
+            if session.in_transaction():
+                await session.run_sync(lambda sync: sync.prepare())
+
+    async def run(self) -> None:
+        """Commit, and give the connection back."""
+        session = self.session
+        session.hand_over()
+        async with session.turn:
+            await session.close_streams()
+            if self.db.resolve_unknown and session.sync_session.connections:
+                query = "SELECT CAST(pg_current_xact_id_if_assigned() AS text)"
+                self.transaction_id = await session.scalar(query)
+            session.require_alive()
+            self.sent = True
+            await session.commit()
+            self.acknowledged = True
+            await session.close()
