@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from asgi_uow import (
     Database,
     Outcome,
+    Session,
     UnitOfWork,
     UnitOfWorkMiddleware,
     after_commit,
@@ -707,6 +708,63 @@ async def test_unknown_is_resolved_on_postgresql(
         await db.dispose()
 
 
+async def test_resolved_commit_goes_on_with_the_next_database(
+    postgresql: PostgreSQLBackend, sqlite: Backend
+) -> None:
+    """A COMMIT found to be kept is followed by those of the other databases."""
+    async with postgresql.proxy() as proxy, shop_database(sqlite) as second:
+        await shop.create(postgresql)
+        first = Database.from_url(postgresql.through(proxy.port), resolve_unknown=True)
+        proxy.cut_after(lambda trip: trip == "COMMIT")
+
+        async def handler() -> None:
+            await shop.insert(1)
+            session = current_session(second)
+            await session.execute("INSERT INTO items (id) VALUES (2)")
+
+        response = await request(UnitOfWorkMiddleware(endpoint(handler), first, second))
+
+        assert 200 == response.status
+        assert [1] == await shop.items(postgresql)
+        assert [2] == await shop.items(sqlite)
+        assert [0, 0, 0, 0] == checked_out(first, second)
+        await first.dispose()
+
+
+@pytest.mark.parametrize("savepoint_open", [False, True])
+async def test_listener_that_raises_after_commit(
+    db: Database, sqlite: Backend, savepoint_open: bool
+) -> None:
+    """A SQLAlchemy listener that raises after COMMIT does not make it a rollback."""
+    fired: list[str] = []
+    events: list[Event] = []
+
+    def broken(session: object) -> None:
+        if session_of_request[0].get_nested_transaction() is None:
+            raise ZeroDivisionError
+
+    session_of_request: list[Session] = []
+
+    async def handler() -> None:
+        session_of_request.append(current_session())
+        event.listen(current_session().sync_session, "after_commit", broken)
+        await shop.insert(1)
+        if savepoint_open:
+            await current_session().begin_nested().start()
+        after_commit(fired.append, "commit")
+        after_rollback(fired.append, "rollback")
+
+    app = UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
+
+    response = await request(app)
+
+    assert 200 == response.status
+    assert ["commit"] == fired
+    assert [1] == await shop.items(sqlite)
+    assert [ReleaseFailed, UnitFinished] == [type(each) for each in events]
+    assert [0, 0] == checked_out(db)
+
+
 def test_resolve_unknown_is_for_postgresql() -> None:
     """Only PostgreSQL can be asked."""
     with pytest.raises(ConfigurationError, match="PostgreSQL only"):
@@ -760,6 +818,29 @@ async def test_lost_answer_to_commit_is_unknown(
             type(event) for event in events if not isinstance(event, ReleaseFailed)
         ]
         await db.dispose()
+
+
+DOUBTFUL_TRIGGER = (
+    "CREATE FUNCTION doubt() RETURNS trigger LANGUAGE plpgsql AS"
+    " $$ BEGIN RAISE EXCEPTION 'who knows' USING ERRCODE = '40003'; END $$",
+    "CREATE CONSTRAINT TRIGGER doubt AFTER INSERT ON items"
+    " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION doubt()",
+)
+
+
+async def test_server_that_says_it_does_not_know(
+    postgresql: PostgreSQLBackend,
+) -> None:
+    """SQLSTATE 40003 at COMMIT is UNKNOWN, although the connection lives."""
+    async with shop_database(postgresql) as db:
+        await postgresql.execute(*DOUBTFUL_TRIGGER)
+        app = UnitOfWorkMiddleware(endpoint(lambda: shop.insert(1)), db)
+
+        response = await request(app)
+
+        assert 500 == response.status
+        assert isinstance(response.error, OutcomeUnknownError)
+        assert [0, 0] == checked_out(db)
 
 
 async def test_second_database_failing_is_partial(

@@ -54,6 +54,9 @@ RETRYABLE_CODES = frozenset(
 )
 """Conflicts with other transactions; the same work may well succeed a moment later."""
 
+IN_DOUBT_CODES = frozenset({"40003"})
+"""PostgreSQL: statement_completion_unknown."""
+
 PSYCOPG_IN_ERROR = 3
 """psycopg.pq.TransactionStatus.INERROR: until ROLLBACK nothing else is accepted."""
 
@@ -259,6 +262,11 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, OSError) or (
         isinstance(error, sa_exc.DBAPIError) and error.connection_invalidated
     )
+
+
+def is_in_doubt(error: BaseException) -> bool:
+    """Tell whether a COMMIT that ended with `error` may have been carried out."""
+    return is_lost(error) or code_of(error) in IN_DOUBT_CODES
 
 
 def is_unavailable(error: BaseException) -> bool:

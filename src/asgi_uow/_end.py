@@ -137,13 +137,26 @@ class End:
             try:
                 await bounded(step(), self._settings.commit_timeout)
             except Exception as error:  # noqa: BLE001  # becomes the failure
-                if not commit.acknowledged:
-                    return await self._commit_failed(error, commit, committed)
+                if not await self._was_kept(commit, error):
+                    return self._commit_failed(error, commit, committed)
                 await self._throw_away(commit.session, error)
-            committed = committed or commit.kept_something
+            committed = committed or commit.is_kept
         return Outcome.COMMITTED
 
-    async def _commit_failed(
+    async def _was_kept(self, commit: _Commit, error: Exception) -> bool:
+        """Tell whether the work is kept all the same; settles what was in doubt."""
+        if commit.acknowledged:
+            return True
+        timed_out = isinstance(error, TimeoutError)
+        commit.in_doubt = commit.sent and (timed_out or _dialects.is_in_doubt(error))
+        if not commit.in_doubt or commit.transaction_id is None:
+            return False
+        seconds = self._settings.commit_timeout or RESOLVE_SECONDS
+        kept = await commit.db.was_committed(commit.transaction_id, seconds)
+        commit.in_doubt = kept is None
+        return bool(kept)
+
+    def _commit_failed(
         self,
         error: Exception,
         commit: _Commit,
@@ -151,22 +164,14 @@ class End:
     ) -> Outcome:
         """Tell what a failed COMMIT means, and remember the failure."""
         self._outages.note(error)
-        self._stuck = timed_out = isinstance(error, TimeoutError)
-        in_doubt = commit.sent and (timed_out or _dialects.is_lost(error))
-        if in_doubt and commit.transaction_id is not None:
-            seconds = self._settings.commit_timeout or RESOLVE_SECONDS
-            kept = await commit.db.was_committed(commit.transaction_id, seconds)
-            if kept:
-                await self._throw_away(commit.session, error)
-                return Outcome.COMMITTED
-            in_doubt = kept is None
+        self._stuck = isinstance(error, TimeoutError)
         kind: type[UnitOfWorkFailedError]
         outcome, kind = Outcome.ROLLED_BACK, CommitFailedError
         if committed:
             outcome, kind = Outcome.PARTIAL, PartialCommitError
-        elif in_doubt:
+        elif commit.in_doubt:
             outcome, kind = Outcome.UNKNOWN, OutcomeUnknownError
-        cause = Cause.TIMEOUT if timed_out else Cause.COMMIT_FAILED
+        cause = Cause.TIMEOUT if self._stuck else Cause.COMMIT_FAILED
         self.failure = self.fail(kind, cause, error, outcome=outcome)
         return outcome
 
@@ -227,15 +232,20 @@ class _Commit:
         self.session = session
         self.transaction_id: str | None = None
         self.sent = False
-        self.acknowledged = False
+        self.in_doubt = False
 
     @property
     def two_phase(self) -> bool:
         return self.session.sync_session.twophase
 
     @property
-    def kept_something(self) -> bool:
-        return self.acknowledged and bool(self.session.sync_session.connections)
+    def acknowledged(self) -> bool:
+        return self.session.sync_session.committed
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there was anything to keep, and this step was its COMMIT."""
+        return self.sent and bool(self.session.sync_session.connections)
 
     async def prepare(self) -> None:
         """Have the server promise that it can commit."""
@@ -258,5 +268,4 @@ class _Commit:
             session.require_alive()
             self.sent = True
             await session.commit()
-            self.acknowledged = True
             await session.close()

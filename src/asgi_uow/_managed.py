@@ -27,6 +27,9 @@ class ManagedSession(orm.Session):
     finisher: asyncio.Task[object] | None = None
     """The task of the unit of work that ends this session."""
 
+    committed = False
+    """Whether the database has acknowledged the COMMIT of the whole transaction."""
+
     connections: list[Connection]
     """The connections on which this session has begun a transaction."""
 
@@ -108,6 +111,14 @@ def _remember_connection(
             session.kills.append(driver.kill(connection.connection.driver_connection))
         if not isinstance(session, ReadOnlySession):
             _journal.attach(connection, session.journal)
+
+
+@event.listens_for(ManagedSession, "after_commit", propagate=True, insert=True)
+def _note_commit(session: ManagedSession) -> None:
+    # First of the listeners: one of the application's that raises undoes no COMMIT.
+    # SQLAlchemy calls them for the RELEASE of a savepoint too.
+    if not session.in_nested_transaction():
+        session.committed = True
 
 
 @event.listens_for(ReadOnlySession, "before_flush", propagate=True)
