@@ -23,7 +23,11 @@ from asgi_uow import (
     savepoint,
 )
 from asgi_uow._states import Cause
-from asgi_uow.errors import DoomedError, PartialCommitError
+from asgi_uow.errors import (
+    DoomedError,
+    ManagedTransactionError,
+    PartialCommitError,
+)
 from asgi_uow.observers import CommitFailed, ImplicitCommit, UnitFinished
 from tests import shop
 from tests.asgi import endpoint, request
@@ -461,3 +465,53 @@ async def test_implicit_commit_cannot_be_rolled_back(mariadb: MariaDBBackend) ->
         assert Outcome.PARTIAL is sent.units[0].outcome
         assert [] == sent.fired
         assert [1] == await shop.items(mariadb)
+
+
+@pytest.mark.parametrize("how", ["connection", "transaction"])
+async def test_commit_by_hand_through_the_back_door(
+    db: Database, any_driver: Backend, how: str
+) -> None:
+    """COMMIT through the connection or the transaction is refused, and nothing kept."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        session = current_session()
+        transaction = session.get_transaction()
+        assert transaction is not None
+        back_door = await session.connection() if how == "connection" else transaction
+        with suppress(ManagedTransactionError):
+            await back_door.commit()
+
+    sent = Request(db, handler)
+    response = await sent.send()
+
+    assert 500 == response.status
+    assert isinstance(response.error, DoomedError)
+    assert isinstance(response.error.__cause__, ManagedTransactionError)
+    assert ["rollback"] == sent.fired
+    assert [] == await shop.items(any_driver)
+
+
+@pytest.mark.parametrize("how", ["connection", "transaction"])
+async def test_rollback_by_hand_through_the_back_door(
+    db: Database, any_driver: Backend, how: str
+) -> None:
+    """ROLLBACK through the back door dooms: what came before is gone."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        session = current_session()
+        transaction = session.get_transaction()
+        assert transaction is not None
+        back_door = await session.connection() if how == "connection" else transaction
+        await back_door.rollback()
+        with suppress(sa_exc.InvalidRequestError):
+            await shop.insert(2)
+
+    sent = Request(db, handler)
+    response = await sent.send()
+
+    assert 500 == response.status
+    assert isinstance(response.error, DoomedError)
+    assert ["rollback"] == sent.fired
+    assert [] == await shop.items(any_driver)

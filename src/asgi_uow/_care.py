@@ -35,11 +35,14 @@ def prepare(engine: AsyncEngine, *, read_only: bool) -> None:
     target = engine.sync_engine
     # First, so that those that follow know what a disconnect is.
     event.listen(target, "handle_error", _note_error)
+    event.listen(target, "rollback", _forget_error)
     if target.dialect.name == "sqlite":
         event.listen(target, "connect", _sqlite_settings)
         if not read_only:
             event.listen(target, "begin", _sqlite_begin)
     if read_only:
+        # In AUTOCOMMIT there is nothing to roll back when a connection is closed.
+        target.dialect.skip_autocommit_rollback = True
         event.listen(target, "connect", _Reader(target).make_read_only)
         event.listen(target, "handle_error", _name_read_only_error)
     else:
@@ -113,9 +116,14 @@ class _Care:
         raw = self.dialect.get_driver_connection(dbapi_connection)
         if entry.info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw):
             dbapi_connection.rollback()
-            if self.driver is not _dialects.UNKNOWN_DRIVER and (
-                self.driver.in_transaction(raw)
-            ):
+            if self.driver is _dialects.UNKNOWN_DRIVER:
+                return
+            if self.driver.in_transaction(raw):
+                # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
+                cursor = dbapi_connection.cursor()
+                cursor.execute("ROLLBACK")
+                cursor.close()
+            if self.driver.in_transaction(raw):
                 message = "the transaction could not be rolled back"
                 raise sa_exc.DisconnectionError(message)
 
@@ -126,6 +134,11 @@ def _note_error(context: ExceptionContext) -> None:
     connection = context.connection
     if connection is not None and not connection.invalidated and not connection.closed:
         connection.info[ERROR_SEEN] = True
+
+
+def _forget_error(connection: Connection) -> None:
+    if not connection.invalidated and not connection.closed:
+        connection.info.pop(ERROR_SEEN, None)
 
 
 def _name_read_only_error(context: ExceptionContext) -> None:

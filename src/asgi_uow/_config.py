@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy.pool
+from sqlalchemy import URL
 
 from .errors import ConfigurationError
 
@@ -46,11 +47,17 @@ def _seconds(value: object) -> float:
     return float(str(value).strip())
 
 
+def _url(value: object) -> str:
+    if isinstance(value, URL):
+        return value.render_as_string(hide_password=False)
+    return str(value).strip()
+
+
 def _urls(value: object) -> tuple[str, ...]:
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)):
         raise TypeError(parts)
-    return tuple(part.strip() for part in map(str, parts) if part.strip())
+    return tuple(part for part in map(_url, parts) if part)
 
 
 def _pool_class(value: object) -> type[sqlalchemy.pool.Pool]:
@@ -108,7 +115,7 @@ def read(mapping: Mapping[str, object], prefix: str) -> Config:
     if mapping.get(f"{prefix}READ_URLS") is not None:
         kind = "a list of URLs, or URLs with commas between"
         read_urls = _cast(mapping, f"{prefix}READ_URLS", _urls, kind)
-    return Config(str(url), read_urls, options)
+    return Config(_url(url), read_urls, options)
 
 
 def _cast(

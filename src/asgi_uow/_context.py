@@ -252,5 +252,7 @@ async def leave(error: BaseException | None) -> None:
             ),
         )
     finally:
-        await unit.release()
-        _current.reset(unit.token)
+        try:
+            await unit.release()
+        finally:
+            _current.reset(unit.token)

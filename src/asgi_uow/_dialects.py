@@ -25,6 +25,9 @@ ASYNC_DRIVERS = MappingProxyType(
 )
 """The driver a URL gets that names none."""
 
+MYSQL_DRIVERS = frozenset({"asyncmy", "aiomysql", "pymysql", "MySQLdb"})
+"""The packages whose errors carry MySQL's number first."""
+
 EXTRAS = MappingProxyType(
     {"asyncmy": "mysql", "asyncpg": "postgresql", "aiosqlite": "sqlite"},
 )
@@ -179,6 +182,8 @@ class Driver:
     """Given connection and driver error: has the server given work up?"""
     savepoints_survive: bool = False
     """What was given up is at most what the innermost open savepoint covers."""
+    cursor_needs_begin: bool = False
+    """A cursor can be declared only inside a transaction."""
     streams_alone: bool = True
     """While a stream is being read the connection can do nothing else."""
     kill: Callable[..., str] | None = None
@@ -193,6 +198,7 @@ _PSYCOPG = Driver(
     _psycopg_dead,
     _psycopg_gave_up,
     savepoints_survive=True,
+    cursor_needs_begin=True,
     streams_alone=False,
 )
 DRIVERS: Mapping[str, Driver] = MappingProxyType(
@@ -203,10 +209,10 @@ DRIVERS: Mapping[str, Driver] = MappingProxyType(
             _asyncpg_dead,
             _asyncpg_gave_up,
             savepoints_survive=True,
+            cursor_needs_begin=True,
             streams_alone=False,
         ),
         "psycopg": _PSYCOPG,
-        "psycopg_async": _PSYCOPG,
         "aiosqlite": Driver(
             _aiosqlite_open,
             _never,
@@ -232,7 +238,12 @@ def is_memory(url: URL) -> bool:
 
 def engine_defaults(url: URL) -> dict[str, object]:
     """Give the engine options that suit the database; the caller's own win."""
-    options: dict[str, object] = {"pool_reset_on_return": None}
+    options: dict[str, object] = {
+        # A listener sends ROLLBACK only where it is needed, see `_care`.
+        "pool_reset_on_return": None,
+        # Errors go to logs and error trackers, parameters are people's data.
+        "hide_parameters": True,
+    }
     if url.get_backend_name() in {"mysql", "mariadb"}:
         options["pool_recycle"] = MYSQL_RECYCLE
     return options
@@ -247,7 +258,7 @@ def code_of(error: BaseException | None) -> str | int | None:
     while error is not None:
         origin = getattr(error, "orig", None) or error
         first: object = origin.args[0] if origin.args else None
-        if isinstance(first, int) and not isinstance(origin, OSError):
+        if isinstance(first, int) and _is_of_mysql(origin):
             return first
         for attribute in ("sqlstate", "sqlite_errorname"):
             code: object = getattr(origin, attribute, None)
@@ -255,6 +266,10 @@ def code_of(error: BaseException | None) -> str | int | None:
                 return code
         error = error.__cause__
     return None
+
+
+def _is_of_mysql(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] in MYSQL_DRIVERS
 
 
 def is_lost(error: BaseException) -> bool:

@@ -15,13 +15,14 @@ from .errors import (
     PartialCommitError,
     UnitOfWorkFailedError,
 )
-from .observers import LoggingObserver, Observer, ReleaseFailed, notify
+from .observers import LoggingObserver, Observer, ReleaseFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from ._engines import Engines
     from ._session import Session
+    from .observers import Event
 
 RESOLVE_SECONDS = 30.0
 """Seconds for settling an unknown outcome where `commit_timeout` is None."""
@@ -68,6 +69,7 @@ class End:
         writers: Mapping[Engines, Session],
         settings: Settings,
         outages: Outages,
+        report: Callable[[Event], None],
     ) -> None:
         """Be ready to end `writers`."""
         self.failure: UnitOfWorkFailedError | None = None
@@ -75,6 +77,7 @@ class End:
         self._writers = writers
         self._settings = settings
         self._outages = outages
+        self._report = report
 
     def fail(
         self,
@@ -213,15 +216,13 @@ class End:
             await self._throw_away(session, error)
 
     async def _throw_away(self, session: Session, error: Exception) -> None:
-        """Report a session that could not be closed; its connection is not reused."""
-        self._report("closing the session", error)
+        """Give up a session that could not be closed; its connection is not reused."""
+        if not getattr(error, "connection_invalidated", False):
+            self._report(ReleaseFailed("closing the session", error))
         try:
             await bounded(session.throw_away(), self._settings.commit_timeout)
         except Exception as again:  # noqa: BLE001  # reported; the outcome stands
-            self._report("throwing the connection away", again)
-
-    def _report(self, operation: str, error: Exception) -> None:
-        notify(self._settings.observers, ReleaseFailed(operation, error))
+            self._report(ReleaseFailed("throwing the connection away", again))
 
 
 class _Commit:

@@ -54,6 +54,10 @@ class Engines:
         self._owned = False
         self.is_memory = False
         for reader in self._readers:
+            _check_engine(reader)
+            if reader is engine:
+                message = "A reader cannot be the writer: it is made read-only."
+                raise ConfigurationError(message)
             prepare(reader, read_only=True)
         if engine is not None:
             self.engine = engine
@@ -67,6 +71,10 @@ class Engines:
 
     @engine.setter
     def engine(self, engine: AsyncEngine) -> None:
+        self.use(engine)
+
+    def use(self, engine: AsyncEngine, read_engine: AsyncEngine | None = None) -> None:
+        """Take the writer, and the read engine or one made like the writer."""
         if self._engine is not None:
             message = "This Database has an engine already; make another Database."
             raise ConfigurationError(message)
@@ -78,7 +86,7 @@ class Engines:
         if self.is_memory:
             self._read_engine = engine
         else:
-            self._read_engine = _derive_engine(engine)
+            self._read_engine = read_engine or _derive_engine(engine)
             prepare(self._read_engine, read_only=True)
         prepare(engine, read_only=False)
         self._engine = engine
@@ -198,6 +206,12 @@ def _check_engine(engine: object) -> None:
             "create_async_engine(...), or Database.from_url(url) for a URL."
         )
         raise ConfigurationError(message)
+    if engine.dialect.name not in _dialects.READ_ONLY_STATEMENT:
+        message = (
+            f"asgi-uow does not know the database {engine.dialect.name!r}; it knows "
+            f"{', '.join(_dialects.READ_ONLY_STATEMENT)}."
+        )
+        raise ConfigurationError(message)
     if isinstance(engine.sync_engine.pool, StaticPool):
         message = (
             "A StaticPool hands its one connection to several units of work at once, "
@@ -208,14 +222,14 @@ def _check_engine(engine: object) -> None:
 
 
 def _derive_engine(engine: AsyncEngine) -> AsyncEngine:
-    """Make an engine with a pool of its own that connects just as `engine` does.
-
-    Where AUTOCOMMIT is set on it, nothing is sent when a connection is closed.
-    """
+    """Make an engine with a pool of its own that connects just as `engine` does."""
+    sync = engine.sync_engine
     return create_async_engine(
         engine.url,
-        pool=engine.sync_engine.pool.recreate(),
-        skip_autocommit_rollback=True,
-        echo=engine.sync_engine.echo,
-        hide_parameters=engine.sync_engine.hide_parameters,
+        pool=sync.pool.recreate(),
+        echo=sync.echo,
+        hide_parameters=sync.hide_parameters,
+        execution_options=sync.get_execution_options(),
+        json_serializer=getattr(sync.dialect, "_json_serializer", None),
+        json_deserializer=getattr(sync.dialect, "_json_deserializer", None),
     )

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 from sqlalchemy import event
 
 from . import _dialects
+from .errors import ManagedTransactionError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy import Connection
     from sqlalchemy.engine import Engine
     from sqlalchemy.engine.interfaces import ExceptionContext
@@ -37,8 +40,9 @@ class Entry:
 class Journal:
     """What went wrong on the connection of one write session."""
 
-    def __init__(self) -> None:
-        """Start with a clean sheet."""
+    def __init__(self, is_ending: Callable[[], bool] = lambda: True) -> None:
+        """Start with a clean sheet; `is_ending`: does the unit itself end it now?"""
+        self._is_ending = is_ending
         self.last: BaseException | None = None
         self.committed_by: str | None = None
         """The statement for which MySQL committed on its own, if it did."""
@@ -63,6 +67,21 @@ class Journal:
             self._entries.append(Entry(self.last, depth))
         if _dialects.code_of(error) != _dialects.MYSQL_SYNTAX_ERROR:
             self.executed()
+
+    def commit(self) -> None:
+        """Refuse a COMMIT that is not the unit's: through the connection, say."""
+        if not self._is_ending():
+            operation = "connection.commit()"
+            error = ManagedTransactionError(operation)
+            self._entries.append(Entry(error, depth=0))
+            raise error
+
+    def rollback(self) -> None:
+        """Note a ROLLBACK that is not the unit's: a failed flush, or one by hand."""
+        if not self._is_ending():
+            operation = "connection.rollback()"
+            error = self.last or ManagedTransactionError(operation)
+            self._entries.append(Entry(error, depth=0))
 
     def savepoint(self) -> None:
         """Note a SAVEPOINT; SQLAlchemy numbers them per connection."""
@@ -95,39 +114,53 @@ def attach(connection: Connection, journal: Journal) -> None:
 
 def listen(engine: Engine) -> None:
     """Write the journals of the connections of a writer engine."""
-    driver = _dialects.driver_of(engine.dialect)
+    writer = _Writer(_dialects.driver_of(engine.dialect))
+    event.listen(engine, "handle_error", writer.on_error)
+    event.listen(engine, "commit", writer.on_commit)
+    event.listen(engine, "rollback", writer.on_rollback)
+    event.listen(engine, "savepoint", writer.on_savepoint)
+    event.listen(engine, "release_savepoint", writer.on_release)
+    event.listen(engine, "rollback_savepoint", writer.on_rollback_to)
+    if engine.dialect.name in {"mysql", "mariadb"}:
+        event.listen(engine, "before_cursor_execute", writer.on_execute)
+        event.listen(engine, "after_cursor_execute", writer.on_executed)
 
-    def on_error(context: ExceptionContext) -> None:
+
+class _Writer:
+    """Hands SQLAlchemy's events to the journal of the connection they are about."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+    def on_error(self, context: ExceptionContext) -> None:
         journal, raw = _find(context.connection)
         if raw is not None:
-            journal.note(context, driver, raw)
+            journal.note(context, self.driver, raw)
 
-    def on_savepoint(connection: Connection, _: str | None) -> None:
+    def on_commit(self, connection: Connection) -> None:
+        _find(connection)[0].commit()
+
+    def on_rollback(self, connection: Connection) -> None:
+        _find(connection)[0].rollback()
+
+    def on_savepoint(self, connection: Connection, _: str | None) -> None:
         _find(connection)[0].savepoint()
 
-    def on_release(connection: Connection, name: str, _: object) -> None:
+    def on_release(self, connection: Connection, name: str, _: object) -> None:
         _find(connection)[0].leave_savepoint(name, undone=False)
 
-    def on_rollback_to(connection: Connection, name: str, _: object) -> None:
+    def on_rollback_to(self, connection: Connection, name: str, _: object) -> None:
         _find(connection)[0].leave_savepoint(name, undone=True)
 
     def on_execute(
-        connection: Connection, _cursor: object, statement: str, *_: object
+        self, connection: Connection, _cursor: object, statement: str, *_: object
     ) -> None:
         journal, raw = _find(connection)
-        if driver.in_transaction(raw):
+        if self.driver.in_transaction(raw):
             journal.executing(statement)
 
-    def on_executed(connection: Connection, *_: object) -> None:
+    def on_executed(self, connection: Connection, *_: object) -> None:
         _find(connection)[0].executed()
-
-    event.listen(engine, "handle_error", on_error)
-    event.listen(engine, "savepoint", on_savepoint)
-    event.listen(engine, "release_savepoint", on_release)
-    event.listen(engine, "rollback_savepoint", on_rollback_to)
-    if engine.dialect.name in {"mysql", "mariadb"}:
-        event.listen(engine, "before_cursor_execute", on_execute)
-        event.listen(engine, "after_cursor_execute", on_executed)
 
 
 def _find(connection: Connection | None) -> tuple[Journal, object]:

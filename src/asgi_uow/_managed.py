@@ -42,8 +42,12 @@ class ManagedSession(orm.Session):
     joined: Callable[[], Connection | None]
     """Gives the writer's connection once the reads of the unit belong there."""
 
+    def is_ending(self) -> bool:
+        """Tell whether the current task is the one that ends this session."""
+        return self.finisher is not None and self.finisher is asyncio.current_task()
+
     def _only_the_unit(self, operation: str) -> None:
-        if self.finisher is None or asyncio.current_task() is not self.finisher:
+        if not self.is_ending():
             raise ManagedTransactionError(operation)
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002
@@ -75,8 +79,8 @@ class ManagedSession(orm.Session):
 
     def reset(self) -> None:
         """Refuse."""
-        self._only_the_unit("session.reset()")
-        super().reset()
+        operation = "session.reset()"
+        raise ManagedTransactionError(operation)
 
     def invalidate(self) -> None:
         """Invalidate the connection, if the unit of work says so."""
@@ -130,5 +134,5 @@ def _refuse_flush(*_: object) -> None:
 @event.listens_for(ReadOnlySession, "do_orm_execute", propagate=True)
 def _refuse_dml(state: ORMExecuteState) -> None:
     if state.is_insert or state.is_update or state.is_delete:
-        operation = f"{type(state.statement).__name__.upper()}"
+        operation = str(getattr(state.statement, "__visit_name__", "DML")).upper()
         raise ReadOnlySessionError(operation)

@@ -15,9 +15,9 @@ from ._unit import UnitOfWork
 from .observers import LoggingObserver
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-    from ._asgi import ASGIApp, Message, Receive, Scope, Send
+    from ._asgi import ASGIApp, Headers, Message, Receive, Scope, Send
     from ._engines import Engines
     from ._policy import CommitWhen, Decision
     from .errors import UnitOfWorkFailedError
@@ -153,8 +153,10 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         """Decide at the first start; after a failure let only an error answer pass."""
         if message["type"] == START:
+            # Sanic's headers are a generator, and are read twice: here and outside.
+            message = {**message, "headers": list(message.get("headers", ()))}
             if self.unit.is_open:
-                await self._decide(message["status"], message.get("headers", ()))
+                await self._decide(message["status"], message["headers"])
             elif self.failure is not None and not self.forwarded:
                 self._answered = message["status"] >= ERROR_STATUS
         if self.failure is not None and not self._answered:
@@ -185,16 +187,14 @@ class _Exchange:
             return error
         return None
 
-    async def _decide(
-        self, status: int, headers: Iterable[tuple[bytes, bytes]]
-    ) -> None:
+    async def _decide(self, status: int, headers: Headers) -> None:
         """Decide, and end the unit before the start is forwarded."""
         unit = self.unit
         broken: Exception | None = None
         try:
             decision = decide_response(
                 status=status,
-                headers=list(headers),
+                headers=headers,
                 rollback_only=unit.state is State.ROLLBACK_ONLY,
                 doomed=unit.doomed_by is not None,
                 forced=unit.forced,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
     from types import TracebackType
 
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, orm
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncResult
     from sqlalchemy.util.typing import TupleAny
 
@@ -139,7 +139,7 @@ class Session(TextSession):
         )
         self.sync_session.connections = []
         self.sync_session.kills = []
-        self.sync_session.journal = Journal()
+        self.sync_session.journal = Journal(self.sync_session.is_ending)
         self.sync_session.joined = self._joined
 
     def _joined(self) -> Connection | None:
@@ -154,8 +154,7 @@ class Session(TextSession):
 
     def check(self, operation: str) -> None:
         """Raise unless the unit of work is open, or is itself ending the session."""
-        finisher = self.sync_session.finisher
-        if finisher is None or asyncio.current_task() is not finisher:
+        if not self.sync_session.is_ending():
             self._check(operation)
 
     def hand_over(self) -> None:
@@ -202,12 +201,21 @@ class Session(TextSession):
             driver_of(connection.dialect).streams_alone
             for connection in self.sync_session.connections
         ):
-            raise ConcurrentUseError(operation)
+            raise ConcurrentUseError(operation, "a stream() is still being read")
 
     async def throw_away(self) -> None:
-        """Close the connection for good, also under a statement in flight."""
+        """Close the connections for good, also under a statement in flight."""
+
+        def throw_away(session: orm.Session) -> None:
+            # A close() that failed may have forgotten its connections.
+            for connection in self.sync_session.connections:
+                if not connection.closed:
+                    connection.invalidate()
+                    connection.close()
+            session.close()
+
         self.hand_over()
-        await AsyncSession.invalidate(self)
+        await AsyncSession.run_sync(self, throw_away)
         await self.stop_statement()
 
     async def close_streams(self) -> None:
@@ -233,15 +241,33 @@ class Session(TextSession):
         """Open a SAVEPOINT; what fails inside is undone, the rest goes on."""
         return Savepoint(self, nested=True)
 
+    def _check_add(self, operation: str) -> None:
+        self.check(operation)
+        # SQLAlchemy only warns, and may lose the object.
+        if self.sync_session._flushing and not self.turn.is_mine:  # noqa: SLF001
+            raise ConcurrentUseError(operation, "another task is flushing")
+
     def add(self, instance: object, *, _warn: bool = True) -> None:
         """Place an object in the session; it is inserted at the next flush."""
-        self.check("session.add()")
+        self._check_add("session.add()")
         super().add(instance, _warn=_warn)
 
     def add_all(self, instances: Iterable[object]) -> None:
         """Place several objects in the session."""
-        self.check("session.add_all()")
+        self._check_add("session.add_all()")
         super().add_all(instances)
+
+    async def before_stream(self) -> None:
+        """Begin a transaction for the cursor of a read session, if it needs one."""
+        if self.writer() is not None:
+            return
+        connection = await self.connection()
+        driver = driver_of(connection.dialect)
+        raw = await connection.get_raw_connection()
+        if driver.cursor_needs_begin and not driver.in_transaction(
+            raw.driver_connection
+        ):
+            await connection.exec_driver_sql("BEGIN")
 
     def watch(self, stream: AsyncResult[*TupleAny]) -> AsyncResult[*TupleAny]:
         """Have the fetches of a stream take turns too."""

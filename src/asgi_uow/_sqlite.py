@@ -34,6 +34,15 @@ class Connection(aiosqlite.Connection):
         super().__init__(connector, CHUNK)
         self._cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
 
+    async def _connect(self) -> Connection:
+        """Connect to the end, then close again when cancelled."""
+        try:
+            await run_to_completion(super()._connect())
+        except asyncio.CancelledError:
+            await run_to_completion(self.close())
+            raise
+        return self
+
     async def _execute(
         self,
         fn: Callable[..., T],

@@ -46,6 +46,9 @@ def _parameters(
 class TextSession(AsyncSession):
     """SQLAlchemy's `AsyncSession` that also takes strings."""
 
+    async def before_stream(self) -> None:
+        """Be told that `stream()` was called; for a subclass."""
+
     def watch(self, stream: AsyncResult[*TupleAny]) -> AsyncResult[*TupleAny]:
         """Give what `stream()` returns; for a subclass that wants to know."""
         return stream
@@ -199,6 +202,7 @@ class TextSession(AsyncSession):
         **named: object,
     ) -> AsyncResult[*TupleAny]:
         """Execute and stream the rows through a server-side cursor."""
+        await self.before_stream()
         stream = await super().stream(
             _executable(statement),
             _parameters(params, named),

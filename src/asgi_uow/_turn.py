@@ -20,6 +20,11 @@ class Turn:
         self._owner: asyncio.Task[object] | None = None
         self._depth = 0
 
+    @property
+    def is_mine(self) -> bool:
+        """Whether the current task is the one whose turn it is."""
+        return self._owner is asyncio.current_task()
+
     async def __aenter__(self) -> None:
         """Wait for the call in flight, unless it is this task's own."""
         task = asyncio.current_task()

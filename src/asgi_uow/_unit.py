@@ -71,7 +71,9 @@ class UnitOfWork:
         self._writers: dict[Engines, Session] = {}
         self._readers: dict[Engines, Session] = {}
         self._outages = Outages()
-        self._end = End(self._writers, settings, self._outages)
+        self._events: list[Event] = []
+        report = self._events.append
+        self._end = End(self._writers, settings, self._outages, report)
         self._doomed_by: BaseException | None = None
         self._opened = time.perf_counter()
 
@@ -206,12 +208,14 @@ class UnitOfWork:
             self._end.failure = self._end.fail(
                 kind, decision.cause, because or self.doomed_by
             )
-        if self._writers or self.hooks:
-            await run_to_completion(self._settle(decision))
-        else:
-            self._conclude(
-                Outcome.COMMITTED if decision.commit else Outcome.ROLLED_BACK
-            )
+        try:
+            if self._writers or self.hooks:
+                await run_to_completion(self._settle(decision))
+            else:
+                kept = decision.commit
+                self._conclude(Outcome.COMMITTED if kept else Outcome.ROLLED_BACK)
+        finally:
+            self._tell()
         if cancelled is not None:
             raise cancelled
         if self.failure is not None:
@@ -220,10 +224,13 @@ class UnitOfWork:
     async def release(self) -> None:
         """Close what is left open and run the `after_response` hooks."""
         committed = self.outcome is Outcome.COMMITTED
-        if self._readers or (committed and self.hooks.after_response):
-            await run_to_completion(self._release())
-        self._move(State.CLOSED)
-        self.hooks.clear()
+        try:
+            if self._readers or (committed and self.hooks.after_response):
+                await run_to_completion(self._release())
+        finally:
+            self._move(State.CLOSED)
+            self.hooks.clear()
+            self._tell()
 
     def responding(self) -> None:
         """Note that the start of the response has been forwarded."""
@@ -330,9 +337,9 @@ class UnitOfWork:
         for session in self._writers.values():
             statement = session.sync_session.journal.committed_by
             if statement is not None:
-                self._notify(ImplicitCommit(statement))
+                self._events.append(ImplicitCommit(statement))
         if self.failure is not None:
-            self._notify(
+            self._events.append(
                 CommitFailed(
                     self.failure,
                     outcome,
@@ -342,7 +349,7 @@ class UnitOfWork:
             )
         if self._writers or self._readers or self.hooks:
             used = [db for db, s in self._writers.items() if s.sync_session.connections]
-            self._notify(
+            self._events.append(
                 UnitFinished(
                     outcome,
                     self.cause,
@@ -358,7 +365,7 @@ class UnitOfWork:
             try:
                 await hook.call(self.settings.hook_timeout)
             except BaseException as error:  # noqa: BLE001  # hook isolation
-                self._notify(HookFailed(phase, hook.name, error))
+                self._events.append(HookFailed(phase, hook.name, error))
 
     async def _release(self) -> None:
         """Close the read sessions, then run the `after_response` hooks."""
@@ -367,8 +374,13 @@ class UnitOfWork:
         if self.outcome is Outcome.COMMITTED:
             await self._run_hooks("after_response", self.hooks.after_response)
 
-    def _notify(self, event: Event) -> None:
-        notify(self.settings.observers, event)
+    def _tell(self) -> None:
+        """Tell the observers, in the task and context of the request.
+
+        Sentry's own ASGI middleware drops what was reported in that context before.
+        """
+        while self._events:
+            notify(self.settings.observers, self._events.pop(0))
 
     def __del__(self) -> None:
         """Warn of hooks that never ran: the unit was dropped without an end."""

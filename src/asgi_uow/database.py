@@ -62,11 +62,16 @@ class Database(Engines):
         `MissingDriverError`, naming the extra, where the driver is not installed.
         """
         database = cls(
-            _create_engine(url, engine_options),
+            None,
             readers=[_create_engine(each, engine_options) for each in read_urls],
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
         )
+        writer = _create_engine(url, engine_options)
+        if _dialects.is_memory(writer.url):
+            database.use(writer)
+        else:
+            database.use(writer, _create_engine(url, engine_options))
         database._owned = True
         return database
 
@@ -122,14 +127,17 @@ def _create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
     defaults = _dialects.engine_defaults(parsed)
     if parsed.drivername == "sqlite+aiosqlite":
         options = _with_safe_connection(options)
+    forced: dict[str, Any] = {}
     if _dialects.is_memory(parsed):
-        defaults |= {
+        # The database is the connection: one, for one unit at a time, for good.
+        forced = {
             "poolclass": AsyncAdaptedQueuePool,
             "pool_size": 1,
             "max_overflow": 0,
+            "pool_recycle": -1,
         }
     try:
-        return create_async_engine(parsed, **{**defaults, **options})
+        return create_async_engine(parsed, **{**defaults, **options, **forced})
     except ModuleNotFoundError as error:
         driver = parsed.get_driver_name()
         raise MissingDriverError(driver, _dialects.EXTRAS.get(driver)) from error

@@ -11,7 +11,7 @@ AsgiUowError
 ├── UnitOfWorkClosedError         the unit of work has ended
 ├── ManagedTransactionError       commit(), rollback() or close() by hand
 ├── ReadOnlySessionError          a write on the read session
-├── ConcurrentUseError            a statement while a stream is being read
+├── ConcurrentUseError            a call while the session is busy with another
 └── UnitOfWorkFailedError         a commit was wanted and the work was not kept
     ├── BeforeCommitError         a before_commit hook raised
     ├── CommitFailedError         flush or COMMIT failed; rolled back
@@ -136,14 +136,14 @@ class ReadOnlySessionError(AsgiUowError, RuntimeError):
 
 
 class ConcurrentUseError(AsgiUowError, RuntimeError):
-    """A statement was sent while a streaming result holds the connection."""
+    """A call came in between that the session cannot serve at the same time."""
 
-    def __init__(self, operation: str) -> None:
-        """Name the call that came in between."""
+    def __init__(self, operation: str, busy: str) -> None:
+        """Name the call and what keeps the session busy."""
         super().__init__(
-            f"{operation} was called while a stream() of the same session is still "
-            "being read, and this driver cannot do both. Read the stream to its end "
-            "or close it (`await result.close()`), or do not stream().",
+            f"{operation} came in between: on the same session {busy}. Let that end "
+            "first (a stream: read it to its end, or `await result.close()`), or "
+            "await the two one after the other.",
         )
 
 

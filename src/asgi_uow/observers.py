@@ -103,8 +103,8 @@ class Observer(Protocol):
 class LoggingObserver:
     """Writes every event to the logger `asgi_uow`, or to another one.
 
-    A unit that ended as intended is logged at DEBUG, an intended rollback too;
-    everything else at ERROR with the traceback.
+    `UnitFinished` is logged at DEBUG, everything else at ERROR, with the traceback
+    where there is one.
     """
 
     def __init__(self, log: logging.Logger = logger) -> None:

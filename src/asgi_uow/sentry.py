@@ -1,13 +1,17 @@
-"""Report what went wrong to Sentry: `observers=(LoggingObserver(), SentryObserver())`.
+"""Report what went wrong to Sentry: `observers=(SentryObserver(), LoggingObserver())`.
 
-Needs the extra `sentry`. Nothing is switched on by installing it.
+In this order: Sentry's logging integration reports what is logged, and of two reports
+of one exception it keeps the first. Needs the extra `sentry`; nothing is switched on
+by installing it.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import sentry_sdk
+from sentry_sdk.utils import event_from_exception
 
 from .observers import CommitFailed, HookFailed, ReleaseFailed
 
@@ -16,12 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["SentryObserver"]
 
+PARAMETERS = re.compile(r"\n\[parameters: .*", re.DOTALL)
+"""What SQLAlchemy appends to a message unless the engine has `hide_parameters`."""
+
 
 class SentryObserver:
     """Sends failures to Sentry with the extras `comment` and `handler`.
 
     `comment` says what was being done, `handler` names the hook, if it was one. The
-    current Sentry client is used. No statement parameters and no URLs are attached.
+    current Sentry client is used. Local variables and statement parameters are left
+    out: they hold people's data, and the engine's URL with its password.
     """
 
     def __call__(self, event: Event, /) -> None:
@@ -39,7 +47,15 @@ class SentryObserver:
 
     @staticmethod
     def _capture(error: BaseException, comment: str, handler: str | None) -> None:
+        options = sentry_sdk.get_client().options
+        event, hint = event_from_exception(
+            error,
+            client_options={**options, "include_local_variables": False},
+            mechanism={"type": "asgi_uow", "handled": True},
+        )
+        for exception in event["exception"]["values"]:
+            exception["value"] = PARAMETERS.sub("", exception["value"] or "")
         with sentry_sdk.new_scope() as scope:
             scope.set_extra("comment", comment)
             scope.set_extra("handler", handler)
-            scope.capture_exception(error)
+            scope.capture_event(event, hint=hint)
