@@ -29,7 +29,11 @@ REMEDIES: list[tuple[errors.AsgiUowError, str]] = [
     (errors.ManagedTransactionError("session.commit()"), "set_rollback_only(reason)"),
     (errors.ManagedTransactionError("session.commit()"), "savepoint()"),
     (errors.ReadOnlySessionError("A flush"), "current_session()"),
-    (errors.ConcurrentUseError("session.execute()", "a stream() is being read"), "await result.close()"),
+    (errors.TransactionGoneError(), "leave the handler"),
+    (
+        errors.ConcurrentUseError("session.execute()", "a stream() is being read"),
+        "await result.close()",
+    ),
     (errors.UnitOfWorkFailedError(*FAILED), "not committed"),
     (errors.BeforeCommitError(*FAILED, detail="send"), "before_commit hook"),
     (errors.CommitFailedError(*FAILED), "everything was rolled back"),

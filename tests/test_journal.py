@@ -27,6 +27,7 @@ from asgi_uow.errors import (
     DoomedError,
     ManagedTransactionError,
     PartialCommitError,
+    TransactionGoneError,
 )
 from asgi_uow.observers import CommitFailed, ImplicitCommit, UnitFinished
 from tests import shop
@@ -505,7 +506,7 @@ async def test_rollback_by_hand_through_the_back_door(
         assert transaction is not None
         back_door = await session.connection() if how == "connection" else transaction
         await back_door.rollback()
-        with suppress(sa_exc.InvalidRequestError):
+        with suppress(sa_exc.InvalidRequestError, TransactionGoneError):
             await shop.insert(2)
 
     sent = Request(db, handler)

@@ -254,7 +254,7 @@ async def test_implicit_commit(mariadb: MariaDBBackend) -> None:
 
 
 async def test_unit_inside_a_request(db: Database) -> None:
-    """A unit that a hook opens for itself reports to the request's observers."""
+    """A unit that a hook opens reports to the request's observers, before it does."""
     events: list[Event] = []
 
     async def hook() -> None:
@@ -267,7 +267,7 @@ async def test_unit_inside_a_request(db: Database) -> None:
     await request(db, work, events.append)
     request_end = UnitFinished(Outcome.COMMITTED, None, None, (), 0.0)
     hook_end = UnitFinished(Outcome.COMMITTED, None, None, (db.name,), 0.0)
-    assert [request_end, hook_end] == finished(events)
+    assert [hook_end, request_end] == finished(events)
 
 
 # The logging observer

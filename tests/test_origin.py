@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,6 @@ from asgi_uow import (
     deferred,
     force_commit,
 )
-from asgi_uow._context import use
-from asgi_uow._unit import Settings, UnitOfWork
 from asgi_uow.errors import ReadOnlySessionError
 from tests.frameworks.driver import Server, answering
 from tests.servers.plugin import make_backend
@@ -129,6 +128,7 @@ async def test_flush_on_the_read_session(origin: Backend, db: Database) -> None:
         db.read.add(User(name="Ann"))
         with pytest.raises(ReadOnlySessionError, match=r"current_session\(\)"):
             await db.read.flush()
+        db.read.expunge_all()
     assert 0 == await origin.scalar(COUNT)
 
 
@@ -290,13 +290,17 @@ async def test_deferred(db: Database) -> None:
 async def test_handlers_that_never_ran(db: Database) -> None:
     """A unit that is dropped with hooks that never ran is a ResourceWarning."""
 
-    def abandon() -> None:
-        with use(UnitOfWork((db,), Settings())):
-            after_commit(print, "never")
+    async def abandon() -> None:
+        await db.__aenter__()
+        after_commit(print, "never")
+
+    async def abandoned() -> None:
+        await asyncio.create_task(abandon())  # in a context of its own
+        await asyncio.sleep(0)  # the loop lets go of the task, and of its context
         gc.collect()
 
     with pytest.warns(ResourceWarning, match="hooks that never ran"):
-        abandon()
+        await abandoned()
 
 
 async def test_request(origin: Backend, db: Database) -> None:

@@ -81,7 +81,7 @@ EXITS: list[tuple[BaseException | None, bool, bool, bool, bool, Decision]] = [
         for error, expected in (
             (None, DOOMED_AND_REFUSED),
             (FAILURE, DOOMED),
-            (REDIRECT, DOOMED),
+            (REDIRECT, DOOMED_AND_REFUSED),
         )
         for forced, on_exit in product((True, False), repeat=2)
     ),

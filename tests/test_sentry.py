@@ -194,10 +194,10 @@ async def test_no_parameters_of_a_failed_commit(db: Database) -> None:
     assert SECRET.encode() not in sent
 
 
-async def test_no_parameters_of_a_failed_flush(
+async def test_no_parameters_of_a_failed_statement(
     db: Database, sqlite: SQLiteBackend
 ) -> None:
-    """What was to be written does not go to Sentry when a hook's statement fails."""
+    """What was to be written does not go to Sentry when a statement fails."""
     await sqlite.execute(f"INSERT INTO note (name) VALUES ('{SECRET}')")
 
     async def hook() -> None:
@@ -222,7 +222,7 @@ async def test_no_url(mariadb: MariaDBBackend) -> None:
 
     async def hook() -> None:
         async with db:
-            await write()
+            await db.write.execute("SELECT 1")
 
     async def work() -> None:
         after_commit(hook)

@@ -40,6 +40,10 @@ def prepare(engine: AsyncEngine, *, read_only: bool) -> None:
         event.listen(target, "connect", _sqlite_settings)
         if not read_only:
             event.listen(target, "begin", _sqlite_begin)
+    if target.dialect.name in {"mysql", "mariadb"} and not read_only:
+        event.listen(target, "connect", _ask_rollback_on_timeout)
+    if _dialects.is_memory(target.url):
+        event.listen(target, "handle_error", _keep_memory)
     if read_only:
         # In AUTOCOMMIT there is nothing to roll back when a connection is closed.
         target.dialect.skip_autocommit_rollback = True
@@ -123,9 +127,6 @@ class _Care:
                 cursor = dbapi_connection.cursor()
                 cursor.execute("ROLLBACK")
                 cursor.close()
-            if self.driver.in_transaction(raw):
-                message = "the transaction could not be rolled back"
-                raise sa_exc.DisconnectionError(message)
 
 
 def _note_error(context: ExceptionContext) -> None:
@@ -139,6 +140,23 @@ def _note_error(context: ExceptionContext) -> None:
 def _forget_error(connection: Connection) -> None:
     if not connection.invalidated and not connection.closed:
         connection.info.pop(ERROR_SEEN, None)
+
+
+def _keep_memory(context: ExceptionContext) -> None:
+    """Keep the connection that is the database; the statement was undone."""
+    if not isinstance(context.original_exception, Exception):
+        context.is_disconnect = False
+
+
+def _ask_rollback_on_timeout(
+    dbapi_connection: DBAPIConnection,
+    entry: ConnectionPoolEntry,
+) -> None:
+    cursor = dbapi_connection.cursor()
+    cursor.execute("SELECT @@innodb_rollback_on_timeout")
+    [value] = cursor.fetchone() or [0]
+    cursor.close()
+    entry.info[_journal.ROLLBACK_ON_TIMEOUT] = bool(value)
 
 
 def _name_read_only_error(context: ExceptionContext) -> None:

@@ -206,6 +206,7 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
             raise TypeError(message)
         self.databases = databases
         self.independent = independent
+        self.unit: UnitOfWork
 
     async def __aenter__(self) -> UnitOfWork:
         """Open the unit; no session and no connection yet."""
@@ -213,11 +214,14 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         settings = around.settings if around is not None else Settings()
         outer = around if around is not None and not around.is_decided else None
         for db in self.databases:
+            if around is not None and db.is_memory and around.has_used(db):
+                raise NestedUnitOfWorkError(db)
             if outer is not None and outer.serves(db):
                 self._refuse_nested(outer, db)
-        unit = UnitOfWork(self.databases, settings, parent=outer)
-        unit.token = _current.set(unit)
-        return unit
+        self.unit = UnitOfWork(self.databases, settings, parent=outer)
+        self.unit.previous = around
+        _current.set(self.unit)
+        return self.unit
 
     def _refuse_nested(self, outer: UnitOfWork, db: Engines) -> None:
         # SQLite lets one writer in: the inner unit would wait for the outer forever.
@@ -232,15 +236,11 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         traceback: TracebackType | None,
     ) -> None:
         """Commit or roll back, then close; raises if the work was not kept."""
-        await leave(exc)
+        await leave(self.unit, exc)
 
 
-async def leave(error: BaseException | None) -> None:
-    """End the current unit of work of an `async with` block."""
-    unit = _current.get()
-    if unit is None or unit.token is None:
-        operation = "leaving the unit of work"
-        raise NoUnitOfWorkError(operation)
+async def leave(unit: UnitOfWork, error: BaseException | None) -> None:
+    """End the unit of work of an `async with` block."""
     try:
         await unit.finish(
             decide_exit(
@@ -255,4 +255,17 @@ async def leave(error: BaseException | None) -> None:
         try:
             await unit.release()
         finally:
-            _current.reset(unit.token)
+            _step_back_from(unit)
+
+
+def _step_back_from(unit: UnitOfWork) -> None:
+    """Make the unit around current again, unless another one is current by now.
+
+    Two blocks need not end in the order of their nesting (generators), nor in the
+    task they began in; a token would insist on both.
+    """
+    if _current.get() is unit:
+        previous = unit.previous
+        while previous is not None and previous.state is State.CLOSED:
+            previous = previous.previous
+        _current.set(previous)

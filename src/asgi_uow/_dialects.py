@@ -48,9 +48,12 @@ READ_ONLY_CODES = frozenset({1792, 1290, 1836, "25006", "SQLITE_READONLY"})
 UNREACHABLE_CODES = frozenset({1040, 1047, 1053, 2002, 2003, 2006, 2013})
 """MySQL: too many connections, node not ready, shutting down, not reached, lost."""
 
-FATAL_CODES = frozenset({1020, 1180, 1181, 1213, 3101})
+FATAL_CODES = frozenset({1020, 1180, 1181, 1206, 1213, 1402, 1613, 1614, 3101})
 """MySQL has rolled the whole transaction back, whatever the savepoints: snapshot
-conflict, commit and rollback errors, deadlock, group replication conflict."""
+conflict, commit and rollback errors, lock table full, deadlock, XA, replication."""
+
+LOCK_WAIT_TIMEOUT = 1205
+"""MySQL: only the statement is undone, unless innodb_rollback_on_timeout is on."""
 
 RETRYABLE_CODES = frozenset(
     {1020, 1205, 1213, 3101, "40001", "40P01", "55P03", "SQLITE_BUSY"},
@@ -63,14 +66,27 @@ IN_DOUBT_CODES = frozenset({"40003"})
 PSYCOPG_IN_ERROR = 3
 """psycopg.pq.TransactionStatus.INERROR: until ROLLBACK nothing else is accepted."""
 
+_COMMENTS = r"(?:\s|/\*.*?\*/|--[^\n]*\n|\#[^\n]*\n)*"
+
 IMPLICIT_COMMIT = re.compile(
-    r"\s*(?:/\*.*?\*/\s*)*(?:(?:CREATE|DROP)\s+(?!TEMPORARY)|ALTER|TRUNCATE|RENAME|"
-    r"GRANT|REVOKE|ANALYZE|OPTIMIZE|REPAIR|CHECK|FLUSH|LOCK\s+TABLE|BEGIN|"
-    r"START\s+TRANSACTION)\b",
+    _COMMENTS
+    + r"(?:(?:CREATE(?:\s+OR\s+REPLACE)?|DROP)\s+(?!TEMPORARY\b|OR\b)|ALTER\b|"
+    r"TRUNCATE\b|RENAME\b|GRANT\b|REVOKE\b|ANALYZE\b|OPTIMIZE\b|REPAIR\b|CHECK\b|"
+    r"FLUSH\b|INSTALL\b|UNINSTALL\b|CACHE\s+INDEX\b|LOAD\s+INDEX\b|SET\s+PASSWORD\b)",
     re.IGNORECASE | re.DOTALL,
 )
-"""Statements for which MySQL commits first, from its manual's chapter "Statements
-That Cause an Implicit Commit"; MariaDB has the same."""
+"""Statements for which MySQL and MariaDB commit first, as their manuals list them.
+
+What a stored procedure does stays unseen.
+"""
+
+TRANSACTION_CONTROL = re.compile(
+    _COMMENTS + r"(?:COMMIT\b|END\b|ABORT\b|BEGIN\b|START\s+TRANSACTION\b|"
+    r"ROLLBACK\b(?!(?:\s+(?:WORK|TRANSACTION))?\s+TO\b)|(?:UN)?LOCK\s+TABLES\b|"
+    r"SET\s+(?:SESSION\s+|GLOBAL\s+|@@(?:\w+\.)?)?AUTOCOMMIT\b)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Statements that begin or end a transaction behind the back of the unit of work."""
 
 MYSQL_SYNTAX_ERROR = 1064
 """Not understood, so nothing was committed for it."""
@@ -231,8 +247,11 @@ def driver_of(dialect: Dialect) -> Driver:
 
 def is_memory(url: URL) -> bool:
     """Tell whether `url` is a SQLite database that lives in one connection."""
+    database = url.database or ":memory:"
     return url.get_backend_name() == "sqlite" and (
-        url.database in {None, "", ":memory:"} or url.query.get("mode") == "memory"
+        database.startswith((":memory:", "file::memory:"))
+        or "mode=memory" in database
+        or url.query.get("mode") == "memory"
     )
 
 

@@ -11,8 +11,10 @@ from ._shield import bounded
 from ._states import Cause, Outcome
 from .errors import (
     CommitFailedError,
+    DoomedError,
     OutcomeUnknownError,
     PartialCommitError,
+    TransactionGoneError,
     UnitOfWorkFailedError,
 )
 from .observers import LoggingObserver, Observer, ReleaseFailed
@@ -55,6 +57,10 @@ class Outages:
         cause: BaseException | None = error
         while cause is not None and cause not in seen:
             if any(cause is noted for noted in self._errors):
+                return True
+            if isinstance(cause, BaseExceptionGroup) and any(
+                map(self.behind, cause.exceptions)
+            ):
                 return True
             seen.append(cause)
             cause = cause.__cause__ or cause.__context__
@@ -170,12 +176,17 @@ class End:
         self._stuck = isinstance(error, TimeoutError)
         kind: type[UnitOfWorkFailedError]
         outcome, kind = Outcome.ROLLED_BACK, CommitFailedError
+        cause = Cause.TIMEOUT if self._stuck else Cause.COMMIT_FAILED
+        doomed_by = commit.session.doomed_by
+        if isinstance(error, TransactionGoneError) and doomed_by is not None:
+            # A statement in flight at the decision failed before its COMMIT.
+            kind, cause = DoomedError, Cause.DOOMED
         if committed:
             outcome, kind = Outcome.PARTIAL, PartialCommitError
         elif commit.in_doubt:
             outcome, kind = Outcome.UNKNOWN, OutcomeUnknownError
-        cause = Cause.TIMEOUT if self._stuck else Cause.COMMIT_FAILED
-        self.failure = self.fail(kind, cause, error, outcome=outcome)
+        error_below = doomed_by if kind is DoomedError else error
+        self.failure = self.fail(kind, cause, error_below, outcome=outcome)
         return outcome
 
     async def _roll_back(self, session: Session, outcome: Outcome) -> None:

@@ -37,9 +37,9 @@ class Engines:
         self,
         engine: AsyncEngine | None,
         *,
-        readers: Sequence[AsyncEngine] = (),
-        commit_on_exit: bool = True,
-        resolve_unknown: bool = False,
+        readers: Sequence[AsyncEngine],
+        commit_on_exit: bool,
+        resolve_unknown: bool,
         **session_options: Any,
     ) -> None:
         """See `asgi_uow.Database`."""
@@ -106,7 +106,9 @@ class Engines:
     @property
     def name(self) -> str:
         """The writer's URL without its password."""
-        return self.engine.url.render_as_string(hide_password=True)
+        url = self.engine.url
+        hidden = {key: "hidden" for key in url.query if "pass" in key.lower()}
+        return url.update_query_dict(hidden).render_as_string(hide_password=True)
 
     def write_session(
         self,

@@ -9,12 +9,12 @@ before; the journal remembers it. It costs no statement.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy import event
 
 from . import _dialects
-from .errors import ManagedTransactionError
+from .errors import ManagedTransactionError, TransactionGoneError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
 
     from ._dialects import Driver
+
+T = TypeVar("T", bound=BaseException)
+
+ROLLBACK_ON_TIMEOUT = "asgi_uow.rollback_on_timeout"
+"""The key in a MySQL connection's info: does 1205 roll everything back there?"""
 
 JOURNAL = "asgi_uow.journal"
 """The key in a connection's info under which its session's journal is found."""
@@ -60,28 +65,44 @@ class Journal:
         """Note an error, and what it has given up."""
         error = context.original_exception
         self.last = context.sqlalchemy_exception or error
-        if context.is_disconnect:
-            self._entries.append(Entry(self.last, depth=0))
+        if context.is_disconnect or self._rolled_back_on_timeout(context):
+            self.give_up(self.last)
         elif driver.gave_up(raw, error):
             depth = len(self._savepoints) if driver.savepoints_survive else 0
             self._entries.append(Entry(self.last, depth))
         if _dialects.code_of(error) != _dialects.MYSQL_SYNTAX_ERROR:
             self.executed()
 
+    def _rolled_back_on_timeout(self, context: ExceptionContext) -> bool:
+        code = _dialects.code_of(context.original_exception)
+        connection = context.connection
+        return (
+            code == _dialects.LOCK_WAIT_TIMEOUT
+            and connection is not None
+            and bool(connection.info.get(ROLLBACK_ON_TIMEOUT))
+        )
+
     def commit(self) -> None:
-        """Refuse a COMMIT that is not the unit's: through the connection, say."""
+        """Refuse a COMMIT of work that is given up, or that is not the unit's.
+
+        Called by SQLAlchemy just before COMMIT is sent, whoever wants it.
+        """
         if not self._is_ending():
             operation = "connection.commit()"
-            error = ManagedTransactionError(operation)
-            self._entries.append(Entry(error, depth=0))
-            raise error
+            raise self.give_up(ManagedTransactionError(operation))
+        if self._entries:
+            raise TransactionGoneError from self.doomed_by
+
+    def give_up(self, error: T) -> T:
+        """Note that nothing of the transaction may be kept, because of `error`."""
+        self._entries.append(Entry(error, depth=0))
+        return error
 
     def rollback(self) -> None:
         """Note a ROLLBACK that is not the unit's: a failed flush, or one by hand."""
         if not self._is_ending():
             operation = "connection.rollback()"
-            error = self.last or ManagedTransactionError(operation)
-            self._entries.append(Entry(error, depth=0))
+            self.give_up(self.last or ManagedTransactionError(operation))
 
     def savepoint(self) -> None:
         """Note a SAVEPOINT; SQLAlchemy numbers them per connection."""
@@ -96,9 +117,16 @@ class Journal:
             if undone:
                 self._entries = [each for each in self._entries if each.depth <= depth]
 
-    def executing(self, statement: str) -> None:
-        """Note DDL in an open transaction, for which MySQL commits first."""
-        if _dialects.IMPLICIT_COMMIT.match(statement):
+    def executing(self, statement: str, *, in_transaction: bool, mysql: bool) -> None:
+        """Refuse what would end the transaction; note DDL, for which MySQL commits."""
+        if self._is_ending():
+            return
+        if _dialects.TRANSACTION_CONTROL.match(statement):
+            operation = f"{statement!r}"
+            raise ManagedTransactionError(operation)
+        if not in_transaction and not mysql and self._entries:
+            raise TransactionGoneError from self.doomed_by
+        if mysql and in_transaction and _dialects.IMPLICIT_COMMIT.match(statement):
             self._ddl = statement
 
     def executed(self) -> None:
@@ -114,23 +142,24 @@ def attach(connection: Connection, journal: Journal) -> None:
 
 def listen(engine: Engine) -> None:
     """Write the journals of the connections of a writer engine."""
-    writer = _Writer(_dialects.driver_of(engine.dialect))
+    writer = _Writer(engine)
     event.listen(engine, "handle_error", writer.on_error)
     event.listen(engine, "commit", writer.on_commit)
     event.listen(engine, "rollback", writer.on_rollback)
     event.listen(engine, "savepoint", writer.on_savepoint)
     event.listen(engine, "release_savepoint", writer.on_release)
     event.listen(engine, "rollback_savepoint", writer.on_rollback_to)
-    if engine.dialect.name in {"mysql", "mariadb"}:
-        event.listen(engine, "before_cursor_execute", writer.on_execute)
+    event.listen(engine, "before_cursor_execute", writer.on_execute)
+    if writer.is_mysql:
         event.listen(engine, "after_cursor_execute", writer.on_executed)
 
 
 class _Writer:
     """Hands SQLAlchemy's events to the journal of the connection they are about."""
 
-    def __init__(self, driver: Driver) -> None:
-        self.driver = driver
+    def __init__(self, engine: Engine) -> None:
+        self.driver = _dialects.driver_of(engine.dialect)
+        self.is_mysql = engine.dialect.name in {"mysql", "mariadb"}
 
     def on_error(self, context: ExceptionContext) -> None:
         journal, raw = _find(context.connection)
@@ -156,8 +185,8 @@ class _Writer:
         self, connection: Connection, _cursor: object, statement: str, *_: object
     ) -> None:
         journal, raw = _find(connection)
-        if self.driver.in_transaction(raw):
-            journal.executing(statement)
+        is_open = self.driver.in_transaction(raw)
+        journal.executing(statement, in_transaction=is_open, mysql=self.is_mysql)
 
     def on_executed(self, connection: Connection, *_: object) -> None:
         _find(connection)[0].executed()

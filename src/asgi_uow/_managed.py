@@ -9,7 +9,7 @@ from sqlalchemy import event, orm
 
 from . import _journal
 from ._dialects import driver_of
-from .errors import ManagedTransactionError, ReadOnlySessionError
+from .errors import ConfigurationError, ManagedTransactionError, ReadOnlySessionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 class ManagedSession(orm.Session):
     """Refuses to be ended by hand, also through `run_sync` and `sync_session`."""
+
+    read_only = False
 
     finisher: asyncio.Task[object] | None = None
     """The task of the unit of work that ends this session."""
@@ -94,6 +96,8 @@ class ReadOnlySession(ManagedSession):
     Text that writes is refused by the database, whose read engine is read-only.
     """
 
+    read_only = True
+
     def get_bind(self, *args: object, **kwargs: object) -> Engine | Connection:
         """Read from the writer's transaction once the unit has used it."""
         connection = self.joined()
@@ -114,7 +118,20 @@ def _remember_connection(
         if driver.kill is not None:
             session.kills.append(driver.kill(connection.connection.driver_connection))
         if not isinstance(session, ReadOnlySession):
+            _refuse_autocommit(connection)
             _journal.attach(connection, session.journal)
+
+
+def _refuse_autocommit(connection: Connection) -> None:
+    # SQLite's driver looks like AUTOCOMMIT always; there BEGIN is sent by hand.
+    raw = connection.connection.dbapi_connection
+    dialect = connection.dialect
+    if dialect.name != "sqlite" and raw and dialect.detect_autocommit_setting(raw):
+        message = (
+            "The engine, or the execution options of the connection, say AUTOCOMMIT: "
+            "nothing could be rolled back. Leave the isolation level out."
+        )
+        raise ConfigurationError(message)
 
 
 @event.listens_for(ManagedSession, "after_commit", propagate=True, insert=True)

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING
 
 from ._context import use
 from ._end import Settings
-from ._policy import commit_below_400, decide_response, exception_cause, rollback
+from ._policy import (
+    ERROR_STATUS,
+    commit_below_400,
+    decide_response,
+    exception_cause,
+    rollback,
+)
 from ._problem import FAILURE, problem
 from ._shield import run_to_completion
 from ._states import SETTLED, Cause, State
 from ._unit import UnitOfWork
+from .errors import UnitOfWorkClosedError
 from .observers import LoggingObserver
 
 if TYPE_CHECKING:
@@ -27,7 +34,6 @@ UNIT = "asgi_uow.unit"
 """The key in the scope under which an inner middleware finds the unit."""
 
 START = "http.response.start"
-ERROR_STATUS = 400
 
 
 class UnitOfWorkMiddleware:
@@ -135,7 +141,7 @@ class UnitOfWorkMiddleware:
     ) -> None:
         if self.error_app is not None and not exchange.forwarded:
             scope[FAILURE] = failure
-            await self.error_app(scope, receive, exchange.forward)
+            await self.error_app(scope, receive, exchange.answer)
 
 
 class _Exchange:
@@ -146,21 +152,36 @@ class _Exchange:
         self.forwarded = False
         self.failure: UnitOfWorkFailedError | None = None
         self._answered = False
+        self._decided = False
         self._settled = asyncio.Event()
         self._send = send
         self._commit_when = commit_when
 
     async def send(self, message: Message) -> None:
         """Decide at the first start; after a failure let only an error answer pass."""
+        if self._decided and not self._settled.is_set():
+            await self._settled.wait()  # another task's start is being decided
         if message["type"] == START:
             # Sanic's headers are a generator, and are read twice: here and outside.
             message = {**message, "headers": list(message.get("headers", ()))}
+            success = message["status"] < ERROR_STATUS
             if self.unit.is_open:
                 await self._decide(message["status"], message["headers"])
             elif self.failure is not None and not self.forwarded:
-                self._answered = message["status"] >= ERROR_STATUS
+                self._answered = not success
+            elif success and not self._decided:
+                # The application had returned or raised: that was the decision.
+                operation = "sending a response"
+                raise UnitOfWorkClosedError(operation, self.unit.state)
         if self.failure is not None and not self._answered:
             raise self.failure
+        await self.forward(message)
+
+    async def answer(self, message: Message) -> None:
+        """Pass what an `error_app` sends; it may not claim a success."""
+        if message["type"] == START and message["status"] < ERROR_STATUS:
+            text = "an error_app has to answer with a status at or above 400"
+            raise ValueError(text)
         await self.forward(message)
 
     async def forward(self, message: Message) -> None:
@@ -176,7 +197,7 @@ class _Exchange:
         """Give a unit that never saw a start its end; wait for one being decided."""
         if self.unit.is_open:
             await self.unit.finish(decision)
-        elif not self._settled.is_set():
+        elif self._decided and not self._settled.is_set():
             await run_to_completion(self._settled.wait())
 
     def failure_behind(self, error: BaseException) -> Exception | None:
@@ -190,6 +211,7 @@ class _Exchange:
     async def _decide(self, status: int, headers: Headers) -> None:
         """Decide, and end the unit before the start is forwarded."""
         unit = self.unit
+        self._decided = True
         broken: Exception | None = None
         try:
             decision = decide_response(

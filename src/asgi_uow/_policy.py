@@ -78,7 +78,7 @@ def decide_exit(
     """Decide at the end of `async with db:`; the first match wins.
 
     1. `set_rollback_only(reason)`: roll back.
-    2. Doomed by the database: roll back, and raise if there is no exception yet.
+    2. Doomed by the database: roll back, and raise unless a failure is raised anyway.
     3. An exception rolls back, unless it carries a `status_code` (or `status`)
        below 400, as redirects do that frameworks raise.
     4. `force_commit()` or `commit_on_exit`: commit.
@@ -86,7 +86,8 @@ def decide_exit(
     if rollback_only:
         return rollback(Cause.EXPLICIT)
     if doomed:
-        return rollback(Cause.DOOMED, refuse=error is None)
+        claims_success = error is None or _is_redirect(error)
+        return rollback(Cause.DOOMED, refuse=claims_success)
     if error is not None and not _is_redirect(error):
         return rollback(exception_cause(error))
     if forced or commit_on_exit:

@@ -39,22 +39,19 @@ def _takes_turn(method: F) -> F:
 
     @functools.wraps(method)
     async def call(self: Session, *args: object, **kwargs: object) -> object:
-        while True:
-            turn = self.turn
-            async with turn:
-                if turn is not self.turn:
-                    continue  # the reads moved to the writer while this one waited
-                operation = f"session.{method.__name__}()"
-                self.check(operation)
-                self.refuse_while_streaming(operation)
-                try:
-                    return await method(self, *args, **kwargs)
-                except Exception as error:
-                    self.note(error)
-                    raise
-                except asyncio.CancelledError:
-                    await self.stop_statement()
-                    raise
+        operation = f"session.{method.__name__}()"
+        # A read session takes its own turn, then the writer's if it reads there.
+        async with self.own_turn, self.turn:
+            self.check(operation)
+            self.refuse_while_streaming(operation)
+            try:
+                return await method(self, *args, **kwargs)
+            except Exception as error:
+                self.note(error)
+                raise
+            except asyncio.CancelledError:
+                await self.stop_statement()
+                raise
 
     return call  # type: ignore[return-value]  # the same signature, see wraps
 
@@ -62,24 +59,28 @@ def _takes_turn(method: F) -> F:
 class Savepoint(AsyncSessionTransaction):
     """SQLAlchemy's `AsyncSessionTransaction` for a SAVEPOINT, taking turns."""
 
-    __slots__ = ()
+    __slots__ = ("ended",)
 
     session: Session
+    ended: bool
 
     async def start(self, is_ctxmanager: bool = False) -> Savepoint:  # noqa: FBT001, FBT002
         """Send SAVEPOINT."""
         async with self.session.turn:
             self.session.check("session.begin_nested()")
+            self.ended = False
             await super().start(is_ctxmanager)
         return self
 
     async def commit(self) -> None:
         """Send RELEASE SAVEPOINT."""
+        self.ended = True
         async with self.session.turn:
             await super().commit()
 
     async def rollback(self) -> None:
         """Send ROLLBACK TO SAVEPOINT."""
+        self.ended = True
         async with self.session.turn:
             await super().rollback()
 
@@ -89,9 +90,25 @@ class Savepoint(AsyncSessionTransaction):
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Release, or roll back to the savepoint after an exception."""
+        """Release, or roll back to the savepoint after an exception.
+
+        Raises `ConcurrentUseError` if another task has ended it with one around it;
+        then it is not known what this block has kept, and nothing will be.
+        """
         async with self.session.turn:
+            if not self.ended and not self._is_open():
+                error = ConcurrentUseError("A savepoint", "another task ended it")
+                self.session.sync_session.journal.give_up(error)
+                if value is None:
+                    raise error
             await super().__aexit__(type_, value, traceback)
+
+    def _is_open(self) -> bool:
+        """Tell whether SQLAlchemy still has this savepoint among the open ones."""
+        transaction = self.session.sync_session.get_nested_transaction()
+        while transaction is not None and transaction is not self.sync_transaction:
+            transaction = transaction.parent
+        return transaction is not None
 
 
 class Session(TextSession):
@@ -129,7 +146,7 @@ class Session(TextSession):
         self.note = note
         self.run_aside = run_aside
         self.writer = writer
-        self._turn = Turn()
+        self.own_turn = Turn()
         self.streams: list[StreamResult] = []
         super().__init__(
             bind,
@@ -150,7 +167,7 @@ class Session(TextSession):
     def turn(self) -> Turn:
         """The lock to hold during a call: of the session whose connection is used."""
         writer = self.writer()
-        return self._turn if writer is None else writer.turn
+        return self.own_turn if writer is None else writer.turn
 
     def check(self, operation: str) -> None:
         """Raise unless the unit of work is open, or is itself ending the session."""
@@ -259,7 +276,7 @@ class Session(TextSession):
 
     async def before_stream(self) -> None:
         """Begin a transaction for the cursor of a read session, if it needs one."""
-        if self.writer() is not None:
+        if not self.sync_session.read_only or self.writer() is not None:
             return
         connection = await self.connection()
         driver = driver_of(connection.dialect)
@@ -271,9 +288,11 @@ class Session(TextSession):
 
     def watch(self, stream: AsyncResult[*TupleAny]) -> AsyncResult[*TupleAny]:
         """Have the fetches of a stream take turns too."""
-        watched = take_turns(stream, lambda: self.turn)
-        self.streams = [each for each in self.streams if each.is_open]
-        self.streams.append(watched)
+        turn = self.turn
+        watched = take_turns(stream, lambda: turn)
+        owner = self.writer() or self
+        owner.streams = [each for each in owner.streams if each.is_open]
+        owner.streams.append(watched)
         return watched
 
 

@@ -13,7 +13,7 @@ from . import _dialects
 from ._end import End, Outages, Settings
 from ._hooks import Hooks
 from ._policy import Decision, rollback
-from ._shield import run_to_completion
+from ._shield import bounded, run_to_completion
 from ._states import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from .errors import (
     BeforeCommitError,
@@ -33,7 +33,6 @@ from .observers import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextvars import Token
 
     from ._engines import Engines
     from ._hooks import Hook
@@ -65,7 +64,7 @@ class UnitOfWork:
         self.cause: Cause | None = None
         self.reason: str | None = None
         self.forced = False
-        self.token: Token[UnitOfWork | None] | None = None
+        self.previous: UnitOfWork | None = None
         self.settings = settings
         self._state = State.NEW
         self._writers: dict[Engines, Session] = {}
@@ -166,7 +165,7 @@ class UnitOfWork:
         """Tell whether a connection is held that another unit would wait for."""
         if db not in self.databases:
             return self.parent is not None and self.parent.has_used(db)
-        sessions = [self._writers.get(db)]
+        sessions = [] if self.is_decided else [self._writers.get(db)]
         if db.is_memory:
             sessions.append(self._readers.get(db))
         return any(s is not None and s.sync_session.connections for s in sessions)
@@ -224,11 +223,11 @@ class UnitOfWork:
     async def release(self) -> None:
         """Close what is left open and run the `after_response` hooks."""
         committed = self.outcome is Outcome.COMMITTED
+        self._move(State.CLOSED)
         try:
             if self._readers or (committed and self.hooks.after_response):
                 await run_to_completion(self._release())
         finally:
-            self._move(State.CLOSED)
             self.hooks.clear()
             self._tell()
 
@@ -284,7 +283,7 @@ class UnitOfWork:
 
     async def _prepare(self) -> None:
         """Run the `before_commit` hooks and flush, until neither adds to the other."""
-        for session in self._readers.values():
+        for session in list(self._readers.values()):
             session.refuse_changes()
         timeout = self.settings.hook_timeout
         queue = self.hooks.before_commit
@@ -297,11 +296,12 @@ class UnitOfWork:
                     await hook.call(timeout)
                 except Exception as error:
                     raise _HookStoppedError(hook.name) from error
-            for session in self._writers.values():
+            writers = list(self._writers.values())
+            for session in writers:
                 if session.has_changes:
                     with anyio.fail_after(timeout):
                         await session.flush()
-            if done == len(queue):
+            if done == len(queue) and len(writers) == len(self._writers):
                 return
 
     def _give_up(self, error: BaseException) -> Decision:
@@ -363,13 +363,13 @@ class UnitOfWork:
         """Run every hook, also those registered meanwhile; none stops another."""
         for hook in queue:
             try:
-                await hook.call(self.settings.hook_timeout)
+                await bounded(hook.call(None), self.settings.hook_timeout)
             except BaseException as error:  # noqa: BLE001  # hook isolation
                 self._events.append(HookFailed(phase, hook.name, error))
 
     async def _release(self) -> None:
         """Close the read sessions, then run the `after_response` hooks."""
-        for session in self._readers.values():
+        for session in list(self._readers.values()):
             await self._end.close_reader(session)
         if self.outcome is Outcome.COMMITTED:
             await self._run_hooks("after_response", self.hooks.after_response)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import exc as sa_exc
@@ -12,7 +14,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from . import _config, _dialects
 from ._context import current_unit_of_work, leave, unit_of_work
 from ._engines import Engines
-from .errors import ConfigurationError, MissingDriverError
+from .errors import ConfigurationError, MissingDriverError, NoUnitOfWorkError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,6 +42,27 @@ class Database(Engines):
     Create it at import time or at start-up; nothing connects before first use.
     Raises `ConfigurationError` for an engine or option that cannot work.
     """
+
+    def __init__(
+        self,
+        engine: AsyncEngine | None,
+        *,
+        readers: Sequence[AsyncEngine] = (),
+        commit_on_exit: bool = True,
+        resolve_unknown: bool = False,
+        **session_options: Any,
+    ) -> None:
+        """See the class."""
+        super().__init__(
+            engine,
+            readers=readers,
+            commit_on_exit=commit_on_exit,
+            resolve_unknown=resolve_unknown,
+            **session_options,
+        )
+        self._entered: list[
+            tuple[asyncio.Task[object] | None, weakref.ref[UnitOfWork]]
+        ] = []
 
     @classmethod
     def from_url(
@@ -110,7 +133,9 @@ class Database(Engines):
 
     async def __aenter__(self) -> UnitOfWork:
         """Open a unit of work for this database; see `unit_of_work`."""
-        return await unit_of_work(self).__aenter__()
+        unit = await unit_of_work(self).__aenter__()
+        self._entered.append((asyncio.current_task(), weakref.ref(unit)))
+        return unit
 
     async def __aexit__(
         self,
@@ -119,7 +144,23 @@ class Database(Engines):
         traceback: TracebackType | None,
     ) -> None:
         """Commit, or roll back after an exception; raises if not kept."""
-        await leave(exc)
+        await leave(self._take_entered(), exc)
+
+    def _take_entered(self) -> UnitOfWork:
+        """Give the unit that is being left: this task's last, or one left behind."""
+        task = asyncio.current_task()
+        alive = [(entered, unit) for entered, ref in self._entered if (unit := ref())]
+        mine = [unit for entered, unit in alive if entered is task]
+        behind = [unit for entered, unit in alive if entered and entered.done()]
+        found = mine or behind or [unit for _, unit in alive]
+        if not found or not (mine or behind or len(found) == 1):
+            operation = "leaving a unit of work that another task has entered"
+            raise NoUnitOfWorkError(operation)
+        unit = found[-1]
+        self._entered = [
+            each for each in self._entered if each[1]() not in {None, unit}
+        ]
+        return unit
 
 
 def _create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
@@ -150,7 +191,7 @@ def _create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
             "to get the usual one, or name an async one."
         )
         raise ConfigurationError(message) from error
-    except TypeError as error:
+    except (TypeError, sa_exc.ArgumentError) as error:
         raise ConfigurationError(str(error)) from error
 
 

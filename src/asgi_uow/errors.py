@@ -11,6 +11,7 @@ AsgiUowError
 ├── UnitOfWorkClosedError         the unit of work has ended
 ├── ManagedTransactionError       commit(), rollback() or close() by hand
 ├── ReadOnlySessionError          a write on the read session
+├── TransactionGoneError          the database has ended the transaction by itself
 ├── ConcurrentUseError            a call while the session is busy with another
 └── UnitOfWorkFailedError         a commit was wanted and the work was not kept
     ├── BeforeCommitError         a before_commit hook raised
@@ -132,6 +133,18 @@ class ReadOnlySessionError(AsgiUowError, RuntimeError):
         super().__init__(
             f"{operation} was refused on the read session, which cannot write. "
             "Write with current_session() (or db.write).",
+        )
+
+
+class TransactionGoneError(AsgiUowError, RuntimeError):
+    """The database has ended the transaction; another statement would be kept alone."""
+
+    def __init__(self) -> None:
+        """Say what can still be done."""
+        super().__init__(
+            "The database has rolled this transaction back by itself after an error, "
+            "and nothing of this unit of work will be kept. Let that error leave the "
+            "handler instead of going on.",
         )
 
 

@@ -1,0 +1,739 @@
+"""Ways around the promises that a careful adversary found, and that are closed."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy import exc as sa_exc
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from asgi_uow import (
+    Database,
+    Outcome,
+    UnitOfWork,
+    UnitOfWorkMiddleware,
+    after_commit,
+    after_response,
+    after_rollback,
+    before_commit,
+    current_read_session,
+    current_session,
+    current_unit_of_work,
+    savepoint,
+    unit_of_work,
+)
+from asgi_uow._states import Cause
+from asgi_uow.errors import (
+    CommitFailedError,
+    ConcurrentUseError,
+    ConfigurationError,
+    DoomedError,
+    ManagedTransactionError,
+    NestedUnitOfWorkError,
+    NoUnitOfWorkError,
+    TransactionGoneError,
+    UnitOfWorkClosedError,
+)
+from asgi_uow.observers import HookFailed
+from tests import shop
+from tests.asgi import BODY, START, endpoint, request, respond
+from tests.servers.process import MariaDB
+from tests.test_promises import checked_out, shop_database
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from asgi_uow._asgi import Message, Receive, Scope, Send
+    from asgi_uow.observers import Event
+    from tests.asgi import Response
+    from tests.servers.backend import (
+        Backend,
+        MariaDBBackend,
+        PostgreSQLBackend,
+        SQLiteBackend,
+    )
+
+
+@pytest.fixture
+async def db(any_driver: Backend) -> AsyncIterator[Database]:
+    async with shop_database(any_driver) as db:
+        yield db
+
+
+class Sent:
+    """One request with both kinds of hooks, and what came of it."""
+
+    def __init__(self) -> None:
+        self.fired: list[str] = []
+        self.events: list[Event] = []
+
+    async def request(
+        self,
+        db: Database,
+        handler: Callable[[], Awaitable[object]],
+        status: int = 200,
+    ) -> Response:
+        async def work() -> None:
+            after_commit(self.fired.append, "commit")
+            after_rollback(self.fired.append, "rollback")
+            await handler()
+
+        app = UnitOfWorkMiddleware(
+            endpoint(work, status), db, observers=[self.events.append]
+        )
+        return await request(app)
+
+
+# A statement of another task that fails while the decision waits for it
+
+
+async def test_statement_in_flight_that_fails(postgresql: PostgreSQLBackend) -> None:
+    """COMMIT waits for it, then sees that PostgreSQL has given the work up."""
+    tasks: list[asyncio.Task[object]] = []
+    async with shop_database(postgresql) as db:
+
+        async def handler() -> None:
+            await shop.insert(1)
+            slow = current_session().execute("SELECT pg_sleep(0.1), 1 / :zero", zero=0)
+            tasks.append(asyncio.ensure_future(slow))
+            await asyncio.wait(tasks, timeout=0.01)
+
+        sent = Sent()
+        response = await sent.request(db, handler)
+
+        with pytest.raises(sa_exc.DBAPIError):
+            await tasks[0]
+        assert 500 == response.status
+        assert isinstance(response.error, DoomedError)
+        assert ["rollback"] == sent.fired
+        assert [] == await shop.items(postgresql)
+
+
+async def test_listener_that_dooms_before_commit(sqlite: SQLiteBackend) -> None:
+    """A SQLAlchemy before_commit listener that swallows what dooms is seen too."""
+    async with shop_database(sqlite) as db:
+
+        def doom(session: object) -> None:
+            connection = current_session().sync_session.connections[0]
+            with suppress(sa_exc.IntegrityError):
+                connection.exec_driver_sql(
+                    "INSERT OR ROLLBACK INTO items (id) VALUES (1)"
+                )
+
+        async def handler() -> None:
+            await shop.insert(1)
+            event.listen(current_session().sync_session, "before_commit", doom)
+
+        sent = Sent()
+        response = await sent.request(db, handler)
+
+        assert isinstance(response.error, DoomedError)
+        assert ["rollback"] == sent.fired
+        assert [] == await shop.items(sqlite)
+
+
+# Savepoints of two tasks that overlap
+
+
+@pytest.mark.parametrize("outer_fails", [True, False])
+async def test_overlapping_savepoints(
+    db: Database, any_driver: Backend, outer_fails: bool
+) -> None:
+    """The one that was ended by the other's end dooms the unit, with or without error."""
+    inside, ended = asyncio.Event(), asyncio.Event()
+
+    async def outer() -> None:
+        with suppress(ZeroDivisionError):
+            async with savepoint():
+                await inside.wait()
+                if outer_fails:
+                    raise ZeroDivisionError
+        ended.set()
+
+    async def inner() -> None:
+        async with savepoint():
+            await shop.insert(2)
+            inside.set()
+            await ended.wait()
+            if not outer_fails:
+                raise ZeroDivisionError
+
+    async def handler() -> None:
+        await shop.insert(1)
+        first = asyncio.ensure_future(outer())
+        await asyncio.wait((first,), timeout=0.01)
+        expected = ConcurrentUseError if outer_fails else ZeroDivisionError
+        with pytest.raises(expected):
+            await inner()
+        await first
+
+    sent = Sent()
+    response = await sent.request(db, handler)
+
+    assert 500 == response.status
+    assert isinstance(response.error, DoomedError)
+    assert isinstance(response.error.__cause__, ConcurrentUseError)
+    assert ["rollback"] == sent.fired
+    assert [] == await shop.items(any_driver)
+
+
+async def test_savepoint_ended_by_hand(db: Database, any_driver: Backend) -> None:
+    """Ending a savepoint inside its own block is SQLAlchemy's way, and allowed."""
+
+    async def handler() -> None:
+        async with savepoint() as undone:
+            await shop.insert(1)
+            await undone.rollback()
+        async with savepoint() as kept:
+            await shop.insert(2)
+            await kept.commit()
+
+    response = await Sent().request(db, handler)
+
+    assert 200 == response.status
+    assert [2] == await shop.items(any_driver)
+
+
+# SQLite that has ended the transaction by itself
+
+
+@pytest.mark.parametrize("status", [200, 409])
+async def test_nothing_is_kept_alone(sqlite: SQLiteBackend, status: int) -> None:
+    """After SQLite's own rollback a statement would commit itself: refused."""
+    async with shop_database(sqlite) as db:
+
+        async def handler() -> None:
+            await shop.insert(1)
+            with suppress(sa_exc.IntegrityError):
+                await current_session().execute(
+                    "INSERT OR ROLLBACK INTO items (id) VALUES (1)"
+                )
+            with pytest.raises(TransactionGoneError, match="leave the handler"):
+                await shop.insert(2)
+
+        sent = Sent()
+        response = await sent.request(db, handler, status)
+
+        assert (500 if status == 200 else 409) == response.status
+        assert ["rollback"] == sent.fired
+        assert [] == await shop.items(sqlite)
+
+
+# Starts that come too late, or too early
+
+
+@pytest.mark.parametrize("raises", [True, False])
+async def test_start_after_the_application_has_returned(
+    db: Database, any_driver: Backend, raises: bool
+) -> None:
+    """A task that answers for an application that is gone cannot claim a success."""
+    tasks: list[asyncio.Task[None]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert(1)
+        tasks.append(asyncio.create_task(respond(send)))
+        if raises:
+            raise LookupError
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    with pytest.raises(UnitOfWorkClosedError, match="sending a response"):
+        await tasks[0]
+    assert [] == response.types
+    assert [] == await shop.items(any_driver)
+
+
+async def test_error_after_the_application_has_returned(sqlite: SQLiteBackend) -> None:
+    """What claims no success passes."""
+    tasks: list[asyncio.Task[None]] = []
+    async with shop_database(sqlite) as db:
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await shop.insert(1)
+            tasks.append(asyncio.create_task(respond(send, 500)))
+
+        response = await request(UnitOfWorkMiddleware(app, db))
+        await tasks[0]
+
+        assert [START, BODY] == response.types
+
+
+async def test_second_start_while_the_first_is_decided(sqlite: SQLiteBackend) -> None:
+    """It waits for the decision, and shares its fate."""
+    deciding, go_on = asyncio.Event(), asyncio.Event()
+    async with shop_database(sqlite) as db:
+
+        async def hold() -> None:
+            deciding.set()
+            await go_on.wait()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await shop.insert_then_break_commit(sqlite, 1)
+            before_commit(hold)
+            first = asyncio.create_task(respond(send, 201))
+            await deciding.wait()
+            second = asyncio.create_task(respond(send, 200))
+            await asyncio.wait((second,), timeout=0.01)
+            go_on.set()
+            for task in (first, second):
+                with pytest.raises(CommitFailedError):
+                    await task
+
+        response = await request(UnitOfWorkMiddleware(app, db))
+
+        assert 500 == response.status
+        assert [START, BODY] == response.types
+        assert [] == await shop.items(sqlite)
+
+
+async def test_error_app_cannot_claim_a_success(sqlite: SQLiteBackend) -> None:
+    """An error_app that answers 200 is a mistake, and nothing is forwarded."""
+
+    async def error_app(scope: Scope, receive: Receive, send: Send) -> None:
+        await respond(send, 200)
+
+    async with shop_database(sqlite) as db:
+        app = UnitOfWorkMiddleware(
+            endpoint(lambda: shop.insert_then_break_commit(sqlite, 1)),
+            db,
+            error_app=error_app,
+        )
+
+        response = await request(app)
+
+        assert [] == response.types
+        assert isinstance(response.error, ValueError)
+
+
+# Blocks that do not end where, or in the order, they began
+
+
+async def test_blocks_that_end_out_of_order(
+    sqlite: SQLiteBackend, mariadb: MariaDBBackend
+) -> None:
+    """Each block ends its own unit: one fails, the other is kept."""
+
+    async def block(db: Database, number: int) -> AsyncIterator[None]:
+        async with db:
+            await db.write.execute("INSERT INTO items (id) VALUES (:id)", id=number)
+            yield
+
+    async with shop_database(sqlite) as first, shop_database(mariadb) as second:
+        one, two = block(first, 1), block(second, 2)
+        await anext(one)
+        await anext(two)
+        with pytest.raises(ZeroDivisionError):
+            await one.athrow(ZeroDivisionError())  # type: ignore[attr-defined]
+        assert await anext(two, None) is None
+
+        assert [] == await shop.items(sqlite)
+        assert [2] == await shop.items(mariadb)
+        with pytest.raises(NoUnitOfWorkError):
+            current_unit_of_work()
+        assert [0, 0, 0, 0] == checked_out(first, second)
+
+
+async def test_block_left_in_another_task(db: Database, any_driver: Backend) -> None:
+    """A block entered by a task that is over is ended by the one that leaves it."""
+
+    async def enter() -> None:
+        await db.__aenter__()
+        await shop.insert(1)
+
+    await asyncio.create_task(enter())
+    await db.__aexit__(None, None, None)
+
+    assert [1] == await shop.items(any_driver)
+    assert [0, 0] == checked_out(db)
+
+
+async def test_whose_block_it_is_must_be_known(sqlite: SQLiteBackend) -> None:
+    """Of two blocks of tasks that still run, neither is ended by a third."""
+    entered, over = [asyncio.Event(), asyncio.Event()], asyncio.Event()
+    async with shop_database(sqlite) as db:
+
+        async def stay(number: int) -> None:
+            async with db:
+                entered[number].set()
+                await over.wait()
+
+        tasks = [asyncio.create_task(stay(number)) for number in range(2)]
+        for each in entered:
+            await each.wait()
+        with pytest.raises(NoUnitOfWorkError, match="another task has entered"):
+            await db.__aexit__(None, None, None)
+        over.set()
+        await asyncio.gather(*tasks)
+
+
+# Streams of reads that share the writer's connection
+
+
+async def test_joined_stream_ends_with_the_writer(
+    db: Database, any_driver: Backend
+) -> None:
+    """A stream on the writer's connection raises after the decision, never lies."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for number in range(3):
+            await shop.insert(number)
+        stream = await current_read_session().stream("SELECT id FROM items")
+        await send({"type": START, "status": 200, "headers": []})
+        with pytest.raises(sa_exc.ResourceClosedError):
+            await stream.all()
+        await send({"type": BODY, "body": b""})
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    assert response.error is None
+    assert [0, 1, 2] == await shop.items(any_driver)
+
+
+async def test_joined_stream_holds_off_the_writer(mariadb: MariaDBBackend) -> None:
+    """On MariaDB a write would cut the stream off: refused."""
+    async with shop_database(mariadb) as db:
+
+        async def handler() -> None:
+            for number in range(3):
+                await shop.insert(number)
+            stream = await current_read_session().stream("SELECT id FROM items")
+            with pytest.raises(ConcurrentUseError, match="stream"):
+                await shop.insert(4)
+            assert 3 == len(await stream.all())
+
+        response = await Sent().request(db, handler)
+
+        assert 200 == response.status
+
+
+# Transactions ended by text
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "COMMIT",
+        "rollback",
+        " /* why */ COMMIT",
+        "-- why\nCOMMIT",
+        "BEGIN",
+        "START TRANSACTION",
+    ],
+)
+@pytest.mark.parametrize("status", [200, 409])
+async def test_transaction_control_as_text(
+    db: Database, any_driver: Backend, statement: str, status: int
+) -> None:
+    """COMMIT, ROLLBACK or BEGIN as text is refused before it is sent."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        with pytest.raises(ManagedTransactionError, match="set_rollback_only"):
+            await current_session().execute(statement)
+
+    sent = Sent()
+    await sent.request(db, handler, status)
+
+    kept = status == 200 and any_driver.name != "never"
+    assert ["commit" if kept else "rollback"] == sent.fired
+    assert ([1] if kept else []) == await shop.items(any_driver)
+
+
+async def test_rollback_to_a_savepoint_as_text(
+    db: Database, any_driver: Backend
+) -> None:
+    """ROLLBACK TO names a savepoint and ends nothing."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        await current_session().execute("SAVEPOINT mine")
+        await shop.insert(2)
+        await current_session().execute("ROLLBACK TO SAVEPOINT mine")
+
+    response = await Sent().request(db, handler)
+
+    assert 200 == response.status
+    assert [1] == await shop.items(any_driver)
+
+
+@pytest.mark.parametrize("statement", ["SET autocommit = 1", "LOCK TABLES items WRITE"])
+async def test_what_would_outlive_the_unit_on_mariadb(
+    mariadb: MariaDBBackend, statement: str
+) -> None:
+    """AUTOCOMMIT and table locks would poison the pooled connection: refused."""
+    async with shop_database(mariadb) as db:
+
+        async def handler() -> None:
+            await shop.insert(1)
+            with pytest.raises(ManagedTransactionError):
+                await current_session().execute(statement)
+
+        sent = Sent()
+        await sent.request(db, handler, 409)
+
+        assert ["rollback"] == sent.fired
+        assert [] == await shop.items(mariadb)
+
+
+async def test_lock_wait_timeout_that_rolls_back() -> None:
+    """With innodb_rollback_on_timeout 1205 has undone everything: doomed."""
+    with MariaDB("--innodb-rollback-on-timeout=ON") as server:
+        url = f"mysql+asyncmy://root@127.0.0.1:{server.port}"
+        admin = create_async_engine(f"{url}/")
+        async with admin.begin() as connection:
+            await connection.exec_driver_sql("CREATE DATABASE shop")
+            await connection.exec_driver_sql(
+                "CREATE TABLE shop.items (id INTEGER PRIMARY KEY)"
+            )
+        db = Database.from_url(f"{url}/shop")
+        async with admin.connect() as rival:
+            await rival.exec_driver_sql("INSERT INTO shop.items VALUES (2)")
+
+            async def handler() -> None:
+                session = current_session()
+                await session.execute("SET innodb_lock_wait_timeout = 1")
+                await shop.insert(1)
+                with suppress(sa_exc.OperationalError):
+                    await shop.insert(2)
+                await shop.insert(3)
+
+            sent = Sent()
+            response = await sent.request(db, handler)
+            await rival.rollback()
+
+        assert 503 == response.status
+        assert isinstance(response.error, DoomedError)
+        assert ["rollback"] == sent.fired
+        async with db:
+            assert 0 == await db.read.scalar("SELECT count(*) FROM items")
+        await db.dispose()
+        await admin.dispose()
+
+
+async def test_autocommit_engine_is_refused(
+    server_backend: MariaDBBackend | PostgreSQLBackend,
+) -> None:
+    """With AUTOCOMMIT nothing could be rolled back, so nothing is executed."""
+    await shop.create(server_backend)
+    engine = create_async_engine(server_backend.url, isolation_level="AUTOCOMMIT")
+    db = Database(engine)
+
+    response = await Sent().request(db, lambda: shop.insert(1), 409)
+
+    assert isinstance(response.error, ConfigurationError)
+    assert "AUTOCOMMIT" in str(response.error)
+    assert [] == await shop.items(server_backend)
+    assert [0, 0] == checked_out(db)
+    await db.dispose()
+    await engine.dispose()
+
+
+# Doomed, and left by a redirect
+
+
+async def test_redirect_does_not_hide_a_lost_unit(
+    postgresql: PostgreSQLBackend,
+) -> None:
+    """A redirect raised as an exception claims a success; the doomed unit raises."""
+
+    class RedirectError(Exception):
+        status_code = 302
+
+    async with shop_database(postgresql) as db:
+        with pytest.raises(DoomedError):
+            async with unit_of_work(db):
+                await shop.insert(1)
+                with suppress(sa_exc.IntegrityError):
+                    await shop.insert(1)
+                raise RedirectError
+
+        assert [] == await shop.items(postgresql)
+
+
+# Sessions that open while the unit closes
+
+
+async def test_after_response_hook_opens_no_session_of_the_request(
+    db: Database,
+) -> None:
+    """It is refused the read session, which nobody would close any more."""
+    events: list[Event] = []
+
+    async def hook() -> None:
+        await current_read_session().execute("SELECT 1")
+
+    async def handler() -> None:
+        after_response(hook)
+
+    app = UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
+    await request(app)
+
+    [failed] = [each for each in events if isinstance(each, HookFailed)]
+    assert isinstance(failed.error, UnitOfWorkClosedError)
+    assert [0, 0] == checked_out(db)
+
+
+async def test_writer_opened_while_another_is_flushed(
+    sqlite: SQLiteBackend, mariadb: MariaDBBackend
+) -> None:
+    """What a second session adds during the flush of the first is flushed too."""
+    async with shop_database(sqlite) as first, shop_database(mariadb) as second:
+
+        def add_to_second(*_: object) -> None:
+            current_session(second).add(shop.Item(id=2))
+
+        async def handler() -> None:
+            session = current_session(first)
+            session.add(shop.Item(id=1))
+            event.listen(session.sync_session, "before_flush", add_to_second)
+
+        app = UnitOfWorkMiddleware(endpoint(handler), first, second)
+        response = await request(app)
+
+        assert 200 == response.status
+        assert [1] == await shop.items(sqlite)
+        assert [2] == await shop.items(mariadb)
+
+
+# In memory
+
+
+async def test_memory_survives_a_cancelled_statement() -> None:
+    """The connection is the database: a cancelled statement does not cost it."""
+    endless = (
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+        " SELECT max(i) FROM n"
+    )
+    db = Database.from_url("sqlite:///file::memory:?uri=true")
+    async with db:
+        await db.write.execute("CREATE TABLE items (id INTEGER)")
+    with pytest.raises(DoomedError):
+        async with db:
+            await shop.insert(1)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(db.write.execute(endless), 0.05)
+    async with db:
+        await shop.insert(2)
+        assert [2] == (await db.read.scalars("SELECT id FROM items")).all()
+    await db.dispose()
+
+
+async def test_memory_read_after_the_start_holds_the_connection() -> None:
+    """A unit that would wait for the request's own read is refused, not hung."""
+    db = Database.from_url("sqlite://")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": START, "status": 200, "headers": []})
+        await current_read_session().execute("SELECT 1")
+        with pytest.raises(NestedUnitOfWorkError):
+            async with db:
+                """Never entered."""
+        await send({"type": BODY, "body": b""})
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    assert response.error is None
+    await db.dispose()
+
+
+# Turns, hooks, groups
+
+
+async def test_read_that_moves_while_another_read_connects(
+    any_driver: Backend, db: Database
+) -> None:
+    """Two reads, before and after the first write, do not meet on the session."""
+
+    async def handler() -> None:
+        read = current_read_session()
+        early = asyncio.ensure_future(read.scalar("SELECT 1"))
+        await asyncio.wait((early,), timeout=0)
+        await shop.insert(1)
+        late = read.scalar("SELECT count(*) FROM items")
+        assert [1, 1] == list(await asyncio.gather(early, late))
+
+    response = await Sent().request(db, handler)
+
+    assert 200 == response.status
+
+
+async def test_hook_that_does_not_let_itself_be_cancelled(
+    sqlite: SQLiteBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past hook_timeout and a grace period it is left behind; the response leaves."""
+    monkeypatch.setattr("asgi_uow._shield.GRACE", 0.01)
+    over = asyncio.Event()
+    events: list[Event] = []
+    tasks: list[asyncio.Task[object] | None] = []
+
+    async def stubborn() -> None:
+        tasks.append(asyncio.current_task())
+        while not over.is_set():
+            with suppress(asyncio.CancelledError):
+                await over.wait()
+
+    async def handler() -> None:
+        after_commit(stubborn)
+
+    async with shop_database(sqlite) as db:
+        app = UnitOfWorkMiddleware(
+            endpoint(handler), db, observers=[events.append], hook_timeout=0.01
+        )
+        response = await request(app)
+
+        assert 200 == response.status
+        [failed] = [each for each in events if isinstance(each, HookFailed)]
+        assert isinstance(failed.error, TimeoutError)
+        over.set()
+        await asyncio.wait([task for task in tasks if task])
+
+
+async def test_database_down_in_a_task_group() -> None:
+    """The 503 is found inside an ExceptionGroup, too."""
+    db = Database.from_url("postgresql://nobody@127.0.0.1:1/app")
+
+    async def handler() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(shop.insert(1))
+
+    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+
+    assert 503 == response.status
+    assert isinstance(response.error, ExceptionGroup)
+    await db.dispose()
+
+
+async def test_finishing_by_hand_hangs_nothing(sqlite: SQLiteBackend) -> None:
+    """A handler that ends the unit itself gets no success out, and no hang."""
+    units: list[UnitOfWork] = []
+    async with shop_database(sqlite) as db:
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            from asgi_uow._policy import rollback
+
+            units.append(current_unit_of_work())
+            await shop.insert(1)
+            await units[0].finish(rollback(Cause.EXPLICIT))
+            await respond(send)
+
+        response = await asyncio.wait_for(request(UnitOfWorkMiddleware(app, db)), 5)
+
+        assert [] == response.types
+        assert isinstance(response.error, UnitOfWorkClosedError)
+        assert Outcome.ROLLED_BACK is units[0].outcome
+
+
+def test_password_in_the_query_is_hidden() -> None:
+    """A password given as a query parameter is not shown either."""
+    db = Database.from_url("postgresql://h/app?user=u&password=sEcret")
+
+    assert "sEcret" not in repr(db)
+    assert "user=u" in repr(db)
+
+
+def _typed(message: Message) -> None:
+    """Keep the alias in use for the type checker."""
