@@ -26,8 +26,10 @@ class Item(Base):
 
 TABLES = (
     "CREATE TABLE parents (id INTEGER PRIMARY KEY)",
-    "CREATE TABLE items (id INTEGER PRIMARY KEY, parent INTEGER"
-    " REFERENCES parents (id) DEFERRABLE INITIALLY DEFERRED)",
+    (
+        "CREATE TABLE items (id INTEGER PRIMARY KEY, parent INTEGER"
+        " REFERENCES parents (id) DEFERRABLE INITIALLY DEFERRED)"
+    ),
 )
 MARIADB_TABLES = ("CREATE TABLE items (id INTEGER PRIMARY KEY, parent INTEGER)",)
 

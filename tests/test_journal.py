@@ -32,7 +32,6 @@ from asgi_uow.errors import (
 from asgi_uow.observers import CommitFailed, ImplicitCommit, UnitFinished
 from tests import shop
 from tests.asgi import endpoint, request
-from tests.servers.backend import SQLiteBackend
 from tests.shop import Item
 from tests.test_promises import shop_database
 
@@ -41,7 +40,12 @@ if TYPE_CHECKING:
 
     from asgi_uow.observers import Event
     from tests.asgi import Response
-    from tests.servers.backend import Backend, MariaDBBackend, PostgreSQLBackend
+    from tests.servers.backend import (
+        Backend,
+        MariaDBBackend,
+        PostgreSQLBackend,
+        SQLiteBackend,
+    )
 
 
 class Request:

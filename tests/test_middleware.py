@@ -39,14 +39,14 @@ from asgi_uow.errors import (
 )
 from asgi_uow.observers import CommitFailed, ReleaseFailed, UnitFinished
 from tests import shop
-from tests.asgi import BODY, START, endpoint, http_scope, no_body, request, respond
+from tests.asgi import START, endpoint, http_scope, no_body, request, respond
 from tests.shop import Item
 from tests.test_promises import checked_out, shop_database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
+    from asgi_uow._asgi import Message, Receive, Scope, Send
     from asgi_uow.observers import Event
     from tests.servers.backend import Backend, MariaDBBackend, PostgreSQLBackend
 
@@ -55,6 +55,11 @@ if TYPE_CHECKING:
 async def db(sqlite: Backend) -> AsyncIterator[Database]:
     async with shop_database(sqlite) as db:
         yield db
+
+
+def never(status: int, headers: list[tuple[bytes, bytes]]) -> bool:
+    """Decide against every response."""
+    return False
 
 
 async def nothing() -> None:
@@ -78,7 +83,7 @@ async def test_mounted_twice_passes_through(db: Database, sqlite: Backend) -> No
         units.append(current_unit_of_work())
         await shop.insert(1)
 
-    inner = UnitOfWorkMiddleware(endpoint(handler), db, commit_when=lambda *_: False)
+    inner = UnitOfWorkMiddleware(endpoint(handler), db, commit_when=never)
 
     async def between(scope: Scope, receive: Receive, send: Send) -> None:
         units.append(current_unit_of_work())
@@ -821,10 +826,14 @@ async def test_lost_answer_to_commit_is_unknown(
 
 
 DOUBTFUL_TRIGGER = (
-    "CREATE FUNCTION doubt() RETURNS trigger LANGUAGE plpgsql AS"
-    " $$ BEGIN RAISE EXCEPTION 'who knows' USING ERRCODE = '40003'; END $$",
-    "CREATE CONSTRAINT TRIGGER doubt AFTER INSERT ON items"
-    " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION doubt()",
+    (
+        "CREATE FUNCTION doubt() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'who knows' USING ERRCODE = '40003'; END $$"
+    ),
+    (
+        "CREATE CONSTRAINT TRIGGER doubt AFTER INSERT ON items"
+        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION doubt()"
+    ),
 )
 
 
@@ -936,8 +945,3 @@ async def test_unknown_database_is_named(
     response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
 
     assert 200 == response.status
-
-
-def _typed(db: Database) -> ASGIApp:
-    """The middleware is an ASGI app to a type checker."""
-    return UnitOfWorkMiddleware(endpoint(nothing), db)

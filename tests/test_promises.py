@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -35,7 +35,7 @@ from tests.asgi import BODY, START, endpoint, request, respond
 from tests.servers.backend import MariaDBBackend
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from asgi_uow._asgi import Receive, Scope, Send
     from tests.servers.backend import Backend, PostgreSQLBackend
@@ -49,7 +49,7 @@ async def db(backend: Backend) -> AsyncIterator[Database]:
 
 
 @asynccontextmanager
-async def shop_database(backend: Backend, **options: object) -> AsyncIterator[Database]:
+async def shop_database(backend: Backend, **options: Any) -> AsyncGenerator[Database]:
     await shop.create(backend)
     db = Database.from_url(backend.url, **options)
     try:
@@ -443,12 +443,9 @@ async def test_p9_leaked_task_gets_no_service(db: Database, backend: Backend) ->
         read, write = current_read_session(), current_session()
         await over.wait()
         refused = []
-        for use in (
-            lambda: read.execute("SELECT 1"),
-            lambda: write.execute("SELECT 1"),
-        ):
+        for session in (read, write):
             with pytest.raises(UnitOfWorkClosedError) as caught:
-                await use()
+                await session.execute("SELECT 1")
             refused.append(str(caught.value))
         for accessor in (current_session, current_read_session, current_unit_of_work):
             with pytest.raises(UnitOfWorkClosedError) as caught:

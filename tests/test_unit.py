@@ -24,9 +24,9 @@ from asgi_uow import (
     set_rollback_only,
     unit_of_work,
 )
+from asgi_uow._end import Settings
 from asgi_uow._policy import COMMIT
 from asgi_uow._states import TRANSITIONS, Cause, State
-from asgi_uow._end import Settings
 from asgi_uow.errors import (
     CommitFailedError,
     NestedUnitOfWorkError,
@@ -36,14 +36,13 @@ from asgi_uow.errors import (
 from asgi_uow.observers import HookFailed, ReleaseFailed, UnitFinished
 from tests import shop
 from tests.asgi import endpoint, request
-from tests.servers.backend import MariaDBBackend
 from tests.test_promises import checked_out, shop_database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from asgi_uow.observers import Event
-    from tests.servers.backend import Backend
+    from tests.servers.backend import Backend, MariaDBBackend
 
 
 @pytest.fixture
@@ -60,14 +59,14 @@ async def test_leaving_the_block_commits(db: Database, backend: Backend) -> None
         await db.write.execute("INSERT INTO items (id) VALUES (1)")
         after_commit(fired.append, "hook")
         assert [] == fired
-        assert State.ACTIVE is uow.state
+        states = [uow.state]
         assert 1 == uow.attempt
         assert uow.doomed_by is None
 
     assert [1] == await shop.items(backend)
     assert ["hook"] == fired
     assert Outcome.COMMITTED is uow.outcome
-    assert State.CLOSED is uow.state
+    assert [State.ACTIVE, State.CLOSED] == [*states, uow.state]
     assert [0, 0] == checked_out(db)
 
 
@@ -75,11 +74,13 @@ async def test_exception_rolls_back(db: Database, backend: Backend) -> None:
     """An exception that leaves the block rolls back and goes on as it is."""
     failure = LookupError("mine")
 
+    block = unit_of_work(db)
     with pytest.raises(LookupError) as caught:
-        async with db as uow:
+        async with block:
             await shop.insert(1)
             raise failure
 
+    uow = block.unit
     assert failure is caught.value
     assert (Outcome.ROLLED_BACK, Cause.EXCEPTION) == (uow.outcome, uow.cause)
     assert [] == await shop.items(backend)

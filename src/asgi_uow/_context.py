@@ -19,7 +19,7 @@ from ._unit import UnitOfWork
 from .errors import NestedUnitOfWorkError, NoUnitOfWorkError, UnitOfWorkClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
     from types import TracebackType
 
     from ._engines import Engines
@@ -36,7 +36,7 @@ def find_unit_of_work() -> UnitOfWork | None:
 
 
 @contextmanager
-def use(unit: UnitOfWork | None) -> Iterator[None]:
+def use(unit: UnitOfWork | None) -> Generator[None]:
     """Make `unit` (or none) the current one; a request never trusts what it finds.
 
     Servers start a pipelined request in the context of the one before.

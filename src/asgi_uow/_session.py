@@ -61,7 +61,8 @@ class Savepoint(AsyncSessionTransaction):
 
     __slots__ = ("ended",)
 
-    session: Session
+    # Narrower than SQLAlchemy's, which only reads it.
+    session: Session  # pyright: ignore[reportIncompatibleVariableOverride]
     ended: bool
 
     async def start(self, is_ctxmanager: bool = False) -> Savepoint:  # noqa: FBT001, FBT002
@@ -124,7 +125,8 @@ class Session(TextSession):
     decided, every call on its write session raises `UnitOfWorkClosedError`.
     """
 
-    sync_session: ManagedSession
+    # Narrower than SQLAlchemy's, which only reads it.
+    sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,

@@ -114,7 +114,8 @@ class TextSession(AsyncSession):
         **named: object,
     ) -> Any: ...
 
-    async def scalar(
+    # SQLAlchemy has one overload more, for a bug of mypy.
+    async def scalar(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         statement: Executable | str,
         params: _CoreAnyExecuteParams | None = None,

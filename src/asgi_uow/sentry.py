@@ -53,7 +53,7 @@ class SentryObserver:
             client_options={**options, "include_local_variables": False},
             mechanism={"type": "asgi_uow", "handled": True},
         )
-        for exception in event["exception"]["values"]:
+        for exception in event.get("exception", {}).get("values", ()):
             exception["value"] = PARAMETERS.sub("", exception["value"] or "")
         with sentry_sdk.new_scope() as scope:
             scope.set_extra("comment", comment)
