@@ -36,7 +36,12 @@ from asgi_uow import (
     set_rollback_only,
 )
 from asgi_uow._states import State
-from asgi_uow.errors import DoomedError, NoUnitOfWorkError, UnitOfWorkClosedError
+from asgi_uow.errors import (
+    DoomedError,
+    NoUnitOfWorkError,
+    TransactionGoneError,
+    UnitOfWorkClosedError,
+)
 from tests.test_promises import checked_out
 
 if TYPE_CHECKING:
@@ -85,7 +90,6 @@ class Life(RuleBasedStateMachine):
     def _forget(self) -> None:
         self.rows = set(self.kept)
         self.savepoints: list[tuple[Savepoint, frozenset[int]]] = []
-        self.connected = False
         self.doomed = False
         self.rollback_only = False
         self.hooks: dict[Outcome, list[str]] = {each: [] for each in Outcome}
@@ -105,9 +109,8 @@ class Life(RuleBasedStateMachine):
         """Execute on the write session; once doomed, it may be refused."""
 
         async def execute() -> None:
-            self.connected = True
             if self.doomed:
-                with suppress(sa_exc.SQLAlchemyError):
+                with suppress(TransactionGoneError, sa_exc.SQLAlchemyError):
                     await current_session().execute(sql, named)
             else:
                 await current_session().execute(sql, named)
@@ -190,7 +193,6 @@ class Life(RuleBasedStateMachine):
             assert task.cancelled()
 
         self._run(cancel)
-        self.connected = False
         self.doomed = True
 
     @precondition(lambda self: self.unit and not self.doomed)
@@ -202,9 +204,8 @@ class Life(RuleBasedStateMachine):
             return opened
 
         self.savepoints.append((self._run(enter), frozenset(self.rows)))
-        self.connected = True
 
-    @precondition(lambda self: self.savepoints)
+    @precondition(lambda self: self.unit and self.savepoints)
     @rule(fails=st.booleans())
     def leave_savepoint(self, fails: bool) -> None:
         opened, before = self.savepoints.pop()
@@ -214,7 +215,7 @@ class Life(RuleBasedStateMachine):
             await opened.__aexit__(type(error) if error else None, error, None)
 
         if self.doomed:
-            with suppress(sa_exc.SQLAlchemyError):
+            with suppress(TransactionGoneError, sa_exc.SQLAlchemyError):
                 self._run(leave)
         else:
             self._run(leave)
@@ -261,22 +262,18 @@ class Life(RuleBasedStateMachine):
         unit = self.unit
         assert unit is not None
         self.ended.append((unit, unit.session()))
-        dooms = self.doomed and not self.rollback_only and error is None
+        wanted = not self.rollback_only and error in {None, RedirectError}
         self.unit = None
 
         async def leave() -> None:
             await self.db.__aexit__(error, None if error is None else error(), None)
 
-        if dooms:
+        if wanted and self.doomed:
             with pytest.raises(DoomedError):
                 self._run(leave)
         else:
             self._run(leave)
-        if (
-            not self.doomed
-            and not self.rollback_only
-            and error in {None, RedirectError}
-        ):
+        if wanted and not self.doomed:
             outcome = Outcome.COMMITTED
             self.kept = frozenset(self.rows)
         else:
@@ -327,7 +324,7 @@ def test_life() -> None:
     run_state_machine_as_test(
         Life,
         settings=settings(
-            max_examples=100,
+            max_examples=80,
             stateful_step_count=25,
             deadline=None,
             derandomize=os.environ.get("CI") == "true",

@@ -228,7 +228,8 @@ class End:
 
     async def _throw_away(self, session: Session, error: Exception) -> None:
         """Give up a session that could not be closed; its connection is not reused."""
-        if not getattr(error, "connection_invalidated", False):
+        lost = getattr(error, "connection_invalidated", False)
+        if not lost and session.doomed_by is None:
             self._report(ReleaseFailed("closing the session", error))
         try:
             await bounded(session.throw_away(), self._settings.commit_timeout)

@@ -121,11 +121,11 @@ class Journal:
         """Refuse what would end the transaction; note DDL, for which MySQL commits."""
         if self._is_ending():
             return
+        if not in_transaction and not mysql and self._entries:
+            raise TransactionGoneError from self.doomed_by
         if _dialects.TRANSACTION_CONTROL.match(statement):
             operation = f"{statement!r}"
             raise ManagedTransactionError(operation)
-        if not in_transaction and not mysql and self._entries:
-            raise TransactionGoneError from self.doomed_by
         if mysql and in_transaction and _dialects.IMPLICIT_COMMIT.match(statement):
             self._ddl = statement
 

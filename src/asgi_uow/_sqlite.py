@@ -32,7 +32,16 @@ class Connection(aiosqlite.Connection):
     def __init__(self, connector: Callable[[], sqlite3.Connection]) -> None:
         """Connect with `connector`, in the connection's own thread."""
         super().__init__(connector, CHUNK)
+        self._stopped = False
         self._cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
+
+    def stop(self) -> asyncio.Future[None] | None:
+        """Stop the thread, once: a second request would wait for its answer forever."""
+        if self._stopped:
+            return None
+        self._stopped = True
+        future: asyncio.Future[None] | None = super().stop()
+        return future
 
     async def _connect(self) -> Connection:
         """Connect to the end, then close again when cancelled."""

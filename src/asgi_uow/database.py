@@ -19,13 +19,15 @@ from .errors import ConfigurationError, MissingDriverError, NoUnitOfWorkError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
-    from typing import Self
+    from typing import Self, TypeAlias
 
     from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from ._session import Session
     from ._unit import UnitOfWork
+
+    Task: TypeAlias = asyncio.Task[object]
 
 
 class Database(Engines):
@@ -60,9 +62,7 @@ class Database(Engines):
             resolve_unknown=resolve_unknown,
             **session_options,
         )
-        self._entered: list[
-            tuple[asyncio.Task[object] | None, weakref.ref[UnitOfWork]]
-        ] = []
+        self._entered: list[tuple[weakref.ref[Task], weakref.ref[UnitOfWork]]] = []
 
     @classmethod
     def from_url(
@@ -134,7 +134,7 @@ class Database(Engines):
     async def __aenter__(self) -> UnitOfWork:
         """Open a unit of work for this database; see `unit_of_work`."""
         unit = await unit_of_work(self).__aenter__()
-        self._entered.append((asyncio.current_task(), weakref.ref(unit)))
+        self._entered.append((weakref.ref(_task()), weakref.ref(unit)))
         return unit
 
     async def __aexit__(
@@ -148,10 +148,9 @@ class Database(Engines):
 
     def _take_entered(self) -> UnitOfWork:
         """Give the unit that is being left: this task's last, or one left behind."""
-        task = asyncio.current_task()
-        alive = [(entered, unit) for entered, ref in self._entered if (unit := ref())]
-        mine = [unit for entered, unit in alive if entered is task]
-        behind = [unit for entered, unit in alive if entered and entered.done()]
+        alive = [(task(), unit) for task, ref in self._entered if (unit := ref())]
+        mine = [unit for task, unit in alive if task is _task()]
+        behind = [unit for task, unit in alive if task is None or task.done()]
         found = mine or behind or [unit for _, unit in alive]
         if not found or not (mine or behind or len(found) == 1):
             operation = "leaving a unit of work that another task has entered"
@@ -161,6 +160,14 @@ class Database(Engines):
             each for each in self._entered if each[1]() not in {None, unit}
         ]
         return unit
+
+
+def _task() -> Task:
+    task = asyncio.current_task()
+    if task is None:
+        operation = "a unit of work outside of any task"
+        raise NoUnitOfWorkError(operation)
+    return task
 
 
 def _create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:

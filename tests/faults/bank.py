@@ -45,6 +45,9 @@ TOTAL = BALANCE * len(ACCOUNTS)
 CLIENTS = 20
 RUN_SECONDS = 60.0
 NEVER = 10**9
+# SQLAlchemy's pool wakes those who wait for a connection when one comes back, not when
+# connecting failed; a server that was down can leave all of them waiting for so long.
+POOL_TIMEOUT = 1.0
 # When asyncpg asks for TLS and the server dies, a future of its own is left with an
 # error that nobody retrieves, and asyncio reports it.
 CONNECT_ARGS = {"asyncpg": {"ssl": False}}
@@ -264,9 +267,10 @@ class Bank:
             mortal.backend.through(proxy.port),
             pool_size=8,
             max_overflow=4,
+            pool_timeout=POOL_TIMEOUT,
             connect_args=CONNECT_ARGS.get(mortal.backend.driver, {}),
+            resolve_unknown=plan.resolves and mortal.server.name == "postgresql",
         )
-        self.db.resolve_unknown = plan.resolves and mortal.server.name == "postgresql"
         self.app = UnitOfWorkMiddleware(
             self.serve, self.db, observers=[self.events.append]
         )

@@ -1,7 +1,8 @@
 """No false success: random faults against a bank, seeded and counted.
 
 `ASGI_UOW_RUNS=500 pytest tests/faults/test_bank.py` runs as many; the number at the end
-of a test's name is the seed of its run.
+of a test's name is the seed of its run. What happened is counted in the properties of a
+report: `--junitxml=report.xml -o junit_family=xunit1`.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ async def test_no_false_success(
     await mortal.backend.execute(*TABLES)
     async with mortal.backend.proxy() as proxy:
         bank = Bank(mortal, proxy, Plan(seed))
-        await bank.run()
-        await bank.check()
-        await bank.goes_on()
-        await bank.check()
-        for name, number in (await bank.figures()).items():
-            record_property(name, number)
-        await bank.db.dispose()
+        try:
+            await bank.run()
+            await bank.check()
+            await bank.goes_on()
+            await bank.check()
+            for name, number in (await bank.figures()).items():
+                record_property(name, number)
+        finally:
+            await bank.db.dispose()
 
 
 COMMIT, ROLLBACK = ["after_commit"], ["after_rollback"]

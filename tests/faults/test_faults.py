@@ -255,3 +255,36 @@ async def test_fault(name: str, mortal: Mortal) -> None:
         assert [200, 200, 200] == await insert_side_by_side(db, 4, 5, 6)
         assert 0 == checked_out(db)
         await db.dispose()
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_crash_gives_the_transaction_id_to_another(mortal: Mortal) -> None:
+    """What PostgreSQL says of an id after a crash may be about somebody else's work.
+
+    The id of a transaction of which nothing had reached the disk is used again.
+    """
+    backend = mortal.backend
+    hooks: list[str] = []
+
+    async def handler() -> None:
+        after_commit(hooks.append, "after_commit")
+        await shop.insert(SUBJECT)
+
+    await shop.create(backend)
+    async with backend.proxy() as proxy:
+        url = backend.through(proxy.port)
+        db = Database.from_url(url, resolve_unknown=True)
+        app = UnitOfWorkMiddleware(endpoint(handler), db, commit_timeout=5)
+        cut = proxy.cut_before(is_commit)
+        task = asyncio.create_task(request(app))
+        await cut.fired.wait()
+        await mortal.crash()
+        others = [f"INSERT INTO items (id) VALUES ({number})" for number in range(9)]
+        await backend.execute(*others)
+        response = await task
+        assert 0 == checked_out(db)
+        await db.dispose()
+
+    assert list(range(9)) == await shop.items(backend)
+    assert response.status in {500, 503}
+    assert [] == hooks
