@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from . import _dialects
+from ._engines import TRANSACTION_ID
 from ._problem import RETRY_AFTER
 from ._shield import bounded
 from ._states import Cause, Outcome
@@ -276,8 +277,7 @@ class _Commit:
         async with session.turn:
             await session.close_streams()
             if self.db.resolve_unknown and session.sync_session.connections:
-                query = "SELECT CAST(pg_current_xact_id_if_assigned() AS text)"
-                self.transaction_id = await session.scalar(query)
+                self.transaction_id = await session.scalar(TRANSACTION_ID)
             session.require_alive()
             self.sent = True
             await session.commit()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from anyio import move_on_after, sleep
@@ -25,6 +24,17 @@ if TYPE_CHECKING:
 
 ASIDE_SECONDS = 2.0
 """Seconds for connecting to the server and stopping a cancelled statement."""
+
+TRANSACTION_ID = (
+    "SELECT CAST(pg_current_xact_id_if_assigned() AS text)"
+    " || '@' || CAST(pg_postmaster_start_time() AS text)"
+)
+"""PostgreSQL: what `Engines.was_committed` needs; NULL if nothing was written."""
+
+TRANSACTION_STATUS = (
+    "SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8)),"
+    " CAST(pg_postmaster_start_time() AS text)"
+)
 
 RESOLVE_PAUSE = 0.05
 """Seconds between two questions to a server that cannot tell yet."""
@@ -159,22 +169,34 @@ class Engines:
         finally:
             await aside.dispose()
 
-    async def was_committed(self, transaction_id: str, seconds: float) -> bool | None:
+    async def was_committed(self, transaction: str, seconds: float) -> bool | None:
         """Ask PostgreSQL what became of a transaction; None if it cannot be told.
 
-        Asks again for so many `seconds` while the server is away or still at it.
+        `transaction` is what `TRANSACTION_ID` gave before COMMIT. Asks again for so
+        many `seconds` while the server is away or still at it. A server that was
+        restarted may have given the id of a lost transaction to another one.
         """
-        query = text("SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8))")
-        status: str | None = "in progress"
+        transaction_id, _, started = transaction.partition("@")
+        answers = {"committed": True, "aborted": False}
+        answer: bool | None = None
         aside = _derive_engine(self.engine)
         with move_on_after(seconds):
-            while status == "in progress":
+            while answer is None:
                 await sleep(RESOLVE_PAUSE)
-                with suppress(sa_exc.DBAPIError, OSError):
+                try:
                     async with aside.connect() as connection:
-                        status = await connection.scalar(query, {"id": transaction_id})
+                        result = await connection.execute(
+                            text(TRANSACTION_STATUS), {"id": transaction_id}
+                        )
+                        status, started_now = result.one()
+                except (sa_exc.DBAPIError, OSError):
+                    started = "it has been away"
+                    continue
+                if status == "committed" and started_now != started:
+                    break
+                answer = answers.get(status)
         await aside.dispose()
-        return {"committed": True, "aborted": False}.get(status or "")
+        return answer
 
     async def dispose(self) -> None:
         """Close every pooled connection of the writer and the readers."""

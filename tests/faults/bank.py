@@ -330,9 +330,11 @@ class Bank:
         """Have the plan carried out."""
         with anyio.fail_after(RUN_SECONDS):
             faults = asyncio.create_task(self.strike())
-            await asyncio.gather(*map(self.client, self.plan.clients))
-            self.clock.over.set()
-            await faults
+            try:
+                await asyncio.gather(*map(self.client, self.plan.clients))
+            finally:
+                self.clock.over.set()
+                await faults
 
     async def client(self, orders: list[Order]) -> None:
         for order in orders:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import TYPE_CHECKING, Self
 
 from tests.servers import MariaDB, MariaDBBackend, PostgreSQL, PostgreSQLBackend
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from asgi_uow import Database
     from tests.servers import Server, ServerBackend
 
@@ -15,10 +18,14 @@ KINDS = {"asyncmy": "mariadb", "asyncpg": "postgresql", "psycopg": "postgresql"}
 
 
 def make_server(kind: str) -> Server:
-    """Return a server, not yet started, that finds deadlocks without delay."""
-    if kind == "mariadb":
-        return MariaDB()
-    return PostgreSQL("--deadlock_timeout=20ms")
+    """Return a server, not yet started, that finds deadlocks without delay.
+
+    One that does not stop in order, since somebody is just connecting, is killed.
+    """
+    options = () if kind == "mariadb" else ("--deadlock_timeout=20ms",)
+    server = (MariaDB if kind == "mariadb" else PostgreSQL)(*options)
+    server.stop_seconds = 5.0
+    return server
 
 
 class Mortal:
@@ -26,6 +33,7 @@ class Mortal:
 
     def __init__(self, server: Server, driver: str) -> None:
         self.server = server
+        self._one_at_a_time = threading.Lock()  # also when a waiting task is cancelled
         backend = MariaDBBackend if server.name == "mariadb" else PostgreSQLBackend
         self.backend: ServerBackend = backend(server.port, driver)
 
@@ -40,16 +48,15 @@ class Mortal:
 
     async def start(self) -> None:
         """Start the server unless it is running."""
-        if self.server.pid is None:
-            await asyncio.to_thread(self.server.start)
+        await asyncio.to_thread(self._start)
 
     async def stop(self) -> None:
         """Shut the server down in order."""
-        await asyncio.to_thread(self.server.stop)
+        await asyncio.to_thread(self._end, self.server.stop)
 
     async def kill(self) -> None:
         """End the server with SIGKILL."""
-        await asyncio.to_thread(self.server.kill)
+        await asyncio.to_thread(self._end, self.server.kill)
 
     async def crash(self) -> None:
         """Kill the server and start it again: when it is back, nobody is left.
@@ -63,6 +70,15 @@ class Mortal:
         """Stop the server in order and start it again."""
         await self.stop()
         await self.start()
+
+    def _start(self) -> None:
+        with self._one_at_a_time:
+            if self.server.pid is None:
+                self.server.start()
+
+    def _end(self, end: Callable[[], None]) -> None:
+        with self._one_at_a_time:
+            end()
 
 
 def checked_out(db: Database) -> int:
