@@ -158,7 +158,7 @@ class Life(RuleBasedStateMachine):
     def fail(self) -> None:
         """A statement that cannot be understood, swallowed."""
         with suppress(sa_exc.SQLAlchemyError):
-            self._execute("SELEKT")
+            self._execute("SELECTED")
 
     @precondition(lambda self: self.unit and self.rows)
     @rule()

@@ -91,6 +91,10 @@ TRANSACTION_CONTROL = re.compile(
 MYSQL_SYNTAX_ERROR = 1064
 """Not understood, so nothing was committed for it."""
 
+POOL_TIMEOUT = 10.0
+"""Seconds to wait for a free connection. SQLAlchemy's 30 are long for a client, and a
+pool does not wake those who wait when the server is back."""
+
 MYSQL_RECYCLE = 1800
 """Seconds after which a MySQL connection is replaced; wait_timeout is 28800 there."""
 

@@ -206,7 +206,7 @@ class End:
 
         if self._stuck:
             # What did not answer in time is not waited for again.
-            await self._throw_away(session, failure or TimeoutError())
+            await self._throw_away(session)
             return
         try:
             await bounded(end(), self._settings.commit_timeout)
@@ -227,10 +227,14 @@ class End:
         except Exception as error:  # noqa: BLE001  # reported; nothing depends on it
             await self._throw_away(session, error)
 
-    async def _throw_away(self, session: Session, error: Exception) -> None:
+    async def _throw_away(
+        self,
+        session: Session,
+        error: Exception | None = None,
+    ) -> None:
         """Give up a session that could not be closed; its connection is not reused."""
         lost = getattr(error, "connection_invalidated", False)
-        if not lost and session.doomed_by is None:
+        if error is not None and not lost and session.doomed_by is None:
             self._report(ReleaseFailed("closing the session", error))
         try:
             await bounded(session.throw_away(), self._settings.commit_timeout)

@@ -27,14 +27,20 @@ ASIDE_SECONDS = 2.0
 
 TRANSACTION_ID = (
     "SELECT CAST(pg_current_xact_id_if_assigned() AS text)"
-    " || '@' || CAST(pg_postmaster_start_time() AS text)"
+    " || '@' || CAST((SELECT stats_reset FROM pg_stat_bgwriter) AS text)"
 )
-"""PostgreSQL: what `Engines.was_committed` needs; NULL if nothing was written."""
+"""PostgreSQL: what `Engines.was_committed` needs; NULL if nothing was written.
+
+The statistics are reset by every crash, also of a single backend, and by no restart.
+"""
 
 TRANSACTION_STATUS = (
     "SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8)),"
-    " CAST(pg_postmaster_start_time() AS text)"
+    " CAST((SELECT stats_reset FROM pg_stat_bgwriter) AS text)"
 )
+
+TRANSACTION_ANSWERS = {"committed": True, "aborted": False, "22023": False}
+"""22023: the server has not given the id to anybody (since it crashed)."""
 
 RESOLVE_PAUSE = 0.05
 """Seconds between two questions to a server that cannot tell yet."""
@@ -173,13 +179,13 @@ class Engines:
         """Ask PostgreSQL what became of a transaction; None if it cannot be told.
 
         `transaction` is what `TRANSACTION_ID` gave before COMMIT. Asks again for so
-        many `seconds` while the server is away or still at it. A server that was
-        restarted may have given the id of a lost transaction to another one.
+        many `seconds` while the server is away or still at it. After a crash the id
+        of a lost transaction may be another's: then "committed" proves nothing, but
+        "aborted", or an id that is not given out yet, still proves the loss.
         """
-        transaction_id, _, started = transaction.partition("@")
-        answers = {"committed": True, "aborted": False}
-        answer: bool | None = None
+        transaction_id, _, epoch = transaction.partition("@")
         aside = _derive_engine(self.engine)
+        answer: bool | None = None
         with move_on_after(seconds):
             while answer is None:
                 await sleep(RESOLVE_PAUSE)
@@ -188,13 +194,12 @@ class Engines:
                         result = await connection.execute(
                             text(TRANSACTION_STATUS), {"id": transaction_id}
                         )
-                        status, started_now = result.one()
-                except (sa_exc.DBAPIError, OSError):
-                    started = "it has been away"
-                    continue
-                if status == "committed" and started_now != started:
+                        status, epoch_now = result.one()
+                except (sa_exc.DBAPIError, OSError) as error:
+                    status = _dialects.code_of(error)
+                if status == "committed" and epoch_now != epoch:
                     break
-                answer = answers.get(status)
+                answer = TRANSACTION_ANSWERS.get(status)
         await aside.dispose()
         return answer
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-GRACE = 5.0
-"""Seconds a timed-out operation gets to close its connection."""
+GRACE = 7.0
+"""Seconds a timed-out operation gets to close its connection; psycopg takes 5."""
 
 
 async def run_to_completion(work: Coroutine[object, object, T]) -> T:

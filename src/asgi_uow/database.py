@@ -175,6 +175,8 @@ def _create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
     defaults = _dialects.engine_defaults(parsed)
     if parsed.drivername == "sqlite+aiosqlite":
         options = _with_safe_connection(options)
+    if "poolclass" not in options:
+        defaults["pool_timeout"] = _dialects.POOL_TIMEOUT
     forced: dict[str, Any] = {}
     if _dialects.is_memory(parsed):
         # The database is the connection: one, for one unit at a time, for good.

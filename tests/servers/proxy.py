@@ -156,6 +156,7 @@ class _Link:
         self._client = client[1]
         self._server_reader, self._server = server
         self._pending: Rule | None = None
+        self._holds: list[Hold] = []
 
     async def run(self, chunks: AsyncIterator[Chunk]) -> None:
         await asyncio.gather(self._upward(chunks), self._downward())
@@ -174,6 +175,8 @@ class _Link:
                     rule.fired.set()
                     break
                 self._pending = rule
+                if isinstance(rule, Hold):
+                    self._holds.append(rule)
                 await self._proxy.pause()
                 self._server.write(data)
                 await self._server.drain()
@@ -205,8 +208,8 @@ class _Link:
         self._server.close()
 
     def _let_go(self) -> None:
-        if isinstance(self._pending, Hold):
-            self._pending.release()
+        for hold in self._holds:
+            hold.release()
 
 
 async def mysql_chunks(reader: asyncio.StreamReader) -> AsyncIterator[Chunk]:
