@@ -57,7 +57,7 @@ def http_scope(**extra: object) -> dict[str, object]:
 
 
 async def no_body() -> Message:
-    return {"type": "http.request", "body": b"", "more_body": False}
+    raise NotImplementedError  # no application of ours reads the body
 
 
 async def request(

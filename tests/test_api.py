@@ -6,10 +6,12 @@ import subprocess
 import sys
 from importlib import import_module, resources
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 import asgi_uow
+from asgi_uow import _asgi
 
 OPTIONAL = (
     "aiosqlite",
@@ -76,3 +78,8 @@ def test_optional_packages_are_not_imported() -> None:
 def test_typed() -> None:
     """The package ships its types."""
     assert resources.files(asgi_uow).joinpath("py.typed").is_file()
+
+
+def test_asgi_types_are_loose() -> None:
+    """Scope and messages are Any: every framework type-checks."""
+    assert Any is _asgi.Scope is _asgi.Message

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from asgi_uow._asgi import Message, Receive, Scope, Send
     from tests.servers import Backend, ServerBackend
 
-RUNS = min(100, int(os.environ.get("ASGI_UOW_RUNS", "20")))
+RUNS = min(100, int(os.environ.get("ASGI_UOW_RUNS", "10")))
 """Of every test; the soak environment runs all 100."""
 
 SECONDS = 10.0

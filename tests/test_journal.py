@@ -472,6 +472,24 @@ async def test_implicit_commit_cannot_be_rolled_back(mariadb: MariaDBBackend) ->
         assert [1] == await shop.items(mariadb)
 
 
+async def test_ddl_that_is_not_understood(mariadb: MariaDBBackend) -> None:
+    """A syntax error in DDL has committed nothing, then or later."""
+    async with shop_database(mariadb) as db:
+
+        async def handler() -> None:
+            await shop.insert(1)
+            with suppress(sa_exc.ProgrammingError):
+                await current_session().execute("CREATE TABEL other (id INTEGER)")
+            await shop.insert(2)
+
+        sent = Request(db, handler)
+        response = await sent.send(404)
+
+        assert 404 == response.status
+        assert ["rollback"] == sent.fired
+        assert [] == await shop.items(mariadb)
+
+
 @pytest.mark.parametrize("how", ["connection", "transaction"])
 async def test_commit_by_hand_through_the_back_door(
     db: Database, any_driver: Backend, how: str

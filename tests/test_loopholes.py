@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import event
 from sqlalchemy import exc as sa_exc
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import (
     Database,
     Outcome,
+    Session,
     UnitOfWork,
     UnitOfWorkMiddleware,
     after_commit,
@@ -39,7 +42,7 @@ from asgi_uow.errors import (
     TransactionGoneError,
     UnitOfWorkClosedError,
 )
-from asgi_uow.observers import HookFailed
+from asgi_uow.observers import HookFailed, ReleaseFailed
 from tests import shop
 from tests.asgi import BODY, START, endpoint, request, respond
 from tests.servers.process import MariaDB
@@ -633,8 +636,7 @@ async def test_memory_read_after_the_start_holds_the_connection() -> None:
         await send({"type": START, "status": 200, "headers": []})
         await current_read_session().execute("SELECT 1")
         with pytest.raises(NestedUnitOfWorkError):
-            async with db:
-                """Never entered."""
+            await db.__aenter__()
         await send({"type": BODY, "body": b""})
 
     response = await request(UnitOfWorkMiddleware(app, db))
@@ -726,6 +728,99 @@ async def test_finishing_by_hand_hangs_nothing(sqlite: SQLiteBackend) -> None:
         assert [] == response.types
         assert isinstance(response.error, UnitOfWorkClosedError)
         assert Outcome.ROLLED_BACK is units[0].outcome
+
+
+async def test_add_while_another_task_flushes(sqlite: SQLiteBackend) -> None:
+    """SQLAlchemy would only warn, and might lose the object: refused."""
+    flushing = asyncio.Event()
+    async with shop_database(sqlite) as db:
+
+        async def handler() -> None:
+            session = current_session()
+            session.add(shop.Item(id=1))
+            event.listen(session.sync_session, "after_flush", lambda *_: flushing.set())
+            flush = asyncio.ensure_future(session.flush())
+            await flushing.wait()
+            session.sync_session._flushing = True
+            with pytest.raises(ConcurrentUseError, match="another task is flushing"):
+                await asyncio.create_task(add(session))
+            session.sync_session._flushing = False
+            await flush
+
+        async def add(session: Session) -> None:
+            async with current_session().turn:
+                await asyncio.create_task(late(session))
+
+        async def late(session: Session) -> None:
+            session.add_all([shop.Item(id=2)])
+
+        response = await Sent().request(db, handler)
+
+        assert 200 == response.status
+        assert [1] == await shop.items(sqlite)
+
+
+async def test_connection_that_cannot_even_be_thrown_away(
+    sqlite: SQLiteBackend,
+) -> None:
+    """A listener that breaks every rollback is reported twice; the response leaves."""
+
+    def broken(connection: object) -> None:
+        raise ZeroDivisionError
+
+    async with shop_database(sqlite) as db:
+
+        async def handler() -> None:
+            await shop.insert(1)
+            await current_session().begin_nested().start()
+            event.listen(db.engine.sync_engine, "rollback", broken)
+
+        sent = Sent()
+        response = await sent.request(db, handler, 404)
+        event.remove(db.engine.sync_engine, "rollback", broken)
+
+        assert 404 == response.status
+        reported = [each for each in sent.events if isinstance(each, ReleaseFailed)]
+        assert [ZeroDivisionError] * len(reported) == [
+            type(each.error) for each in reported
+        ]
+        assert [] == await shop.items(sqlite)
+        assert [0, 0] == checked_out(db)
+
+
+async def test_streams_of_every_shape(db: Database, any_driver: Backend) -> None:
+    """Partitions and mappings take turns as plain streams do."""
+
+    async def handler() -> None:
+        for number in range(5):
+            await shop.insert(number)
+        stream = await current_session().stream("SELECT id FROM items ORDER BY id")
+        parts = [len(part) async for part in stream.partitions(2)]
+        assert [2, 2, 1] == parts
+        stream = await current_session().stream("SELECT id FROM items ORDER BY id")
+        rows = await stream.mappings().fetchmany(2)
+        assert [{"id": 0}, {"id": 1}] == [dict(row) for row in rows]
+        await stream.close()
+        with pytest.raises(TypeError, match="not both"):
+            await current_session().execute("SELECT :a", {"a": 1}, a=2)
+
+    response = await Sent().request(db, handler)
+
+    assert 200 == response.status
+
+
+class Weird(SQLiteDialect_aiosqlite):
+    """A database that asgi-uow knows nothing of."""
+
+    name = "weird"
+
+
+def test_unknown_database_is_refused() -> None:
+    """Without knowing how reads are made read-only, nothing is promised."""
+    registry.register("weird.aiosqlite", __name__, "Weird")
+
+    with pytest.raises(ConfigurationError, match="does not know the database 'weird'"):
+        Database(create_async_engine("weird+aiosqlite:///weird.db"))
 
 
 def test_password_in_the_query_is_hidden() -> None:

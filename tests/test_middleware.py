@@ -57,11 +57,6 @@ async def db(sqlite: Backend) -> AsyncIterator[Database]:
         yield db
 
 
-def never(status: int, headers: list[tuple[bytes, bytes]]) -> bool:
-    """Decide against every response."""
-    return False
-
-
 async def nothing() -> None:
     """Handle a request without touching anything."""
 
@@ -83,7 +78,7 @@ async def test_mounted_twice_passes_through(db: Database, sqlite: Backend) -> No
         units.append(current_unit_of_work())
         await shop.insert(1)
 
-    inner = UnitOfWorkMiddleware(endpoint(handler), db, commit_when=never)
+    inner = UnitOfWorkMiddleware(endpoint(handler), db)
 
     async def between(scope: Scope, receive: Receive, send: Send) -> None:
         units.append(current_unit_of_work())

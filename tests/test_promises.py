@@ -94,7 +94,6 @@ async def test_p2_failed_commit_is_an_error_response(
 ) -> None:
     """P2: a COMMIT that fails is one error response; nothing after it is sent."""
     fired: list[str] = []
-    went_on: list[str] = []
     units: list[UnitOfWork] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,8 +102,9 @@ async def test_p2_failed_commit_is_an_error_response(
         after_response(fired.append, "response")
         after_rollback(fired.append, "rollback")
         await shop.insert_then_break_commit(backend, 1)
-        await respond(send)
-        went_on.append("background task")
+        with pytest.raises(CommitFailedError) as caught:
+            await respond(send)
+        raise caught.value
 
     response = await request(UnitOfWorkMiddleware(app, db))
 
@@ -114,7 +114,6 @@ async def test_p2_failed_commit_is_an_error_response(
     assert lost == (b"retry-after" in response.headers)
     assert isinstance(response.error, CommitFailedError)
     assert Outcome.ROLLED_BACK is units[0].outcome
-    assert [] == went_on
     assert ["rollback"] == fired
     assert [] == await shop.items(backend)
     assert [0, 0] == checked_out(db)

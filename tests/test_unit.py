@@ -153,8 +153,7 @@ async def test_nested_unit_of_the_same_database_is_refused(
     async with db:
         await shop.insert(1)
         with pytest.raises(NestedUnitOfWorkError, match=r"savepoint\(\)"):
-            async with db:
-                """Never entered."""
+            await db.__aenter__()
         await shop.insert(2)
 
     assert [1, 2] == await shop.items(backend)
@@ -184,8 +183,7 @@ async def test_independent_unit_on_sqlite(sqlite: Backend) -> None:
                 await shop.insert(1)
             await shop.insert(2)
             with pytest.raises(NestedUnitOfWorkError):
-                async with unit_of_work(db, independent=True):
-                    """Never entered."""
+                await unit_of_work(db, independent=True).__aenter__()
 
         assert [1, 2] == await shop.items(sqlite)
 
@@ -196,8 +194,7 @@ async def test_independent_unit_in_memory() -> None:
     async with db:
         await db.read.execute("SELECT 1")
         with pytest.raises(NestedUnitOfWorkError):
-            async with unit_of_work(db, independent=True):
-                """Never entered."""
+            await unit_of_work(db, independent=True).__aenter__()
     await db.dispose()
 
 
@@ -212,11 +209,9 @@ async def test_unit_of_another_database_inside(
                 await shop.insert(2)
                 await outer.write.execute("INSERT INTO items (id) VALUES (3)")
                 with pytest.raises(NestedUnitOfWorkError):
-                    async with outer:
-                        """Never entered."""
+                    await outer.__aenter__()
                 with pytest.raises(NestedUnitOfWorkError):
-                    async with unit_of_work(outer, independent=True):
-                        """Never entered."""
+                    await unit_of_work(outer, independent=True).__aenter__()
                 result = await outer.read.execute("SELECT id FROM items ORDER BY id")
                 assert [1, 3] == [row[0] for row in result]
             assert [2] == await shop.items(mariadb)

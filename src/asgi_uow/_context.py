@@ -30,11 +30,6 @@ P = ParamSpec("P")
 _current: ContextVar[UnitOfWork | None] = ContextVar("asgi_uow.current", default=None)
 
 
-def find_unit_of_work() -> UnitOfWork | None:
-    """Give the unit of work of this context, ended or not, or None."""
-    return _current.get()
-
-
 @contextmanager
 def use(unit: UnitOfWork | None) -> Generator[None]:
     """Make `unit` (or none) the current one; a request never trusts what it finds.

@@ -70,8 +70,9 @@ class Journal:
         elif driver.gave_up(raw, error):
             depth = len(self._savepoints) if driver.savepoints_survive else 0
             self._entries.append(Entry(self.last, depth))
-        if _dialects.code_of(error) != _dialects.MYSQL_SYNTAX_ERROR:
-            self.executed()
+        if _dialects.code_of(error) == _dialects.MYSQL_SYNTAX_ERROR:
+            self._ddl = None
+        self.executed()
 
     def _rolled_back_on_timeout(self, context: ExceptionContext) -> bool:
         code = _dialects.code_of(context.original_exception)

@@ -249,8 +249,6 @@ class Session(TextSession):
         from "nobody knows".
         """
         for connection in self.sync_session.connections:
-            if connection.closed or connection.invalidated:
-                continue
             raw = connection.connection.driver_connection
             if driver_of(connection.dialect).is_dead(raw):
                 message = "the connection was lost before COMMIT was sent"

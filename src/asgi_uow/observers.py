@@ -143,7 +143,7 @@ class LoggingObserver:
                     "the database committed in the middle of a unit of work: %s",
                     event.statement,
                 )
-            case ReleaseFailed():
+            case _:
                 self.log.error(
                     "%s failed; the connection was thrown away",
                     event.operation,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tests.faults.mortal import Mortal
 
-RUNS = int(os.environ.get("ASGI_UOW_RUNS", "20"))
+RUNS = int(os.environ.get("ASGI_UOW_RUNS", "8"))
 DRIVERS = ("asyncmy", "asyncpg", "asyncmy", "psycopg")
 CASES = [(DRIVERS[seed % len(DRIVERS)], seed) for seed in range(RUNS)]
 
