@@ -479,7 +479,7 @@ async def test_ddl_that_is_not_understood(mariadb: MariaDBBackend) -> None:
         async def handler() -> None:
             await shop.insert(1)
             with suppress(sa_exc.ProgrammingError):
-                await current_session().execute("CREATE TABEL other (id INTEGER)")
+                await current_session().execute("CREATE TABLET other (id INTEGER)")
             await shop.insert(2)
 
         sent = Request(db, handler)

@@ -19,7 +19,7 @@ from .errors import ConfigurationError, EngineNotInitialisedError
 from .observers import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 ASIDE_SECONDS = 2.0
@@ -39,7 +39,11 @@ TRANSACTION_STATUS = (
     " CAST((SELECT stats_reset FROM pg_stat_bgwriter) AS text)"
 )
 
-TRANSACTION_ANSWERS = {"committed": True, "aborted": False, "22023": False}
+TRANSACTION_ANSWERS: Mapping[object, bool] = {
+    "committed": True,
+    "aborted": False,
+    "22023": False,
+}
 """22023: the server has not given the id to anybody (since it crashed)."""
 
 RESOLVE_PAUSE = 0.05
@@ -186,6 +190,7 @@ class Engines:
         transaction_id, _, epoch = transaction.partition("@")
         aside = _derive_engine(self.engine)
         answer: bool | None = None
+        epoch_now: str | None = None
         with move_on_after(seconds):
             while answer is None:
                 await sleep(RESOLVE_PAUSE)
