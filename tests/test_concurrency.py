@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import itertools
 import logging
 import os
 from contextlib import suppress
@@ -539,7 +538,9 @@ async def test_quart_background_task(db: Database, backend: Backend) -> None:
 
     async def background(run: int) -> None:
         with suppress(UnitOfWorkClosedError):
-            for number in itertools.count(1000 * run + 1):
+            number = 1000 * run
+            while True:
+                number += 1
                 await shop.insert(number)
                 kept.append(number)
         refused.append(run)

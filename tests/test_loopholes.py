@@ -788,6 +788,53 @@ async def test_connection_that_cannot_even_be_thrown_away(
         assert [0, 0] == checked_out(db)
 
 
+async def test_read_session_that_cannot_be_closed(sqlite: SQLiteBackend) -> None:
+    """It is reported, and reported again if its connection resists, too."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    events: list[Event] = []
+    async with shop_database(sqlite) as db:
+        target = db.read_engine.sync_engine
+
+        async def handler() -> None:
+            await current_read_session().execute("SELECT 1")
+            event.listen(target, "rollback", broken)
+            event.listen(target, "invalidate", broken)
+
+        app = UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
+        response = await request(app)
+        event.remove(target, "rollback", broken)
+        event.remove(target, "invalidate", broken)
+
+        assert 200 == response.status
+        assert ["closing the session", "throwing the connection away"] == [
+            each.operation for each in events if isinstance(each, ReleaseFailed)
+        ]
+
+
+async def test_memory_and_an_ordinary_error() -> None:
+    """What is no cancellation is an error as anywhere else."""
+    db = Database.from_url("sqlite://")
+    async with db:
+        await db.write.execute("CREATE TABLE items (id INTEGER PRIMARY KEY)")
+        await shop.insert(1)
+        with suppress(sa_exc.IntegrityError):
+            await shop.insert(1)
+    async with db:
+        assert 1 == await db.read.scalar("SELECT count(*) FROM items")
+    await db.dispose()
+
+
+async def test_parameters_by_mapping_and_by_name(sqlite: SQLiteBackend) -> None:
+    """One or the other."""
+    async with shop_database(sqlite) as db, db:
+        with pytest.raises(TypeError, match="not both"):
+            await db.write.execute("SELECT :a", {"a": 1}, a=2)
+        assert 1 == await db.write.scalar("SELECT :a", {"a": 1})
+
+
 async def test_streams_of_every_shape(db: Database, any_driver: Backend) -> None:
     """Partitions and mappings take turns as plain streams do."""
 

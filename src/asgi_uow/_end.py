@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from sqlalchemy import orm
-
 from . import _dialects
 from ._engines import TRANSACTION_ID
 from ._problem import RETRY_AFTER
@@ -273,7 +271,7 @@ class _Commit:
         session.hand_over()
         async with session.turn:
             await session.close_streams()
-            await session.run_sync(orm.Session.prepare)
+            await session.run_sync(lambda sync: sync.prepare())
 
     async def run(self) -> None:
         """Commit, and give the connection back."""

@@ -50,8 +50,8 @@ class TextSession(AsyncSession):
         """Be told that `stream()` was called; for a subclass."""
 
     def watch(self, stream: AsyncResult[*TupleAny]) -> AsyncResult[*TupleAny]:
-        """Give what `stream()` returns; for a subclass that wants to know."""
-        return stream
+        """Give what `stream()` returns; a subclass decides."""
+        raise NotImplementedError
 
     @overload
     async def execute(

@@ -163,11 +163,7 @@ class Database(Engines):
 
 
 def _task() -> Task:
-    task = asyncio.current_task()
-    if task is None:
-        operation = "a unit of work outside of any task"
-        raise NoUnitOfWorkError(operation)
-    return task
+    return asyncio.current_task()  # type: ignore[return-value]  # we are in a coroutine
 
 
 def _create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
