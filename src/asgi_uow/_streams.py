@@ -66,8 +66,7 @@ def _adopt(cls: type[S], plain: object, turn: Callable[[], Turn]) -> S:
     stream = cls.__new__(cls)
     for base in type(plain).__mro__:
         for name in getattr(base, "__slots__", ()):
-            if hasattr(plain, name):
-                setattr(stream, name, getattr(plain, name))
+            setattr(stream, name, getattr(plain, name))
     stream.__dict__.update(getattr(plain, "__dict__", {}))
     stream.turn = turn
     return stream
