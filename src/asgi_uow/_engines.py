@@ -72,7 +72,7 @@ class Engines:
         self._engine: AsyncEngine | None = None
         self._read_engine: AsyncEngine | None = None
         self._owned = False
-        self.is_memory = False
+        self.is_memory: bool = False
         for reader in self._readers:
             _check_engine(reader)
             if reader is engine:

@@ -71,7 +71,9 @@ class UnitOfWorkMiddleware:
         self.databases = databases
         self.commit_when = commit_when
         self.error_app = error_app
-        self.settings = Settings(tuple(observers), commit_timeout, hook_timeout)
+        self.settings: Settings = Settings(
+            tuple(observers), commit_timeout, hook_timeout
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""

@@ -148,7 +148,7 @@ class Session(TextSession):
         self.note = note
         self.run_aside = run_aside
         self.writer = writer
-        self.own_turn = Turn()
+        self.own_turn: Turn = Turn()
         self.streams: list[StreamResult] = []
         super().__init__(
             bind,

@@ -56,14 +56,14 @@ class UnitOfWork:
         attempt: int = 1,
     ) -> None:
         """Serve `databases`, the first being the default; opens nothing."""
-        self.databases = tuple(databases)
+        self.databases: tuple[Engines, ...] = tuple(databases)
         self.parent = parent
         self.attempt = attempt
-        self.hooks = Hooks()
+        self.hooks: Hooks = Hooks()
         self.outcome: Outcome | None = None
         self.cause: Cause | None = None
         self.reason: str | None = None
-        self.forced = False
+        self.forced: bool = False
         self.previous: UnitOfWork | None = None
         self.settings = settings
         self._state = State.NEW

@@ -30,7 +30,7 @@ __all__ = [
     "UnitFinished",
 ]
 
-logger = logging.getLogger("asgi_uow")
+logger: logging.Logger = logging.getLogger("asgi_uow")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
