@@ -118,6 +118,7 @@ class Server(ABC):
     def start(self) -> None:
         """Start the server, wait until it answers."""
         if not self.data.exists() and self._spawn(self._initialise()).wait() != 0:
+            shutil.rmtree(self.data, ignore_errors=True)
             raise ServerError(self)
         deadline = time.monotonic() + self.boot_seconds
         while not self._boot(deadline):
@@ -211,6 +212,7 @@ class MariaDB(Server):
             "--skip-test-db",
             "--skip-name-resolve",
             "--innodb-log-file-size=16M",
+            f"--tmpdir={self.folder}",  # each removes what it finds there
             *self._as_root(),
         ]
 
