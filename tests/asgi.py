@@ -5,10 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from asgi_uow.observers import (
+    CommitFailed,
+    HookFailed,
+    ImplicitCommit,
+    ReleaseFailed,
+    UnitFinished,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
+    from asgi_uow.observers import Event
 
 START = "http.response.start"
 BODY = "http.response.body"
@@ -86,6 +95,12 @@ async def respond(send: Send, status: int = 200, body: bytes = b"ok") -> None:
     """Send a complete response."""
     await send({"type": START, "status": status, "headers": []})
     await send({"type": BODY, "body": body})
+
+
+def results(events: list[Event]) -> list[Event]:
+    """Give what came out; leave out beginnings, hooks and connections."""
+    results = (CommitFailed, HookFailed, ImplicitCommit, ReleaseFailed, UnitFinished)
+    return [each for each in events if isinstance(each, results)]
 
 
 def endpoint(

@@ -34,6 +34,7 @@ REMEDIES: list[tuple[errors.AsgiUowError, str]] = [
         errors.ConcurrentUseError("session.execute()", "a stream() is being read"),
         "await result.close()",
     ),
+    (errors.TooManyHooksError("after_commit", 100), "register itself again"),
     (errors.UnitOfWorkFailedError(*FAILED), "not committed"),
     (errors.BeforeCommitError(*FAILED, detail="send"), "before_commit hook"),
     (errors.CommitFailedError(*FAILED), "everything was rolled back"),

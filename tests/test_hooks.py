@@ -154,15 +154,24 @@ async def test_errors(*, error: Exception, in_thread: bool) -> None:
 def test_queues() -> None:
     """Each phase has its queue, in order of registration, until it is cleared."""
     hooks = Hooks()
+    expected = [Hook(function, (1,), {"key": 2}), Hook(print, (), {})]
     for phase in PHASES:
         assert not hooks
         hooks.register(phase, function, (1,), {"key": 2})
         hooks.register(phase, print, (), {})
         assert hooks
-        assert [Hook(function, (1,), {"key": 2}), Hook(print, (), {})] == getattr(
-            hooks, phase
-        )
+        assert expected == hooks.of(phase)
         hooks.clear()
+        assert [] == hooks.of(phase)
+
+
+def test_savepoint_that_was_never_opened() -> None:
+    """The end of a savepoint that is not known changes nothing."""
+    hooks = Hooks()
+    hooks.register("after_commit", print, (), {})
+    hooks.keep("unknown")
+    hooks.undo("unknown")
+    assert [Hook(print, (), {})] == hooks.of("after_commit")
 
 
 async def test_a_coroutine_is_not_callable() -> None:

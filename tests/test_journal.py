@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import exc as sa_exc
@@ -32,6 +32,7 @@ from asgi_uow.errors import (
 from asgi_uow.observers import CommitFailed, ImplicitCommit, UnitFinished
 from tests import shop
 from tests.asgi import endpoint, request
+from tests.servers.backend import MariaDBBackend
 from tests.shop import Item
 from tests.test_promises import shop_database
 
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from tests.asgi import Response
     from tests.servers.backend import (
         Backend,
-        MariaDBBackend,
         PostgreSQLBackend,
         SQLiteBackend,
     )
@@ -99,7 +99,7 @@ async def test_swallowed_statement_error(db: Database, any_driver: Backend) -> N
         assert response.error.__cause__ is sent.units[0].doomed_by
         assert ["rollback"] == sent.fired
         assert [] == await shop.items(any_driver)
-        failed, finished = sent.events
+        *_, failed, finished = sent.events
         assert isinstance(failed, CommitFailed)
         assert "23505" == failed.code
         assert isinstance(finished, UnitFinished)
@@ -108,6 +108,55 @@ async def test_swallowed_statement_error(db: Database, any_driver: Backend) -> N
         assert 200 == response.status
         assert ["commit"] == sent.fired
         assert [1] == await shop.items(any_driver)
+
+
+async def test_swallowed_on_the_raw_connection(
+    db: Database, any_driver: Backend
+) -> None:
+    """P2: the same for a statement through the driver itself, which nobody sees."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        connection = await current_session().connection()
+        raw: Any = (await connection.get_raw_connection()).driver_connection
+        with suppress(Exception):
+            if isinstance(any_driver, MariaDBBackend):
+                await raw.cursor().execute("INSERT INTO items (id) VALUES (1)")
+            else:
+                await raw.execute("INSERT INTO items (id) VALUES (1)")
+
+    sent = Request(db, handler)
+    response = await sent.send()
+
+    if is_postgresql(any_driver):
+        assert 500 == response.status
+        assert isinstance(response.error, DoomedError)
+        assert ["rollback"] == sent.fired
+        assert [] == await shop.items(any_driver)
+    else:
+        assert 200 == response.status
+        assert ["commit"] == sent.fired
+        assert [1] == await shop.items(any_driver)
+
+
+async def test_rolled_back_on_the_raw_connection(
+    sqlite: SQLiteBackend,
+) -> None:
+    """P2: a transaction that was rolled back through the driver itself is gone."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        connection = await current_session().connection()
+        raw: Any = (await connection.get_raw_connection()).driver_connection
+        await raw.rollback()
+
+    async with shop_database(sqlite) as db:
+        sent = Request(db, handler)
+        response = await sent.send()
+
+    assert 500 == response.status
+    assert isinstance(response.error, DoomedError)
+    assert [] == await shop.items(sqlite)
 
 
 async def test_swallowed_inside_a_savepoint(db: Database, any_driver: Backend) -> None:

@@ -20,7 +20,6 @@ from asgi_uow import (
     UnitOfWork,
     UnitOfWorkMiddleware,
     after_commit,
-    after_response,
     after_rollback,
     before_commit,
     current_read_session,
@@ -561,26 +560,6 @@ async def test_redirect_does_not_hide_a_lost_unit(
 
 
 # Sessions that open while the unit closes
-
-
-async def test_after_response_hook_opens_no_session_of_the_request(
-    db: Database,
-) -> None:
-    """It is refused the read session, which nobody would close any more."""
-    events: list[Event] = []
-
-    async def hook() -> None:
-        await current_read_session().execute("SELECT 1")
-
-    async def handler() -> None:
-        after_response(hook)
-
-    app = UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
-    await request(app)
-
-    [failed] = [each for each in events if isinstance(each, HookFailed)]
-    assert isinstance(failed.error, UnitOfWorkClosedError)
-    assert [0, 0] == checked_out(db)
 
 
 async def test_writer_opened_while_another_is_flushed(

@@ -39,7 +39,7 @@ from asgi_uow.errors import (
 )
 from asgi_uow.observers import CommitFailed, ReleaseFailed, UnitFinished
 from tests import shop
-from tests.asgi import START, endpoint, http_scope, no_body, request, respond
+from tests.asgi import START, endpoint, http_scope, no_body, request, respond, results
 from tests.shop import Item
 from tests.test_promises import checked_out, shop_database
 
@@ -568,7 +568,7 @@ async def test_before_commit_stops_the_commit(
     assert "refuse" in str(response.error)
     assert ["rollback"] == fired
     assert [] == await shop.items(sqlite)
-    failed, finished = events
+    failed, finished = results(events)
     assert isinstance(failed, CommitFailed)
     assert isinstance(finished, UnitFinished)
     assert (Outcome.ROLLED_BACK, cause) == (finished.outcome, finished.cause)
@@ -761,7 +761,8 @@ async def test_listener_that_raises_after_commit(
     assert 200 == response.status
     assert ["commit"] == fired
     assert [1] == await shop.items(sqlite)
-    assert [ReleaseFailed, UnitFinished] == [type(each) for each in events]
+    kinds = [type(each) for each in results(events)]
+    assert [ReleaseFailed, UnitFinished] == kinds
     assert [0, 0] == checked_out(db)
 
 
@@ -815,7 +816,9 @@ async def test_lost_answer_to_commit_is_unknown(
         assert [0, 0] == checked_out(db)
         assert ([] if how == "cut_before" else [1]) == await shop.items(server_backend)
         assert [CommitFailed, UnitFinished] == [
-            type(event) for event in events if not isinstance(event, ReleaseFailed)
+            type(each)
+            for each in results(events)
+            if not isinstance(each, ReleaseFailed)
         ]
         await db.dispose()
 

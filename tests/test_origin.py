@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from typing import TYPE_CHECKING
+import inspect
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 from sanic import Sanic
@@ -285,6 +286,62 @@ async def test_deferred(db: Database) -> None:
         assert [] == propagated
     assert [("Ann", 1), ("Bob", -1)] == propagated
     assert "propagate" == propagate.__name__
+
+
+async def test_deferred_methods(db: Database) -> None:
+    """Methods of all kinds wait for the commit; their predicate gets `self` too."""
+
+    class Mailer:
+        sent: ClassVar[list[str]] = []
+
+        def __init__(self, *, enabled: bool) -> None:
+            self.enabled = enabled
+
+        def is_enabled(self, name: str) -> bool:
+            return self.enabled and name != ""
+
+        @deferred(when=is_enabled)
+        def send(self, name: str) -> None:
+            """Send a mail."""
+            self.sent.append(name)
+
+        @staticmethod
+        @deferred
+        def greet(name: str) -> None:
+            Mailer.sent.append(f"static {name}")
+
+        @classmethod
+        @deferred
+        async def make(cls, name: str) -> None:
+            cls.sent.append(f"class {name}")
+
+    async with db:
+        Mailer(enabled=True).send("Ann")
+        Mailer(enabled=True).send("")
+        Mailer(enabled=False).send("Bob")
+        Mailer.greet("Cid")
+        Mailer.make("Dan")
+        assert [] == Mailer.sent
+    assert ["Ann", "static Cid", "class Dan"] == Mailer.sent
+    assert "Send a mail." == Mailer.send.__doc__
+    assert ["self", "name"] == list(inspect.signature(Mailer.send).parameters)
+
+
+@pytest.mark.parametrize("kind", [staticmethod, classmethod])
+def test_deferred_above_the_wrong_decorator(kind: Callable[..., object]) -> None:
+    """Decorators in the wrong order are an error at once, which says the right one."""
+    with pytest.raises(TypeError, match="above @deferred"):
+        deferred(kind(print))  # type: ignore[arg-type]
+
+
+def test_deferred_with_an_async_predicate() -> None:
+    """A predicate whose answer would have to be awaited is an error at once."""
+
+    async def always() -> bool:
+        raise NotImplementedError
+
+    with pytest.raises(TypeError, match=r"always.*cannot be async"):
+        deferred(when=always)  # type: ignore[arg-type]
 
 
 async def test_handlers_that_never_ran(db: Database) -> None:

@@ -1,25 +1,21 @@
-"""The one ContextVar, and everything that looks there.
-
-It holds the unit of work itself, never its parts: a framework that runs a handler in
-a child task or a thread hands it a copy of the context, and what is changed inside
-the object still arrives, while a value bound again would not.
-"""
+"""What looks for the current unit of work: accessors, hooks, `unit_of_work`."""
 
 from __future__ import annotations
 
 import functools
-from contextlib import contextmanager
-from contextvars import ContextVar
+import inspect
 from typing import TYPE_CHECKING, ParamSpec, overload
 
+from ._current import current
 from ._end import Settings
+from ._hooks import name_of
 from ._policy import decide_exit
 from ._states import State
 from ._unit import UnitOfWork
 from .errors import NestedUnitOfWorkError, NoUnitOfWorkError, UnitOfWorkClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
     from types import TracebackType
 
     from ._engines import Engines
@@ -27,25 +23,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-_current: ContextVar[UnitOfWork | None] = ContextVar("asgi_uow.current", default=None)
-
-
-@contextmanager
-def use(unit: UnitOfWork | None) -> Generator[None]:
-    """Make `unit` (or none) the current one; a request never trusts what it finds.
-
-    Servers start a pipelined request in the context of the one before.
-    https://github.com/encode/uvicorn/issues/2167
-    """
-    token = _current.set(unit)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
 
 def _require(operation: str) -> UnitOfWork:
-    unit = _current.get()
+    unit = current.get()
     if unit is None:
         raise NoUnitOfWorkError(operation)
     if unit.state is State.CLOSED:
@@ -147,9 +127,7 @@ def _register(
     args: tuple[object, ...],
     kwargs: dict[str, object],
 ) -> None:
-    unit = _require(f"{phase}()")
-    unit.check_writable(f"{phase}()")
-    unit.hooks.register(phase, fn, args, kwargs)
+    _require(f"{phase}()").register(phase, fn, args, kwargs)
 
 
 @overload
@@ -167,12 +145,26 @@ def deferred(
 ) -> Callable[P, None] | Callable[[Callable[P, object]], Callable[P, None]]:
     """Make calls of a function wait for the commit, as with `after_commit`.
 
-    Calling the decorated function registers it with its arguments and returns None.
-    `when` gets the same arguments; where it is false the call does nothing. Raises
-    `NoUnitOfWorkError` outside a unit of work.
+    Calling the decorated function, or method, registers it with its arguments and
+    returns None. `when` gets the same arguments; where it is false the call does
+    nothing. What was decorated can be called at once as `fn.__wrapped__(...)`.
+
+    Calls raise `NoUnitOfWorkError` outside a unit of work. Raises `TypeError` for
+    what is no function, and for a predicate that is async.
     """
+    if inspect.iscoroutinefunction(when):
+        message = f"deferred(when={name_of(when)}): the predicate cannot be async."
+        raise TypeError(message)
 
     def decorate(fn: Callable[P, object]) -> Callable[P, None]:
+        if isinstance(fn, staticmethod | classmethod) or not callable(fn):
+            kind = type(fn).__name__
+            message = (
+                f"deferred() takes a function, not a {kind}. Is the order of the "
+                "decorators wrong? Write @staticmethod or @classmethod above @deferred."
+            )
+            raise TypeError(message)
+
         @functools.wraps(fn)
         def register(*args: P.args, **kwargs: P.kwargs) -> None:
             if when is None or when(*args, **kwargs):
@@ -205,24 +197,38 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
 
     async def __aenter__(self) -> UnitOfWork:
         """Open the unit; no session and no connection yet."""
-        around = _current.get()
+        around = current.get()
         settings = around.settings if around is not None else Settings()
-        outer = around if around is not None and not around.is_decided else None
-        for db in self.databases:
-            if around is not None and db.is_memory and around.has_used(db):
-                raise NestedUnitOfWorkError(db)
-            if outer is not None and outer.serves(db):
-                self._refuse_nested(outer, db)
+        outer = around
+        if outer is not None and outer.hook_of is not None:
+            self._refuse_in_hook(outer, outer.hook_of)
+            outer = None
+        if outer is not None:
+            self._refuse_nested(outer)
+            outer = None if outer.is_decided else outer
         self.unit = UnitOfWork(self.databases, settings, parent=outer)
         self.unit.previous = around
-        _current.set(self.unit)
+        current.set(self.unit)
         return self.unit
 
-    def _refuse_nested(self, outer: UnitOfWork, db: Engines) -> None:
-        # SQLite lets one writer in: the inner unit would wait for the outer forever.
-        one_writer = db.engine.dialect.name == "sqlite"
-        if not self.independent or (one_writer and outer.has_used(db)):
-            raise NestedUnitOfWorkError(db)
+    def _refuse_nested(self, outer: UnitOfWork) -> None:
+        for db in self.databases:
+            used = outer.has_used(db)
+            if db.is_memory and used:
+                raise NestedUnitOfWorkError(db)
+            # SQLite lets one writer in: the inner would wait for the outer forever.
+            one_writer = db.engine.dialect.name == "sqlite"
+            allowed = self.independent and not (one_writer and used)
+            if outer.serves(db) and not (outer.is_decided or allowed):
+                raise NestedUnitOfWorkError(db)
+
+    def _refuse_in_hook(self, own: UnitOfWork, unit: UnitOfWork) -> None:
+        # A hook has a unit of its own, which is in the way only once it is used.
+        for db in self.databases:
+            one_writer = db.engine.dialect.name == "sqlite"
+            in_use = own.has_used(db) and (one_writer or not self.independent)
+            if in_use or (one_writer and unit.has_used(db)):
+                raise NestedUnitOfWorkError(db)
 
     async def __aexit__(
         self,
@@ -259,8 +265,8 @@ def _step_back_from(unit: UnitOfWork) -> None:
     Two blocks need not end in the order of their nesting (generators), nor in the
     task they began in; a token would insist on both.
     """
-    if _current.get() is unit:
+    if current.get() is unit:
         previous = unit.previous
         while previous is not None and previous.state is State.CLOSED:
             previous = previous.previous
-        _current.set(previous)
+        current.set(previous)

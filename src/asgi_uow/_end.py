@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import time
+import weakref
+from typing import TYPE_CHECKING, Literal
 
 from . import _dialects
 from ._engines import TRANSACTION_ID
@@ -18,14 +20,14 @@ from .errors import (
     TransactionGoneError,
     UnitOfWorkFailedError,
 )
-from .observers import LoggingObserver, Observer, ReleaseFailed
+from .observers import ConnectionReleased, LoggingObserver, Observer, ReleaseFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from ._engines import Engines
     from ._session import Session
-    from .observers import Event
+    from ._unit import UnitOfWork
 
 RESOLVE_SECONDS = 30.0
 """Seconds for settling an unknown outcome where `commit_timeout` is None."""
@@ -73,18 +75,17 @@ class End:
 
     def __init__(
         self,
+        unit: UnitOfWork,
         writers: Mapping[Engines, Session],
-        settings: Settings,
         outages: Outages,
-        report: Callable[[Event], None],
     ) -> None:
-        """Be ready to end `writers`."""
+        """Be ready to end the `writers` of `unit`."""
         self.failure: UnitOfWorkFailedError | None = None
+        self._unit = weakref.proxy(unit)
         self._stuck = False
         self._writers = writers
-        self._settings = settings
+        self._settings = unit.settings
         self._outages = outages
-        self._report = report
 
     def fail(
         self,
@@ -117,7 +118,18 @@ class End:
         if outcome is not Outcome.COMMITTED:
             for session in self._writers.values():
                 await self._roll_back(session, outcome)
+        for db, session in self._writers.items():
+            self._report_release(db, session, "write")
         return outcome
+
+    def _report_release(
+        self, db: Engines, session: Session, access: Literal["read", "write"]
+    ) -> None:
+        since = session.sync_session.connected
+        if since is not None:
+            seconds = time.perf_counter() - since
+            event = ConnectionReleased(db.name, access, seconds)
+            self._unit.report(event)
 
     def _look_for_implicit_commits(self, cause: Cause | None) -> Outcome:
         """Tell whether DDL has kept a part of what is to be rolled back."""
@@ -213,7 +225,7 @@ class End:
         except Exception as error:  # noqa: BLE001  # reported; the outcome stands
             await self._throw_away(session, error)
 
-    async def close_reader(self, session: Session) -> None:
+    async def close_reader(self, db: Engines, session: Session) -> None:
         """Give the connection of a read session back, or throw it away."""
 
         async def close() -> None:
@@ -226,6 +238,7 @@ class End:
             await bounded(close(), self._settings.commit_timeout)
         except Exception as error:  # noqa: BLE001  # reported; nothing depends on it
             await self._throw_away(session, error)
+        self._report_release(db, session, "read")
 
     async def _throw_away(
         self,
@@ -235,11 +248,14 @@ class End:
         """Give up a session that could not be closed; its connection is not reused."""
         lost = getattr(error, "connection_invalidated", False)
         if error is not None and not lost and session.doomed_by is None:
-            self._report(ReleaseFailed("closing the session", error))
+            self._report_failed("closing the session", error)
         try:
             await bounded(session.throw_away(), self._settings.commit_timeout)
         except Exception as again:  # noqa: BLE001  # reported; the outcome stands
-            self._report(ReleaseFailed("throwing the connection away", again))
+            self._report_failed("throwing the connection away", again)
+
+    def _report_failed(self, operation: str, error: Exception) -> None:
+        self._unit.report(ReleaseFailed(operation, error))
 
 
 class _Commit:
@@ -271,6 +287,7 @@ class _Commit:
         session.hand_over()
         async with session.turn:
             await session.close_streams()
+            await session.require_whole()
             await session.run_sync(lambda sync: sync.prepare())
 
     async def run(self) -> None:
@@ -281,7 +298,7 @@ class _Commit:
             await session.close_streams()
             if self.db.resolve_unknown and session.sync_session.connections:
                 self.transaction_id = await session.scalar(TRANSACTION_ID)
-            session.require_alive()
+            await session.require_whole()
             self.sent = True
             await session.commit()
             await session.close()

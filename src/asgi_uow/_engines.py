@@ -19,8 +19,9 @@ from .errors import ConfigurationError, EngineNotInitialisedError
 from .observers import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 
+    from ._hooks import Hooks
 
 ASIDE_SECONDS = 2.0
 """Seconds for connecting to the server and stopping a cancelled statement."""
@@ -134,6 +135,8 @@ class Engines:
         self,
         check: Callable[[str], None],
         note: Callable[[Exception], None],
+        hooks: Hooks,
+        call_undone: Callable[[], Coroutine[object, object, None]],
     ) -> Session:
         """Make the write session of a unit; it connects when it executes."""
         return Session(
@@ -141,6 +144,8 @@ class Engines:
             session_class=ManagedSession,
             check=check,
             note=note,
+            hooks=hooks,
+            call_undone=call_undone,
             run_aside=self._run_aside,
             **self._session_options,
         )
@@ -149,6 +154,8 @@ class Engines:
         self,
         check: Callable[[str], None],
         note: Callable[[Exception], None],
+        hooks: Hooks,
+        call_undone: Callable[[], Coroutine[object, object, None]],
         writer: Callable[[], Session | None],
     ) -> Session:
         """Make the read session of a unit; `writer` says where its reads belong."""
@@ -157,6 +164,8 @@ class Engines:
             session_class=ReadOnlySession,
             check=check,
             note=note,
+            hooks=hooks,
+            call_undone=call_undone,
             run_aside=self._run_aside,
             writer=writer,
             **self._session_options

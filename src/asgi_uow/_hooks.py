@@ -5,24 +5,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, TypeAlias
 
 import anyio
 import anyio.to_thread
 
+from .errors import TooManyHooksError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 PHASES = ("before_commit", "after_commit", "after_rollback", "after_response")
 
+MOST_BY_HOOKS = 100
+"""How many hooks the hooks of one unit of work may register."""
 
-@dataclasses.dataclass(frozen=True, slots=True)
+
+@dataclasses.dataclass(slots=True)
 class Hook:
     """One registered call."""
 
     fn: Callable[..., object]
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
+    number: int = dataclasses.field(default=0, compare=False)
+    """Its place among the hooks of the unit."""
 
     @property
     def name(self) -> str:
@@ -46,26 +54,49 @@ class Hook:
                 await result
 
 
-class Hooks:
-    """The hooks of one unit of work, a queue per phase."""
+Queues: TypeAlias = "dict[str, list[Hook]]"
 
-    __slots__ = PHASES
+
+class Quota:
+    """How many hooks the hooks of one unit may still register, at any depth."""
+
+    __slots__ = ("left",)
 
     def __init__(self) -> None:
-        """Make the queues."""
-        self.before_commit: list[Hook] = []
-        self.after_commit: list[Hook] = []
-        self.after_rollback: list[Hook] = []
-        self.after_response: list[Hook] = []
+        """Start full."""
+        self.left = MOST_BY_HOOKS
+
+    def take(self, phase: str) -> None:
+        """Take one; raises `TooManyHooksError` when there is none left."""
+        if not self.left:
+            raise TooManyHooksError(phase, MOST_BY_HOOKS)
+        self.left -= 1
+
+
+class Hooks:
+    """The hooks of one unit of work: queues per phase, in frames per savepoint.
+
+    A hook belongs to the innermost savepoint that is open, on whichever database.
+    RELEASE hands it on to the savepoint around, keeping its place. Anything else
+    drops it, together with what belongs to savepoints opened since; of those only
+    the `after_rollback` hooks are left, to be called.
+    """
+
+    __slots__ = ("_count", "_frames", "by_hook", "quota", "undone")
+
+    def __init__(self, quota: Quota | None = None) -> None:
+        """Make empty queues; `quota` is shared with a unit whose hook this is for."""
+        self.by_hook = quota is not None
+        """Whether what registers now is a hook itself."""
+        self.quota = quota or Quota()
+        self.undone: list[Hook] = []
+        """The `after_rollback` hooks of savepoints that were rolled back."""
+        self._count = 0
+        self._frames: list[tuple[object, Queues]] = [(None, {})]
 
     def __bool__(self) -> bool:
         """Tell whether anything was registered."""
-        return bool(
-            self.before_commit
-            or self.after_commit
-            or self.after_rollback
-            or self.after_response
-        )
+        return bool(self.undone) or any(queues for _, queues in self._frames)
 
     def register(
         self,
@@ -83,13 +114,75 @@ class Hooks:
             if inspect.iscoroutine(fn):
                 fn.close()  # or it warns that it was never awaited
             raise TypeError(message)
-        queue: list[Hook] = getattr(self, phase)
-        queue.append(Hook(fn, args, kwargs))
+        if self.by_hook:
+            self.quota.take(phase)
+        self.append(phase, [Hook(fn, args, kwargs)])
+
+    def append(self, phase: str, hooks: Iterable[Hook]) -> None:
+        """Append what was registered, here or elsewhere."""
+        _, queues = self._frames[-1]
+        for hook in hooks:
+            self._count += 1
+            hook.number = self._count
+            queues.setdefault(phase, []).append(hook)
+
+    # Savepoints
+
+    def open(self, savepoint: object) -> None:
+        """Note that a savepoint was opened."""
+        self._frames.append((savepoint, {}))
+
+    def keep(self, savepoint: object) -> None:
+        """Note that a savepoint was released: its hooks belong to the one around."""
+        place = self._find(savepoint)
+        if place:
+            _, queues = self._frames.pop(place)
+            _, around = self._frames[place - 1]
+            for phase, hooks in queues.items():
+                around.setdefault(phase, []).extend(hooks)
+
+    def undo(self, savepoint: object) -> None:
+        """Note that a savepoint has ended in any other way."""
+        place = self._find(savepoint)
+        if place:
+            for _, queues in self._frames[place:]:
+                self.undone += queues.get("after_rollback", ())
+                queues.clear()
+            del self._frames[place]
+
+    def _find(self, savepoint: object) -> int:
+        """Give the place of its frame, 0 if it has none (any more)."""
+        places = range(len(self._frames) - 1, 0, -1)
+        return next((i for i in places if self._frames[i][0] is savepoint), 0)
+
+    # The end
+
+    def of(self, phase: str) -> list[Hook]:
+        """Give the hooks of a phase in order of registration, dropped ones left out."""
+        found = [hook for _, each in self._frames for hook in each.get(phase, ())]
+        return sorted(found, key=attrgetter("number"))
+
+    def take(self, phase: str) -> list[Hook]:
+        """Give them and forget them."""
+        found = self.of(phase)
+        for _, queues in self._frames:
+            queues.pop(phase, None)
+        return found
+
+    def take_rolled_back(self) -> list[Hook]:
+        """Give what a rollback of the whole unit calls, last registered first."""
+        found = [*self.take("after_rollback"), *self.take_undone()]
+        return sorted(found, key=attrgetter("number"), reverse=True)
+
+    def take_undone(self) -> list[Hook]:
+        """Give what the rollback of a savepoint calls, last registered first."""
+        found, self.undone = self.undone, []
+        return sorted(found, key=attrgetter("number"), reverse=True)
 
     def clear(self) -> None:
         """Forget everything that was registered."""
-        for phase in PHASES:
-            getattr(self, phase).clear()
+        self.undone = []
+        self._frames = [(None, {})]
 
 
 def name_of(fn: Callable[..., object]) -> str:

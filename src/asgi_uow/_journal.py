@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from sqlalchemy import event
 
 from . import _dialects
+from ._hooks import Hooks
 from .errors import ManagedTransactionError, TransactionGoneError
 
 if TYPE_CHECKING:
@@ -45,9 +46,18 @@ class Entry:
 class Journal:
     """What went wrong on the connection of one write session."""
 
-    def __init__(self, is_ending: Callable[[], bool] = lambda: True) -> None:
-        """Start with a clean sheet; `is_ending`: does the unit itself end it now?"""
+    def __init__(
+        self,
+        is_ending: Callable[[], bool] = lambda: True,
+        hooks: Hooks | None = None,
+    ) -> None:
+        """Start with a clean sheet; `is_ending`: does the unit itself end it now?
+
+        `hooks` follow the savepoints of the connection, also of those that no
+        session has opened.
+        """
         self._is_ending = is_ending
+        self._hooks = Hooks() if hooks is None else hooks
         self.last: BaseException | None = None
         self.committed_by: str | None = None
         """The statement for which MySQL committed on its own, if it did."""
@@ -108,12 +118,16 @@ class Journal:
     def savepoint(self) -> None:
         """Note a SAVEPOINT; SQLAlchemy numbers them per connection."""
         self._opened += 1
-        self._savepoints.append(f"sa_savepoint_{self._opened}")
+        name = f"sa_savepoint_{self._opened}"
+        self._savepoints.append(name)
+        self._hooks.open(name)
 
     def leave_savepoint(self, name: str, *, undone: bool) -> None:
         """Note RELEASE, or ROLLBACK TO, which undoes what was given up inside."""
         if name in self._savepoints:
             depth = self._savepoints.index(name)
+            for left in reversed(self._savepoints[depth:]):
+                (self._hooks.undo if undone else self._hooks.keep)(left)
             del self._savepoints[depth:]
             if undone:
                 self._entries = [each for each in self._entries if each.depth <= depth]

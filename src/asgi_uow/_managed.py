@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, orm
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
     from sqlalchemy.orm import ORMExecuteState, SessionTransaction
 
+    from ._hooks import Hooks
     from ._journal import Journal
 
 
@@ -32,6 +34,9 @@ class ManagedSession(orm.Session):
     committed = False
     """Whether the database has acknowledged the COMMIT of the whole transaction."""
 
+    connected: float | None = None
+    """Since when it holds a connection of its own, by `time.perf_counter()`."""
+
     connections: list[Connection]
     """The connections on which this session has begun a transaction."""
 
@@ -41,8 +46,14 @@ class ManagedSession(orm.Session):
     journal: Journal
     """What the database has said against the transaction."""
 
+    hooks: Hooks
+    """The hooks of the unit, which follow its savepoints."""
+
     joined: Callable[[], Connection | None]
     """Gives the writer's connection once the reads of the unit belong there."""
+
+    exposed = False
+    """Whether somebody was given the connection, and with it the driver's own."""
 
     def is_ending(self) -> bool:
         """Tell whether the current task is the one that ends this session."""
@@ -79,6 +90,15 @@ class ManagedSession(orm.Session):
         self._only_the_unit("session.close()")
         super().close()
 
+    def connection(self, *args: Any, **kwargs: Any) -> Connection:
+        """Give the connection; what its driver is asked for is not seen from here."""
+        self.exposed = True
+        return super().connection(*args, **kwargs)
+
+    def own_connection(self) -> Connection:
+        """Give the connection to asgi-uow itself."""
+        return super().connection()
+
     def reset(self) -> None:
         """Refuse."""
         operation = "session.reset()"
@@ -114,6 +134,8 @@ def _remember_connection(
 ) -> None:
     if connection not in session.connections:
         session.connections.append(connection)
+        if session.connected is None and session.joined() is None:
+            session.connected = time.perf_counter()
         driver = driver_of(connection.dialect)
         if driver.kill is not None:
             session.kills.append(driver.kill(connection.connection.driver_connection))
@@ -138,8 +160,24 @@ def _refuse_autocommit(connection: Connection) -> None:
 def _note_commit(session: ManagedSession) -> None:
     # First of the listeners: one of the application's that raises undoes no COMMIT.
     # SQLAlchemy calls them for the RELEASE of a savepoint too.
-    if not session.in_nested_transaction():
+    savepoint = session.get_nested_transaction()
+    if savepoint is None:
         session.committed = True
+    else:
+        session.hooks.keep(savepoint)
+
+
+@event.listens_for(ManagedSession, "after_transaction_create", propagate=True)
+def _open_savepoint(session: ManagedSession, transaction: SessionTransaction) -> None:
+    if transaction.nested:
+        session.hooks.open(transaction)
+
+
+@event.listens_for(ManagedSession, "after_transaction_end", propagate=True)
+def _end_savepoint(session: ManagedSession, transaction: SessionTransaction) -> None:
+    # A savepoint whose RELEASE was seen has been kept already; any other is gone.
+    if transaction.nested:
+        session.hooks.undo(transaction)
 
 
 @event.listens_for(ReadOnlySession, "before_flush", propagate=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from ._context import use
+from ._current import use
 from ._end import Settings
 from ._policy import (
     ERROR_STATUS,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 from ._dialects import driver_of
@@ -18,16 +20,17 @@ from ._shield import run_to_completion
 from ._streams import take_turns
 from ._text import TextSession
 from ._turn import Turn
-from .errors import ConcurrentUseError, ReadOnlySessionError
+from .errors import ConcurrentUseError, ReadOnlySessionError, TransactionGoneError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Generator, Iterable
     from types import TracebackType
 
     from sqlalchemy import Connection, orm
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncResult
     from sqlalchemy.util.typing import TupleAny
 
+    from ._hooks import Hooks
     from ._managed import ManagedSession
     from ._streams import StreamResult
 
@@ -45,13 +48,15 @@ def _takes_turn(method: F) -> F:
             self.check(operation)
             self.refuse_while_streaming(operation)
             try:
-                return await method(self, *args, **kwargs)
+                result = await method(self, *args, **kwargs)
             except Exception as error:
                 self.note(error)
                 raise
             except asyncio.CancelledError:
                 await self.stop_statement()
                 raise
+        await self.call_undone()
+        return result
 
     return call  # type: ignore[return-value]  # the same signature, see wraps
 
@@ -70,20 +75,24 @@ class Savepoint(AsyncSessionTransaction):
         async with self.session.turn:
             self.session.check("session.begin_nested()")
             self.ended = False
-            await super().start(is_ctxmanager)
+            with self._noting():
+                await super().start(is_ctxmanager)
         return self
 
     async def commit(self) -> None:
         """Send RELEASE SAVEPOINT."""
         self.ended = True
         async with self.session.turn:
-            await super().commit()
+            with self._noting():
+                await super().commit()
 
     async def rollback(self) -> None:
         """Send ROLLBACK TO SAVEPOINT."""
         self.ended = True
         async with self.session.turn:
-            await super().rollback()
+            with self._noting():
+                await super().rollback()
+        await self.session.call_undone()
 
     async def __aexit__(
         self,
@@ -102,7 +111,17 @@ class Savepoint(AsyncSessionTransaction):
                 self.session.sync_session.journal.give_up(error)
                 if value is None:
                     raise error
-            await super().__aexit__(type_, value, traceback)
+            with self._noting():
+                await super().__aexit__(type_, value, traceback)
+        await self.session.call_undone()
+
+    @contextmanager
+    def _noting(self) -> Generator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.session.note(error)
+            raise
 
     def _is_open(self) -> bool:
         """Tell whether SQLAlchemy still has this savepoint among the open ones."""
@@ -135,16 +154,20 @@ class Session(TextSession):
         session_class: type[ManagedSession],
         check: Callable[[str], None],
         note: Callable[[Exception], None],
+        hooks: Hooks,
+        call_undone: Callable[[], Coroutine[object, object, None]],
         run_aside: Callable[[str], Coroutine[object, object, None]],
         writer: Callable[[], Session | None] = lambda: None,
         **options: Any,
     ) -> None:
         """Bind to `bind`; `check` raises when the unit of work is not open.
 
-        `writer` gives the write session once a read session is to read there;
-        `run_aside` runs a statement on a connection of its own.
+        `hooks` follow its savepoints, and `call_undone` calls those of savepoints
+        that were rolled back. `writer` gives the write session once a read session
+        is to read there; `run_aside` runs a statement on a connection of its own.
         """
         self._check = check
+        self._call_undone = call_undone
         self.note = note
         self.run_aside = run_aside
         self.writer = writer
@@ -158,12 +181,13 @@ class Session(TextSession):
         )
         self.sync_session.connections = []
         self.sync_session.kills = []
-        self.sync_session.journal = Journal(self.sync_session.is_ending)
+        self.sync_session.hooks = hooks
+        self.sync_session.journal = Journal(self.sync_session.is_ending, hooks)
         self.sync_session.joined = self._joined
 
     def _joined(self) -> Connection | None:
         writer = self.writer()
-        return None if writer is None else writer.sync_session.connection()
+        return None if writer is None else writer.sync_session.own_connection()
 
     @property
     def turn(self) -> Turn:
@@ -188,6 +212,13 @@ class Session(TextSession):
         kills, self.sync_session.kills = self.sync_session.kills, []
         for statement in kills:
             await run_to_completion(self.run_aside(statement))
+
+    async def call_undone(self) -> None:
+        """Call the `after_rollback` hooks of savepoints, if the rollback is proven."""
+        if self.sync_session.hooks.undone and not self.sync_session.is_ending():
+            writer = self.writer() or self
+            if writer.doomed_by is None:
+                await self._call_undone()
 
     @property
     def doomed_by(self) -> BaseException | None:
@@ -242,17 +273,27 @@ class Session(TextSession):
         while self.streams:
             await self.streams.pop().close()
 
-    def require_alive(self) -> None:
-        """Raise `ConnectionError` if the driver knows that a connection is dead.
+    async def require_whole(self) -> None:
+        """Raise unless the transaction is there and whole, just before COMMIT.
 
-        Costs no round trip. Before COMMIT this tells "certainly not committed"
-        from "nobody knows".
+        `ConnectionError` if the driver knows that a connection is dead: this tells
+        "certainly not committed" from "nobody knows". `TransactionGoneError` if a
+        statement through the driver itself, which the journal does not see, has
+        ended it or has failed; PostgreSQL has to be asked for that.
         """
         for connection in self.sync_session.connections:
             raw = connection.connection.driver_connection
-            if driver_of(connection.dialect).is_dead(raw):
+            driver = driver_of(connection.dialect)
+            if driver.is_dead(raw):
                 message = "the connection was lost before COMMIT was sent"
                 raise ConnectionError(message)
+            if connection.dialect.name == "sqlite" and not driver.in_transaction(raw):
+                raise self.sync_session.journal.give_up(TransactionGoneError())
+            if connection.dialect.name == "postgresql" and self.sync_session.exposed:
+                try:
+                    await self.scalar("SELECT 1")
+                except DBAPIError as error:
+                    raise TransactionGoneError from error
 
     def begin_nested(self) -> Savepoint:
         """Open a SAVEPOINT; what fails inside is undone, the rest goes on."""

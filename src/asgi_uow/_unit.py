@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 import warnings
@@ -10,29 +11,31 @@ from typing import TYPE_CHECKING
 import anyio
 
 from . import _dialects
+from ._after import call_all, watched
 from ._end import End, Outages, Settings
 from ._hooks import Hooks
 from ._policy import Decision, rollback
-from ._shield import bounded, run_to_completion
+from ._shield import run_to_completion
 from ._states import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from .errors import (
     BeforeCommitError,
     CommitFailedError,
     DoomedError,
+    NestedUnitOfWorkError,
     UnitOfWorkClosedError,
     UnitOfWorkFailedError,
     UnknownDatabaseError,
 )
 from .observers import (
     CommitFailed,
-    HookFailed,
     ImplicitCommit,
     UnitFinished,
+    UnitStarted,
     notify,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ._engines import Engines
     from ._hooks import Hook
@@ -53,13 +56,15 @@ class UnitOfWork:
         settings: Settings,
         *,
         parent: UnitOfWork | None = None,
+        hook_of: UnitOfWork | None = None,
         attempt: int = 1,
     ) -> None:
         """Serve `databases`, the first being the default; opens nothing."""
         self.databases: tuple[Engines, ...] = tuple(databases)
         self.parent = parent
+        self.hook_of = hook_of
         self.attempt = attempt
-        self.hooks: Hooks = Hooks()
+        self.hooks: Hooks = Hooks(None if hook_of is None else hook_of.hooks.quota)
         self.outcome: Outcome | None = None
         self.cause: Cause | None = None
         self.reason: str | None = None
@@ -70,11 +75,11 @@ class UnitOfWork:
         self._writers: dict[Engines, Session] = {}
         self._readers: dict[Engines, Session] = {}
         self._outages = Outages()
-        self._events: list[Event] = []
-        report = self._events.append
-        self._end = End(self._writers, settings, self._outages, report)
+        self.events: list[Event] = [] if hook_of is None else hook_of.events
+        self._end = End(self, self._writers, self._outages)
         self._doomed_by: BaseException | None = None
-        self._opened = time.perf_counter()
+        self._started = False
+        self._opened = self._ended = time.perf_counter()
 
     # What handlers use
 
@@ -120,8 +125,12 @@ class UnitOfWork:
             return self._around("session()", db).session(db)
         self.check_writable("session()")
         if db not in self._writers:
+            self._refuse_to_wait_for_itself(db)
             self._writers[db] = db.write_session(
-                self.check_writable, self._outages.note
+                self.check_writable,
+                self._outages.note,
+                self.hooks,
+                self._call_undone,
             )
             self._activate()
         return self._writers[db]
@@ -136,6 +145,8 @@ class UnitOfWork:
             self._readers[db] = db.make_read_session(
                 self._check_readable,
                 self._outages.note,
+                self.hooks,
+                self._call_undone,
                 functools.partial(self._reads_move_to, db),
             )
             self._activate()
@@ -154,6 +165,27 @@ class UnitOfWork:
         self.forced = True
 
     # What the shells use
+
+    def register(
+        self,
+        phase: str,
+        fn: object,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+    ) -> None:
+        """Register a hook; raises as `after_commit` says."""
+        self.check_writable(f"{phase}()")
+        self.hooks.register(phase, fn, args, kwargs)
+        self._start()
+
+    def for_hook(self) -> UnitOfWork:
+        """Make the unit that one hook of this one gets for itself."""
+        databases = dict.fromkeys(self.databases)
+        around = self.parent
+        while around is not None:
+            databases |= dict.fromkeys(around.databases)
+            around = around.parent
+        return UnitOfWork(tuple(databases), self.settings, hook_of=self)
 
     def serves(self, db: Engines) -> bool:
         """Tell whether this unit, or one around it, serves `db`."""
@@ -187,6 +219,7 @@ class UnitOfWork:
         `because` is the error behind a decision that refuses the response.
         """
         cancelled: BaseException | None = None
+        self._ended = time.perf_counter()
         if decision.commit:
             self._move(State.PREPARING)
             try:
@@ -225,7 +258,7 @@ class UnitOfWork:
         committed = self.outcome is Outcome.COMMITTED
         self._move(State.CLOSED)
         try:
-            if self._readers or (committed and self.hooks.after_response):
+            if self._readers or (committed and self.hooks.of("after_response")):
                 await run_to_completion(self._release())
         finally:
             self.hooks.clear()
@@ -234,6 +267,10 @@ class UnitOfWork:
     def responding(self) -> None:
         """Note that the start of the response has been forwarded."""
         self._move(State.RESPONDING)
+
+    def report(self, event: Event) -> None:
+        """Have the observers told once the end is over, in the caller's task."""
+        self.events.append(dataclasses.replace(event, unit=self))
 
     # Checks
 
@@ -264,9 +301,27 @@ class UnitOfWork:
             raise UnknownDatabaseError(operation, db)
         return self.parent
 
+    def _refuse_to_wait_for_itself(self, db: Engines) -> None:
+        # In a hook that is called while the unit around still holds its connection.
+        waits = db.engine.dialect.name == "sqlite" and self.hook_of is not None
+        if waits and self.hook_of is not None and self.hook_of.has_used(db):
+            raise NestedUnitOfWorkError(db)
+
     def _activate(self) -> None:
         if self._state is State.NEW:
             self._move(State.ACTIVE)
+        self._start()
+
+    def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            notify(self.settings.observers, UnitStarted(unit=self))
+
+    async def _call_undone(self) -> None:
+        """Call the `after_rollback` hooks of savepoints that were rolled back."""
+        if not self.is_decided:
+            hooks = self.hooks.take_undone()
+            await run_to_completion(call_all(self, "after_rollback", hooks))
 
     def _reads_move_to(self, db: Engines) -> Session | None:
         """Give the write session once reads belong into its transaction."""
@@ -286,14 +341,14 @@ class UnitOfWork:
         for session in list(self._readers.values()):
             session.refuse_changes()
         timeout = self.settings.hook_timeout
-        queue = self.hooks.before_commit
+        self.hooks.by_hook = True
         done = 0
         while True:
-            while done < len(queue):
-                hook = queue[done]
-                done += 1
+            while (hook := self._next_before_commit(done)) is not None:
+                done = hook.number
                 try:
-                    await hook.call(timeout)
+                    with watched(self, "before_commit", hook):
+                        await hook.call(timeout)
                 except Exception as error:
                     raise _HookStoppedError(hook.name) from error
             writers = list(self._writers.values())
@@ -301,8 +356,13 @@ class UnitOfWork:
                 if session.has_changes:
                     with anyio.fail_after(timeout):
                         await session.flush()
-            if done == len(queue) and len(writers) == len(self._writers):
+            unfinished = self._next_before_commit(done) is not None
+            if not unfinished and len(writers) == len(self._writers):
                 return
+
+    def _next_before_commit(self, done: int) -> Hook | None:
+        queue = self.hooks.of("before_commit")
+        return next((hook for hook in queue if hook.number > done), None)
 
     def _give_up(self, error: BaseException) -> Decision:
         """Turn what stopped the preparation into a rollback and the failure."""
@@ -325,10 +385,10 @@ class UnitOfWork:
             self.cause = self.failure.cause
         self._conclude(outcome)
         if outcome is Outcome.COMMITTED:
-            await self._run_hooks("after_commit", self.hooks.after_commit)
+            await call_all(self, "after_rollback", self.hooks.take_undone())
+            await call_all(self, "after_commit", self.hooks.take("after_commit"))
         elif outcome is Outcome.ROLLED_BACK:
-            self.hooks.after_rollback.reverse()
-            await self._run_hooks("after_rollback", self.hooks.after_rollback)
+            await call_all(self, "after_rollback", self.hooks.take_rolled_back())
 
     def _conclude(self, outcome: Outcome) -> None:
         """Record the outcome and tell the observers."""
@@ -337,9 +397,9 @@ class UnitOfWork:
         for session in self._writers.values():
             statement = session.sync_session.journal.committed_by
             if statement is not None:
-                self._events.append(ImplicitCommit(statement))
-        if self.failure is not None:
-            self._events.append(
+                self.report(ImplicitCommit(statement))
+        if self.failure is not None and self.hook_of is None:
+            self.report(
                 CommitFailed(
                     self.failure,
                     outcome,
@@ -347,40 +407,35 @@ class UnitOfWork:
                     _dialects.code_of(self.failure.__cause__),
                 ),
             )
-        if self._writers or self._readers or self.hooks:
+        if self._started:
             used = [db for db, s in self._writers.items() if s.sync_session.connections]
-            self._events.append(
+            now = time.perf_counter()
+            self.report(
                 UnitFinished(
                     outcome,
                     self.cause,
                     self.reason,
                     tuple(db.name for db in used),
-                    time.perf_counter() - self._opened,
+                    now - self._opened,
+                    now - self._ended,
                 ),
             )
 
-    async def _run_hooks(self, phase: str, queue: list[Hook]) -> None:
-        """Run every hook, also those registered meanwhile; none stops another."""
-        for hook in queue:
-            try:
-                await bounded(hook.call(None), self.settings.hook_timeout)
-            except BaseException as error:  # noqa: BLE001  # hook isolation
-                self._events.append(HookFailed(phase, hook.name, error))
-
     async def _release(self) -> None:
         """Close the read sessions, then run the `after_response` hooks."""
-        for session in list(self._readers.values()):
-            await self._end.close_reader(session)
+        for db, session in list(self._readers.items()):
+            await self._end.close_reader(db, session)
         if self.outcome is Outcome.COMMITTED:
-            await self._run_hooks("after_response", self.hooks.after_response)
+            hooks = self.hooks.take("after_response")
+            await call_all(self, "after_response", hooks)
 
     def _tell(self) -> None:
         """Tell the observers, in the task and context of the request.
 
         Sentry's own ASGI middleware drops what was reported in that context before.
         """
-        while self._events:
-            notify(self.settings.observers, self._events.pop(0))
+        while self.events and self.hook_of is None:
+            notify(self.settings.observers, self.events.pop(0))
 
     def __del__(self) -> None:
         """Warn of hooks that never ran: the unit was dropped without an end."""

@@ -13,6 +13,7 @@ AsgiUowError
 ├── ReadOnlySessionError          a write on the read session
 ├── TransactionGoneError          the database has ended the transaction by itself
 ├── ConcurrentUseError            a call while the session is busy with another
+├── TooManyHooksError             hooks register hooks without an end
 └── UnitOfWorkFailedError         a commit was wanted and the work was not kept
     ├── BeforeCommitError         a before_commit hook raised
     ├── CommitFailedError         flush or COMMIT failed; rolled back
@@ -157,6 +158,18 @@ class ConcurrentUseError(AsgiUowError, RuntimeError):
             f"{operation} came in between: on the same session {busy}. Let that end "
             "first (a stream: read it to its end, or `await result.close()`), or "
             "await the two one after the other.",
+        )
+
+
+class TooManyHooksError(AsgiUowError, RuntimeError):
+    """The hooks of one unit of work have registered too many others."""
+
+    def __init__(self, phase: str, most: int) -> None:
+        """Name the call and the number that is allowed."""
+        super().__init__(
+            f"{phase}(): hooks of this unit of work have registered {most} others, "
+            "which is the most. Does a hook register itself again? Hand long work "
+            "to a job queue.",
         )
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+import time
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,21 +22,45 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CommitFailed",
+    "ConnectionReleased",
     "Event",
     "HookFailed",
+    "HookFinished",
+    "HookStarted",
     "ImplicitCommit",
     "LoggingObserver",
     "Observer",
     "ReleaseFailed",
+    "RetryScheduled",
     "UnitFinished",
+    "UnitStarted",
 ]
 
 logger: logging.Logger = logging.getLogger("asgi_uow")
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _About:  # every event says which unit of work it is about
+    unit: object = dataclasses.field(default=None, compare=False, repr=False)
+    """The unit of work it is about: the same object in all events of one unit."""
+    at: int = dataclasses.field(default_factory=time.time_ns, compare=False, repr=False)
+    """When it happened, as `time.time_ns()` counts; it may be told later."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
-class UnitFinished:
-    """A unit of work that opened a session or registered a hook was decided."""
+class UnitStarted(_About):
+    """A unit of work was asked for its first session, or for its first hook.
+
+    Told at once, in the task that asked.
+    """
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnitFinished(_About):
+    """A unit of work that opened a session or registered a hook was decided.
+
+    A hook that asks for a session has a unit of its own, which is told of too.
+    """
 
     outcome: Outcome
     cause: Cause | None
@@ -46,10 +71,12 @@ class UnitFinished:
     """The databases whose write session executed something, without passwords."""
     seconds: float
     """From opening the unit to its outcome."""
+    ending: float = 0.0
+    """The last part of `seconds`: `before_commit` hooks, flush, COMMIT or ROLLBACK."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class CommitFailed:
+class CommitFailed(_About):
     """A commit was wanted and the work was not kept, or may not have been."""
 
     error: Exception
@@ -61,8 +88,36 @@ class CommitFailed:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class HookFailed:
-    """A hook raised or took longer than `hook_timeout`; the others still ran."""
+class HookStarted(_About):
+    """A hook is about to be called.
+
+    Told at once, in the task and context in which the hook runs.
+    """
+
+    phase: str
+    """`before_commit`, `after_commit`, `after_rollback` or `after_response`."""
+    hook: str
+    """The qualified name of the callable."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HookFinished(_About):
+    """A hook has returned or raised; told where `HookStarted` was."""
+
+    phase: str
+    hook: str
+    seconds: float
+    error: BaseException | None
+    """What it raised; a `CancelledError` when it took too long."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HookFailed(_About):
+    """A hook raised or took longer than `hook_timeout`; the others still ran.
+
+    Or the work it did with a session of its own could not be committed. Once per
+    hook. A `before_commit` hook that fails is a `CommitFailed`.
+    """
 
     phase: str
     """`after_commit`, `after_rollback` or `after_response`."""
@@ -73,7 +128,18 @@ class HookFailed:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReleaseFailed:
+class ConnectionReleased(_About):
+    """A session gave its connection back, or it was thrown away."""
+
+    database: str
+    """The URL of the writer, without its password."""
+    access: Literal["read", "write"]
+    seconds: float
+    """How long the connection was held."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReleaseFailed(_About):
     """A connection could not be rolled back or closed; it was thrown away."""
 
     operation: str
@@ -81,15 +147,36 @@ class ReleaseFailed:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ImplicitCommit:
+class ImplicitCommit(_About):
     """MySQL committed in the middle of a unit because of DDL; it cannot be undone."""
 
     statement: str
     """The statement, without its parameters."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class RetryScheduled(_About):
+    """A request will be run again after a failure that may not repeat itself."""
+
+    attempt: int
+    """The number of the attempt that comes; the first of all was 1."""
+    seconds: float
+    """The pause before it."""
+    error: BaseException
+    """Why the attempt before could not be kept."""
+
+
 Event: TypeAlias = (
-    UnitFinished | CommitFailed | HookFailed | ReleaseFailed | ImplicitCommit
+    UnitStarted
+    | UnitFinished
+    | CommitFailed
+    | HookStarted
+    | HookFinished
+    | HookFailed
+    | ConnectionReleased
+    | ReleaseFailed
+    | ImplicitCommit
+    | RetryScheduled
 )
 
 
@@ -103,8 +190,8 @@ class Observer(Protocol):
 class LoggingObserver:
     """Writes every event to the logger `asgi_uow`, or to another one.
 
-    `UnitFinished` is logged at DEBUG, everything else at ERROR, with the traceback
-    where there is one.
+    `UnitFinished` is logged at DEBUG, `RetryScheduled` at WARNING, failures at ERROR,
+    with the traceback where there is one. What else is told is not logged.
     """
 
     def __init__(self, log: logging.Logger = logger) -> None:
@@ -143,12 +230,21 @@ class LoggingObserver:
                     "the database committed in the middle of a unit of work: %s",
                     event.statement,
                 )
-            case _:
+            case ReleaseFailed():
                 self.log.error(
                     "%s failed; the connection was thrown away",
                     event.operation,
                     exc_info=event.error,
                 )
+            case RetryScheduled():
+                self.log.warning(
+                    "attempt %d in %.3f s, after %s",  # a message may hold data
+                    event.attempt,
+                    event.seconds,
+                    type(event.error).__qualname__,
+                )
+            case _:  # beginnings, and what went well
+                pass
 
 
 def notify(observers: Iterable[Observer], event: Event) -> None:

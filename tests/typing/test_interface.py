@@ -158,6 +158,41 @@ async def mail_later(name: str) -> int:
     return await send_mail(name)
 
 
+class Mailer:
+    def has_name(self, name: str) -> bool:
+        return name != ""
+
+    @deferred
+    def send(self, name: str) -> int:
+        return len(name)
+
+    @deferred(when=has_name)
+    async def send_later(self, name: str) -> int:
+        return await send_mail(name)
+
+    @staticmethod
+    @deferred
+    def greet(name: str) -> int:
+        return len(name)
+
+    @classmethod
+    @deferred
+    def make(cls, name: str) -> int:
+        return len(name)
+
+
+async def test_deferred_methods(db: Database) -> None:
+    """Deferred methods keep their signature, and return None."""
+    async with db:
+        assert_type(Mailer().send("Ann"), None)
+        assert_type(Mailer().send_later(name="Ann"), None)
+        assert_type(Mailer().send_later(""), None)
+        assert_type(Mailer.greet("Ann"), None)
+        assert_type(Mailer.make("Ann"), None)
+        with pytest.raises(TypeError):
+            Mailer().send_later()  # type: ignore[call-arg]
+
+
 async def test_hooks(db: Database) -> None:
     """Hooks are checked against the arguments of what they call."""
     async with db:
