@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from asgi_uow import (
     Database,
     UnitOfWorkMiddleware,
+    after_commit,
     current_read_session,
     current_session,
 )
@@ -42,6 +43,46 @@ async def request_without_database() -> list[Result]:
             "asgi-uow": _requests(UnitOfWorkMiddleware(handler, database)),
         },
         calls=100,
+    )
+
+
+async def empty_hooks() -> list[Result]:
+    """Compare registering and running 10 empty hooks with 10 awaited calls."""
+
+    async def empty() -> None:
+        pass
+
+    def empty_sync() -> None:
+        pass
+
+    async def awaits(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
+        for _ in range(10):
+            await empty()
+        await _answer(send)
+
+    async def registers(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
+        for _ in range(10):
+            after_commit(empty)
+        await _answer(send)
+
+    async def registers_sync(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
+        for _ in range(10):
+            after_commit(empty_sync)
+        await _answer(send)
+
+    database = Database.from_url("sqlite:///never-opened.db")
+    handlers = {
+        "10 awaited calls": awaits,
+        "10 async hooks": registers,
+        "10 hooks in threads": registers_sync,
+    }
+    return await compare(
+        "a request with empty hooks",
+        {
+            name: _requests(UnitOfWorkMiddleware(handler, database))
+            for name, handler in handlers.items()
+        },
+        calls=20,
     )
 
 
