@@ -21,10 +21,15 @@ if TYPE_CHECKING:
     from asgi_uow._asgi import ASGIApp, Message
 
 ROOT = Path(__file__).parents[1]
+QUEUES = [
+    ROOT / "docs" / "howto" / f"{name}.md"
+    for name in ("celery", "pgqueuer", "procrastinate", "taskiq")
+]
+"""They need servers: `tests.handoff.test_pages` runs them."""
 PAGES = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted({*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/howto").glob("*.md")}),
 ]
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
@@ -70,18 +75,25 @@ def answers(app: ASGIApp, *requests: str, json: object = None) -> list[Response]
     return asyncio.run(exchange())
 
 
-@every_page
+def run_blocks(page: Path, **names: object) -> None:
+    """Blocks of a page share a namespace; `names` are for the invisible ones."""
+    document = Sybil([PythonCodeBlockParser()]).parse(page)
+    document.namespace.update(names, answers=answers)
+    for example in document.examples():
+        example.evaluate()
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page not in QUEUES], ids=lambda page: page.name
+)
 def test_every_python_block_runs(
     page: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Blocks of a page share a namespace; `answers` is for the invisible ones."""
+    """What a page shows does what the page says."""
     monkeypatch.chdir(tmp_path)
-    document = Sybil([PythonCodeBlockParser()]).parse(page)
-    document.namespace["answers"] = answers
-    for example in document.examples():
-        example.evaluate()
+    run_blocks(page)
 
 
 @every_page

@@ -1,4 +1,4 @@
-"""Private database servers, and the tools that look at them from outside."""
+"""Private servers, and the tools that look at them from outside."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.servers.backend import (
 )
 from tests.servers.process import MariaDB, PostgreSQL, Server, ServerError
 from tests.servers.proxy import Hold, RecordingProxy, Rule
+from tests.servers.redis import Redis
 
 __all__ = [
     "Backend",
@@ -21,6 +22,7 @@ __all__ = [
     "PostgreSQL",
     "PostgreSQLBackend",
     "RecordingProxy",
+    "Redis",
     "Rule",
     "SQLiteBackend",
     "Server",

@@ -1,7 +1,7 @@
 """One server of each kind per test run, and the fixtures that hand them out.
 
 The pytest process starts a server when it is first asked for one; under xdist
-it starts both before the workers, which get the ports. It stops them when the
+it starts all before the workers, which get the ports. It stops them when the
 run ends, however it ends.
 """
 
@@ -23,6 +23,7 @@ from tests.servers.backend import (
     SQLiteBackend,
 )
 from tests.servers.process import MariaDB, PostgreSQL, Server, is_root
+from tests.servers.redis import Redis
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -32,7 +33,11 @@ if TYPE_CHECKING:
 
     from tests.servers.backend import Backend
 
-KINDS: dict[str, type[Server]] = {"mariadb": MariaDB, "postgresql": PostgreSQL}
+KINDS: dict[str, type[Server]] = {
+    "mariadb": MariaDB,
+    "postgresql": PostgreSQL,
+    "redis": Redis,
+}
 MISSING = "is not installed"
 WORKER_KEY = "asgi_uow_server_ports"
 SERVERS = pytest.StashKey["RunningServers"]()
