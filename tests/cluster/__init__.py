@@ -1,0 +1,1 @@
+"""What happens on a primary and its replicas."""
