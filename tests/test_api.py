@@ -37,7 +37,7 @@ def test_all() -> None:
     assert sorted(public - {"annotations"}) == asgi_uow.__all__
 
 
-@pytest.mark.parametrize("name", ["observers", "sentry"])
+@pytest.mark.parametrize("name", ["observers", "otel", "sentry"])
 def test_all_of_a_module(name: str) -> None:
     """`__all__` is sorted and names what the module defines for others."""
     module = import_module(f"asgi_uow.{name}")
@@ -46,6 +46,7 @@ def test_all_of_a_module(name: str) -> None:
         for key, value in vars(module).items()
         if getattr(value, "__module__", None) == module.__name__
         and isinstance(value, type)
+        and not key.startswith("_")
     }
     assert sorted(module.__all__) == module.__all__
     assert defined <= set(module.__all__) <= set(vars(module))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 from sqlalchemy import event as sa_event
@@ -28,6 +28,7 @@ from asgi_uow.observers import (
     CommitFailed,
     Event,
     HookFailed,
+    HookFinished,
     ImplicitCommit,
     LoggingObserver,
     ReleaseFailed,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from tests.frameworks.driver import Exchange
     from tests.servers import MariaDBBackend, SQLiteBackend
 
+T = TypeVar("T")
 AUTHOR = "CREATE TABLE author (id INTEGER PRIMARY KEY)"
 NOTE = """CREATE TABLE note (
     id INTEGER PRIMARY KEY,
@@ -87,8 +89,18 @@ def fail() -> None:
 def finished(events: list[Event]) -> list[Event]:
     """Give the ends of units, without their duration."""
     ends = [each for each in events if isinstance(each, UnitFinished)]
-    assert all(0 < end.seconds < 60 for end in ends)
-    return [dataclasses.replace(end, seconds=0.0) for end in ends]
+    assert all(0 <= end.ending <= end.seconds < 60 for end in ends)
+    return [dataclasses.replace(end, seconds=0.0, ending=0.0) for end in ends]
+
+
+def only(kind: type[T], events: list[Event]) -> T:
+    """Give the only event of a kind."""
+    [event] = [each for each in events if isinstance(each, kind)]
+    return event
+
+
+def kinds(events: list[Event]) -> list[str]:
+    return [type(each).__name__ for each in events]
 
 
 # Events
@@ -100,7 +112,7 @@ async def test_committed(db: Database) -> None:
     await request(db, write, events.append)
     [end] = finished(events)
     assert end == UnitFinished(Outcome.COMMITTED, None, None, (db.name,), 0.0)
-    assert 1 == len(events)
+    assert ["UnitStarted", "ConnectionReleased", "UnitFinished"] == kinds(events)
 
 
 async def test_rolled_back_for_the_status(db: Database) -> None:
@@ -110,7 +122,7 @@ async def test_rolled_back_for_the_status(db: Database) -> None:
     [end] = finished(events)
     expected = UnitFinished(Outcome.ROLLED_BACK, Cause.STATUS, None, (db.name,), 0.0)
     assert expected == end
-    assert 1 == len(events)
+    assert ["UnitStarted", "ConnectionReleased", "UnitFinished"] == kinds(events)
 
 
 async def test_rolled_back_on_request(db: Database) -> None:
@@ -155,8 +167,9 @@ async def test_commit_failed(db: Database) -> None:
     """A failed COMMIT is an event with the failure and the driver's code."""
     events: list[Event] = []
     exchange = await request(db, break_commit, events.append)
-    [failed, _] = events
-    assert isinstance(failed, CommitFailed)
+    expected_kinds = ["UnitStarted", "ConnectionReleased", "CommitFailed"]
+    assert [*expected_kinds, "UnitFinished"] == kinds(events)
+    failed = only(CommitFailed, events)
     assert isinstance(failed.error, CommitFailedError)
     assert exchange.error is failed.error
     assert Outcome.ROLLED_BACK is failed.outcome
@@ -190,10 +203,10 @@ async def test_hook_failed(
 
     exchange = await request(db, work, events.append, status=status)
     assert status == exchange.status
-    [_, failed] = events
-    assert isinstance(failed, HookFailed)
+    failed = only(HookFailed, events)
     assert (phase, "fail") == (failed.phase, failed.hook)
     assert isinstance(failed.error, ZeroDivisionError)
+    assert failed.error is only(HookFinished, events).error
 
 
 async def test_hook_timed_out(db: Database) -> None:
@@ -207,9 +220,8 @@ async def test_hook_timed_out(db: Database) -> None:
         after_commit(forever)
 
     await request(db, work, events.append, hook_timeout=0.01)
-    [_, failed] = events
-    assert isinstance(failed, HookFailed)
-    assert isinstance(failed.error, TimeoutError)
+    assert isinstance(only(HookFailed, events).error, TimeoutError)
+    assert isinstance(only(HookFinished, events).error, asyncio.CancelledError)
 
 
 async def test_release_failed(db: Database) -> None:
@@ -226,7 +238,7 @@ async def test_release_failed(db: Database) -> None:
 
     exchange = await request(db, work, events.append, status=404)
     assert 404 == exchange.status
-    [failed] = [each for each in events if isinstance(each, ReleaseFailed)]
+    failed = only(ReleaseFailed, events)
     assert "session" in failed.operation
     assert broken is failed.error
     exchange = await request(db, write, events.append)
@@ -359,9 +371,11 @@ async def test_failing_observer(
     exchange = await request(db, work, failing, events.append)
     assert 200 == exchange.status
     assert exchange.error is None
-    assert [UnitFinished, HookFailed] == [type(each) for each in events]
+    hooks = ["HookStarted", "HookFinished"] * 2
+    ended = ["ConnectionReleased", "UnitFinished", "HookFailed"]
+    assert ["UnitStarted", *hooks, *ended] == kinds(events)
     assert ["hook"] == ran
     assert 1 == await sqlite.scalar("SELECT count(*) FROM note")
-    assert [logging.ERROR, logging.ERROR] == levels(caplog)
+    assert [logging.ERROR] * len(events) == levels(caplog)
     for event in events:
         assert f"no line to the tracker for {type(event).__name__}" in caplog.text

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-import sentry_sdk
-from sentry_sdk.integrations.dedupe import DedupeIntegration
-from sentry_sdk.integrations.logging import LoggingIntegration
-from sentry_sdk.transport import Transport
 from sqlalchemy import event as sa_event
 
 from asgi_uow import (
     Database,
     UnitOfWorkMiddleware,
     after_commit,
+    after_response,
     current_session,
 )
 from asgi_uow.observers import LoggingObserver
 from asgi_uow.sentry import SentryObserver
 from tests.frameworks.driver import Server, answering
+from tests.tracker import exceptions, sentry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Generator
-
-    from sentry_sdk.envelope import Envelope
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from asgi_uow.observers import Observer
     from tests.frameworks.driver import Exchange
-    from tests.servers import MariaDBBackend, SQLiteBackend
+    from tests.servers import SQLiteBackend
 
 AUTHOR = "CREATE TABLE author (name VARCHAR(40) PRIMARY KEY)"
 NOTE = """CREATE TABLE note (
@@ -40,36 +34,6 @@ NOTE = """CREATE TABLE note (
     author VARCHAR(40) REFERENCES author (name) DEFERRABLE INITIALLY DEFERRED
 )"""
 SECRET = "hunter2-of-ann"
-
-
-class RecordingTransport(Transport):
-    """Keeps the bytes that would have been sent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: list[bytes] = []
-
-    def capture_envelope(self, envelope: Envelope) -> None:
-        self.sent.append(envelope.serialize())
-
-    @property
-    def events(self) -> list[Any]:
-        return [json.loads(sent.splitlines()[2]) for sent in self.sent]
-
-
-@contextmanager
-def sentry() -> Generator[RecordingTransport, None, None]:
-    """Have a client as `sentry_sdk.init()` makes it, for this context alone."""
-    transport = RecordingTransport()
-    client = sentry_sdk.Client(
-        dsn="https://key@sentry.invalid/1",
-        transport=transport,
-        default_integrations=False,  # they would stay for the other tests
-        integrations=[LoggingIntegration(), DedupeIntegration()],
-    )
-    with sentry_sdk.isolation_scope() as scope:
-        scope.set_client(client)
-        yield transport
 
 
 @pytest.fixture
@@ -101,11 +65,6 @@ async def break_commit() -> None:
     await current_session().execute(
         "INSERT INTO note VALUES (:name, :author)", name=SECRET, author=SECRET
     )
-
-
-def exceptions(event: Any) -> list[str]:
-    """Name the exceptions of an event, the one underneath first."""
-    return [each["type"] for each in event["exception"]["values"]]
 
 
 async def test_success(db: Database) -> None:
@@ -179,62 +138,46 @@ async def test_failed_release(db: Database) -> None:
         await request(db, work, status=404)
     [event] = transport.events
     assert ["OSError"] == exceptions(event)
-    assert "session failed" in event["extra"]["comment"]
+    comment = event["extra"]["comment"]
+    assert "closing the session failed" == comment
+    assert ["{{ default }}", comment] == event["fingerprint"]
     assert event["extra"]["handler"] is None
 
 
-# What is not sent
+@pytest.mark.parametrize("raised", [True, False])
+async def test_fingerprint_of_a_hook(db: Database, raised: bool) -> None:
+    """One issue per hook and phase, within those that Sentry would make."""
+
+    async def hook() -> None:
+        await break_commit()
+        if raised:
+            raise ZeroDivisionError
+
+    async def work() -> None:
+        after_response(hook)
+
+    with sentry() as transport:
+        await request(db, work)
+    [event] = transport.events
+    group = ["after_response", hook.__qualname__]
+    assert ["{{ default }}", *group] == event["fingerprint"]
 
 
-async def test_no_parameters_of_a_failed_commit(db: Database) -> None:
-    """What was written does not go to Sentry when COMMIT fails."""
+async def test_fingerprint_of_a_commit(db: Database) -> None:
+    """One issue per outcome, cause and driver code; they are extras too."""
     with sentry() as transport:
         await request(db, break_commit)
-    [sent] = transport.sent
-    assert SECRET.encode() not in sent
-
-
-async def test_no_parameters_of_a_failed_statement(
-    db: Database, sqlite: SQLiteBackend
-) -> None:
-    """What was to be written does not go to Sentry when a statement fails."""
-    await sqlite.execute(f"INSERT INTO note (name) VALUES ('{SECRET}')")
-
-    async def hook() -> None:
-        async with db:
-            await write()
-
-    async def work() -> None:
-        after_commit(hook)
-
-    with sentry() as transport:
-        await request(db, work)
     [event] = transport.events
-    assert "IntegrityError" in exceptions(event)
-    [sent] = transport.sent
-    assert SECRET.encode() not in sent
+    group = ["rolled back", "commit_failed", "SQLITE_CONSTRAINT_FOREIGNKEY"]
+    assert ["{{ default }}", *group] == event["fingerprint"]
+    extra = event["extra"]
+    assert group == [extra["outcome"], extra["cause"], extra["code"]]
 
 
-async def test_no_url(mariadb: MariaDBBackend) -> None:
-    """Neither the URL of the database nor its password goes to Sentry."""
-    url = mariadb.url.replace("//app@", f"//app:{SECRET}@")
-    db = Database.from_url(url)
-
-    async def hook() -> None:
-        async with db:
-            await db.write.execute("SELECT 1")
-
-    async def work() -> None:
-        after_commit(hook)
-
-    with sentry() as transport:
-        await request(db, work)
-    await db.dispose()
-    [event] = transport.events
-    assert "OperationalError" in exceptions(event)
-    [sent] = transport.sent
-    assert SECRET.encode() not in sent
-    assert b"mysql+asyncmy://" not in sent
+async def test_no_client(db: Database, caplog: pytest.LogCaptureFixture) -> None:
+    """Without sentry_sdk.init() nothing happens."""
+    assert 500 == (await request(db, break_commit)).status
+    assert [] == caplog.records
 
 
 # Imports

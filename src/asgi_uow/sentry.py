@@ -7,12 +7,13 @@ by installing it.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import sentry_sdk
-from sentry_sdk.utils import event_from_exception
+from sentry_sdk.utils import event_from_exception, get_error_message
 
+from ._dialects import code_of
+from ._scrub import Scrub
 from .observers import CommitFailed, HookFailed, ReleaseFailed
 
 if TYPE_CHECKING:
@@ -20,42 +21,64 @@ if TYPE_CHECKING:
 
 __all__ = ["SentryObserver"]
 
-PARAMETERS = re.compile(r"\n\[parameters: .*", re.DOTALL)
-"""What SQLAlchemy appends to a message unless the engine has `hide_parameters`."""
-
 
 class SentryObserver:
-    """Sends failures to Sentry with the extras `comment` and `handler`.
+    """Sends failures to Sentry, by way of the client that is current.
 
-    `comment` says what was being done, `handler` names the hook, if it was one. The
-    current Sentry client is used. Local variables and statement parameters are left
-    out: they hold people's data, and the engine's URL with its password.
+    The extra `comment` says what was being done, `handler` names the hook, if it was
+    one, `code` is the driver's; a commit also has `outcome` and `cause`. One issue is
+    made per hook and phase, or per outcome, cause and code.
+
+    Local variables are left out: they hold people's data, and the engine's URL with
+    its password. So do the messages of database errors: unless the client has
+    `send_default_pii=True`, their class, code and statement with placeholders remain.
     """
 
     def __call__(self, event: Event, /) -> None:
         """Capture the exception of a failure; ignore everything else."""
         match event:
             case CommitFailed():
-                comment = f"unit of work not kept: {event.outcome.value}"
-                self._capture(event.error, comment, None)
+                outcome, cause = event.outcome.value, event.cause.value
+                self._capture(
+                    event.error,
+                    [outcome, cause, str(event.code)],
+                    comment=f"unit of work not kept: {outcome}",
+                    handler=None,
+                    outcome=outcome,
+                    cause=cause,
+                )
             case HookFailed():
-                self._capture(event.error, f"{event.phase} hook failed", event.hook)
+                self._capture(
+                    event.error,
+                    [event.phase, event.hook],
+                    comment=f"{event.phase} hook failed",
+                    handler=event.hook,
+                )
             case ReleaseFailed():
-                self._capture(event.error, f"{event.operation} failed", None)
-            case _:  # a unit that finished, or DDL: nothing was raised
+                comment = f"{event.operation} failed"
+                self._capture(event.error, [comment], comment=comment, handler=None)
+            case _:  # nothing was raised, or it is told of again
                 pass
 
     @staticmethod
-    def _capture(error: BaseException, comment: str, handler: str | None) -> None:
-        options = sentry_sdk.get_client().options
+    def _capture(
+        error: BaseException,
+        group: list[str],
+        **extras: str | None,
+    ) -> None:
+        client = sentry_sdk.get_client()
         event, hint = event_from_exception(
             error,
-            client_options={**options, "include_local_variables": False},
+            client_options={**client.options, "include_local_variables": False},
             mechanism={"type": "asgi_uow", "handled": True},
         )
-        for exception in event.get("exception", {}).get("values", ()):
-            exception["value"] = PARAMETERS.sub("", exception["value"] or "")
+        if not client.should_send_default_pii():
+            scrub = Scrub(error, get_error_message)
+            for exception in event.get("exception", {}).get("values", ()):
+                exception["value"] = scrub(str(exception["value"] or ""))
+        event["fingerprint"] = ["{{ default }}", *group]
         with sentry_sdk.new_scope() as scope:
-            scope.set_extra("comment", comment)
-            scope.set_extra("handler", handler)
+            scope.set_extra("code", code_of(error))
+            for name, value in extras.items():
+                scope.set_extra(name, value)
             scope.capture_event(event, hint=hint)

@@ -1,0 +1,176 @@
+"""Traces and metrics: `observers=(OpenTelemetryObserver(), LoggingObserver())`.
+
+Needs the extra `otel`, which is OpenTelemetry's API alone; nothing is switched on by
+installing it. Without an SDK, or with none configured, nothing is recorded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from opentelemetry import context, metrics, trace
+from sqlalchemy import URL, make_url
+
+from . import observers as of
+from ._dialects import code_of
+from ._scrub import Scrub, name_of
+from ._states import Cause, Outcome
+from ._unit import UnitOfWork
+
+if TYPE_CHECKING:
+    from contextvars import Token
+
+    from opentelemetry.util.types import AttributeValue
+
+__all__ = ["OpenTelemetryObserver"]
+
+BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
+"""Seconds, as the semantic conventions have them; the SDK's own are milliseconds."""
+
+NOT_PROVEN = frozenset({Outcome.UNKNOWN, Outcome.PARTIAL})
+NOT_KEPT = frozenset({Cause.BEFORE_COMMIT, Cause.COMMIT_FAILED, Cause.TIMEOUT})
+"""Causes of a rollback where a commit was wanted."""
+
+
+class OpenTelemetryObserver:
+    """Records spans and metrics of units of work, of the global providers by default.
+
+    A span `unit of work` per unit, from its first session or hook to its outcome;
+    below it `commit` or `rollback`, and a span per hook, which is the current one
+    while the hook runs. Counters `asgi_uow.units` and `asgi_uow.hook.failures`,
+    histogram `db.client.connection.use_time`. Of database errors only class, code and
+    the statement with its placeholders are recorded.
+    """
+
+    def __init__(
+        self,
+        tracer_provider: trace.TracerProvider | None = None,
+        meter_provider: metrics.MeterProvider | None = None,
+    ) -> None:
+        """Record with these providers."""
+        self._tracer = trace.get_tracer("asgi_uow", tracer_provider=tracer_provider)
+        meter = metrics.get_meter("asgi_uow", meter_provider=meter_provider)
+        self._units = meter.create_counter("asgi_uow.units", "{unit}")
+        self._failures = meter.create_counter("asgi_uow.hook.failures", "{failure}")
+        self._held = meter.create_histogram(
+            "db.client.connection.use_time",
+            "s",
+            explicit_bucket_boundaries_advisory=BUCKETS,
+        )
+        self._spans: WeakKeyDictionary[object, trace.Span] = WeakKeyDictionary()
+        self._running: WeakKeyDictionary[
+            object, tuple[trace.Span, Token[context.Context]]
+        ] = WeakKeyDictionary()
+
+    def __call__(self, event: of.Event, /) -> None:
+        """Record what the event tells."""
+        match event:
+            case of.UnitStarted():
+                span = self._tracer.start_span("unit of work", start_time=event.at)
+                self._spans[event.unit] = span
+            case of.UnitFinished():
+                self._finish(event, self._spans[event.unit])
+            case of.CommitFailed():
+                # A unit that nothing was asked of has no span, and can fail too.
+                _fail(self._spans.get(event.unit, trace.INVALID_SPAN), event.error)
+            case of.HookStarted():
+                self._start_hook(event)
+            case of.HookFinished():
+                self._finish_hook(event)
+            case of.HookFailed():
+                self._failures.add(1, _hook(event))
+            case of.ConnectionReleased():
+                pool = _without_user(event.database).render_as_string()
+                about = {"db.client.connection.pool.name": pool}
+                self._held.record(
+                    event.seconds, {**about, "asgi_uow.access": event.access}
+                )
+            case _:  # what is logged
+                pass
+
+    def _finish(self, event: of.UnitFinished, span: trace.Span) -> None:
+        ended = {"asgi_uow.outcome": event.outcome.value}
+        if event.cause is not None:
+            ended["asgi_uow.cause"] = event.cause.value
+        self._units.add(1, ended)
+        failed = event.outcome in NOT_PROVEN or event.cause in NOT_KEPT
+        databases = _databases(event.databases)
+        span.set_attributes({**ended, **databases})
+        if event.reason is not None:
+            span.set_attribute("asgi_uow.reason", event.reason)
+        spans = [span]
+        if event.databases:
+            wanted = failed or event.outcome is Outcome.COMMITTED
+            end = self._tracer.start_span(
+                "commit" if wanted else "rollback",
+                trace.set_span_in_context(span),
+                attributes=databases,
+                start_time=event.at - round(event.ending * 1e9),
+            )
+            spans.append(end)
+        for each in spans:
+            if failed:
+                each.set_status(trace.StatusCode.ERROR)
+            each.end(event.at)
+
+    def _start_hook(self, event: of.HookStarted) -> None:
+        unit = event.unit
+        if isinstance(unit, UnitOfWork) and unit.hook_of is not None:
+            unit = unit.hook_of
+        span = self._tracer.start_span(
+            f"{event.phase} {event.hook}",
+            trace.set_span_in_context(self._spans[unit]),
+            attributes=_hook(event),
+            start_time=event.at,
+        )
+        token = context.attach(trace.set_span_in_context(span))
+        self._running[event.unit] = (span, token)
+
+    def _finish_hook(self, event: of.HookFinished) -> None:
+        span, token = self._running.pop(event.unit)
+        context.detach(token)
+        if event.error is not None:
+            _fail(span, event.error)
+        span.end(event.at)
+        # Of the others HookFailed tells, also of what is found after their end.
+        if event.phase == "before_commit" and isinstance(event.error, Exception):
+            self._failures.add(1, _hook(event))
+
+
+def _fail(span: trace.Span, error: BaseException) -> None:
+    """Record what `Span.record_exception` does, without people's data."""
+    if span.is_recording():
+        scrub = Scrub(error)
+        attributes = {
+            "exception.type": name_of(type(error)),
+            "exception.message": scrub(str(error)),
+            "exception.stacktrace": scrub.stacktrace(),
+        }
+        span.add_event("exception", attributes)
+        span.set_attribute("error.type", name_of(type(error)))
+        if (code := code_of(error)) is not None:
+            span.set_attribute("db.response.status_code", str(code))
+        span.set_status(trace.StatusCode.ERROR)
+
+
+def _hook(event: of.HookStarted | of.HookFinished | of.HookFailed) -> dict[str, str]:
+    return {"asgi_uow.hook.phase": event.phase, "asgi_uow.hook.name": event.hook}
+
+
+def _without_user(name: str) -> URL:
+    url = make_url(name)
+    return URL.create(url.drivername, None, None, url.host, url.port, url.database)
+
+
+def _databases(names: tuple[str, ...]) -> dict[str, AttributeValue]:
+    """Name the databases; one alone also as the semantic conventions want it."""
+    urls = [_without_user(name) for name in names]
+    known: dict[str, AttributeValue | None] = {}
+    if len(urls) == 1:
+        known["db.system.name"] = urls[0].get_backend_name()
+        known["db.namespace"] = urls[0].database
+        known["server.address"] = urls[0].host
+        known["server.port"] = urls[0].port
+    known["asgi_uow.databases"] = tuple(url.render_as_string() for url in urls)
+    return {name: value for name, value in known.items() if value is not None}
