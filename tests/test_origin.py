@@ -331,7 +331,7 @@ async def test_deferred_methods(db: Database) -> None:
 def test_deferred_above_the_wrong_decorator(kind: Callable[..., object]) -> None:
     """Decorators in the wrong order are an error at once, which says the right one."""
     with pytest.raises(TypeError, match="above @deferred"):
-        deferred(kind(print))  # type: ignore[arg-type]
+        deferred(kind(print))  # type: ignore[call-overload]
 
 
 def test_deferred_with_an_async_predicate() -> None:

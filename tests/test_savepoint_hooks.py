@@ -216,11 +216,15 @@ def survivors(tree: tuple[Node, ...], rolled_back: list[str]) -> list[str]:
     return left
 
 
+def make(inside: list[Node], keep: bool) -> Savepoint:
+    return Savepoint(*inside, keep=keep)
+
+
 LEAVES = st.text("abcdefghijk", min_size=1, max_size=3)
 NODES = st.recursive(
     LEAVES,
     lambda nodes: st.builds(
-        lambda inside, keep: Savepoint(*inside, keep=keep),
+        make,
         st.lists(nodes, max_size=4),
         st.booleans(),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._causal import CausalReads
 from ._context import (
     after_commit,
     after_response,
@@ -12,10 +13,12 @@ from ._context import (
     current_unit_of_work,
     deferred,
     force_commit,
+    parallel_read,
     savepoint,
     set_rollback_only,
     unit_of_work,
 )
+from ._health import Health, ServerHealth
 from ._middleware import UnitOfWorkMiddleware
 from ._session import Session
 from ._states import Outcome
@@ -23,8 +26,11 @@ from ._unit import UnitOfWork
 from .database import Database
 
 __all__ = [
+    "CausalReads",
     "Database",
+    "Health",
     "Outcome",
+    "ServerHealth",
     "Session",
     "UnitOfWork",
     "UnitOfWorkMiddleware",
@@ -37,6 +43,7 @@ __all__ = [
     "current_unit_of_work",
     "deferred",
     "force_commit",
+    "parallel_read",
     "savepoint",
     "set_rollback_only",
     "unit_of_work",

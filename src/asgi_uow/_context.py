@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ParamSpec, overload
 
 from ._current import current
@@ -15,7 +16,7 @@ from ._unit import UnitOfWork
 from .errors import NestedUnitOfWorkError, NoUnitOfWorkError, UnitOfWorkClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
     from types import TracebackType
 
     from ._engines import Engines
@@ -60,6 +61,24 @@ def current_read_session(db: Engines | None = None) -> Session:
     application returns. Raises as `current_session` does.
     """
     return _require("current_read_session()").read_session(db)
+
+
+@asynccontextmanager
+async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
+    """Give a read session of its own to one of several tasks that read at once.
+
+    `async with parallel_read() as session:`, inside each task. Its connection comes
+    from the read engine, never from the writer's pool, and goes back when the block
+    is left. It does not see objects of `current_read_session()`. Once the unit has
+    written, it reads in the writer's transaction, where tasks take turns. Raises as
+    `current_session` does.
+    """
+    unit = _require("parallel_read()")
+    session = await unit.open_parallel(db)
+    try:
+        yield session
+    finally:
+        await unit.close_parallel(session)
 
 
 def savepoint(db: Engines | None = None) -> Savepoint:

@@ -249,6 +249,12 @@ def driver_of(dialect: Dialect) -> Driver:
     return DRIVERS.get(dialect.driver, UNKNOWN_DRIVER)
 
 
+def shown(url: URL) -> str:
+    """Show a URL without its passwords."""
+    hidden = {key: "hidden" for key in url.query if "pass" in key.lower()}
+    return url.update_query_dict(hidden).render_as_string(hide_password=True)
+
+
 def is_memory(url: URL) -> bool:
     """Tell whether `url` is a SQLite database that lives in one connection."""
     database = url.database or ":memory:"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from typing import TYPE_CHECKING, Any
 
-from anyio import move_on_after, sleep
+from anyio import fail_after, move_on_after, sleep
 from sqlalchemy import exc as sa_exc
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -12,16 +14,20 @@ from sqlalchemy.pool import StaticPool
 
 from . import _dialects
 from ._care import prepare
+from ._causal import READ_FROM_WRITER
 from ._managed import ManagedSession, ReadOnlySession
+from ._positions import position
+from ._replicas import Replica
 from ._session import Session
 from ._shield import bounded
 from .errors import ConfigurationError, EngineNotInitialisedError
 from .observers import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from ._hooks import Hooks
+    from ._replicas import Route
+    from ._session import Ties
 
 ASIDE_SECONDS = 2.0
 """Seconds for connecting to the server and stopping a cancelled statement."""
@@ -70,6 +76,7 @@ class Engines:
         self._session_options: dict[str, Any] = {"expire_on_commit": False}
         self._session_options |= session_options
         self._readers = tuple(readers)
+        self.replicas: tuple[Replica, ...] = tuple(map(Replica, self._readers))
         self._engine: AsyncEngine | None = None
         self._read_engine: AsyncEngine | None = None
         self._owned = False
@@ -127,47 +134,58 @@ class Engines:
     @property
     def name(self) -> str:
         """The writer's URL without its password."""
-        url = self.engine.url
-        hidden = {key: "hidden" for key in url.query if "pass" in key.lower()}
-        return url.update_query_dict(hidden).render_as_string(hide_password=True)
+        return _dialects.shown(self.engine.url)
 
-    def write_session(
-        self,
-        check: Callable[[str], None],
-        note: Callable[[Exception], None],
-        hooks: Hooks,
-        call_undone: Callable[[], Coroutine[object, object, None]],
-    ) -> Session:
+    @functools.cached_property
+    def key(self) -> str:
+        """Names the database in tokens: the same in every process, and no secret."""
+        url = self.engine.url
+        name = f"{url.host}:{url.port}/{url.database}"
+        return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+    async def position(self, seconds: float) -> str | None:
+        """Tell how far a replica must be to have what was committed until now.
+
+        None where there is nothing to wait for, `READ_FROM_WRITER` if it could not
+        be learnt in so many `seconds`.
+        """
+        found: str | None = None
+        try:
+            with fail_after(seconds):
+                async with self.read_engine.connect() as connection:
+                    found = await position(connection)
+        except (sa_exc.SQLAlchemyError, OSError):
+            logger.warning("the position of %s was not learnt", self.name)
+            return READ_FROM_WRITER
+        return READ_FROM_WRITER if found is None and self.replicas else found
+
+    def write_session(self, ties: Ties) -> Session:
         """Make the write session of a unit; it connects when it executes."""
         return Session(
             self.engine,
             session_class=ManagedSession,
-            check=check,
-            note=note,
-            hooks=hooks,
-            call_undone=call_undone,
+            ties=ties,
             run_aside=self._run_aside,
             **self._session_options,
         )
 
     def make_read_session(
         self,
-        check: Callable[[str], None],
-        note: Callable[[Exception], None],
-        hooks: Hooks,
-        call_undone: Callable[[], Coroutine[object, object, None]],
+        ties: Ties,
         writer: Callable[[], Session | None],
+        route: Route | None,
     ) -> Session:
-        """Make the read session of a unit; `writer` says where its reads belong."""
+        """Make a read session of a unit; `writer` says where its reads belong.
+
+        `route` finds the replica to read from, where there is a choice.
+        """
         return Session(
-            self.readers[0],
+            self.read_engine,
             session_class=ReadOnlySession,
-            check=check,
-            note=note,
-            hooks=hooks,
-            call_undone=call_undone,
+            ties=ties,
             run_aside=self._run_aside,
             writer=writer,
+            route=route,
             **self._session_options
             | {"autoflush": False, "join_transaction_mode": "rollback_only"},
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from ._causal import NOTHING, MustSee
 from ._current import use
 from ._end import Settings
 from ._policy import (
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ._asgi import ASGIApp, Headers, Message, Receive, Scope, Send
+    from ._causal import CausalReads
     from ._engines import Engines
     from ._policy import CommitWhen, Decision
     from .errors import UnitOfWorkFailedError
@@ -34,6 +36,9 @@ UNIT = "asgi_uow.unit"
 """The key in the scope under which an inner middleware finds the unit."""
 
 START = "http.response.start"
+
+POSITION_SECONDS = 2.0
+"""Seconds for learning a position; after them the client reads from the writer."""
 
 
 class UnitOfWorkMiddleware:
@@ -45,6 +50,8 @@ class UnitOfWorkMiddleware:
 
     `commit_when(status, headers)`: commit for this response? Default: below 400.
     `observers`: called with every event; default one `LoggingObserver`.
+    `causal_reads=CausalReads(secret)`: clients see what they wrote in their next
+    requests, on replicas too.
     `error_app`: the ASGI app that answers when the work was not kept; it finds the
     failure in `scope["asgi_uow.failure"]`. None leaves the answer to what is around.
     `commit_timeout`: seconds for COMMIT; past it the outcome is UNKNOWN.
@@ -59,6 +66,7 @@ class UnitOfWorkMiddleware:
         *databases: Engines,
         commit_when: CommitWhen = commit_below_400,
         observers: Sequence[Observer] = (LoggingObserver(),),
+        causal_reads: CausalReads | None = None,
         error_app: ASGIApp | None = problem,
         commit_timeout: float | None = 30.0,
         hook_timeout: float | None = 5.0,
@@ -70,6 +78,7 @@ class UnitOfWorkMiddleware:
         self.app = app
         self.databases = databases
         self.commit_when = commit_when
+        self.causal_reads = causal_reads
         self.error_app = error_app
         self.settings: Settings = Settings(
             tuple(observers), commit_timeout, hook_timeout
@@ -89,7 +98,13 @@ class UnitOfWorkMiddleware:
             if outer is not None and all(map(outer.serves, self.databases)):
                 await self.app(scope, receive, send)
                 return
-            unit = UnitOfWork(self.databases, self.settings, parent=outer)
+            must_see = NOTHING
+            if self.causal_reads is not None:
+                positions = self.causal_reads.positions(scope.get("headers", ()))
+                must_see = MustSee(positions, self.causal_reads.wait)
+            unit = UnitOfWork(
+                self.databases, self.settings, parent=outer, must_see=must_see
+            )
             scope[UNIT] = unit
             try:
                 with use(unit):
@@ -115,7 +130,10 @@ class UnitOfWorkMiddleware:
         send: Send,
         unit: UnitOfWork,
     ) -> None:
-        exchange = _Exchange(unit, send, self.commit_when)
+        stamp = None
+        if self.causal_reads is not None:
+            stamp = _Stamp(self.causal_reads, secure=scope.get("scheme") == "https")
+        exchange = _Exchange(unit, send, self.commit_when, stamp)
         try:
             try:
                 await self.app(scope, receive, exchange.send)
@@ -146,10 +164,32 @@ class UnitOfWorkMiddleware:
             await self.error_app(scope, receive, exchange.answer)
 
 
+class _Stamp:
+    """Tells the client of a unit that wrote what its next reads must see."""
+
+    def __init__(self, causal_reads: CausalReads, *, secure: bool) -> None:
+        self._causal_reads = causal_reads
+        self._secure = secure
+
+    async def put(self, unit: UnitOfWork, headers: Headers) -> None:
+        """Add the header, if something was written and committed."""
+        found = await unit.positions(POSITION_SECONDS)
+        if found:
+            known = self._causal_reads.merge(unit.must_see.positions, found)
+            header = self._causal_reads.response_header(known, secure=self._secure)
+            headers.append(header)
+
+
 class _Exchange:
     """One request's way out: the decision, and what has been forwarded."""
 
-    def __init__(self, unit: UnitOfWork, send: Send, commit_when: CommitWhen) -> None:
+    def __init__(
+        self,
+        unit: UnitOfWork,
+        send: Send,
+        commit_when: CommitWhen,
+        stamp: _Stamp | None = None,
+    ) -> None:
         self.unit = unit
         self.forwarded = False
         self.failure: UnitOfWorkFailedError | None = None
@@ -158,6 +198,7 @@ class _Exchange:
         self._settled = asyncio.Event()
         self._send = send
         self._commit_when = commit_when
+        self._stamp = stamp
 
     async def send(self, message: Message) -> None:
         """Decide at the first start; after a failure let only an error answer pass."""
@@ -169,6 +210,8 @@ class _Exchange:
             success = message["status"] < ERROR_STATUS
             if self.unit.is_open:
                 await self._decide(message["status"], message["headers"])
+                if self._stamp is not None:
+                    await self._stamp.put(self.unit, message["headers"])
             elif self.failure is not None and not self.forwarded:
                 self._answered = not success
             elif success and not self._decided:

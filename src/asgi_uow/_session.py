@@ -7,6 +7,7 @@ work may commit, roll back or close it.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,7 +33,13 @@ if TYPE_CHECKING:
 
     from ._hooks import Hooks
     from ._managed import ManagedSession
+    from ._replicas import Route
     from ._streams import StreamResult
+
+REPEATABLE = frozenset(
+    {"execute", "scalar", "scalars", "stream", "stream_scalars", "get", "get_one"}
+)
+"""The reads that are made again if the server is lost before anything was read."""
 
 F = TypeVar("F", bound="Callable[..., Coroutine[object, object, object]]")
 
@@ -48,7 +55,10 @@ def _takes_turn(method: F) -> F:
             self.check(operation)
             self.refuse_while_streaming(operation)
             try:
-                result = await method(self, *args, **kwargs)
+                if self.route is not None:
+                    result = await self._read(self.route, method, args, kwargs)
+                else:
+                    result = await method(self, *args, **kwargs)
             except Exception as error:
                 self.note(error)
                 raise
@@ -131,6 +141,20 @@ class Savepoint(AsyncSessionTransaction):
         return transaction is not None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ties:
+    """What ties a session to its unit of work."""
+
+    check: Callable[[str], None]
+    """Raises when the unit is not open (any more)."""
+    note: Callable[[Exception], None]
+    """Is told of every error."""
+    hooks: Hooks
+    """Follow the savepoints of the session."""
+    call_undone: Callable[[], Coroutine[object, object, None]]
+    """Calls the hooks of savepoints that were rolled back."""
+
+
 class Session(TextSession):
     """SQLAlchemy's `AsyncSession`, made by a unit of work and ended by it.
 
@@ -152,25 +176,25 @@ class Session(TextSession):
         bind: AsyncEngine,
         *,
         session_class: type[ManagedSession],
-        check: Callable[[str], None],
-        note: Callable[[Exception], None],
-        hooks: Hooks,
-        call_undone: Callable[[], Coroutine[object, object, None]],
+        ties: Ties,
         run_aside: Callable[[str], Coroutine[object, object, None]],
         writer: Callable[[], Session | None] = lambda: None,
+        route: Route | None = None,
         **options: Any,
     ) -> None:
-        """Bind to `bind`; `check` raises when the unit of work is not open.
+        """Bind to `bind`, as a session of the unit that `ties` leads to.
 
-        `hooks` follow its savepoints, and `call_undone` calls those of savepoints
-        that were rolled back. `writer` gives the write session once a read session
-        is to read there; `run_aside` runs a statement on a connection of its own.
+        `writer` gives the write session once a read session
+        is to read there, `route` finds the server to read from otherwise;
+        `run_aside` runs a statement on a connection of its own.
         """
-        self._check = check
-        self._call_undone = call_undone
-        self.note = note
+        self._check = ties.check
+        self._call_undone = ties.call_undone
+        self.note = ties.note
         self.run_aside = run_aside
         self.writer = writer
+        self.route = route
+        self.has_read = False
         self.own_turn: Turn = Turn()
         self.streams: list[StreamResult] = []
         super().__init__(
@@ -181,9 +205,52 @@ class Session(TextSession):
         )
         self.sync_session.connections = []
         self.sync_session.kills = []
-        self.sync_session.hooks = hooks
-        self.sync_session.journal = Journal(self.sync_session.is_ending, hooks)
+        self.sync_session.hooks = ties.hooks
+        self.sync_session.journal = Journal(self.sync_session.is_ending, ties.hooks)
         self.sync_session.joined = self._joined
+
+    async def _read(
+        self,
+        route: Route,
+        method: Callable[..., Coroutine[object, object, object]],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> object:
+        """Read from the server that `route` finds; from another if that is lost."""
+        ending = self.sync_session.is_ending()
+        while True:
+            if not ending and self.writer() is None:
+                await route.lead(self)
+            try:
+                result = await method(self, *args, **kwargs)
+            except Exception as error:
+                again = method.__name__ in REPEATABLE and not ending
+                if not (again and await route.moved(self, error)):
+                    raise
+            else:
+                self.has_read = True
+                return result
+
+    async def rest(self) -> None:
+        """Hold no connection until the next call, unless one is needed in between."""
+        if self.writer() is None:
+            async with self.own_turn:
+                if not any(stream.is_open for stream in self.streams):
+                    await self.let_go()
+
+    async def let_go(self) -> None:
+        """Give the connection of a read session back; the next call takes another.
+
+        Objects stay loaded, which they would not after a rollback.
+        """
+
+        def let_go(session: orm.Session) -> None:
+            transaction = session.get_transaction()
+            if transaction is not None:
+                transaction.close()
+
+        await AsyncSession.run_sync(self, let_go)
+        self.sync_session.connections.clear()
 
     def _joined(self) -> Connection | None:
         writer = self.writer()

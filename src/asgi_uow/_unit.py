@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 import warnings
 from typing import TYPE_CHECKING
@@ -12,16 +11,17 @@ import anyio
 
 from . import _dialects
 from ._after import call_all, watched
+from ._causal import NOTHING, MustSee
 from ._end import End, Outages, Settings
 from ._hooks import Hooks
 from ._policy import Decision, rollback
+from ._sessions import Sessions
 from ._shield import run_to_completion
 from ._states import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from .errors import (
     BeforeCommitError,
     CommitFailedError,
     DoomedError,
-    NestedUnitOfWorkError,
     UnitOfWorkClosedError,
     UnitOfWorkFailedError,
     UnknownDatabaseError,
@@ -58,12 +58,14 @@ class UnitOfWork:
         parent: UnitOfWork | None = None,
         hook_of: UnitOfWork | None = None,
         attempt: int = 1,
+        must_see: MustSee = NOTHING,
     ) -> None:
         """Serve `databases`, the first being the default; opens nothing."""
         self.databases: tuple[Engines, ...] = tuple(databases)
         self.parent = parent
         self.hook_of = hook_of
         self.attempt = attempt
+        self.must_see = must_see
         self.hooks: Hooks = Hooks(None if hook_of is None else hook_of.hooks.quota)
         self.outcome: Outcome | None = None
         self.cause: Cause | None = None
@@ -72,11 +74,10 @@ class UnitOfWork:
         self.previous: UnitOfWork | None = None
         self.settings = settings
         self._state = State.NEW
-        self._writers: dict[Engines, Session] = {}
-        self._readers: dict[Engines, Session] = {}
+        self._sessions = Sessions(self)
         self._outages = Outages()
         self.events: list[Event] = [] if hook_of is None else hook_of.events
-        self._end = End(self, self._writers, self._outages)
+        self._end = End(self, self._sessions.writers, self._outages)
         self._doomed_by: BaseException | None = None
         self._started = False
         self._opened = self._ended = time.perf_counter()
@@ -96,8 +97,7 @@ class UnitOfWork:
         """
         if self._doomed_by is not None:
             return self._doomed_by
-        doomed = (session.doomed_by for session in self._writers.values())
-        return next((error for error in doomed if error is not None), None)
+        return self._sessions.doomed_by
 
     @property
     def failure(self) -> UnitOfWorkFailedError | None:
@@ -110,9 +110,14 @@ class UnitOfWork:
         return self._state in UNDECIDED
 
     @property
+    def is_writable(self) -> bool:
+        """Whether the write sessions may still execute something."""
+        return self._state in WRITABLE
+
+    @property
     def is_decided(self) -> bool:
         """Whether COMMIT or ROLLBACK is being sent or lies behind."""
-        return self._state not in WRITABLE
+        return not self.is_writable
 
     def session(self, db: Engines | None = None) -> Session:
         """Give the write session of `db`, of the first database by default.
@@ -124,33 +129,37 @@ class UnitOfWork:
         if db not in self.databases:
             return self._around("session()", db).session(db)
         self.check_writable("session()")
-        if db not in self._writers:
-            self._refuse_to_wait_for_itself(db)
-            self._writers[db] = db.write_session(
-                self.check_writable,
-                self._outages.note,
-                self.hooks,
-                self._call_undone,
-            )
-            self._activate()
-        return self._writers[db]
+        session = self._sessions.writer(db)
+        self._activate()
+        return session
 
     def read_session(self, db: Engines | None = None) -> Session:
         """Give the read-only session of `db`; open until the unit is closed."""
         db = self.databases[0] if db is None else db
         if db not in self.databases:
             return self._around("read_session()", db).read_session(db)
-        self._check_readable("read_session()")
-        if db not in self._readers:
-            self._readers[db] = db.make_read_session(
-                self._check_readable,
-                self._outages.note,
-                self.hooks,
-                self._call_undone,
-                functools.partial(self._reads_move_to, db),
-            )
-            self._activate()
-        return self._readers[db]
+        self.check_readable("read_session()")
+        session = self._sessions.reader(db)
+        self._activate()
+        return session
+
+    async def open_parallel(self, db: Engines | None = None) -> Session:
+        """Give one more read session, for one task; see `parallel_read`."""
+        db = self.databases[0] if db is None else db
+        if db not in self.databases:
+            return await self._around("parallel_read()", db).open_parallel(db)
+        self.check_readable("parallel_read()")
+        session = await self._sessions.one_more_reader(db)
+        self._activate()
+        return session
+
+    async def close_parallel(self, session: Session) -> None:
+        """Give its connection back, whatever happens."""
+        db = self._sessions.parallel.pop(session, None)
+        if db is not None:
+            await run_to_completion(self._end.close_reader(db, session))
+        elif self.parent is not None:
+            await self.parent.close_parallel(session)
 
     def set_rollback_only(self, reason: str) -> None:
         """Have nothing kept, whatever the response; `reason` is for observers."""
@@ -185,7 +194,27 @@ class UnitOfWork:
         while around is not None:
             databases |= dict.fromkeys(around.databases)
             around = around.parent
-        return UnitOfWork(tuple(databases), self.settings, hook_of=self)
+        return UnitOfWork(
+            tuple(databases), self.settings, hook_of=self, must_see=self.must_see
+        )
+
+    def has_written(self, db: Engines) -> bool:
+        """Tell whether reads of `db` must see what this unit, or the one before, did.
+
+        A hook has a unit of its own, which comes after the unit whose hook it is.
+        """
+        if self._sessions.has_written(db):
+            return True
+        return self.hook_of is not None and self.hook_of.has_written(db)
+
+    async def positions(self, seconds: float) -> dict[str, str]:
+        """Tell how far replicas must be to have what this unit has committed."""
+        found = {
+            db.key: await db.position(seconds)
+            for db in self.databases
+            if self.outcome is Outcome.COMMITTED and self._sessions.has_written(db)
+        }
+        return {key: each for key, each in found.items() if each is not None}
 
     def serves(self, db: Engines) -> bool:
         """Tell whether this unit, or one around it, serves `db`."""
@@ -197,10 +226,11 @@ class UnitOfWork:
         """Tell whether a connection is held that another unit would wait for."""
         if db not in self.databases:
             return self.parent is not None and self.parent.has_used(db)
-        sessions = [] if self.is_decided else [self._writers.get(db)]
-        if db.is_memory:
-            sessions.append(self._readers.get(db))
-        return any(s is not None and s.sync_session.connections for s in sessions)
+        return self._sessions.holds(db)
+
+    def note(self, error: Exception) -> None:
+        """Note what a session ran into."""
+        self._outages.note(error)
 
     def unavailable(self, error: BaseException) -> bool:
         """Tell whether `error` is, or follows from, a database out of reach."""
@@ -241,7 +271,7 @@ class UnitOfWork:
                 kind, decision.cause, because or self.doomed_by
             )
         try:
-            if self._writers or self.hooks:
+            if self._sessions.writers or self.hooks:
                 await run_to_completion(self._settle(decision))
             else:
                 kept = decision.commit
@@ -258,7 +288,8 @@ class UnitOfWork:
         committed = self.outcome is Outcome.COMMITTED
         self._move(State.CLOSED)
         try:
-            if self._readers or (committed and self.hooks.of("after_response")):
+            hooks = committed and self.hooks.of("after_response")
+            if self._sessions or hooks:
                 await run_to_completion(self._release())
         finally:
             self.hooks.clear()
@@ -281,10 +312,11 @@ class UnitOfWork:
 
     def check_writable(self, operation: str) -> None:
         """Raise `UnitOfWorkClosedError` once the flush before COMMIT is over."""
-        if self._state not in WRITABLE:
+        if not self.is_writable:
             raise UnitOfWorkClosedError(operation, self._state)
 
-    def _check_readable(self, operation: str) -> None:
+    def check_readable(self, operation: str) -> None:
+        """Raise `UnitOfWorkClosedError` once the response is over."""
         if self._state is State.CLOSED:
             raise UnitOfWorkClosedError(operation, self._state)
 
@@ -301,12 +333,6 @@ class UnitOfWork:
             raise UnknownDatabaseError(operation, db)
         return self.parent
 
-    def _refuse_to_wait_for_itself(self, db: Engines) -> None:
-        # In a hook that is called while the unit around still holds its connection.
-        waits = db.engine.dialect.name == "sqlite" and self.hook_of is not None
-        if waits and self.hook_of is not None and self.hook_of.has_used(db):
-            raise NestedUnitOfWorkError(db)
-
     def _activate(self) -> None:
         if self._state is State.NEW:
             self._move(State.ACTIVE)
@@ -317,28 +343,17 @@ class UnitOfWork:
             self._started = True
             notify(self.settings.observers, UnitStarted(unit=self))
 
-    async def _call_undone(self) -> None:
+    async def call_undone(self) -> None:
         """Call the `after_rollback` hooks of savepoints that were rolled back."""
         if not self.is_decided:
             hooks = self.hooks.take_undone()
             await run_to_completion(call_all(self, "after_rollback", hooks))
 
-    def _reads_move_to(self, db: Engines) -> Session | None:
-        """Give the write session once reads belong into its transaction."""
-        if self._state not in WRITABLE:
-            return None
-        if db.is_memory:
-            return self.session(db)
-        writer = self._writers.get(db)
-        return (
-            writer if writer is not None and writer.sync_session.connections else None
-        )
-
     # The end
 
     async def _prepare(self) -> None:
         """Run the `before_commit` hooks and flush, until neither adds to the other."""
-        for session in list(self._readers.values()):
+        for _, session in self._sessions.all_readers():
             session.refuse_changes()
         timeout = self.settings.hook_timeout
         self.hooks.by_hook = True
@@ -351,13 +366,13 @@ class UnitOfWork:
                         await hook.call(timeout)
                 except Exception as error:
                     raise _HookStoppedError(hook.name) from error
-            writers = list(self._writers.values())
+            writers = list(self._sessions.writers.values())
             for session in writers:
                 if session.has_changes:
                     with anyio.fail_after(timeout):
                         await session.flush()
             unfinished = self._next_before_commit(done) is not None
-            if not unfinished and len(writers) == len(self._writers):
+            if not unfinished and len(writers) == len(self._sessions.writers):
                 return
 
     def _next_before_commit(self, done: int) -> Hook | None:
@@ -394,7 +409,7 @@ class UnitOfWork:
         """Record the outcome and tell the observers."""
         self.outcome = outcome
         self._move(State[outcome.name])
-        for session in self._writers.values():
+        for session in self._sessions.writers.values():
             statement = session.sync_session.journal.committed_by
             if statement is not None:
                 self.report(ImplicitCommit(statement))
@@ -408,7 +423,7 @@ class UnitOfWork:
                 ),
             )
         if self._started:
-            used = [db for db, s in self._writers.items() if s.sync_session.connections]
+            used = filter(self._sessions.has_written, self._sessions.writers)
             now = time.perf_counter()
             self.report(
                 UnitFinished(
@@ -423,7 +438,7 @@ class UnitOfWork:
 
     async def _release(self) -> None:
         """Close the read sessions, then run the `after_response` hooks."""
-        for db, session in list(self._readers.items()):
+        for db, session in self._sessions.all_readers():
             await self._end.close_reader(db, session)
         if self.outcome is Outcome.COMMITTED:
             hooks = self.hooks.take("after_response")

@@ -14,6 +14,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from . import _config, _dialects
 from ._context import current_unit_of_work, leave, unit_of_work
 from ._engines import Engines
+from ._health import check
 from .errors import ConfigurationError, MissingDriverError, NoUnitOfWorkError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from ._health import Health
     from ._session import Session
     from ._unit import UnitOfWork
 
@@ -130,6 +132,14 @@ class Database(Engines):
     def read(self) -> Session:
         """The read session of the current unit: `current_read_session(db)`."""
         return current_unit_of_work().read_session(self)
+
+    async def check(self, *, timeout: float = 2.0) -> Health:  # noqa: ASYNC109  # its name
+        """Ask writer and readers how they are, at once: for `/healthz`.
+
+        Each gets `timeout` seconds, waiting for a free connection included. Raises
+        nothing for a server that is down: that is what the report is for.
+        """
+        return await check(self, timeout)
 
     async def __aenter__(self) -> UnitOfWork:
         """Open a unit of work for this database; see `unit_of_work`."""

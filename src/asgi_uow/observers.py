@@ -30,6 +30,9 @@ __all__ = [
     "ImplicitCommit",
     "LoggingObserver",
     "Observer",
+    "ReaderBehind",
+    "ReaderFailed",
+    "ReaderRestored",
     "ReleaseFailed",
     "RetryScheduled",
     "UnitFinished",
@@ -155,6 +158,41 @@ class ImplicitCommit(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ReaderFailed(_About):
+    """A read replica could not be reached; it is left alone for a while.
+
+    The unit went on with another one, or with the writer's server.
+    """
+
+    database: str
+    """The URL of the replica, without its password."""
+    error: Exception
+    seconds: float
+    """For how long it is left alone."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReaderRestored(_About):
+    """A read replica that had failed is used again."""
+
+    database: str
+    """The URL of the replica, without its password."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReaderBehind(_About):
+    """A read replica had not applied in time what the client has written.
+
+    The unit went on with another one, or with the writer's server.
+    """
+
+    database: str
+    """The URL of the replica, without its password."""
+    seconds: float
+    """How long it was waited for, at most."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class RetryScheduled(_About):
     """A request will be run again after a failure that may not repeat itself."""
 
@@ -176,6 +214,9 @@ Event: TypeAlias = (
     | ConnectionReleased
     | ReleaseFailed
     | ImplicitCommit
+    | ReaderFailed
+    | ReaderRestored
+    | ReaderBehind
     | RetryScheduled
 )
 
@@ -235,6 +276,21 @@ class LoggingObserver:
                     "%s failed; the connection was thrown away",
                     event.operation,
                     exc_info=event.error,
+                )
+            case ReaderFailed():
+                self.log.warning(
+                    "reader %s is left alone for %.1f s after %s",
+                    event.database,
+                    event.seconds,
+                    type(event.error).__name__,
+                )
+            case ReaderRestored():
+                self.log.info("reader %s is used again", event.database)
+            case ReaderBehind():
+                self.log.debug(
+                    "reader %s was behind for more than %.1f s",
+                    event.database,
+                    event.seconds,
                 )
             case RetryScheduled():
                 self.log.warning(

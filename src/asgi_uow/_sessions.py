@@ -1,0 +1,118 @@
+"""The sessions of one unit of work: opened on first use, and where they read."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import TYPE_CHECKING
+
+from ._replicas import Route
+from ._session import Ties
+from .errors import NestedUnitOfWorkError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ._engines import Engines
+    from ._session import Session
+    from ._unit import UnitOfWork
+
+
+class Sessions:
+    """A writer and a reader per database, and readers of parallel tasks."""
+
+    __slots__ = ("_routes", "_unit", "parallel", "readers", "writers")
+
+    def __init__(self, unit: UnitOfWork) -> None:
+        """Open none yet."""
+        self._unit = weakref.proxy(unit)
+        self._routes: dict[Engines, Route] = {}
+        self.writers: dict[Engines, Session] = {}
+        self.readers: dict[Engines, Session] = {}
+        self.parallel: dict[Session, Engines] = {}
+
+    def __bool__(self) -> bool:
+        """Tell whether any was opened."""
+        return bool(self.writers or self.readers or self.parallel)
+
+    def writer(self, db: Engines) -> Session:
+        """Give the write session of `db`."""
+        if db not in self.writers:
+            self._refuse_to_wait_for_itself(db)
+            self.writers[db] = db.write_session(self._ties(self._unit.check_writable))
+        return self.writers[db]
+
+    def reader(self, db: Engines) -> Session:
+        """Give the read session of `db`."""
+        if db not in self.readers:
+            self.readers[db] = self._make_reader(db)
+        return self.readers[db]
+
+    async def one_more_reader(self, db: Engines) -> Session:
+        """Give a read session to one task among several."""
+        if db in self.readers:
+            # Or requests that hold one connection and want another wait in a circle.
+            await self.readers[db].rest()
+        session = self._make_reader(db)
+        self.parallel[session] = db
+        return session
+
+    def all_readers(self) -> Iterator[tuple[Engines, Session]]:
+        """Give the read sessions that are to be closed."""
+        yield from list(self.readers.items())
+        for session, db in list(self.parallel.items()):
+            yield db, session
+
+    @property
+    def doomed_by(self) -> BaseException | None:
+        """The first error for which a database has given its work up."""
+        doomed = (session.doomed_by for session in self.writers.values())
+        return next((error for error in doomed if error is not None), None)
+
+    def has_written(self, db: Engines) -> bool:
+        """Tell whether the write session has executed something."""
+        writer = self.writers.get(db)
+        return writer is not None and bool(writer.sync_session.connections)
+
+    def holds(self, db: Engines) -> bool:
+        """Tell whether a connection is held that another unit would wait for."""
+        if self.has_written(db) and not self._unit.is_decided:
+            return True
+        reader = self.readers.get(db) if db.is_memory else None
+        return reader is not None and bool(reader.sync_session.connections)
+
+    def _ties(self, check: Callable[[str], None]) -> Ties:
+        unit = self._unit
+        return Ties(check, unit.note, unit.hooks, unit.call_undone)
+
+    def _make_reader(self, db: Engines) -> Session:
+        if db.replicas and db not in self._routes:
+            self._routes[db] = Route(
+                db.replicas,
+                db.read_engine,
+                wrote=functools.partial(self._unit.has_written, db),
+                report=self._unit.report,
+                must_see=self._unit.must_see.position(db),
+                seconds=self._unit.must_see.seconds,
+            )
+        return db.make_read_session(
+            self._ties(self._unit.check_readable),
+            functools.partial(self._reads_move_to, db),
+            self._routes.get(db),
+        )
+
+    def _reads_move_to(self, db: Engines) -> Session | None:
+        """Give the write session once reads belong into its transaction."""
+        if not self._unit.is_writable:
+            return None
+        if db.is_memory:
+            writer: Session = self._unit.session(db)
+            return writer
+        return self.writers[db] if self.has_written(db) else None
+
+    def _refuse_to_wait_for_itself(self, db: Engines) -> None:
+        # In a hook that is called while the unit around still holds its connection.
+        around: UnitOfWork | None = self._unit.hook_of
+        one_writer = db.engine.dialect.name == "sqlite"
+        if around is not None and one_writer and around.has_used(db):
+            raise NestedUnitOfWorkError(db)
