@@ -4,4 +4,4 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("tests.frameworks.conformance")
+pytest.register_assert_rewrite("tests.frameworks.case", "tests.frameworks.facts")

@@ -7,6 +7,8 @@ import dataclasses
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 
@@ -50,6 +52,17 @@ class Exchange:
         """The parts of the body that are not empty."""
         bodies = [each.get("body", b"") for each in self.messages[1:]]
         return [body.decode() for body in bodies if body]
+
+    @property
+    def lines(self) -> list[str]:
+        return "".join(self.chunks).splitlines()
+
+    @property
+    def is_over(self) -> bool:
+        return [BODY, False] == [
+            self.messages[-1]["type"],
+            self.messages[-1].get("more_body", False),
+        ]
 
     @property
     def is_complete(self) -> bool:
@@ -105,62 +118,75 @@ class Server:
             assert await is_complete("shutdown")
             await task
 
+    @asynccontextmanager
+    async def no_lifespan(self) -> AsyncGenerator[None, None]:
+        """Find that the application has no lifespan, then go on without."""
+        events: asyncio.Queue[Message] = asyncio.Queue()
+        with pytest.raises(ValueError, match="lifespan"):
+            await self.app({"type": "lifespan"}, events.get, events.put)
+        yield
+
     async def request(
-        self, path: str = "/", *, leave_after: Callable[[Message], bool] | None = None
+        self,
+        path: str = "/",
+        *,
+        method: str = "GET",
+        leave_after: Callable[[Message], bool] | None = None,
     ) -> Exchange:
-        """Send GET; the client goes away after the first message that it says.
+        """Send a request; the client goes away after the first message that it says.
 
         What the application sends to a client that is gone is lost without a sign,
         as it is in every real server.
         """
         exchange = Exchange()
-        gone = asyncio.Event()
+        over = asyncio.Event()  # to an application, an end is a client that left
         request = iter([{"type": "http.request", "body": b"", "more_body": False}])
 
         async def receive() -> Message:
             message = next(request, None)
             if message is None:
-                await gone.wait()
+                await over.wait()
                 message = {"type": "http.disconnect"}
             return message
 
         async def send(message: Message) -> None:
-            if gone.is_set():
+            if over.is_set() and not exchange.is_over:
                 return
             if message["type"] == START:
                 # An iterator, in Sanic: whoever reads it first is the only one.
                 message = {**message, "headers": list(message["headers"])}
                 exchange.seen_at_start.append(await self._probe())
             exchange.messages.append(message)
-            if leave_after is not None and leave_after(message):
-                gone.set()
+            if exchange.is_over or (leave_after and leave_after(message)):
+                over.set()
 
         try:
-            await self.app(_scope("http", path, method="GET"), receive, send)
+            await self.app(_scope("http", path, method=method), receive, send)
         except Exception as error:  # noqa: BLE001  # a server logs it
             exchange.error = error
         return exchange
 
     async def websocket(self, texts: Iterable[str], path: str = "/ws") -> list[str]:
-        """Send some messages and leave; return what was answered."""
+        """Send messages, each when the one before is answered; return the answers."""
+        incoming: asyncio.Queue[Message] = asyncio.Queue()
+        outgoing: asyncio.Queue[str] = asyncio.Queue()
         answers: list[str] = []
-        incoming = iter(
-            [
-                {"type": "websocket.connect"},
-                *({"type": "websocket.receive", "text": text} for text in texts),
-                {"type": "websocket.disconnect", "code": 1000},
-            ]
-        )
-
-        async def receive() -> Message:
-            return next(incoming)
 
         async def send(message: Message) -> None:
             if message["type"] == "websocket.send":
-                answers.append(message["text"])
+                await outgoing.put(message["text"])
 
-        scope = _scope("websocket", path, scheme="ws", subprotocols=[])
-        await self.app(scope, receive, send)
+        async def run() -> None:
+            scope = _scope("websocket", path, scheme="ws", subprotocols=[])
+            await self.app(scope, incoming.get, send)
+
+        task = asyncio.create_task(run())
+        await incoming.put({"type": "websocket.connect"})
+        for text in texts:
+            await incoming.put({"type": "websocket.receive", "text": text})
+            answers.append(await asyncio.wait_for(outgoing.get(), timeout=5))
+        await incoming.put({"type": "websocket.disconnect", "code": 1000})
+        await task
         return answers
 
 
