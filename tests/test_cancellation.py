@@ -30,7 +30,8 @@ from asgi_uow import (
 from asgi_uow._states import State
 from tests import shop
 from tests.asgi import BODY, START, endpoint, request
-from tests.servers import eventually
+from tests.servers import MariaDBBackend, PostgreSQLBackend, eventually
+from tests.servers.plugin import server_port
 from tests.test_promises import checked_out, shop_database
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     )
 
     from asgi_uow._asgi import Receive, Scope, Send
-    from tests.servers import Backend, MariaDBBackend, SQLiteBackend
+    from tests.servers import Backend, ServerBackend, SQLiteBackend
 
 logger = logging.getLogger(__name__)
 
@@ -222,30 +223,50 @@ def no_gc() -> Iterator[None]:
     gc.enable()
 
 
+def backend_of(config: pytest.Config, driver: str) -> ServerBackend:
+    if driver == "asyncmy":
+        return MariaDBBackend(server_port(config, "mariadb"))
+    return PostgreSQLBackend(server_port(config, "postgresql"), driver)
+
+
+SLEEP = {
+    "mariadb": "UPDATE items SET parent = sleep(60)",
+    "postgresql": "UPDATE items SET parent = 1 WHERE pg_sleep(60) IS NOT NULL",
+}
+SLEEPING = {
+    "mariadb": "SELECT count(*) FROM information_schema.processlist"
+    " WHERE state = 'User sleep' AND db = database()",
+    "postgresql": "SELECT count(*) FROM pg_stat_activity"
+    " WHERE wait_event = 'PgSleep' AND datname = current_database()",
+}
+
+
 @pytest.mark.parametrize("kind", ["task", "scope"])
-async def test_cancelled_statement_releases_its_locks(
-    mariadb: MariaDBBackend, kind: Kind
+@pytest.mark.parametrize("driver", ["asyncmy", "asyncpg", "psycopg"])
+async def test_cancelled_statement_is_stopped(
+    driver: str, kind: Kind, pytestconfig: pytest.Config
 ) -> None:
-    """MariaDB: others get the row at once; the statement would have run a minute."""
+    """P10: others get the row at once; the statement would have run a minute.
 
-    async def sleeping() -> int:
-        rows = await mariadb.fetch(
-            "SELECT id FROM information_schema.processlist"
-            " WHERE db = :database AND state = 'User sleep'",
-            database=mariadb.database,
-        )
-        return len(rows)
+    A scope also cancels what a driver does about its cancellation.
+    """
+    async with (
+        backend_of(pytestconfig, driver) as backend,
+        shop_database(backend) as db,
+    ):
+        await backend.execute("INSERT INTO items (id) VALUES (1)")
 
-    async def handler() -> None:
-        await current_session().execute("UPDATE items SET parent = sleep(60)")
+        async def sleeping() -> int:
+            return int(str(await backend.scalar(SLEEPING[backend.name])))
 
-    async with shop_database(mariadb) as db:
-        await mariadb.execute("INSERT INTO items (id) VALUES (1)")
+        async def handler() -> None:
+            await current_session().execute(SLEEP[backend.name])
+
         app = UnitOfWorkMiddleware(endpoint(handler), db)
         async with cancelled(request(app), kind):
             await eventually(1, sleeping)
-        assert [(1,)] == await mariadb.fetch("SELECT id FROM items FOR UPDATE WAIT 1")
-        assert 0 == await sleeping()
+        await eventually(0, sleeping)
+        assert [(1,)] == await backend.fetch("SELECT id FROM items FOR UPDATE")
         assert [0, 0] == checked_out(db)
 
 

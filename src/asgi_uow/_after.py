@@ -37,8 +37,8 @@ async def call_all(unit: UnitOfWork, phase: str, hooks: list[Hook]) -> None:
         error = await _call(own, phase, hook)
         for follower in FOLLOWS[phase]:
             registered = own.hooks.take(follower)
-            if follower == "after_response" != phase:
-                unit.hooks.append(follower, registered)
+            if phase == "after_commit" and follower == "after_response":
+                unit.hooks.extend(follower, registered)
             else:
                 hooks += registered
         try:

@@ -17,6 +17,8 @@ from . import _dialects, _journal
 from .errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sqlalchemy import Connection
     from sqlalchemy.engine import Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 ERROR_SEEN = "asgi_uow.error_seen"
 IDLE_SINCE = "asgi_uow.idle_since"
+SETTINGS_CHANGED = "asgi_uow.settings_changed"
 
 PING_AFTER_IDLE = 30.0
 """Seconds of idleness after which a connection is pinged before it is handed out."""
@@ -49,9 +52,11 @@ def prepare(engine: AsyncEngine, *, read_only: bool) -> None:
         target.dialect.skip_autocommit_rollback = True
         event.listen(target, "connect", _Reader(target).make_read_only)
         event.listen(target, "handle_error", _name_read_only_error)
+        event.listen(target, "before_cursor_execute", _note_settings)
+        event.listen(target, "set_connection_execution_options", _note_options)
     else:
         _journal.listen(target)
-    care = _Care(target)
+    care = _Care(target, read_only=read_only)
     event.listen(target, "checkout", care.check_alive)
     event.listen(target, "checkin", care.note_idle)
     event.listen(target, "reset", care.roll_back_if_open)
@@ -74,7 +79,8 @@ class _Reader:
 class _Care:
     """Looks after pooled connections by asking the driver, not the server."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, read_only: bool) -> None:
+        self.read_only = read_only
         self.dialect = engine.dialect
         self.driver = _dialects.driver_of(engine.dialect)
 
@@ -115,9 +121,12 @@ class _Care:
         connection would commit what failed. An error packet of MySQL carries no
         status flag, hence the note that `_note_error` leaves.
         """
+        raw = self.dialect.get_driver_connection(dbapi_connection)
+        changed = entry.info.pop(SETTINGS_CHANGED, False)
+        if changed or (self.read_only and self.driver.may_write(raw)):
+            entry.invalidate(soft=True)  # replaced before anybody else gets it
         if state.terminate_only or not state.asyncio_safe:
             return
-        raw = self.dialect.get_driver_connection(dbapi_connection)
         if entry.info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw):
             dbapi_connection.rollback()
             if self.driver is _dialects.UNKNOWN_DRIVER:
@@ -135,6 +144,19 @@ def _note_error(context: ExceptionContext) -> None:
     connection = context.connection
     if connection is not None and not connection.invalidated and not connection.closed:
         connection.info[ERROR_SEEN] = True
+
+
+def _note_options(connection: Connection, options: Mapping[str, object]) -> None:
+    if not _dialects.CHANGING_OPTIONS.isdisjoint(options):
+        connection.info[SETTINGS_CHANGED] = True
+
+
+def _note_settings(
+    connection: Connection, _cursor: object, statement: str, *_: object
+) -> None:
+    # One of them may be what makes the connection read-only.
+    if _dialects.CHANGES_SETTINGS.search(statement):
+        connection.info[SETTINGS_CHANGED] = True
 
 
 def _forget_error(connection: Connection) -> None:

@@ -12,7 +12,7 @@ from ._end import Settings
 from ._hooks import name_of
 from ._policy import decide_exit
 from ._states import State
-from ._unit import UnitOfWork
+from ._unit import UnitOfWork, held_by
 from .errors import NestedUnitOfWorkError, NoUnitOfWorkError, UnitOfWorkClosedError
 
 if TYPE_CHECKING:
@@ -61,6 +61,21 @@ def current_read_session(db: Engines | None = None) -> Session:
     application returns. Raises as `current_session` does.
     """
     return _require("current_read_session()").read_session(db)
+
+
+async def session_dependency() -> Session:
+    """Give the write session, as `current_session` does, where one is injected.
+
+    For FastAPI: `Annotated[AsyncSession, Depends(session_dependency)]`. It is async
+    so that no worker thread is needed, and takes no argument that could become a
+    parameter of the request. The session is that of the unit's first database.
+    """
+    return current_session()
+
+
+async def read_session_dependency() -> Session:
+    """Give the read-only session, as `current_read_session` does, to be injected."""
+    return current_read_session()
 
 
 @asynccontextmanager
@@ -120,9 +135,11 @@ def before_commit(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) ->
 def after_commit(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
     """Call `fn` once COMMIT is proven, before the response leaves, in order.
 
-    Never called for work that was not kept. A failure is reported to the observers,
-    changes no outcome and stops no other hook. Sync callables run in a worker
-    thread. At most once: a process that dies after COMMIT calls it never.
+    Never called for work that was not kept, nor if the savepoint that is open now is
+    rolled back. A failure is reported to the observers, changes no outcome and stops
+    no other hook. Sync callables run in a worker thread. A session that it asks for
+    is of a unit of its own, committed when it returns. At most once: a process that
+    dies after COMMIT calls it never.
     """
     _register("after_commit", fn, args, kwargs)
 
@@ -130,7 +147,8 @@ def after_commit(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> 
 def after_rollback(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
     """Call `fn` once a rollback is proven, in reverse order of registration.
 
-    Not called while the outcome is unknown.
+    The rollback of the savepoint that is open now, or else of the unit. Not called
+    while the outcome is unknown. A session is of a unit of its own.
     """
     _register("after_rollback", fn, args, kwargs)
 
@@ -218,36 +236,29 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         """Open the unit; no session and no connection yet."""
         around = current.get()
         settings = around.settings if around is not None else Settings()
-        outer = around
-        if outer is not None and outer.hook_of is not None:
-            self._refuse_in_hook(outer, outer.hook_of)
-            outer = None
-        if outer is not None:
-            self._refuse_nested(outer)
-            outer = None if outer.is_decided else outer
-        self.unit = UnitOfWork(self.databases, settings, parent=outer)
+        for db in self.databases:
+            self._refuse_nested(around, db)
+        in_hook = around is not None and around.hook_of is not None
+        nested = around is not None and not (in_hook or around.is_decided)
+        self.unit = UnitOfWork(
+            self.databases,
+            settings,
+            parent=around if nested else None,
+            # Or a hook that registers itself in a block of its own never ends.
+            quota=around.hooks.quota if around and around.hooks.by_hook else None,
+        )
         self.unit.previous = around
         current.set(self.unit)
         return self.unit
 
-    def _refuse_nested(self, outer: UnitOfWork) -> None:
-        for db in self.databases:
-            used = outer.has_used(db)
-            if db.is_memory and used:
-                raise NestedUnitOfWorkError(db)
-            # SQLite lets one writer in: the inner would wait for the outer forever.
-            one_writer = db.engine.dialect.name == "sqlite"
-            allowed = self.independent and not (one_writer and used)
-            if outer.serves(db) and not (outer.is_decided or allowed):
-                raise NestedUnitOfWorkError(db)
-
-    def _refuse_in_hook(self, own: UnitOfWork, unit: UnitOfWork) -> None:
+    def _refuse_nested(self, around: UnitOfWork | None, db: Engines) -> None:
+        if db.one_writer and held_by(around, db):
+            raise NestedUnitOfWorkError(db)  # it would wait for the outer forever
+        if around is None or around.is_decided or self.independent:
+            return
         # A hook has a unit of its own, which is in the way only once it is used.
-        for db in self.databases:
-            one_writer = db.engine.dialect.name == "sqlite"
-            in_use = own.has_used(db) and (one_writer or not self.independent)
-            if in_use or (one_writer and unit.has_used(db)):
-                raise NestedUnitOfWorkError(db)
+        if around.holds(db) if around.hook_of is not None else around.serves(db):
+            raise NestedUnitOfWorkError(db)
 
     async def __aexit__(
         self,

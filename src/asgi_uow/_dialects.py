@@ -88,6 +88,16 @@ TRANSACTION_CONTROL = re.compile(
 )
 """Statements that begin or end a transaction behind the back of the unit of work."""
 
+CHANGES_SETTINGS = re.compile(
+    r"\b(?:CALL|SET|RESET|DISCARD|PRAGMA|set_config)\b", re.IGNORECASE
+)
+"""Statements after which a connection may no longer be what its pool made it."""
+
+CHANGING_OPTIONS = frozenset(
+    {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
+)
+"""Execution options after which the same holds."""
+
 MYSQL_SYNTAX_ERROR = 1064
 """Not understood, so nothing was committed for it."""
 
@@ -112,10 +122,15 @@ class _Asyncmy(Protocol):
 class _Asyncpg(Protocol):
     def is_closed(self) -> bool: ...
     def is_in_transaction(self) -> bool: ...
+    def get_server_pid(self) -> int: ...
+    def get_settings(self) -> object: ...
 
 
 class _PsycopgInfo(Protocol):
     transaction_status: int
+    backend_pid: int
+
+    def parameter_status(self, name: str) -> str | None: ...
 
 
 class _Psycopg(Protocol):
@@ -141,6 +156,14 @@ def _asyncmy_kill(connection: _Asyncmy) -> str:
     return f"KILL QUERY {connection.thread_id()}"
 
 
+def _asyncpg_kill(connection: _Asyncpg) -> str:
+    return f"SELECT pg_cancel_backend({connection.get_server_pid()})"
+
+
+def _psycopg_kill(connection: _Psycopg) -> str:
+    return f"SELECT pg_cancel_backend({connection.info.backend_pid})"
+
+
 def _asyncpg_open(connection: _Asyncpg) -> bool:
     return connection.is_in_transaction()
 
@@ -151,6 +174,16 @@ def _asyncpg_dead(connection: _Asyncpg) -> bool:
 
 def _psycopg_open(connection: _Psycopg) -> bool:
     return connection.info.transaction_status != 0
+
+
+def _asyncpg_may_write(connection: _Asyncpg) -> bool:
+    # PostgreSQL 14 and later report it with every change.
+    settings = connection.get_settings()
+    return getattr(settings, "default_transaction_read_only", "on") == "off"
+
+
+def _psycopg_may_write(connection: _Psycopg) -> bool:
+    return connection.info.parameter_status("default_transaction_read_only") == "off"
 
 
 def _psycopg_dead(connection: _Psycopg) -> bool:
@@ -206,11 +239,12 @@ class Driver:
     """A cursor can be declared only inside a transaction."""
     streams_alone: bool = True
     """While a stream is being read the connection can do nothing else."""
+    may_write: Callable[..., bool] = _never
+    """Has the server reported that the connection is not read-only (any more)?"""
     kill: Callable[..., str] | None = None
-    """Given a connection: what stops its statement, sent from another connection.
-
-    None where the driver itself tells the server of a cancellation.
-    """
+    """Given a connection: what stops its statement, sent from another connection."""
+    tells_the_server: bool = False
+    """The driver tells the server of a cancellation, if nothing cancels that too."""
 
 
 _PSYCOPG = Driver(
@@ -220,6 +254,9 @@ _PSYCOPG = Driver(
     savepoints_survive=True,
     cursor_needs_begin=True,
     streams_alone=False,
+    may_write=_psycopg_may_write,
+    kill=_psycopg_kill,
+    tells_the_server=True,
 )
 DRIVERS: Mapping[str, Driver] = MappingProxyType(
     {
@@ -231,6 +268,9 @@ DRIVERS: Mapping[str, Driver] = MappingProxyType(
             savepoints_survive=True,
             cursor_needs_begin=True,
             streams_alone=False,
+            may_write=_asyncpg_may_write,
+            kill=_asyncpg_kill,
+            tells_the_server=True,
         ),
         "psycopg": _PSYCOPG,
         "aiosqlite": Driver(

@@ -125,9 +125,9 @@ class End:
     def _report_release(
         self, db: Engines, session: Session, access: Literal["read", "write"]
     ) -> None:
-        since = session.sync_session.connected
-        if since is not None:
-            seconds = time.perf_counter() - since
+        since, held = session.sync_session.connected, session.sync_session.held
+        if since is not None or held:
+            seconds = held if since is None else held + time.perf_counter() - since
             event = ConnectionReleased(db.name, access, seconds)
             self._unit.report(event)
 
@@ -224,6 +224,13 @@ class End:
             await bounded(end(), self._settings.commit_timeout)
         except Exception as error:  # noqa: BLE001  # reported; the outcome stands
             await self._throw_away(session, error)
+
+    async def rest(self, session: Session) -> None:
+        """Have a read session that is idle hold no connection."""
+        try:
+            await bounded(session.rest(), self._settings.commit_timeout)
+        except Exception as error:  # noqa: BLE001  # reported; nothing depends on it
+            self._report_failed("giving a read connection back", error)
 
     async def close_reader(self, db: Engines, session: Session) -> None:
         """Give the connection of a read session back, or throw it away."""

@@ -26,6 +26,8 @@ from .observers import logger
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from sqlalchemy.engine import Engine
+
     from ._replicas import Route
     from ._session import Ties
 
@@ -136,6 +138,11 @@ class Engines:
         """The writer's URL without its password."""
         return _dialects.shown(self.engine.url)
 
+    @property
+    def one_writer(self) -> bool:
+        """Whether the database lets only one transaction write at a time."""
+        return self.engine.dialect.name == "sqlite"
+
     @functools.cached_property
     def key(self) -> str:
         """Names the database in tokens: the same in every process, and no secret."""
@@ -190,14 +197,15 @@ class Engines:
             | {"autoflush": False, "join_transaction_mode": "rollback_only"},
         )
 
-    async def _run_aside(self, statement: str) -> None:
+    @staticmethod
+    async def _run_aside(engine: Engine, statement: str) -> None:
         """Run a statement on a connection of its own, for a few seconds at most."""
 
         async def run() -> None:
             async with aside.connect() as connection:
                 await connection.exec_driver_sql(statement)
 
-        aside = _derive_engine(self.engine)
+        aside = _derive_engine(AsyncEngine(engine))
         try:
             await bounded(run(), ASIDE_SECONDS)
         except (sa_exc.DBAPIError, OSError):

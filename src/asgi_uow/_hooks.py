@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
+from contextlib import suppress
 from operator import attrgetter
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -31,6 +33,8 @@ class Hook:
     kwargs: Mapping[str, object]
     number: int = dataclasses.field(default=0, compare=False)
     """Its place among the hooks of the unit."""
+    dropped: bool = dataclasses.field(default=False, compare=False)
+    """Whether its savepoint was rolled back."""
 
     @property
     def name(self) -> str:
@@ -82,21 +86,31 @@ class Hooks:
     the `after_rollback` hooks are left, to be called.
     """
 
-    __slots__ = ("_count", "_frames", "by_hook", "quota", "undone")
+    __slots__ = (
+        "_count",
+        "_follows",
+        "_frames",
+        "_undone",
+        "by_hook",
+        "inner",
+        "quota",
+    )
 
     def __init__(self, quota: Quota | None = None) -> None:
-        """Make empty queues; `quota` is shared with a unit whose hook this is for."""
+        """Make empty queues; `quota` is that of the unit whose hook registers here."""
         self.by_hook = quota is not None
         """Whether what registers now is a hook itself."""
         self.quota = quota or Quota()
-        self.undone: list[Hook] = []
-        """The `after_rollback` hooks of savepoints that were rolled back."""
+        self.inner: list[Hooks] = []
+        """Those of the open units inside, which follow the same savepoints."""
+        self._undone: list[tuple[object, Hook]] = []
         self._count = 0
+        self._follows = True
         self._frames: list[tuple[object, Queues]] = [(None, {})]
 
     def __bool__(self) -> bool:
         """Tell whether anything was registered."""
-        return bool(self.undone) or any(queues for _, queues in self._frames)
+        return bool(self._undone) or any(queues for _, queues in self._frames)
 
     def register(
         self,
@@ -116,10 +130,10 @@ class Hooks:
             raise TypeError(message)
         if self.by_hook:
             self.quota.take(phase)
-        self.append(phase, [Hook(fn, args, kwargs)])
+        self.extend(phase, [Hook(fn, args, kwargs)])
 
-    def append(self, phase: str, hooks: Iterable[Hook]) -> None:
-        """Append what was registered, here or elsewhere."""
+    def extend(self, phase: str, hooks: Iterable[Hook]) -> None:
+        """Take what was registered, here or elsewhere, as the last."""
         _, queues = self._frames[-1]
         for hook in hooks:
             self._count += 1
@@ -130,7 +144,10 @@ class Hooks:
 
     def open(self, savepoint: object) -> None:
         """Note that a savepoint was opened."""
-        self._frames.append((savepoint, {}))
+        if self._follows:
+            self._frames.append((savepoint, {}))
+        for inner in self.inner:
+            inner.open(savepoint)
 
     def keep(self, savepoint: object) -> None:
         """Note that a savepoint was released: its hooks belong to the one around."""
@@ -138,22 +155,35 @@ class Hooks:
         if place:
             _, queues = self._frames.pop(place)
             _, around = self._frames[place - 1]
-            for phase, hooks in queues.items():
-                around.setdefault(phase, []).extend(hooks)
+            _add(queues, around)
+        for inner in self.inner:
+            inner.keep(savepoint)
 
-    def undo(self, savepoint: object) -> None:
-        """Note that a savepoint has ended in any other way."""
+    def undo(self, savepoint: object, owner: object = None) -> None:
+        """Note that a savepoint of `owner` has ended in any other way."""
         place = self._find(savepoint)
         if place:
             for _, queues in self._frames[place:]:
-                self.undone += queues.get("after_rollback", ())
+                for hook in itertools.chain(*queues.values()):
+                    hook.dropped = True
+                undone = queues.get("after_rollback", ())
+                self._undone += [(owner, hook) for hook in undone]
                 queues.clear()
             del self._frames[place]
+        for inner in self.inner:
+            inner.undo(savepoint, owner)
+
+    def stop_following(self) -> None:
+        """Note that the decision has ended all savepoints."""
+        self._follows = False
+        while len(self._frames) > 1:
+            _, queues = self._frames.pop()
+            _add(queues, self._frames[0][1])
 
     def _find(self, savepoint: object) -> int:
         """Give the place of its frame, 0 if it has none (any more)."""
         places = range(len(self._frames) - 1, 0, -1)
-        return next((i for i in places if self._frames[i][0] is savepoint), 0)
+        return next((i for i in places if self._frames[i][0] == savepoint), 0)
 
     # The end
 
@@ -174,22 +204,38 @@ class Hooks:
         found = [*self.take("after_rollback"), *self.take_undone()]
         return sorted(found, key=attrgetter("number"), reverse=True)
 
-    def take_undone(self) -> list[Hook]:
-        """Give what the rollback of a savepoint calls, last registered first."""
-        found, self.undone = self.undone, []
+    def take_undone(self, owner: object = None) -> list[Hook]:
+        """Give what the rollback of savepoints calls, last registered first.
+
+        Of the savepoints of `owner`, or of all.
+        """
+        mine = [each for each in self._undone if owner in {None, each[0]}]
+        self._undone = [each for each in self._undone if each not in mine]
+        found = [hook for _, hook in mine]
         return sorted(found, key=attrgetter("number"), reverse=True)
+
+    def has_undone(self, owner: object) -> bool:
+        """Tell whether savepoints of `owner` were rolled back that had such hooks."""
+        return any(each is owner for each, _ in self._undone)
 
     def clear(self) -> None:
         """Forget everything that was registered."""
-        self.undone = []
+        self._undone = []
         self._frames = [(None, {})]
 
 
+def _add(queues: Queues, around: Queues) -> None:
+    for phase, hooks in queues.items():
+        around.setdefault(phase, []).extend(hooks)
+
+
 def name_of(fn: Callable[..., object]) -> str:
-    """Name any callable; never fails."""
+    """Name any callable; never fails, whatever its attributes do."""
     while isinstance(fn, functools.partial):
         fn = fn.func
-    name: object = getattr(fn, "__qualname__", None)
+    name: object = None
+    with suppress(Exception):
+        name = getattr(fn, "__qualname__", None)
     return name if isinstance(name, str) else type(fn).__qualname__
 
 

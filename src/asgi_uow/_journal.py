@@ -120,14 +120,17 @@ class Journal:
         self._opened += 1
         name = f"sa_savepoint_{self._opened}"
         self._savepoints.append(name)
-        self._hooks.open(name)
+        self._hooks.open((self, name))
 
     def leave_savepoint(self, name: str, *, undone: bool) -> None:
         """Note RELEASE, or ROLLBACK TO, which undoes what was given up inside."""
         if name in self._savepoints:
             depth = self._savepoints.index(name)
             for left in reversed(self._savepoints[depth:]):
-                (self._hooks.undo if undone else self._hooks.keep)(left)
+                if undone:
+                    self._hooks.undo((self, left), owner=self)
+                else:
+                    self._hooks.keep((self, left))
             del self._savepoints[depth:]
             if undone:
                 self._entries = [each for each in self._entries if each.depth <= depth]

@@ -37,11 +37,14 @@ class ManagedSession(orm.Session):
     connected: float | None = None
     """Since when it holds a connection of its own, by `time.perf_counter()`."""
 
+    held = 0.0
+    """Seconds for which it has held those that it has given back."""
+
     connections: list[Connection]
     """The connections on which this session has begun a transaction."""
 
-    kills: list[str]
-    """What stops a statement in flight on those connections, on MySQL."""
+    kills: list[tuple[Engine, str]]
+    """What stops a statement in flight on those connections, and on which server."""
 
     journal: Journal
     """What the database has said against the transaction."""
@@ -138,7 +141,8 @@ def _remember_connection(
             session.connected = time.perf_counter()
         driver = driver_of(connection.dialect)
         if driver.kill is not None:
-            session.kills.append(driver.kill(connection.connection.driver_connection))
+            statement = driver.kill(connection.connection.driver_connection)
+            session.kills.append((connection.engine, statement))
         if not isinstance(session, ReadOnlySession):
             _refuse_autocommit(connection)
             _journal.attach(connection, session.journal)
@@ -177,7 +181,7 @@ def _open_savepoint(session: ManagedSession, transaction: SessionTransaction) ->
 def _end_savepoint(session: ManagedSession, transaction: SessionTransaction) -> None:
     # A savepoint whose RELEASE was seen has been kept already; any other is gone.
     if transaction.nested:
-        session.hooks.undo(transaction)
+        session.hooks.undo(transaction, owner=session.journal)
 
 
 @event.listens_for(ReadOnlySession, "before_flush", propagate=True)

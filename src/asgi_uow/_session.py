@@ -9,25 +9,34 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import math
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from anyio import current_effective_deadline, fail_after
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
-from ._dialects import driver_of
+from ._dialects import READ_ONLY_CODES, code_of, driver_of
 from ._journal import Journal
 from ._shield import run_to_completion
 from ._streams import take_turns
 from ._text import TextSession
 from ._turn import Turn
-from .errors import ConcurrentUseError, ReadOnlySessionError, TransactionGoneError
+from .errors import (
+    ConcurrentUseError,
+    ReadOnlySessionError,
+    TransactionGoneError,
+    UnitOfWorkClosedError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Iterable
     from types import TracebackType
 
     from sqlalchemy import Connection, orm
+    from sqlalchemy.engine import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncResult
     from sqlalchemy.util.typing import TupleAny
 
@@ -35,6 +44,9 @@ if TYPE_CHECKING:
     from ._managed import ManagedSession
     from ._replicas import Route
     from ._streams import StreamResult
+
+END_SECONDS = 30.0
+"""Seconds for RELEASE and ROLLBACK TO, which a cancelled scope does not interrupt."""
 
 REPEATABLE = frozenset(
     {"execute", "scalar", "scalars", "stream", "stream_scalars", "get", "get_one"}
@@ -61,6 +73,7 @@ def _takes_turn(method: F) -> F:
                     result = await method(self, *args, **kwargs)
             except Exception as error:
                 self.note(error)
+                self.name_read_only_error(operation, error)
                 raise
             except asyncio.CancelledError:
                 await self.stop_statement()
@@ -116,12 +129,14 @@ class Savepoint(AsyncSessionTransaction):
         then it is not known what this block has kept, and nothing will be.
         """
         async with self.session.turn:
+            if not self.session.is_writable:
+                return  # the decision has ended it, as it ends all of them
             if not self.ended and not self._is_open():
                 error = ConcurrentUseError("A savepoint", "another task ended it")
                 self.session.sync_session.journal.give_up(error)
                 if value is None:
                     raise error
-            with self._noting():
+            with self._noting(), fail_after(END_SECONDS, shield=True):
                 await super().__aexit__(type_, value, traceback)
         await self.session.call_undone()
 
@@ -151,7 +166,7 @@ class Ties:
     """Is told of every error."""
     hooks: Hooks
     """Follow the savepoints of the session."""
-    call_undone: Callable[[], Coroutine[object, object, None]]
+    call_undone: Callable[[object], Coroutine[object, object, None]]
     """Calls the hooks of savepoints that were rolled back."""
 
 
@@ -177,7 +192,7 @@ class Session(TextSession):
         *,
         session_class: type[ManagedSession],
         ties: Ties,
-        run_aside: Callable[[str], Coroutine[object, object, None]],
+        run_aside: Callable[[Engine, str], Coroutine[object, object, None]],
         writer: Callable[[], Session | None] = lambda: None,
         route: Route | None = None,
         **options: Any,
@@ -186,7 +201,7 @@ class Session(TextSession):
 
         `writer` gives the write session once a read session
         is to read there, `route` finds the server to read from otherwise;
-        `run_aside` runs a statement on a connection of its own.
+        `run_aside` runs a statement on a connection of its own to a server.
         """
         self._check = ties.check
         self._call_undone = ties.call_undone
@@ -231,12 +246,19 @@ class Session(TextSession):
                 self.has_read = True
                 return result
 
+    def name_read_only_error(self, operation: str, error: Exception) -> None:
+        """Raise `ReadOnlySessionError` for what SQLAlchemy's event did not see."""
+        refused = code_of(error) in READ_ONLY_CODES
+        named = isinstance(error, ReadOnlySessionError)
+        if self.sync_session.read_only and refused and not named:
+            raise ReadOnlySessionError(operation) from error
+
     async def rest(self) -> None:
         """Hold no connection until the next call, unless one is needed in between."""
-        if self.writer() is None:
+        streaming = any(stream.is_open for stream in self.streams)
+        if self.writer() is None and self.own_turn.is_free and not streaming:
             async with self.own_turn:
-                if not any(stream.is_open for stream in self.streams):
-                    await self.let_go()
+                await self.let_go()
 
     async def let_go(self) -> None:
         """Give the connection of a read session back; the next call takes another.
@@ -249,8 +271,12 @@ class Session(TextSession):
             if transaction is not None:
                 transaction.close()
 
+        sync = self.sync_session
         await AsyncSession.run_sync(self, let_go)
-        self.sync_session.connections.clear()
+        sync.connections.clear()
+        if sync.connected is not None:
+            sync.held += time.perf_counter() - sync.connected
+            sync.connected = None
 
     def _joined(self) -> Connection | None:
         writer = self.writer()
@@ -274,18 +300,33 @@ class Session(TextSession):
     async def stop_statement(self) -> None:
         """Have the server stop the statement that was just cancelled.
 
-        MySQL goes on with it, locks and all, although the connection is gone.
+        MySQL goes on with it, locks and all, although the connection is gone. So does
+        PostgreSQL if an anyio scope was cancelled: its drivers tell the server, but
+        are cancelled at that too.
         """
         kills, self.sync_session.kills = self.sync_session.kills, []
-        for statement in kills:
-            await run_to_completion(self.run_aside(statement))
+        in_cancelled_scope = current_effective_deadline() == -math.inf
+        for engine, statement in kills:
+            if in_cancelled_scope or not driver_of(engine.dialect).tells_the_server:
+                await run_to_completion(self.run_aside(engine, statement))
 
     async def call_undone(self) -> None:
         """Call the `after_rollback` hooks of savepoints, if the rollback is proven."""
-        if self.sync_session.hooks.undone and not self.sync_session.is_ending():
-            writer = self.writer() or self
-            if writer.doomed_by is None:
-                await self._call_undone()
+        sync = self.sync_session
+        if not sync.hooks.has_undone(sync.journal) or sync.is_ending():
+            return
+        # Not inside another call of this task: a hook may wait for its turn.
+        if not self.turn.is_mine and self.doomed_by is None:
+            await self._call_undone(sync.journal)
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the unit of work is not decided yet."""
+        try:
+            self._check("")
+        except UnitOfWorkClosedError:
+            return False
+        return True
 
     @property
     def doomed_by(self) -> BaseException | None:
@@ -363,7 +404,13 @@ class Session(TextSession):
                     raise TransactionGoneError from error
 
     def begin_nested(self) -> Savepoint:
-        """Open a SAVEPOINT; what fails inside is undone, the rest goes on."""
+        """Open a SAVEPOINT; what fails inside is undone, the rest goes on.
+
+        Refused on a read session: there is no transaction to go back in.
+        """
+        if self.sync_session.read_only:
+            operation = "begin_nested()"
+            raise ReadOnlySessionError(operation)
         return Savepoint(self, nested=True)
 
     def _check_add(self, operation: str) -> None:

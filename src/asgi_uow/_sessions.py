@@ -57,6 +57,13 @@ class Sessions:
         self.parallel[session] = db
         return session
 
+    def forget(self) -> None:
+        """Let go of what was closed; a leaked context may keep the unit alive."""
+        self.writers.clear()
+        self.readers.clear()
+        self.parallel.clear()
+        self._routes.clear()
+
     def all_readers(self) -> Iterator[tuple[Engines, Session]]:
         """Give the read sessions that are to be closed."""
         yield from list(self.readers.items())
@@ -79,7 +86,9 @@ class Sessions:
         if self.has_written(db) and not self._unit.is_decided:
             return True
         reader = self.readers.get(db) if db.is_memory else None
-        return reader is not None and bool(reader.sync_session.connections)
+        return reader is not None and any(
+            not connection.closed for connection in reader.sync_session.connections
+        )
 
     def _ties(self, check: Callable[[str], None]) -> Ties:
         unit = self._unit
@@ -111,8 +120,6 @@ class Sessions:
         return self.writers[db] if self.has_written(db) else None
 
     def _refuse_to_wait_for_itself(self, db: Engines) -> None:
-        # In a hook that is called while the unit around still holds its connection.
-        around: UnitOfWork | None = self._unit.hook_of
-        one_writer = db.engine.dialect.name == "sqlite"
-        if around is not None and one_writer and around.has_used(db):
+        # SQLite lets one writer in, and this unit would keep the other from ending.
+        if db.one_writer and self._unit.is_inside_holder_of(db):
             raise NestedUnitOfWorkError(db)

@@ -21,6 +21,11 @@ class Turn:
         self._depth = 0
 
     @property
+    def is_free(self) -> bool:
+        """Whether nobody is using the session."""
+        return self._owner is None
+
+    @property
     def is_mine(self) -> bool:
         """Whether the current task is the one whose turn it is."""
         return self._owner is asyncio.current_task()

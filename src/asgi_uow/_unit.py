@@ -35,10 +35,10 @@ from .observers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from ._engines import Engines
-    from ._hooks import Hook
+    from ._hooks import Hook, Quota
     from ._session import Session
     from .observers import Event
 
@@ -59,6 +59,7 @@ class UnitOfWork:
         hook_of: UnitOfWork | None = None,
         attempt: int = 1,
         must_see: MustSee = NOTHING,
+        quota: Quota | None = None,
     ) -> None:
         """Serve `databases`, the first being the default; opens nothing."""
         self.databases: tuple[Engines, ...] = tuple(databases)
@@ -66,7 +67,9 @@ class UnitOfWork:
         self.hook_of = hook_of
         self.attempt = attempt
         self.must_see = must_see
-        self.hooks: Hooks = Hooks(None if hook_of is None else hook_of.hooks.quota)
+        self.hooks: Hooks = Hooks(quota)
+        if parent is not None:
+            parent.hooks.inner.append(self.hooks)
         self.outcome: Outcome | None = None
         self.cause: Cause | None = None
         self.reason: str | None = None
@@ -195,7 +198,11 @@ class UnitOfWork:
             databases |= dict.fromkeys(around.databases)
             around = around.parent
         return UnitOfWork(
-            tuple(databases), self.settings, hook_of=self, must_see=self.must_see
+            tuple(databases),
+            self.settings,
+            hook_of=self,
+            must_see=self.must_see,
+            quota=self.hooks.quota,
         )
 
     def has_written(self, db: Engines) -> bool:
@@ -222,11 +229,17 @@ class UnitOfWork:
             return True
         return self.parent is not None and self.parent.serves(db)
 
-    def has_used(self, db: Engines) -> bool:
-        """Tell whether a connection is held that another unit would wait for."""
-        if db not in self.databases:
-            return self.parent is not None and self.parent.has_used(db)
+    def holds(self, db: Engines) -> bool:
+        """Tell whether this unit holds a connection that another would wait for."""
         return self._sessions.holds(db)
+
+    def is_inside_holder_of(self, db: Engines) -> bool:
+        """Tell whether a unit around this one holds what this one would wait for."""
+        return any(held_by(each, db) for each in self._around_me())
+
+    def _around_me(self) -> Iterator[UnitOfWork]:
+        around = (self.hook_of, self.parent, self.previous)
+        return filter(None, dict.fromkeys(around))
 
     def note(self, error: Exception) -> None:
         """Note what a session ran into."""
@@ -293,7 +306,10 @@ class UnitOfWork:
                 await run_to_completion(self._release())
         finally:
             self.hooks.clear()
+            if self.parent is not None:
+                self.parent.hooks.inner.remove(self.hooks)
             self._tell()
+            self._sessions.forget()
 
     def responding(self) -> None:
         """Note that the start of the response has been forwarded."""
@@ -343,10 +359,10 @@ class UnitOfWork:
             self._started = True
             notify(self.settings.observers, UnitStarted(unit=self))
 
-    async def call_undone(self) -> None:
+    async def call_undone(self, owner: object) -> None:
         """Call the `after_rollback` hooks of savepoints that were rolled back."""
         if not self.is_decided:
-            hooks = self.hooks.take_undone()
+            hooks = self.hooks.take_undone(owner)
             await run_to_completion(call_all(self, "after_rollback", hooks))
 
     # The end
@@ -359,8 +375,10 @@ class UnitOfWork:
         self.hooks.by_hook = True
         done = 0
         while True:
-            while (hook := self._next_before_commit(done)) is not None:
+            for hook in self._before_commit(done):
                 done = hook.number
+                if hook.dropped:
+                    continue
                 try:
                     with watched(self, "before_commit", hook):
                         await hook.call(timeout)
@@ -371,13 +389,14 @@ class UnitOfWork:
                 if session.has_changes:
                     with anyio.fail_after(timeout):
                         await session.flush()
-            unfinished = self._next_before_commit(done) is not None
-            if not unfinished and len(writers) == len(self._sessions.writers):
+            if not self._before_commit(done) and len(writers) == len(
+                self._sessions.writers
+            ):
                 return
 
-    def _next_before_commit(self, done: int) -> Hook | None:
+    def _before_commit(self, done: int) -> list[Hook]:
         queue = self.hooks.of("before_commit")
-        return next((hook for hook in queue if hook.number > done), None)
+        return [hook for hook in queue if hook.number > done]
 
     def _give_up(self, error: BaseException) -> Decision:
         """Turn what stopped the preparation into a rollback and the failure."""
@@ -399,6 +418,10 @@ class UnitOfWork:
         if self.failure is not None:
             self.cause = self.failure.cause
         self._conclude(outcome)
+        if self.hooks:
+            # A hook that reads must not wait for the connection of its own request.
+            for session in self._sessions.readers.values():
+                await self._end.rest(session)
         if outcome is Outcome.COMMITTED:
             await call_all(self, "after_rollback", self.hooks.take_undone())
             await call_all(self, "after_commit", self.hooks.take("after_commit"))
@@ -409,6 +432,7 @@ class UnitOfWork:
         """Record the outcome and tell the observers."""
         self.outcome = outcome
         self._move(State[outcome.name])
+        self.hooks.stop_following()
         for session in self._sessions.writers.values():
             statement = session.sync_session.journal.committed_by
             if statement is not None:
@@ -466,6 +490,17 @@ class UnitOfWork:
         """Show state and databases, without passwords."""
         names = ", ".join(db.name for db in self.databases)
         return f"<UnitOfWork {self._state.value} on {names}>"
+
+
+def held_by(unit: UnitOfWork | None, db: Engines) -> bool:
+    """Tell whether `unit`, or one around it, holds a connection that another waits for.
+
+    Around it are the unit that it is nested in, the one whose hook it is for, and
+    the one that was current before.
+    """
+    if unit is None:
+        return False
+    return unit.holds(db) or unit.is_inside_holder_of(db)
 
 
 class _HookStoppedError(Exception):

@@ -27,6 +27,7 @@ from asgi_uow.observers import (
 from tests import shop
 from tests.asgi import BODY, START, endpoint, request
 from tests.servers import eventually
+from tests.test_cancellation import SLEEPING
 from tests.test_promises import checked_out
 
 if TYPE_CHECKING:
@@ -255,6 +256,29 @@ async def test_lost_before_the_first_answer(site: Site) -> None:
     assert 200 == response.status
     assert [site.cluster.primary.port] == site.ports
     assert site.told(ReaderFailed)
+
+
+async def test_cancelled_read(site: Site) -> None:
+    """P10: a read that is cancelled is stopped on the replica that it runs on."""
+    name = site.cluster.backend.name
+    sleep = {"mariadb": "SELECT sleep(60)", "postgresql": "SELECT pg_sleep(60)"}[name]
+    backends = [site.cluster.at(server) for server in site.cluster.replicas]
+
+    async def sleeping() -> bool:
+        counts = [await backend.scalar(SLEEPING[name]) for backend in backends]
+        return [1] == [count for count in counts if count]
+
+    async def handler() -> None:
+        async with asyncio.TaskGroup() as group:
+            read = group.create_task(current_read_session().execute(sleep))
+            await eventually(True, sleeping)
+            read.cancel()
+            await asyncio.wait((read,))
+        await eventually(False, sleeping)
+
+    response = await request(site.app(handler))
+    assert (200, None) == (response.status, response.error)
+    assert {0} == set(checked_out(site.db))
 
 
 async def test_a_wrong_statement_is_no_outage(site: Site) -> None:
