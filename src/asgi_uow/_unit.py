@@ -7,10 +7,9 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
-import anyio
-
 from . import _dialects
-from ._after import call_all, watched
+from ._after import call_all
+from ._before import HookStoppedError, prepare
 from ._causal import NOTHING, MustSee
 from ._end import End, Outages, Settings
 from ._hooks import Hooks
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from ._engines import Engines
-    from ._hooks import Hook, Quota
+    from ._hooks import Quota
     from ._session import Session
     from .observers import Event
 
@@ -266,7 +265,7 @@ class UnitOfWork:
         if decision.commit:
             self._move(State.PREPARING)
             try:
-                await self._prepare()
+                await prepare(self, self._sessions)
             except Exception as error:  # noqa: BLE001  # raised below as the failure
                 decision = self._give_up(error)
             except BaseException as error:  # noqa: BLE001  # raised below as it is
@@ -367,42 +366,11 @@ class UnitOfWork:
 
     # The end
 
-    async def _prepare(self) -> None:
-        """Run the `before_commit` hooks and flush, until neither adds to the other."""
-        for _, session in self._sessions.all_readers():
-            session.refuse_changes()
-        timeout = self.settings.hook_timeout
-        self.hooks.by_hook = True
-        done = 0
-        while True:
-            for hook in self._before_commit(done):
-                done = hook.number
-                if hook.dropped:
-                    continue
-                try:
-                    with watched(self, "before_commit", hook):
-                        await hook.call(timeout)
-                except Exception as error:
-                    raise _HookStoppedError(hook.name) from error
-            writers = list(self._sessions.writers.values())
-            for session in writers:
-                if session.has_changes:
-                    with anyio.fail_after(timeout):
-                        await session.flush()
-            if not self._before_commit(done) and len(writers) == len(
-                self._sessions.writers
-            ):
-                return
-
-    def _before_commit(self, done: int) -> list[Hook]:
-        queue = self.hooks.of("before_commit")
-        return [hook for hook in queue if hook.number > done]
-
     def _give_up(self, error: BaseException) -> Decision:
         """Turn what stopped the preparation into a rollback and the failure."""
         kind: type[UnitOfWorkFailedError] = CommitFailedError
         cause, detail = Cause.COMMIT_FAILED, ""
-        if isinstance(error, _HookStoppedError) and error.__cause__ is not None:
+        if isinstance(error, HookStoppedError) and error.__cause__ is not None:
             kind, cause, detail = BeforeCommitError, Cause.BEFORE_COMMIT, str(error)
             error = error.__cause__
         if isinstance(error, TimeoutError):
@@ -501,7 +469,3 @@ def held_by(unit: UnitOfWork | None, db: Engines) -> bool:
     if unit is None:
         return False
     return unit.holds(db) or unit.is_inside_holder_of(db)
-
-
-class _HookStoppedError(Exception):
-    """Carries the name of the `before_commit` hook whose error is its cause."""
