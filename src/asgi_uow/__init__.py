@@ -14,7 +14,9 @@ from ._context import (
     deferred,
     force_commit,
     parallel_read,
+    read_session_dependency,
     savepoint,
+    session_dependency,
     set_rollback_only,
     unit_of_work,
 )
@@ -44,7 +46,9 @@ __all__ = [
     "deferred",
     "force_commit",
     "parallel_read",
+    "read_session_dependency",
     "savepoint",
+    "session_dependency",
     "set_rollback_only",
     "unit_of_work",
 ]

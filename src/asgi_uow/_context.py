@@ -7,6 +7,7 @@ import inspect
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ParamSpec, overload
 
+from ._causal import NOTHING
 from ._current import current
 from ._end import Settings
 from ._hooks import name_of
@@ -244,6 +245,7 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
             self.databases,
             settings,
             parent=around if nested else None,
+            must_see=around.must_see if around is not None else NOTHING,
             # Or a hook that registers itself in a block of its own never ends.
             quota=around.hooks.quota if around and around.hooks.by_hook else None,
         )

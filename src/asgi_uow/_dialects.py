@@ -45,8 +45,11 @@ READ_ONLY_STATEMENT = MappingProxyType(
 READ_ONLY_CODES = frozenset({1792, 1290, 1836, "25006", "SQLITE_READONLY"})
 """MySQL: read-only transaction, server or mode. PostgreSQL: 25006."""
 
-UNREACHABLE_CODES = frozenset({1040, 1047, 1053, 2002, 2003, 2006, 2013})
-"""MySQL: too many connections, node not ready, shutting down, not reached, lost."""
+UNREACHABLE_CODES = frozenset(
+    {1040, 1047, 1053, 1129, 1203, 1226, 2002, 2003, 2006, 2013}
+)
+"""MySQL: too many connections (1040, 1203, 1226), node not ready, shutting down, host
+blocked, not reached, lost."""
 
 FATAL_CODES = frozenset({1020, 1180, 1181, 1206, 1213, 1402, 1613, 1614, 3101})
 """MySQL has rolled the whole transaction back, whatever the savepoints: snapshot
@@ -87,6 +90,9 @@ TRANSACTION_CONTROL = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 """Statements that begin or end a transaction behind the back of the unit of work."""
+
+RECOVERY_CONFLICT = "40001"
+"""What a PostgreSQL replica says to a read that is in the way of its replication."""
 
 CHANGES_SETTINGS = re.compile(
     r"\b(?:CALL|SET|RESET|DISCARD|PRAGMA|set_config)\b", re.IGNORECASE

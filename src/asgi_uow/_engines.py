@@ -147,7 +147,8 @@ class Engines:
     def key(self) -> str:
         """Names the database in tokens: the same in every process, and no secret."""
         url = self.engine.url
-        name = f"{url.host}:{url.port}/{url.database}"
+        places = [url.query.get(key) for key in ("host", "port", "unix_socket")]
+        name = f"{url.host}:{url.port}/{url.database} {places}"
         return hashlib.sha256(name.encode()).hexdigest()[:8]
 
     async def position(self, seconds: float) -> str | None:

@@ -29,7 +29,9 @@ LAG = {
     "mysql": "SHOW SLAVE STATUS",
     "mariadb": "SHOW SLAVE STATUS",
     "postgresql": (
-        "SELECT CASE WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() THEN 0"
+        "SELECT CASE WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()"
+        " AND EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')"
+        " THEN 0"
         " ELSE EXTRACT(EPOCH FROM clock_timestamp() - pg_last_xact_replay_timestamp())"
         ' END AS "Seconds_Behind_Master"'
     ),

@@ -210,8 +210,6 @@ class _Exchange:
             success = message["status"] < ERROR_STATUS
             if self.unit.is_open:
                 await self._decide(message["status"], message["headers"])
-                if self._stamp is not None:
-                    await self._stamp.put(self.unit, message["headers"])
             elif self.failure is not None and not self.forwarded:
                 self._answered = not success
             elif success and not self._decided:
@@ -272,6 +270,8 @@ class _Exchange:
             decision = rollback(Cause.EXCEPTION, refuse=True)
         try:
             await unit.finish(decision, broken)
+            if self._stamp is not None:
+                await self._stamp.put(unit, headers)
         finally:
             self.failure = unit.failure
             self._settled.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import sys
 import time
@@ -15,6 +16,7 @@ from sqlalchemy.pool import QueuePool
 from . import _dialects
 from ._causal import READ_FROM_WRITER
 from ._positions import wait_for
+from ._shield import run_to_completion
 from .observers import ReaderBehind, ReaderFailed, ReaderRestored
 
 if TYPE_CHECKING:
@@ -27,6 +29,12 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 5.0
 """Seconds that a reader gets to accept a connection."""
+
+ANSWER_SECONDS = 1.0
+"""Seconds that a reader gets to say how far it is, beside what it is waited for."""
+
+UNREACHABLE = (sa_exc.DBAPIError, sa_exc.TimeoutError, OSError)
+"""What it can mean if a reader does not give a connection."""
 
 FIRST_PAUSE = 0.5
 """Seconds for which a reader that failed is left alone, at most; then doubling."""
@@ -43,6 +51,8 @@ class Replica:
         self.engine = engine
         self.failures = 0
         self.left_until = 0.0
+        self.is_probed = False
+        """Whether a request is finding out if it is up again."""
 
     @property
     def name(self) -> str:
@@ -52,7 +62,7 @@ class Replica:
     @property
     def is_healthy(self) -> bool:
         """Whether it may be tried (again)."""
-        return time.monotonic() >= self.left_until
+        return time.monotonic() >= self.left_until and not self.is_probed
 
     @property
     def free(self) -> int:
@@ -68,9 +78,9 @@ class Replica:
 
         With jitter, or every process would come back at the same moment.
         """
-        if not self.is_healthy:
+        if time.monotonic() < self.left_until:
             return None  # several requests ran into the same failure
-        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self.failures)
+        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self.failures, 10))
         seconds: float = longest * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
         self.failures += 1
         self.left_until = time.monotonic() + seconds
@@ -110,8 +120,14 @@ class Route:
         self._must_see = must_see
         self._until: float | None = None
         self._seconds = seconds
+        self._choosing = asyncio.Lock()
         self._choice: Replica | None = None
         self._decided = False
+        self._has_read = False
+
+    def note_read(self) -> None:
+        """Note that something was read: from now on no other server will do."""
+        self._has_read = True
 
     async def lead(self, session: Session) -> None:
         """Bind a session that is not connected yet, and connect it."""
@@ -119,30 +135,35 @@ class Route:
         if self._wrote():
             sync.bind = self._fallback.sync_engine
         elif not sync.connections:
-            if self._decided and await self._use(session, self._choice):
-                return
-            await self._choose(session)
+            async with self._choosing:  # one choice for all tasks of the unit
+                if not (self._decided and await self._use(session, self._choice)):
+                    await self._choose(session)
 
     async def moved(self, session: Session, error: Exception) -> bool:
         """Tell whether a call that failed may be made again, on another server.
 
-        Only if the reader was lost before this session had read anything.
+        Only if the reader was lost, or had to stop the statement for the sake of its
+        replication, before anything was read. A statement that took too long is slow
+        elsewhere too.
         """
         replica = self._choice
-        if session.has_read or replica is None or not _dialects.is_lost(error):
+        lost = _dialects.is_lost(error) and not isinstance(error, TimeoutError)
+        conflict = _dialects.code_of(error) == _dialects.RECOVERY_CONFLICT
+        if self._has_read or replica is None or not (lost or conflict):
             return False
         await session.let_go()
-        self._leave(replica, error)
-        await self._choose(session)
+        if lost:
+            self._leave(replica, error)
+        async with self._choosing:
+            await self._choose(session, but=replica)
         return True
 
-    async def _choose(self, session: Session) -> None:
+    async def _choose(self, session: Session, but: Replica | None = None) -> None:
         self._decided = False
         for replica in by_free_connections(self._replicas):
-            if await self._use(session, replica):
-                break
-        else:
-            await self._use(session, None)
+            if replica is not but and await self._use(session, replica):
+                return
+        await self._use(session, None)
 
     async def _use(self, session: Session, replica: Replica | None) -> bool:
         """Connect a session to a reader, or leave it to connect to the fallback."""
@@ -151,20 +172,26 @@ class Route:
             session.sync_session.bind = self._fallback.sync_engine
             return True
         session.sync_session.bind = replica.engine.sync_engine
+        replica.is_probed = replica.failures > 0
         try:
-            # To wait for a busy pool says nothing about the server.
-            with anyio.fail_after(CONNECT_SECONDS if replica.free > 0 else None):
-                connection = await AsyncSession.connection(session)
-            fresh = self._decided or self._must_see is None
-            if self._must_see is not None and not fresh:
-                fresh = await wait_for(connection, self._must_see, self._left())
-        except (sa_exc.DBAPIError, OSError) as error:
+            reached = await self._connect(session)
+        except BaseException as error:
+            # Or the next call would read there, as if it had got there.
+            await run_to_completion(session.let_go())
+            if self._has_read or not isinstance(error, UNREACHABLE):
+                raise
             if not _dialects.is_unavailable(error):
                 raise
-            await session.let_go()
-            self._leave(replica, error)
+            # To wait in vain for a busy pool says nothing about the server.
+            if (
+                not isinstance(error, TimeoutError | sa_exc.TimeoutError)
+                or replica.free
+            ):
+                self._leave(replica, error)
             return False
-        if not fresh:
+        finally:
+            replica.is_probed = False
+        if not reached:
             await session.let_go()
             self._report(ReaderBehind(replica.name, self._seconds))
             return False
@@ -173,6 +200,16 @@ class Route:
             self._report(ReaderRestored(replica.name))
         self._choice, self._decided = replica, True
         return True
+
+    async def _connect(self, session: Session) -> bool:
+        """Connect; tells whether the reader has got as far as it must."""
+        with anyio.fail_after(CONNECT_SECONDS):
+            connection = await AsyncSession.connection(session)
+        if self._must_see is None or self._decided:
+            return True
+        seconds = self._left()
+        with anyio.fail_after(seconds + ANSWER_SECONDS):
+            return await wait_for(connection, self._must_see, seconds)
 
     def _leave(self, replica: Replica, error: Exception) -> None:
         seconds = replica.failed()

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from ._replicas import Route
     from ._streams import StreamResult
 
+UNCONNECTED = frozenset({"flush", "close"})
+"""Calls for which a read session needs no connection."""
+
 END_SECONDS = 30.0
 """Seconds for RELEASE and ROLLBACK TO, which a cancelled scope does not interrupt."""
 
@@ -77,6 +80,8 @@ def _takes_turn(method: F) -> F:
                 raise
             except asyncio.CancelledError:
                 await self.stop_statement()
+                if self.sync_session.read_only and self.writer() is None:
+                    await run_to_completion(self.let_go())  # the next call reconnects
                 raise
         await self.call_undone()
         return result
@@ -209,7 +214,6 @@ class Session(TextSession):
         self.run_aside = run_aside
         self.writer = writer
         self.route = route
-        self.has_read = False
         self.own_turn: Turn = Turn()
         self.streams: list[StreamResult] = []
         super().__init__(
@@ -234,7 +238,8 @@ class Session(TextSession):
         """Read from the server that `route` finds; from another if that is lost."""
         ending = self.sync_session.is_ending()
         while True:
-            if not ending and self.writer() is None:
+            needed = method.__name__ not in UNCONNECTED and not ending
+            if needed and self.writer() is None:
                 await route.lead(self)
             try:
                 result = await method(self, *args, **kwargs)
@@ -243,7 +248,8 @@ class Session(TextSession):
                 if not (again and await route.moved(self, error)):
                     raise
             else:
-                self.has_read = True
+                if self.sync_session.connections:
+                    route.note_read()
                 return result
 
     def name_read_only_error(self, operation: str, error: Exception) -> None:

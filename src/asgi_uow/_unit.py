@@ -73,6 +73,7 @@ class UnitOfWork:
         self.cause: Cause | None = None
         self.reason: str | None = None
         self.forced: bool = False
+        self.kept: set[Engines] = set()
         self.previous: UnitOfWork | None = None
         self.settings = settings
         self._state = State.NEW
@@ -205,22 +206,24 @@ class UnitOfWork:
         )
 
     def has_written(self, db: Engines) -> bool:
-        """Tell whether reads of `db` must see what this unit, or the one before, did.
-
-        A hook has a unit of its own, which comes after the unit whose hook it is.
-        """
-        if self._sessions.has_written(db):
+        """Tell whether reads of `db` must see what this unit did, or one around it."""
+        if db in self.kept or self._sessions.has_written(db):
             return True
-        return self.hook_of is not None and self.hook_of.has_written(db)
+        return any(unit.has_written(db) for unit in self._around_me())
 
     async def positions(self, seconds: float) -> dict[str, str]:
-        """Tell how far replicas must be to have what this unit has committed."""
-        found = {
-            db.key: await db.position(seconds)
-            for db in self.databases
-            if self.outcome is Outcome.COMMITTED and self._sessions.has_written(db)
-        }
+        """Tell how far replicas must be to have what was committed in this unit.
+
+        By itself, its hooks and the units of work inside.
+        """
+        found = {db.key: await db.position(seconds) for db in list(self.kept)}
         return {key: each for key, each in found.items() if each is not None}
+
+    def note_kept(self, db: Engines) -> None:
+        """Note that something was committed here, or in a unit inside."""
+        self.kept.add(db)
+        for unit in self._around_me():
+            unit.note_kept(db)
 
     def serves(self, db: Engines) -> bool:
         """Tell whether this unit, or one around it, serves `db`."""
@@ -401,7 +404,9 @@ class UnitOfWork:
         self.outcome = outcome
         self._move(State[outcome.name])
         self.hooks.stop_following()
-        for session in self._sessions.writers.values():
+        for db, session in self._sessions.writers.items():
+            if session.sync_session.committed and self._sessions.has_written(db):
+                self.note_kept(db)
             statement = session.sync_session.journal.committed_by
             if statement is not None:
                 self.report(ImplicitCommit(statement))

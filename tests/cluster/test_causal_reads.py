@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import signal
 from http.cookies import SimpleCookie
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anyio
 import pytest
 from sqlalchemy import event
 
@@ -17,8 +21,10 @@ from asgi_uow import (
     after_commit,
     current_read_session,
     current_session,
+    parallel_read,
+    unit_of_work,
 )
-from asgi_uow.observers import Event, ReaderBehind
+from asgi_uow.observers import Event, ReaderBehind, ReaderFailed
 from tests import shop
 from tests.asgi import http_scope, request, respond
 
@@ -220,3 +226,118 @@ async def test_position_that_cannot_be_learnt(
 
     assert [1] == client.found
     assert ReaderBehind not in map(type, client.events)
+
+
+async def test_parallel_reads_see_it_too(
+    mariadb_cluster: Cluster,
+) -> None:
+    """Tasks that read at once go to one server, which is not behind."""
+    await shop.create(mariadb_cluster.backend)
+    await mariadb_cluster.wait_until_applied()
+    client = Client(mariadb_cluster, CausalReads(SECRET, wait=5))
+    await mariadb_cluster.stop_applier(0)
+    await client.send("POST", 1)
+    found: set[tuple[object, ...]] = set()
+
+    async def read() -> None:
+        async with parallel_read() as session:
+            rows = await session.execute("SELECT count(*), @@port FROM items")
+            found.add(tuple(rows.one()))
+
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        await asyncio.gather(*(read() for _ in range(4)))
+        await respond(send)
+
+    wrapped = UnitOfWorkMiddleware(
+        app, client.db, causal_reads=CausalReads(SECRET, wait=5)
+    )
+    for _ in range(5):
+        found.clear()
+        scope = http_scope(headers=[(b"cookie", client.cookie)])
+        assert 200 == (await request(wrapped, scope=scope)).status
+        assert 1 == len(found)
+        assert {1} == {count for count, _ in found}
+    await client.db.dispose()
+
+
+async def test_cancelled_while_waiting(
+    cluster: Cluster, make: Callable[..., Client]
+) -> None:
+    """A read that follows one that was cancelled while it waited is not stale."""
+    client = make(CausalReads(SECRET, wait=0.3))
+    await stop_appliers(cluster)
+    await client.send("POST", 1)
+    found: list[object] = []
+
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        with anyio.move_on_after(0.05):
+            await current_read_session().scalar("SELECT 1")
+        found.append(await current_read_session().scalar("SELECT count(*) FROM items"))
+        await respond(send)
+
+    wrapped = UnitOfWorkMiddleware(
+        app, client.db, causal_reads=CausalReads(SECRET, wait=0.3)
+    )
+    scope = http_scope(headers=[(b"cookie", client.cookie)])
+    assert 200 == (await request(wrapped, scope=scope)).status
+    assert [1] == found
+
+
+async def test_units_inside(cluster: Cluster, make: Callable[..., Client]) -> None:
+    """What hooks and blocks inside a request write is in its token; they see it."""
+    client = make(CausalReads(SECRET, wait=0.01))
+    db = client.db
+    await stop_appliers(cluster)
+    count = "SELECT count(*) FROM items"
+    found: list[object] = []
+
+    async def hook() -> None:
+        async with db:
+            found.append(await db.read.scalar(count))
+            await shop.insert(2)
+
+    async def app(scope: Scope, _: Receive, send: Send) -> None:
+        if scope["method"] == "POST":
+            async with unit_of_work(db, independent=True):
+                await shop.insert(1)
+            after_commit(hook)
+        else:
+            async with unit_of_work(db, independent=True):
+                found.append(await db.read.scalar(count))
+        await respond(send)
+
+    wrapped = UnitOfWorkMiddleware(app, db, causal_reads=CausalReads(SECRET, wait=0.01))
+    response = await request(wrapped, scope=http_scope(method="POST"))
+    assert [1] == found
+    cookie = response.headers[b"set-cookie"].partition(b";")[0]
+    await request(wrapped, scope=http_scope(headers=[(b"cookie", cookie)]))
+    assert [1, 2] == found
+
+
+async def test_frozen_replica(
+    postgresql_cluster: Cluster,
+) -> None:
+    """A replica that does not answer at all is waited for no longer than said."""
+    await shop.create(postgresql_cluster.backend)
+    await postgresql_cluster.wait_until_applied()
+    client = Client(postgresql_cluster, CausalReads(SECRET, wait=0.2))
+    await client.send("POST", 1)
+    await client.send("GET", 1)
+    [replica] = postgresql_cluster.replicas
+    assert replica.pid is not None
+    pids = [replica.pid, *children_of(replica.pid)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        assert 200 == (await client.send("GET", 1)).status
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    assert [1, 1] == client.found
+    assert ReaderFailed in map(type, client.events)
+    await client.db.dispose()
+
+
+def children_of(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in tasks.split()]
