@@ -37,7 +37,7 @@ def test_all() -> None:
     assert sorted(public - {"annotations"}) == asgi_uow.__all__
 
 
-@pytest.mark.parametrize("name", ["observers", "otel", "sentry"])
+@pytest.mark.parametrize("name", ["observers", "otel", "sanic", "sentry"])
 def test_all_of_a_module(name: str) -> None:
     """`__all__` is sorted and names what the module defines for others."""
     module = import_module(f"asgi_uow.{name}")

@@ -1,4 +1,4 @@
-"""`python -m tests.frameworks`: what holds with which framework."""
+"""`python -m tests.frameworks`: what holds with which framework, on which server."""
 
 from __future__ import annotations
 

@@ -1,17 +1,20 @@
-"""Frameworks and facts as a table."""
+"""Frameworks or servers, and facts, as a table."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import sys
 import traceback
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import pytest
 
+from tests.asgi_servers import facts as server_facts
+from tests.asgi_servers.servers import SERVERS
 from tests.frameworks.facts import FACTS
 from tests.frameworks.on_blacksheep import BlackSheepAdapter
 from tests.frameworks.on_django import DjangoAdapter
@@ -24,9 +27,8 @@ from tests.frameworks.on_starlette import StarletteAdapter
 from tests.servers import SQLiteBackend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from tests.frameworks.case import Fact
     from tests.frameworks.site import Adapter
 
 FRAMEWORKS: list[Adapter] = [
@@ -41,74 +43,110 @@ FRAMEWORKS: list[Adapter] = [
     SanicAdapter(),
 ]
 
-START = "<!-- matrix-start -->\n"
-END = "<!-- matrix-end -->\n"
 NO = "no"
 
 
-def declared(framework: Adapter, fact: Fact) -> str:
+class Column(Protocol):
+    """A framework or a server."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        """The facts that it cannot show, and why."""
+
+
+C_contra = TypeVar("C_contra", bound=Column, contravariant=True)
+
+
+class Row(Protocol[C_contra]):
+    """A fact about each of them."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sentence(self) -> str: ...
+
+    async def hold(self, column: C_contra, backend: SQLiteBackend, /) -> None:
+        """Raise unless it is so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix(Generic[C_contra]):
+    """A table in a page, between two comments that bear its name."""
+
+    name: str
+    columns: Sequence[C_contra]
+    facts: Sequence[Row[C_contra]]
+
+    def table(self, cell: Callable[[C_contra, Row[C_contra]], str]) -> str:
+        """Write a row for each fact, with a cell for each column."""
+        rows = [
+            ["", *(column.name for column in self.columns)],
+            ["---", *("---" for _ in self.columns)],
+            *(
+                [fact.sentence, *(cell(column, fact) for column in self.columns)]
+                for fact in self.facts
+            ),
+        ]
+        return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+    def filled(self, page: str, content: str) -> str:
+        """Put the table between the two comments of a page."""
+        start, end = f"<!-- {self.name}-start -->\n", f"<!-- {self.name}-end -->\n"
+        before, _, rest = page.partition(start)
+        _, _, after = rest.partition(end)
+        return f"{before}{start}\n{content}\n{end}{after}"
+
+
+MATRICES: list[Matrix[Any]] = [
+    Matrix("frameworks", FRAMEWORKS, FACTS),
+    Matrix("servers", SERVERS, server_facts.FACTS),
+]
+
+
+def declared(column: Column, fact: Row[C_contra]) -> str:
     """Tell what has to come out."""
-    reason = framework.lacks.get(fact.name)
+    reason = column.lacks.get(fact.name)
     return "yes" if reason is None else f"n/a: {reason}"
 
 
-def measured(framework: Adapter, fact: Fact) -> str:
+def measured(column: C_contra, fact: Row[C_contra]) -> str:
     """Tell what comes out, with a database of its own."""
-    if fact.name not in framework.lacks:
+    if fact.name not in column.lacks:
         try:
-            asyncio.run(_hold(framework, fact))
+            asyncio.run(_hold(column, fact))
         except (Exception, pytest.fail.Exception):  # noqa: BLE001  # any is a no
             traceback.print_exc()
             return NO
-    return declared(framework, fact)
+    return declared(column, fact)
 
 
-async def _hold(framework: Adapter, fact: Fact) -> None:
+async def _hold(column: C_contra, fact: Row[C_contra]) -> None:
     with TemporaryDirectory() as folder:
         async with SQLiteBackend(Path(folder)) as backend:
-            await fact.hold(framework, backend)
-
-
-def table(
-    cell: Callable[[Adapter, Fact], str],
-    frameworks: Sequence[Adapter] = FRAMEWORKS,
-    facts: Sequence[Fact] = FACTS,
-) -> str:
-    """Write a row for each fact, with a cell for each framework."""
-    rows = [
-        ["", *(framework.name for framework in frameworks)],
-        ["---", *("---" for _ in frameworks)],
-        *(
-            [fact.sentence, *(cell(framework, fact) for framework in frameworks)]
-            for fact in facts
-        ),
-    ]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def filled(page: str, content: str) -> str:
-    """Put the table between the two comments of a page."""
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{content}\n{END}{after}"
+            await fact.hold(column, backend)
 
 
 def main(
     arguments: Sequence[str] | None = None,
-    frameworks: Sequence[Adapter] = FRAMEWORKS,
-    facts: Sequence[Fact] = FACTS,
+    matrices: Sequence[Matrix[Any]] = MATRICES,
 ) -> int:
-    """Run the facts and print the table; 1 if one does not hold."""
+    """Run the facts and print the tables; 1 if one does not hold."""
     parser = argparse.ArgumentParser(prog="tests.frameworks", description=main.__doc__)
     parser.add_argument(
-        "--write", type=Path, metavar="PAGE", help="put the table into this page"
+        "--write", type=Path, metavar="PAGE", help="put the tables into this page"
     )
     page: Path | None = parser.parse_args(arguments).write
-    content = table(measured, frameworks, facts)
-    sys.stdout.write(content)
-    if f"| {NO} |" in content:
+    contents = [matrix.table(measured) for matrix in matrices]
+    sys.stdout.write("\n".join(contents))
+    if any(f"| {NO} |" in content for content in contents):
         return 1
     if page is not None:
         text = page.read_text(encoding="utf-8")
-        page.write_text(filled(text, content), encoding="utf-8")
+        for matrix, content in zip(matrices, contents, strict=True):
+            text = matrix.filled(text, content)
+        page.write_text(text, encoding="utf-8")
     return 0

@@ -1,4 +1,4 @@
-"""The table of frameworks and facts in the documentation."""
+"""The tables of frameworks, servers and facts in the documentation."""
 
 from __future__ import annotations
 
@@ -12,17 +12,10 @@ import pytest
 
 from tests.frameworks.case import Case, Fact
 from tests.frameworks.facts import FACTS
-from tests.frameworks.matrix import (
-    END,
-    FRAMEWORKS,
-    START,
-    declared,
-    filled,
-    main,
-    table,
-)
+from tests.frameworks.matrix import FRAMEWORKS, MATRICES, Matrix, declared, main
 
 if TYPE_CHECKING:
+    from tests.frameworks.matrix import Column
     from tests.frameworks.site import Adapter
 
 PAGE = Path(__file__).parents[2] / "docs" / "frameworks-matrix.md"
@@ -44,46 +37,67 @@ FALSE = Fact(false, of_database=False)
 [DEPENDENCIES] = [fact for fact in FACTS if fact.name == "dependencies"]
 
 
-def test_the_page_has_every_fact_and_every_framework() -> None:
-    """The table in the documentation is that of these facts and frameworks."""
+def starlette(name: str, *facts: Fact) -> Matrix[Adapter]:
+    return Matrix(name, [STARLETTE], facts)
+
+
+COLUMNS = [(matrix, column) for matrix in MATRICES for column in matrix.columns]
+
+
+def name(part: Matrix[Column] | Column) -> str:
+    return part.name
+
+
+@pytest.mark.parametrize("matrix", MATRICES, ids=name)
+def test_the_page_has_every_fact_and_every_column(matrix: Matrix[Column]) -> None:
+    """The tables in the documentation are those of these facts."""
     page = PAGE.read_text(encoding="utf-8")
-    assert filled(page, table(declared)) == page
+    assert matrix.filled(page, matrix.table(declared)) == page
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS, ids=lambda each: each.name)
-def test_what_a_framework_lacks_is_a_fact(framework: Adapter) -> None:
+@pytest.mark.parametrize(("matrix", "column"), COLUMNS, ids=name)
+def test_what_a_column_lacks_is_a_fact(matrix: Matrix[Column], column: Column) -> None:
     """A reason is given for facts that there are, and is one."""
-    assert set(framework.lacks) <= {fact.name for fact in FACTS}
-    assert all(framework.lacks.values())
+    assert set(column.lacks) <= {fact.name for fact in matrix.facts}
+    assert all(column.lacks.values())
 
 
-def test_facts_have_names_and_sentences_of_their_own() -> None:
+@pytest.mark.parametrize("matrix", MATRICES, ids=name)
+def test_facts_have_names_and_sentences_of_their_own(matrix: Matrix[Column]) -> None:
     """No fact is stated twice, each has one line."""
-    assert len(FACTS) == len({fact.name for fact in FACTS})
-    assert len(FACTS) == len({fact.sentence for fact in FACTS})
-    assert [] == [fact.name for fact in FACTS if "\n" in fact.sentence]
+    facts = matrix.facts
+    assert len(facts) == len({fact.name for fact in facts})
+    assert len(facts) == len({fact.sentence for fact in facts})
+    assert [] == [fact.name for fact in facts if "\n" in fact.sentence]
 
 
 def test_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     """There is a row for each fact, and a reason where one cannot be shown."""
-    assert 0 == main([], [STARLETTE], [TRUE, DEPENDENCIES])
+    assert 0 == main([], [starlette("one", TRUE, DEPENDENCIES), starlette("two")])
     sentence = DEPENDENCIES.sentence
     assert [
         "|  | Starlette |",
         "| --- | --- |",
         "| A thing that is so. | yes |",
         f"| {sentence} | n/a: no dependencies |",
+        "",
+        "|  | Starlette |",
+        "| --- | --- |",
     ] == capsys.readouterr().out.splitlines()
 
 
 def test_the_command_writes_the_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is printed replaces what was between the two comments."""
+    """What is printed replaces what was between the comments of each table."""
     page = tmp_path / "page.md"
-    page.write_text(f"above\n{START}old\n{END}below\n", encoding="utf-8")
-    assert 0 == main(["--write", str(page)], [STARLETTE], [TRUE])
-    expected = f"above\n{START}\n{capsys.readouterr().out}\n{END}below\n"
+    tables = [starlette("one", TRUE), starlette("two", DEPENDENCIES)]
+    places = "<!-- one-start -->\n{}<!-- one-end -->\n<!-- two-start -->\n{}"
+    places = f"above\n{places}<!-- two-end -->\nbelow\n"
+    page.write_text(places.format("old\n", ""), encoding="utf-8")
+    assert 0 == main(["--write", str(page)], tables)
+    [one, two] = capsys.readouterr().out.split("\n\n")
+    expected = places.format(f"\n{one}\n\n", f"\n{two}\n")
     assert expected == page.read_text(encoding="utf-8")
 
 
@@ -93,7 +107,7 @@ def test_the_command_fails_if_a_fact_does_not_hold(
     """The page stays as it was; the reason is printed beside the table."""
     page = tmp_path / "page.md"
     page.write_text("as it was", encoding="utf-8")
-    assert 1 == main(["--write", str(page)], [STARLETTE], [FALSE])
+    assert 1 == main(["--write", str(page)], [starlette("one", TRUE, FALSE)])
     printed = capsys.readouterr()
     assert "| A thing that is not so. | no |\n" in printed.out
     assert "AssertionError" in printed.err

@@ -1,0 +1,230 @@
+"""The same unit of work on Sanic's own server, which does not call ASGI middleware.
+
+`setup(app, db)`, once per application. Under an ASGI server leave it out and wrap
+the application in `UnitOfWorkMiddleware`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from sanic import HTTPResponse
+from sanic.exceptions import ServerError
+from sanic.http.constants import HTTP
+
+from ._current import current
+from ._middleware import START, UnitOfWorkMiddleware
+from ._policy import commit_below_400
+from ._problem import FAILURE, problem
+from .database import Database
+from .errors import ConfigurationError, UnitOfWorkFailedError
+from .observers import LoggingObserver
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from sanic import Request, Sanic
+
+    from ._asgi import Message, Receive, Scope, Send
+    from ._policy import CommitWhen
+    from .observers import Observer
+
+__all__ = ["setup"]
+
+REQUEST = "asgi_uow.sanic.request"
+WRITE = "asgi_uow.sanic.write"
+
+
+def setup(
+    app: Sanic[Any, Any],
+    *databases: Database,
+    commit_when: CommitWhen = commit_below_400,
+    observers: Sequence[Observer] = (LoggingObserver(),),
+    commit_timeout: float | None = 30.0,
+    hook_timeout: float | None = 5.0,
+) -> Database:
+    """Give every HTTP request of `app` one unit of work on `databases`.
+
+    The unit is committed or rolled back just before the first byte of the response
+    is written, as `UnitOfWorkMiddleware` does at `http.response.start`; the options
+    are the same. Work that was not kept is raised as `UnitOfWorkFailedError`, which
+    `@app.exception(...)` may answer; otherwise the answer is the middleware's.
+    Websocket handlers use `async with db:`, once per message.
+
+    Without a database one is made with `Database.from_config(app.config)` and is
+    also `app.ctx.db`. Returns the first database. Connections are closed after the
+    server has stopped, in every worker process.
+
+    Raises `ConfigurationError` if called twice for one application. Under an ASGI
+    server, or with HTTP/3, the application refuses to start with that error.
+    """
+    if hasattr(app.ctx, "asgi_uow"):
+        message = "setup() was called for this application: pass all databases at once."
+        raise ConfigurationError(message)
+    if not databases:
+        app.ctx.db = Database.from_config(app.config)
+        databases = (app.ctx.db,)
+    server = _Server(databases, commit_when, observers, commit_timeout, hook_timeout)
+    app.ctx.asgi_uow = server
+    # First, before the application's own listener uses the database.
+    app.before_server_start(server.start, priority=1000)
+    app.after_server_stop(server.stop)
+    app.add_signal(server.take, "http.lifecycle.request")
+    return databases[0]
+
+
+class _Server:
+    """Has the middleware serve the requests of Sanic's own server.
+
+    What the middleware takes for its application is Sanic's handling of a request,
+    whose `http.response.start` is the first write of the response.
+    """
+
+    def __init__(
+        self,
+        databases: Sequence[Database],
+        commit_when: CommitWhen,
+        observers: Sequence[Observer],
+        commit_timeout: float | None,
+        hook_timeout: float | None,
+    ) -> None:
+        self._databases = databases
+        self._commit_timeout = commit_timeout
+        self._middleware = UnitOfWorkMiddleware(
+            _application,
+            *databases,
+            commit_when=commit_when,
+            observers=observers,
+            error_app=None,
+            commit_timeout=commit_timeout,
+            hook_timeout=hook_timeout,
+        )
+        self._process = os.getpid()
+        self._serving: set[asyncio.Task[Any]] = set()
+
+    async def start(self, app: Sanic[Any, Any]) -> None:
+        """Get ready in a worker process, or refuse a server that cannot work."""
+        _refuse_other_servers(app)
+        if self._process != os.getpid():
+            # Forked: connections of the parent are the parent's.
+            # https://docs.sqlalchemy.org/en/20/core/pooling.html#pooling-multiprocessing
+            for db in self._databases:
+                for engine in {db.engine, db.read_engine, *db.readers}:
+                    await engine.dispose(close=False)
+        with suppress(ServerError):  # the application has a handler for everything
+            app.error_handler.add(Exception, asgi_uow_answer)
+
+    async def stop(self, _: Sanic[Any, Any]) -> None:
+        """Let units whose client has gone reach their end, then close the engines."""
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=self._commit_timeout)
+        for db in self._databases:
+            await db.dispose_owned()
+
+    async def take(self, request: Request[Any, Any]) -> None:
+        """Serve this request, and the others of its connection, in Sanic's place."""
+        protocol: Any = request.protocol
+        protocol.request_handler = self._serve
+
+    async def _serve(self, request: Request[Any, Any]) -> None:
+        task: Any = asyncio.current_task()
+        upgrade = request.headers.getone("upgrade", "").lower()
+        kind = "websocket" if upgrade == "websocket" else "http"
+        self._serving.add(task)
+        try:
+            await self._middleware({"type": kind, REQUEST: request}, _receive, _send)
+        finally:
+            self._serving.discard(task)
+
+
+def _refuse_other_servers(app: Sanic[Any, Any]) -> None:
+    if app.asgi:
+        message = (
+            "asgi_uow.sanic.setup() is for Sanic's own server, and this is an ASGI "
+            "server: leave it out and run UnitOfWorkMiddleware(app, db)."
+        )
+        raise ConfigurationError(message)
+    versions = [info.settings.get("version") for info in app.state.server_info]
+    if HTTP.VERSION_3 in versions:
+        message = "asgi_uow.sanic serves HTTP/1.1; Sanic's HTTP/3 is experimental."
+        raise ConfigurationError(message)
+
+
+async def _application(scope: Scope, _: Receive, send: Send) -> None:
+    """Handle a request as Sanic does, its response passing through `send`."""
+    request: Request[Any, Any] = scope[REQUEST]
+    if scope["type"] == "http":
+        stream: Any = request.stream
+        stream.response_func = _gate(request, stream, send)
+    await request.app.handle_request(request)
+
+
+def _gate(
+    request: Request[Any, Any], stream: Any, send: Send
+) -> Callable[[bytes, bool], Awaitable[None]]:
+    """Make a function to stand in for the one that writes status line and headers.
+
+    That one puts another in its own place for the rest of the body. A response
+    middleware would be too early, its errors are logged and the response is sent;
+    the signal `http.lifecycle.response` is too late for a stream.
+    https://github.com/sanic-org/sanic/blob/v25.12.1/sanic/http/http1.py#L92
+    """
+    write = stream.response_func
+    was_refused = False
+
+    async def gate(data: bytes, end_stream: bool) -> None:  # noqa: FBT001  # Sanic's
+        nonlocal was_refused
+        headers = stream.response.processed_headers
+        start = {
+            "type": START,
+            "status": stream.response.status,
+            "headers": [(name.lower(), value) for name, value in headers],
+            WRITE: functools.partial(write, data, end_stream),
+        }
+        try:
+            await send(start)
+        except UnitOfWorkFailedError as failure:
+            if not was_refused:
+                was_refused = True
+                raise
+            # An exception handler answered it with a success.
+            stream.respond(await _problem(request, failure))
+            await gate(b"", True)  # noqa: FBT003
+
+    return gate
+
+
+async def _receive() -> Message:
+    raise NotImplementedError  # Sanic reads the body itself
+
+
+async def _send(message: Message) -> None:
+    await message[WRITE]()
+
+
+def asgi_uow_answer(
+    request: Request[Any, Any], error: Exception
+) -> Awaitable[HTTPResponse] | None:
+    """Answer what the middleware would; None leaves it to Sanic's own pages."""
+    unit = current.get()
+    outage = unit is not None and unit.unavailable(error)
+    if outage or isinstance(error, UnitOfWorkFailedError):
+        return _problem(request, error)
+    return None
+
+
+async def _problem(request: Request[Any, Any], error: Exception) -> HTTPResponse:
+    request.app.error_handler.log(request, error)
+    messages: list[Message] = []
+
+    async def keep(message: Message) -> None:
+        messages.append(message)
+
+    await problem({FAILURE: error}, _receive, keep)
+    [start, body] = messages
+    headers = {name.decode(): value.decode() for name, value in start["headers"]}
+    return HTTPResponse(body["body"], start["status"], headers)

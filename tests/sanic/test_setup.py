@@ -1,0 +1,232 @@
+"""`asgi_uow.sanic.setup`: its arguments, and the servers it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import ssl
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from sanic import Request, Sanic, text
+from sanic.exceptions import ServiceUnavailable
+
+from asgi_uow import Database, current_session, current_unit_of_work
+from asgi_uow.errors import ConfigurationError, UnitOfWorkFailedError
+from asgi_uow.observers import UnitFinished
+from asgi_uow.sanic import setup
+from tests import shop
+from tests.asgi import results
+from tests.servers.process import HOST, free_port
+from tests.test_promises import checked_out, shop_database
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+    from sanic import HTTPResponse
+
+    from asgi_uow.observers import Event
+    from tests.servers import Backend, MariaDBBackend, PostgreSQLBackend
+
+NUMBERS = itertools.count()  # names have to differ
+
+
+@pytest.fixture(autouse=True)
+def several_applications(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one process start several applications, one after the other."""
+    monkeypatch.setattr(Sanic, "test_mode", True)
+
+
+@pytest.fixture
+def app() -> Sanic[Any, Any]:
+    return Sanic(f"setup-{next(NUMBERS)}", configure_logging=False)
+
+
+@pytest.fixture
+async def db(sqlite: Backend) -> AsyncIterator[Database]:
+    async with shop_database(sqlite) as db:
+        yield db
+
+
+@asynccontextmanager
+async def serving(app: Sanic[Any, Any]) -> AsyncGenerator[httpx.AsyncClient]:
+    """Run Sanic's own server in this process."""
+    port = free_port()
+    server: Any = await app.create_server(HOST, port, return_asyncio_server=True)
+    await server.startup()
+    await server.before_start()
+    try:
+        async with httpx.AsyncClient(base_url=f"http://{HOST}:{port}") as client:
+            yield client
+    finally:
+        await server.close()
+        await server.after_stop()
+
+
+async def insert(_: Request[Any, Any]) -> HTTPResponse:
+    await shop.insert(1)
+    return text("ok", headers={"X-Mine": "yes"})
+
+
+async def test_several_databases(
+    db: Database,
+    sqlite: Backend,
+    postgresql: PostgreSQLBackend,
+    app: Sanic[Any, Any],
+) -> None:
+    """One unit serves all; the first is the default and is what `setup` gives."""
+    async with shop_database(postgresql) as other:
+
+        async def handler(request: Request[Any, Any]) -> HTTPResponse:
+            assert (db, other) == current_unit_of_work().databases
+            await current_session(other).execute("INSERT INTO items (id) VALUES (2)")
+            return await insert(request)
+
+        app.add_route(handler, "/")
+        assert db is setup(app, db, other)
+        async with serving(app) as client:
+            assert 200 == (await client.get("/")).status_code
+
+        assert [[1], [2]] == [await shop.items(each) for each in (sqlite, postgresql)]
+        assert [0] * 4 == checked_out(db, other)
+        assert not hasattr(app.ctx, "db")
+
+
+async def test_options(db: Database, sqlite: Backend, app: Sanic[Any, Any]) -> None:
+    """`commit_when` sees the response as the middleware's does; observers are told."""
+    seen: list[object] = []
+    events: list[Event] = []
+
+    def commit_when(status: int, headers: list[tuple[bytes, bytes]]) -> bool:
+        seen.append((status, sorted(headers)))
+        return False
+
+    app.add_route(insert, "/")
+    setup(app, db, commit_when=commit_when, observers=[events.append])
+    async with serving(app) as client:
+        assert 200 == (await client.get("/")).status_code
+
+    type_ = (b"content-type", b"text/plain; charset=utf-8")
+    assert [(200, [type_, (b"x-mine", b"yes")])] == seen
+    assert [UnitFinished] == [type(event) for event in results(events)]
+    assert [] == await shop.items(sqlite)
+
+
+async def test_handler_for_everything(
+    db: Database, sqlite: Backend, app: Sanic[Any, Any]
+) -> None:
+    """An application with an exception handler for everything answers by itself."""
+
+    async def broken(_: Request[Any, Any]) -> HTTPResponse:
+        await shop.insert_then_break_commit(sqlite, 1)
+        return text("ok")
+
+    async def everything(_: Request[Any, Any], error: Exception) -> HTTPResponse:
+        is_ours = isinstance(error, UnitOfWorkFailedError)
+        return text("mine", status=500 + is_ours)
+
+    app.exception(Exception)(everything)
+    app.add_route(broken, "/")
+    setup(app, db)
+    async with serving(app) as client:
+        response = await client.get("/")
+
+    assert (501, "mine") == (response.status_code, response.text)
+    assert [] == await shop.items(sqlite)
+
+
+async def test_success_after_a_cancellation(
+    db: Database, sqlite: Backend, app: Sanic[Any, Any]
+) -> None:
+    """A handler that answers Sanic's timeout with a success claims what is not so."""
+    app.config.RESPONSE_TIMEOUT = 0.1
+
+    async def hang(_: Request[Any, Any]) -> None:
+        await shop.insert(1)
+        await asyncio.Event().wait()
+
+    async def claim_success(_: Request[Any, Any], __: Exception) -> HTTPResponse:
+        return text("ok")
+
+    app.exception(ServiceUnavailable)(claim_success)
+    app.add_route(hang, "/")
+    setup(app, db)
+    async with serving(app) as client:
+        response = await client.get("/")
+
+    assert 500 == response.status_code
+    assert [] == await shop.items(sqlite)
+
+
+async def test_connections_of_the_parent_are_left_alone(
+    mariadb: MariaDBBackend, app: Sanic[Any, Any]
+) -> None:
+    """A forked worker neither uses nor closes connections made before the fork."""
+    async with shop_database(mariadb) as db:
+        setup(app, db)
+        parents = [await engine.connect() for engine in (db.engine, db.read_engine)]
+        pools = [engine.sync_engine.pool for engine in (db.engine, db.read_engine)]
+        app.ctx.asgi_uow._process = os.getpid() + 1  # as if that had been the parent
+
+        async with serving(app):
+            assert pools != [
+                engine.sync_engine.pool for engine in (db.engine, db.read_engine)
+            ]
+
+        for parent in parents:
+            await parent.exec_driver_sql("SELECT 1")
+            await parent.close()
+        for pool in pools:
+            pool.dispose()
+
+
+def test_database_from_the_configuration(app: Sanic[Any, Any]) -> None:
+    """Without a database `DATABASE_*` of `app.config` makes one, `app.ctx.db` too."""
+    app.update_config({"DATABASE_URL": "sqlite:///a.db", "DATABASE_POOL_SIZE": "3"})
+
+    db = setup(app)
+
+    assert db is app.ctx.db
+    pool: Any = db.engine.sync_engine.pool
+    assert 3 == pool.size()
+
+
+def test_no_configuration(app: Sanic[Any, Any]) -> None:
+    """Neither a database nor a configuration: the error names the key."""
+    with pytest.raises(ConfigurationError, match="DATABASE_URL is missing"):
+        setup(app)
+
+
+async def test_twice(db: Database, app: Sanic[Any, Any]) -> None:
+    """A second call for one application is refused."""
+    setup(app, db)
+    with pytest.raises(ConfigurationError, match="all databases at once"):
+        setup(app, db)
+
+
+async def test_asgi_server(db: Database, app: Sanic[Any, Any]) -> None:
+    """Under an ASGI server the start-up fails and names the middleware."""
+    app.add_route(insert, "/")
+    setup(app, db)
+    to_app: asyncio.Queue[object] = asyncio.Queue()
+    from_app: asyncio.Queue[Any] = asyncio.Queue()
+    for phase in ("startup", "shutdown"):
+        to_app.put_nowait({"type": f"lifespan.{phase}"})
+
+    await app({"type": "lifespan"}, to_app.get, from_app.put)
+
+    failed = from_app.get_nowait()
+    assert "lifespan.startup.failed" == failed["type"]
+    assert "run UnitOfWorkMiddleware(app, db)" in failed["message"]
+
+
+async def test_http_3(db: Database, app: Sanic[Any, Any]) -> None:
+    """HTTP/3 is refused at the start."""
+    setup(app, db)
+    app.prepare(version=3, ssl=ssl.create_default_context(), single_process=True)
+
+    with pytest.raises(ConfigurationError, match="experimental"):
+        await app.ctx.asgi_uow.start(app)
