@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 async def test_server_does_not_start(sqlite: SQLiteBackend) -> None:
     """What it has written is in the error."""
-    missing = dataclasses.replace(HYPERCORN, command=lambda _: ["no_such_server"])
+
+    def command(_: object) -> list[str]:
+        return ["no_such_server"]
+
+    missing = dataclasses.replace(HYPERCORN, command=command)
     with pytest.raises(AssertionError, match="No module named no_such_server"):
         async with running(missing, sqlite):
             raise NotImplementedError
@@ -31,9 +35,11 @@ async def test_server_does_not_start(sqlite: SQLiteBackend) -> None:
 async def test_fact_does_not_hold(sqlite: SQLiteBackend) -> None:
     """The server is killed at once."""
     await shop.create(sqlite)
+    context = running(HYPERCORN, sqlite)
+    child = await context.__aenter__()
+    error = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
-        async with running(HYPERCORN, sqlite) as child:
-            raise ZeroDivisionError
+        await context.__aexit__(type(error), error, None)
     assert -signal.SIGKILL == child.process.returncode
 
     async def is_closed() -> bool:

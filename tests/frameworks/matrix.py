@@ -55,9 +55,10 @@ class Column(Protocol):
     @property
     def lacks(self) -> Mapping[str, str]:
         """The facts that it cannot show, and why."""
+        ...
 
 
-C_contra = TypeVar("C_contra", bound=Column, contravariant=True)
+C_contra = TypeVar("C_contra", contravariant=True)
 
 
 class Row(Protocol[C_contra]):

@@ -6,7 +6,7 @@ import logging
 import runpy
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -37,8 +37,9 @@ FALSE = Fact(false, of_database=False)
 [DEPENDENCIES] = [fact for fact in FACTS if fact.name == "dependencies"]
 
 
-def starlette(name: str, *facts: Fact) -> Matrix[Adapter]:
-    return Matrix(name, [STARLETTE], facts)
+def starlette(name: str, *facts: Fact) -> Matrix[Any]:
+    columns: list[Any] = [STARLETTE]
+    return Matrix(name, columns, facts)
 
 
 COLUMNS = [(matrix, column) for matrix in MATRICES for column in matrix.columns]
