@@ -58,7 +58,7 @@ class Column(Protocol):
         ...
 
 
-C_contra = TypeVar("C_contra", contravariant=True)
+C_contra = TypeVar("C_contra", bound=Column, contravariant=True)
 
 
 class Row(Protocol[C_contra]):

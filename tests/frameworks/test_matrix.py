@@ -16,7 +16,6 @@ from tests.frameworks.matrix import FRAMEWORKS, MATRICES, Matrix, declared, main
 
 if TYPE_CHECKING:
     from tests.frameworks.matrix import Column
-    from tests.frameworks.site import Adapter
 
 PAGE = Path(__file__).parents[2] / "docs" / "frameworks-matrix.md"
 STARLETTE = FRAMEWORKS[0]
