@@ -82,8 +82,7 @@ async def test_objects_stay_loaded(db: Database, backend: Backend) -> None:
         item = await current_read_session().get_one(Item, 1)
         async with parallel_read() as session:
             assert 1 == await session.scalar(COUNT)
-            if backend.name != "sqlite":
-                assert 1 == checked_out(db)[1]
+            assert 1 == checked_out(db)[1]
         assert 1 == item.id
         assert item is await current_read_session().get(Item, 1)
         assert 1 == await current_read_session().scalar(COUNT)

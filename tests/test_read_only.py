@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import event, insert
 from sqlalchemy.exc import DBAPIError
 
 from asgi_uow import Database
@@ -294,3 +294,21 @@ async def test_read_only_after_a_cancellation_of_sqlite(backend: Backend) -> Non
         assert statement.cancelled()
     assert "" == await next_unit(db)
     await db.dispose()
+
+
+async def test_other_options_change_nothing(any_driver: Backend) -> None:
+    """Execution options that leave the connection as it is cost no reconnect."""
+    await shop.create(any_driver)
+    db = Database.from_url(any_driver.url)
+    made: list[object] = []
+
+    def note(connection: object, _: object) -> None:
+        made.append(connection)
+
+    event.listen(db.read_engine.sync_engine, "connect", note)
+    for _ in range(2):
+        async with db:
+            await db.read.connection(execution_options={"logging_token": "mine"})
+            await db.read.scalar("SELECT count(*) FROM items")
+    await db.dispose()
+    assert 1 == len(made)

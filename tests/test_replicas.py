@@ -9,6 +9,7 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
@@ -24,7 +25,12 @@ from asgi_uow import (
     parallel_read,
 )
 from asgi_uow._replicas import LONGEST_PAUSE, Replica, by_free_connections
-from asgi_uow.observers import ReaderBehind, ReaderFailed, ReaderRestored
+from asgi_uow.observers import (
+    LoggingObserver,
+    ReaderBehind,
+    ReaderFailed,
+    ReaderRestored,
+)
 from tests import shop
 from tests.asgi import BODY, START, endpoint, http_scope, request, respond
 from tests.servers.process import free_port
@@ -32,8 +38,6 @@ from tests.test_promises import checked_out
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
-
-    import pytest
 
     from asgi_uow._asgi import ASGIApp, Receive, Scope, Send
     from asgi_uow.observers import Event
@@ -411,3 +415,23 @@ async def test_the_write_session_has_no_route(any_driver: Backend) -> None:
         assert 200 == (await request(site.app(handler))).status
         assert 0 == site.told(ReaderFailed)
     assert [1] == await shop.items(any_driver)
+
+
+@pytest.mark.parametrize(
+    ("told", "level", "words"),
+    [
+        (ReaderFailed("replica", OSError("s3cret"), 0.5), "WARNING", "left alone"),
+        (ReaderRestored("replica"), "INFO", "used again"),
+        (ReaderBehind("replica", 1.0), "DEBUG", "was behind"),
+    ],
+)
+def test_logged(
+    told: Event, level: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What becomes of readers is in the log, and no message of the driver is."""
+    caplog.set_level("DEBUG", "asgi_uow")
+    LoggingObserver()(told)
+    [record] = caplog.records
+    assert level == record.levelname
+    assert words in record.getMessage()
+    assert "s3cret" not in caplog.text

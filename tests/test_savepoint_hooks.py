@@ -55,9 +55,6 @@ class Savepoint:
         self.inside = inside
         self.keep = keep
 
-    def __repr__(self) -> str:
-        return ("keep" if self.keep else "undo") + repr(self.inside)
-
 
 def keep(*inside: Node) -> Savepoint:
     return Savepoint(*inside)

@@ -68,7 +68,7 @@ class Quota:
 
     def __init__(self) -> None:
         """Start full."""
-        self.left = MOST_BY_HOOKS
+        self.left: int = MOST_BY_HOOKS
 
     def take(self, phase: str) -> None:
         """Take one; raises `TooManyHooksError` when there is none left."""
@@ -88,7 +88,6 @@ class Hooks:
 
     __slots__ = (
         "_count",
-        "_follows",
         "_frames",
         "_undone",
         "by_hook",
@@ -98,14 +97,13 @@ class Hooks:
 
     def __init__(self, quota: Quota | None = None) -> None:
         """Make empty queues; `quota` is that of the unit whose hook registers here."""
-        self.by_hook = quota is not None
+        self.by_hook: bool = quota is not None
         """Whether what registers now is a hook itself."""
-        self.quota = quota or Quota()
+        self.quota: Quota = quota or Quota()
         self.inner: list[Hooks] = []
         """Those of the open units inside, which follow the same savepoints."""
         self._undone: list[tuple[object, Hook]] = []
         self._count = 0
-        self._follows = True
         self._frames: list[tuple[object, Queues]] = [(None, {})]
 
     def __bool__(self) -> bool:
@@ -144,8 +142,7 @@ class Hooks:
 
     def open(self, savepoint: object) -> None:
         """Note that a savepoint was opened."""
-        if self._follows:
-            self._frames.append((savepoint, {}))
+        self._frames.append((savepoint, {}))
         for inner in self.inner:
             inner.open(savepoint)
 
@@ -173,9 +170,8 @@ class Hooks:
         for inner in self.inner:
             inner.undo(savepoint, owner)
 
-    def stop_following(self) -> None:
+    def leave_savepoints(self) -> None:
         """Note that the decision has ended all savepoints."""
-        self._follows = False
         while len(self._frames) > 1:
             _, queues = self._frames.pop()
             _add(queues, self._frames[0][1])

@@ -37,7 +37,7 @@ class ManagedSession(orm.Session):
     connected: float | None = None
     """Since when it holds a connection of its own, by `time.perf_counter()`."""
 
-    held = 0.0
+    held: float = 0.0
     """Seconds for which it has held those that it has given back."""
 
     connections: list[Connection]
@@ -55,7 +55,7 @@ class ManagedSession(orm.Session):
     joined: Callable[[], Connection | None]
     """Gives the writer's connection once the reads of the unit belong there."""
 
-    exposed = False
+    exposed: bool = False
     """Whether somebody was given the connection, and with it the driver's own."""
 
     def is_ending(self) -> bool:

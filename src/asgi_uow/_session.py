@@ -210,7 +210,7 @@ class Session(TextSession):
         """
         self._check = ties.check
         self._call_undone = ties.call_undone
-        self.note = ties.note
+        self.note: Callable[[Exception], None] = ties.note
         self.run_aside = run_aside
         self.writer = writer
         self.route = route
@@ -319,7 +319,7 @@ class Session(TextSession):
     async def call_undone(self) -> None:
         """Call the `after_rollback` hooks of savepoints, if the rollback is proven."""
         sync = self.sync_session
-        if not sync.hooks.has_undone(sync.journal) or sync.is_ending():
+        if not sync.hooks.has_undone(sync.journal) or not self.is_writable:
             return
         # Not inside another call of this task: a hook may wait for its turn.
         if not self.turn.is_mine and self.doomed_by is None:

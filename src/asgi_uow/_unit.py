@@ -363,9 +363,8 @@ class UnitOfWork:
 
     async def call_undone(self, owner: object) -> None:
         """Call the `after_rollback` hooks of savepoints that were rolled back."""
-        if not self.is_decided:
-            hooks = self.hooks.take_undone(owner)
-            await run_to_completion(call_all(self, "after_rollback", hooks))
+        hooks = self.hooks.take_undone(owner)
+        await run_to_completion(call_all(self, "after_rollback", hooks))
 
     # The end
 
@@ -403,7 +402,7 @@ class UnitOfWork:
         """Record the outcome and tell the observers."""
         self.outcome = outcome
         self._move(State[outcome.name])
-        self.hooks.stop_following()
+        self.hooks.leave_savepoints()
         for db, session in self._sessions.writers.items():
             if session.sync_session.committed and self._sessions.has_written(db):
                 self.note_kept(db)

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 import pytest
-from blacksheep import Application
+from blacksheep import Application, Router
 from django.core import asgi as django_asgi  # type: ignore[import-untyped]
 from falcon.asgi import App
 from fastapi import FastAPI
@@ -77,7 +77,7 @@ def test_falcon(db: Database) -> None:
 
 def test_blacksheep(db: Database) -> None:
     """BlackSheep is wrapped."""
-    app: ASGIApp = UnitOfWorkMiddleware(Application(), db)
+    app: ASGIApp = UnitOfWorkMiddleware(Application(router=Router()), db)
     assert isinstance(app, UnitOfWorkMiddleware)
 
 
