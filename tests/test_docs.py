@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import subprocess
+import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +29,8 @@ QUEUES = [
     for name in ("celery", "pgqueuer", "procrastinate", "taskiq")
 ]
 """They need servers: `tests.handoff.test_pages` runs them."""
+SANIC = ROOT / "docs" / "howto" / "sanic.md"
+"""Sanic rewrites itself when it starts, once per process; it has one of its own."""
 PAGES = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
@@ -83,8 +88,25 @@ def run_blocks(page: Path, **names: object) -> None:
         example.evaluate()
 
 
+def test_the_page_about_sanic_runs(tmp_path: Path) -> None:
+    """The same, in a process of its own."""
+    code = (
+        "import pathlib, sys; from tests.test_docs import run_blocks;"
+        "run_blocks(pathlib.Path(sys.argv[1]))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(SANIC)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        check=True,
+        timeout=120,
+    )
+
+
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page not in QUEUES], ids=lambda page: page.name
+    "page",
+    [page for page in PAGES if page not in {*QUEUES, SANIC}],
+    ids=lambda page: page.name,
 )
 def test_every_python_block_runs(
     page: Path,

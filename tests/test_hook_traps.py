@@ -320,7 +320,7 @@ async def test_hook_whose_name_cannot_be_read(sqlite: SQLiteBackend) -> None:
             raise RuntimeError(name)
 
         def __call__(self) -> None:
-            raise ZeroDivisionError
+            raise NotImplementedError
 
     async def handler() -> None:
         after_commit(Proxy())
