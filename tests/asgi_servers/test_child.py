@@ -38,8 +38,7 @@ async def test_fact_does_not_hold(sqlite: SQLiteBackend) -> None:
     context = running(HYPERCORN, sqlite)
     child = await context.__aenter__()
     error = ZeroDivisionError()
-    with pytest.raises(ZeroDivisionError):
-        await context.__aexit__(type(error), error, None)
+    assert not await context.__aexit__(type(error), error, None)
     assert -signal.SIGKILL == child.process.returncode
 
     async def is_closed() -> bool:
