@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event
+from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -394,6 +395,20 @@ async def test_check_of_a_replica_that_is_lost(any_driver: Backend) -> None:
         event.listen(site.db.readers[0].sync_engine, "before_cursor_execute", lose)
         report = await site.db.check(timeout=30)
         assert (any_driver.name == "sqlite") == report.readers[0].ok
+
+
+async def test_check_of_a_replica_that_does_not_tell(any_driver: Backend) -> None:
+    """Who may not ask how far a reader is behind finds the reader well."""
+    async with site_with(any_driver, any_driver.url) as site:
+
+        def refuse(*args: Any) -> None:
+            if args[2].startswith(("SHOW", "SELECT CASE")):
+                raise sa_exc.OperationalError(args[2], (), Exception())
+
+        event.listen(site.db.readers[0].sync_engine, "before_cursor_execute", refuse)
+        report = await site.db.check(timeout=30)
+        assert report.readers[0].ok
+        assert report.readers[0].lag is None
 
 
 async def test_concurrent_choices(any_driver: Backend) -> None:

@@ -152,8 +152,7 @@ class Route:
         if self._has_read or replica is None or not (lost or conflict):
             return False
         await session.let_go()
-        if lost:
-            self._leave(replica, error)
+        self._leave(replica, error)
         async with self._choosing:
             await self._choose(session, but=replica)
         return True
@@ -212,7 +211,8 @@ class Route:
             return await wait_for(connection, self._must_see, seconds)
 
     def _leave(self, replica: Replica, error: Exception) -> None:
-        seconds = replica.failed()
+        conflict = _dialects.code_of(error) == _dialects.RECOVERY_CONFLICT
+        seconds = None if conflict else replica.failed()
         if seconds is not None:
             self._report(ReaderFailed(replica.name, error, seconds))
 
