@@ -71,7 +71,7 @@ async def insert(request: Incoming, number: int) -> None:
 async def connect_before_the_fork(_: Any) -> None:
     """Leave a connection in the pool of the process that starts the workers."""
     async with db:
-        await shop.insert(404)
+        await current_session().execute("SELECT 1")
 
 
 # Every way to answer
@@ -249,6 +249,13 @@ app.add_websocket_route(feed, "/feed")
 async def set_timeout(_: Incoming, seconds: float) -> HTTPResponse:
     """Set it for the connections that are opened from now on."""
     app.update_config({"RESPONSE_TIMEOUT": seconds})
+    return text("ok")
+
+
+@app.get("/stop")
+async def stop(_: Incoming) -> HTTPResponse:
+    """Have the main process stop all workers, and itself."""
+    app.m.terminate()
     return text("ok")
 
 

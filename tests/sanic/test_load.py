@@ -7,7 +7,7 @@ import random
 from typing import TYPE_CHECKING
 
 from tests import shop
-from tests.sanic.child import create, get, serving
+from tests.sanic.child import create, get, serving_with_workers
 from tests.servers import eventually
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ async def test_success_is_kept_and_nothing_leaks(
         "COVERAGE_PROCESS_CONFIG": "",  # once is enough; it takes time
     }
     url = f"{postgresql.url}?ssl=disable"
-    async with serving(url, tmp_path, **environment) as site:
+    async with serving_with_workers(1, url, tmp_path, **environment) as site:
         clients = [Client(site, seed) for seed in range(CLIENTS)]
         shares = [range(seed, REQUESTS, CLIENTS) for seed in range(CLIENTS)]
         await asyncio.gather(*map(Client.run, clients, shares))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests import shop
-from tests.sanic.child import create, running
+from tests.sanic.child import create, serving_with_workers
 from tests.servers import eventually
-from tests.servers.process import HOST, free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,11 +26,9 @@ async def test_two_workers(
     When the server has stopped, no connection is left.
     """
     await create(postgresql)
-    port = free_port()
-    sanic = [sys.executable, "-m", "sanic", "tests.sanic.site:app", "--no-motd"]
-    command = [*sanic, f"--host={HOST}", f"--port={port}", "--workers=2"]
     environment = {"START_METHOD": start_method}
-    async with running(command, port, postgresql.url, tmp_path, environment) as server:
+    url = postgresql.url
+    async with serving_with_workers(2, url, tmp_path, **environment) as server:
         pids: set[int] = set()
 
         async def count() -> int:
