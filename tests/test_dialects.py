@@ -15,10 +15,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import Database
 from asgi_uow._dialects import (
-    DRIVERS,
-    UNKNOWN_DRIVER,
     code_of,
-    driver_of,
     engine_defaults,
     is_conflict,
     is_driver_disconnect,
@@ -26,6 +23,7 @@ from asgi_uow._dialects import (
     is_memory,
     is_unavailable,
 )
+from asgi_uow._drivers import DRIVERS, UNKNOWN_DRIVER, driver_of
 from tests.servers import eventually
 from tests.servers.process import free_port
 

@@ -14,6 +14,7 @@ from sqlalchemy import event
 from sqlalchemy import exc as sa_exc
 
 from . import _dialects, _journal
+from ._drivers import UNKNOWN_DRIVER, driver_of
 from .errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class _Care:
     def __init__(self, engine: Engine, *, read_only: bool) -> None:
         self.read_only = read_only
         self.dialect = engine.dialect
-        self.driver = _dialects.driver_of(engine.dialect)
+        self.driver = driver_of(engine.dialect)
 
     def check_alive(
         self,
@@ -129,7 +130,7 @@ class _Care:
             return
         if entry.info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw):
             dbapi_connection.rollback()
-            if self.driver is _dialects.UNKNOWN_DRIVER:
+            if self.driver is UNKNOWN_DRIVER:
                 return
             if self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.

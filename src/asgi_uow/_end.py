@@ -8,8 +8,8 @@ import weakref
 from typing import TYPE_CHECKING, Literal
 
 from . import _dialects
-from ._engines import TRANSACTION_ID
 from ._problem import RETRY_AFTER
+from ._resolve import TRANSACTION_ID
 from ._shield import bounded
 from ._states import Cause, Outcome
 from .errors import (

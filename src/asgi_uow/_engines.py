@@ -6,9 +6,8 @@ import functools
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from anyio import fail_after, move_on_after, sleep
+from anyio import fail_after
 from sqlalchemy import exc as sa_exc
-from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
@@ -18,13 +17,14 @@ from ._causal import READ_FROM_WRITER
 from ._managed import ManagedSession, ReadOnlySession
 from ._positions import position
 from ._replicas import Replica
+from ._resolve import was_committed
 from ._session import Session
 from ._shield import bounded
 from .errors import ConfigurationError, EngineNotInitialisedError
 from .observers import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from sqlalchemy.engine import Engine
 
@@ -33,30 +33,6 @@ if TYPE_CHECKING:
 
 ASIDE_SECONDS = 2.0
 """Seconds for connecting to the server and stopping a cancelled statement."""
-
-TRANSACTION_ID = (
-    "SELECT CAST(pg_current_xact_id_if_assigned() AS text)"
-    " || '@' || CAST((SELECT stats_reset FROM pg_stat_bgwriter) AS text)"
-)
-"""PostgreSQL: what `Engines.was_committed` needs; NULL if nothing was written.
-
-The statistics are reset by every crash, also of a single backend, and by no restart.
-"""
-
-TRANSACTION_STATUS = (
-    "SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8)),"
-    " CAST((SELECT stats_reset FROM pg_stat_bgwriter) AS text)"
-)
-
-TRANSACTION_ANSWERS: Mapping[object, bool] = {
-    "committed": True,
-    "aborted": False,
-    "22023": False,
-}
-"""22023: the server has not given the id to anybody (since it crashed)."""
-
-RESOLVE_PAUSE = 0.05
-"""Seconds between two questions to a server that cannot tell yet."""
 
 
 class Engines:
@@ -216,33 +192,12 @@ class Engines:
             await aside.dispose()
 
     async def was_committed(self, transaction: str, seconds: float) -> bool | None:
-        """Ask PostgreSQL what became of a transaction; None if it cannot be told.
-
-        `transaction` is what `TRANSACTION_ID` gave before COMMIT. Asks again for so
-        many `seconds` while the server is away or still at it. After a crash the id
-        of a lost transaction may be another's: then "committed" proves nothing, but
-        "aborted", or an id that is not given out yet, still proves the loss.
-        """
-        transaction_id, _, epoch = transaction.partition("@")
+        """Ask PostgreSQL what became of a transaction; see `asgi_uow._resolve`."""
         aside = _derive_engine(self.engine)
-        answer: bool | None = None
-        epoch_now: str | None = None
-        with move_on_after(seconds):
-            while answer is None:
-                await sleep(RESOLVE_PAUSE)
-                try:
-                    async with aside.connect() as connection:
-                        result = await connection.execute(
-                            text(TRANSACTION_STATUS), {"id": transaction_id}
-                        )
-                        status, epoch_now = result.one()
-                except (sa_exc.DBAPIError, OSError) as error:
-                    status = _dialects.code_of(error)
-                if status == "committed" and epoch_now != epoch:
-                    break
-                answer = TRANSACTION_ANSWERS.get(status)
-        await aside.dispose()
-        return answer
+        try:
+            return await was_committed(aside, transaction, seconds)
+        finally:
+            await aside.dispose()
 
     async def dispose(self) -> None:
         """Close every pooled connection of the writer and the readers."""

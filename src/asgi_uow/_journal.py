@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from sqlalchemy import event
 
 from . import _dialects
+from ._drivers import driver_of
 from ._hooks import Hooks
 from .errors import ManagedTransactionError, TransactionGoneError
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
     from sqlalchemy.engine.interfaces import ExceptionContext
 
-    from ._dialects import Driver
+    from ._drivers import Driver
 
 T = TypeVar("T", bound=BaseException)
 
@@ -176,7 +177,7 @@ class _Writer:
     """Hands SQLAlchemy's events to the journal of the connection they are about."""
 
     def __init__(self, engine: Engine) -> None:
-        self.driver = _dialects.driver_of(engine.dialect)
+        self.driver = driver_of(engine.dialect)
         self.is_mysql = engine.dialect.name in {"mysql", "mariadb"}
 
     def on_error(self, context: ExceptionContext) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event, orm
 
 from . import _journal
-from ._dialects import driver_of
+from ._drivers import driver_of
 from .errors import ConfigurationError, ManagedTransactionError, ReadOnlySessionError
 
 if TYPE_CHECKING:

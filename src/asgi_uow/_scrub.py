@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import exc as sa_exc
 
-from ._dialects import DRIVERS, MYSQL_DRIVERS, code_of
+from ._dialects import MYSQL_DRIVERS, code_of
+from ._drivers import DRIVERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

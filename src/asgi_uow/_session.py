@@ -18,7 +18,8 @@ from anyio import current_effective_deadline, fail_after
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
-from ._dialects import READ_ONLY_CODES, code_of, driver_of
+from ._dialects import READ_ONLY_CODES, code_of
+from ._drivers import driver_of
 from ._journal import Journal
 from ._shield import run_to_completion
 from ._streams import take_turns
