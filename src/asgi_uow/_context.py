@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ._engines import Engines
-    from ._session import Savepoint, Session
+    from ._savepoint import Savepoint
+    from ._session import Session
 
 P = ParamSpec("P")
 

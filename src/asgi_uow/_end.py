@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ._engines import Engines
+    from ._read_session import ReadSession
     from ._session import Session
     from ._unit import UnitOfWork
 
@@ -225,7 +226,7 @@ class End:
         except Exception as error:  # noqa: BLE001  # reported; the outcome stands
             await self._throw_away(session, error)
 
-    async def rest(self, session: Session) -> None:
+    async def rest(self, session: ReadSession) -> None:
         """Have a read session that is idle hold no connection."""
         try:
             await bounded(session.rest(), self._settings.commit_timeout)

@@ -14,8 +14,9 @@ from sqlalchemy.pool import StaticPool
 from . import _dialects
 from ._care import prepare
 from ._causal import READ_FROM_WRITER
-from ._managed import ManagedSession, ReadOnlySession
+from ._managed import ManagedSession
 from ._positions import position
+from ._read_session import ReadSession
 from ._replicas import Replica
 from ._resolve import was_committed
 from ._session import Session
@@ -158,14 +159,13 @@ class Engines:
         ties: Ties,
         writer: Callable[[], Session | None],
         route: Route | None,
-    ) -> Session:
+    ) -> ReadSession:
         """Make a read session of a unit; `writer` says where its reads belong.
 
         `route` finds the replica to read from, where there is a choice.
         """
-        return Session(
+        return ReadSession(
             self.read_engine,
-            session_class=ReadOnlySession,
             ties=ties,
             run_aside=self._run_aside,
             writer=writer,

@@ -52,9 +52,6 @@ class ManagedSession(orm.Session):
     hooks: Hooks
     """The hooks of the unit, which follow its savepoints."""
 
-    joined: Callable[[], Connection | None]
-    """Gives the writer's connection once the reads of the unit belong there."""
-
     exposed: bool = False
     """Whether somebody was given the connection, and with it the driver's own."""
 
@@ -102,6 +99,10 @@ class ManagedSession(orm.Session):
         """Give the connection to asgi-uow itself."""
         return super().connection()
 
+    def joined(self) -> Connection | None:
+        """Give the connection of another session that this one uses, if it does."""
+        return None
+
     def reset(self) -> None:
         """Refuse."""
         operation = "session.reset()"
@@ -120,6 +121,13 @@ class ReadOnlySession(ManagedSession):
     """
 
     read_only = True
+
+    find_joined: Callable[[], Connection | None]
+    """Gives the writer's connection once the reads of the unit belong there."""
+
+    def joined(self) -> Connection | None:
+        """Give the writer's connection once this session reads there."""
+        return self.find_joined()
 
     def get_bind(self, *args: object, **kwargs: object) -> Engine | Connection:
         """Read from the writer's transaction once the unit has used it."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from ._session import Session
+    from ._read_session import ReadSession
     from .observers import Event
 
 CONNECT_SECONDS = 5.0
@@ -129,7 +129,7 @@ class Route:
         """Note that something was read: from now on no other server will do."""
         self._has_read = True
 
-    async def lead(self, session: Session) -> None:
+    async def lead(self, session: ReadSession) -> None:
         """Bind a session that is not connected yet, and connect it."""
         sync = session.sync_session
         if self._wrote():
@@ -139,7 +139,7 @@ class Route:
                 if not (self._decided and await self._use(session, self._choice)):
                     await self._choose(session)
 
-    async def moved(self, session: Session, error: Exception) -> bool:
+    async def moved(self, session: ReadSession, error: Exception) -> bool:
         """Tell whether a call that failed may be made again, on another server.
 
         Only if the reader was lost, or had to stop the statement for the sake of its
@@ -157,14 +157,14 @@ class Route:
             await self._choose(session, but=replica)
         return True
 
-    async def _choose(self, session: Session, but: Replica | None = None) -> None:
+    async def _choose(self, session: ReadSession, but: Replica | None = None) -> None:
         self._decided = False
         for replica in by_free_connections(self._replicas):
             if replica is not but and await self._use(session, replica):
                 return
         await self._use(session, None)
 
-    async def _use(self, session: Session, replica: Replica | None) -> bool:
+    async def _use(self, session: ReadSession, replica: Replica | None) -> bool:
         """Connect a session to a reader, or leave it to connect to the fallback."""
         if replica is None:
             self._choice, self._decided = None, True
@@ -200,7 +200,7 @@ class Route:
         self._choice, self._decided = replica, True
         return True
 
-    async def _connect(self, session: Session) -> bool:
+    async def _connect(self, session: ReadSession) -> bool:
         """Connect; tells whether the reader has got as far as it must."""
         with anyio.fail_after(CONNECT_SECONDS):
             connection = await AsyncSession.connection(session)

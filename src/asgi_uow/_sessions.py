@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ._engines import Engines
+    from ._read_session import ReadSession
     from ._session import Session
     from ._unit import UnitOfWork
 
@@ -28,8 +29,8 @@ class Sessions:
         self._unit = weakref.proxy(unit)
         self._routes: dict[Engines, Route] = {}
         self.writers: dict[Engines, Session] = {}
-        self.readers: dict[Engines, Session] = {}
-        self.parallel: dict[Session, Engines] = {}
+        self.readers: dict[Engines, ReadSession] = {}
+        self.parallel: dict[ReadSession, Engines] = {}
 
     def __bool__(self) -> bool:
         """Tell whether any was opened."""
@@ -42,13 +43,13 @@ class Sessions:
             self.writers[db] = db.write_session(self._ties(self._unit.check_writable))
         return self.writers[db]
 
-    def reader(self, db: Engines) -> Session:
+    def reader(self, db: Engines) -> ReadSession:
         """Give the read session of `db`."""
         if db not in self.readers:
             self.readers[db] = self._make_reader(db)
         return self.readers[db]
 
-    async def one_more_reader(self, db: Engines) -> Session:
+    async def one_more_reader(self, db: Engines) -> ReadSession:
         """Give a read session to one task among several."""
         if db in self.readers:
             # Or requests that hold one connection and want another wait in a circle.
@@ -64,7 +65,7 @@ class Sessions:
         self.parallel.clear()
         self._routes.clear()
 
-    def all_readers(self) -> Iterator[tuple[Engines, Session]]:
+    def all_readers(self) -> Iterator[tuple[Engines, ReadSession]]:
         """Give the read sessions that are to be closed."""
         yield from list(self.readers.items())
         for session, db in list(self.parallel.items()):
@@ -94,7 +95,7 @@ class Sessions:
         unit = self._unit
         return Ties(check, unit.note, unit.hooks, unit.call_undone)
 
-    def _make_reader(self, db: Engines) -> Session:
+    def _make_reader(self, db: Engines) -> ReadSession:
         if db.replicas and db not in self._routes:
             self._routes[db] = Route(
                 db.replicas,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from ._engines import Engines
     from ._hooks import Quota
+    from ._read_session import ReadSession
     from ._session import Session
     from .observers import Event
 
@@ -146,7 +147,7 @@ class UnitOfWork:
         self._activate()
         return session
 
-    async def open_parallel(self, db: Engines | None = None) -> Session:
+    async def open_parallel(self, db: Engines | None = None) -> ReadSession:
         """Give one more read session, for one task; see `parallel_read`."""
         db = self.databases[0] if db is None else db
         if db not in self.databases:
@@ -156,7 +157,7 @@ class UnitOfWork:
         self._activate()
         return session
 
-    async def close_parallel(self, session: Session) -> None:
+    async def close_parallel(self, session: ReadSession) -> None:
         """Give its connection back, whatever happens."""
         db = self._sessions.parallel.pop(session, None)
         if db is not None:
