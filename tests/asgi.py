@@ -38,8 +38,9 @@ class Response:
     @property
     def status(self) -> int:
         """The status of the only start."""
-        [start] = [each for each in self.messages if each["type"] == START]
-        status: int = start["status"]
+        starts = [each for each in self.messages if each["type"] == START]
+        assert 1 == len(starts), self
+        status: int = starts[0]["status"]
         return status
 
     @property
