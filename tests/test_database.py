@@ -471,6 +471,76 @@ async def test_sqlite_settings(sqlite: SQLiteBackend) -> None:
     await db.dispose()
 
 
+async def test_a_file_that_somebody_reads(sqlite: SQLiteBackend) -> None:
+    """The first connection waits for a reader in its way, then keeps a WAL.
+
+    Others that connect to a new file at the same moment are such readers.
+    """
+    await sqlite.execute("CREATE TABLE items (id INTEGER)")
+    await sqlite.execute("INSERT INTO items VALUES (1), (2)")
+    reader = sqlite3.connect(sqlite.path, check_same_thread=False)
+    rows = reader.execute("SELECT id FROM items")
+    assert (1,) == rows.fetchone()
+    sent: list[str] = []
+
+    class Traced(sqlite3.Connection):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.set_trace_callback(self.note)
+
+        def note(self, statement: str) -> None:
+            sent.append(statement)
+            if statement.startswith("BEGIN EXCLUSIVE"):
+                rows.close()
+
+    db = Database.from_url(sqlite.url, connect_args={"factory": Traced})
+    async with db:
+        assert 2 == await db.write.scalar("SELECT count(*) FROM items")
+        assert "wal" == await db.write.scalar("PRAGMA journal_mode")
+    assert "BEGIN EXCLUSIVE" in sent
+    await db.dispose()
+    reader.close()
+
+
+async def test_a_file_that_stays_locked(
+    sqlite: SQLiteBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that does not end is an error when the time to wait is over."""
+    monkeypatch.setattr("asgi_uow._dialects.SQLITE_BUSY_TIMEOUT", 100)
+    await sqlite.execute("CREATE TABLE items (id INTEGER)")
+    await sqlite.execute("INSERT INTO items VALUES (1), (2)")
+    db = Database.from_url(sqlite.url)
+    with contextlib.closing(sqlite3.connect(sqlite.path)) as reader:
+        rows = reader.execute("SELECT id FROM items")
+        assert (1,) == rows.fetchone()
+        with pytest.raises(sa_exc.OperationalError, match="database is locked"):
+            async with db:
+                await db.write.scalar("SELECT 1")
+        rows.close()
+    async with db:
+        assert "wal" == await db.write.scalar("PRAGMA journal_mode")
+    await db.dispose()
+
+
+async def test_a_file_that_cannot_be_written(sqlite: SQLiteBackend) -> None:
+    """A file that is opened for reading alone is read as it is."""
+    await sqlite.execute("CREATE TABLE items (id INTEGER)")
+    db = Database.from_url(f"sqlite+aiosqlite:///file:{sqlite.path}?mode=ro&uri=true")
+    async with db:
+        assert 0 == await db.read.scalar("SELECT count(*) FROM items")
+    await db.dispose()
+
+
+async def test_a_file_that_is_none(sqlite: SQLiteBackend) -> None:
+    """What is no database is an error at once."""
+    sqlite.path.write_text("no database, but long enough to be looked at " * 9)
+    db = Database.from_url(sqlite.url)
+    with pytest.raises(sa_exc.DatabaseError, match="file is not a database"):
+        async with db:
+            await db.read.scalar("SELECT 1")
+    await db.dispose()
+
+
 async def test_sqlite_foreign_keys(sqlite: SQLiteBackend) -> None:
     """A row that refers to nothing is refused."""
     await sqlite.execute(CREATE, "CREATE TABLE u (t INTEGER REFERENCES t (id))")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from httpx import Response
 
+    from asgi_uow._read_session import ReadSession
     from tests.servers import SQLiteBackend
 
 Writer = Annotated[AsyncSession, Depends(session_dependency)]
@@ -55,7 +56,7 @@ class WatchedDatabase(Database):
         self.places.append(place())
         return super().write_session(*args, **kwargs)
 
-    def make_read_session(self, *args: Any, **kwargs: Any) -> Session:
+    def make_read_session(self, *args: Any, **kwargs: Any) -> ReadSession:
         self.places.append(place())
         return super().make_read_session(*args, **kwargs)
 

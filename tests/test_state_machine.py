@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from asgi_uow import Session
-    from asgi_uow._session import Savepoint
+    from asgi_uow._savepoint import Savepoint
 
 T = TypeVar("T")
 

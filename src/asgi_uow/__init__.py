@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._block import unit_of_work
 from ._causal import CausalReads
 from ._context import (
     after_commit,
@@ -18,7 +19,6 @@ from ._context import (
     savepoint,
     session_dependency,
     set_rollback_only,
-    unit_of_work,
 )
 from ._health import Health, ServerHealth
 from ._middleware import UnitOfWorkMiddleware

@@ -48,7 +48,7 @@ async def call_all(unit: UnitOfWork, phase: str, hooks: list[Hook]) -> None:
         finally:
             await own.release()
         if error is not None:
-            unit.report(HookFailed(phase, hook.name, error))
+            unit.report.add(HookFailed(phase, hook.name, error))
 
 
 async def _call(own: UnitOfWork, phase: str, hook: Hook) -> BaseException | None:

@@ -40,10 +40,10 @@ async def prepare(unit: UnitOfWork, sessions: Sessions) -> None:
             except Exception as error:
                 raise HookStoppedError(hook.name) from error
         writers = list(sessions.writers.values())
-        for session in writers:
-            if session.has_changes:
+        for writer in writers:
+            if writer.has_changes:
                 with anyio.fail_after(timeout):
-                    await session.flush()
+                    await writer.flush()
         if not _waiting(unit.hooks, done) and len(writers) == len(sessions.writers):
             return
 

@@ -7,6 +7,7 @@ from the first moment of each connection.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
     from sqlalchemy.engine import Engine
-    from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
+    from sqlalchemy.engine.interfaces import (
+        DBAPIConnection,
+        DBAPICursor,
+        ExceptionContext,
+    )
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
@@ -32,6 +37,9 @@ SETTINGS_CHANGED = "asgi_uow.settings_changed"
 
 PING_AFTER_IDLE = 30.0
 """Seconds of idleness after which a connection is pinged before it is handed out."""
+
+WAL_PAUSE = 50
+"""Milliseconds between two attempts to have a SQLite file keep a write-ahead log."""
 
 
 def prepare(engine: AsyncEngine, *, read_only: bool) -> None:
@@ -193,10 +201,36 @@ def _sqlite_settings(dbapi_connection: DBAPIConnection, _: object) -> None:
     """Wait for locks, keep foreign keys, and let BEGIN be sent by `_sqlite_begin`."""
     dbapi_connection.isolation_level = None
     cursor = dbapi_connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {_dialects.SQLITE_BUSY_TIMEOUT}")
     cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.execute("PRAGMA journal_mode = WAL")
+    _use_wal(dbapi_connection, cursor)
     cursor.close()
+
+
+def _use_wal(dbapi_connection: DBAPIConnection, cursor: DBAPICursor) -> None:
+    """Have the file keep a write-ahead log; other connections may be at it as well.
+
+    The change from another journal takes an exclusive lock and does not wait for it;
+    BEGIN EXCLUSIVE does, in its place. Once the file has changed, nothing is locked.
+    """
+    attempts = _dialects.SQLITE_BUSY_TIMEOUT // WAL_PAUSE
+    cursor.execute(f"PRAGMA busy_timeout = {WAL_PAUSE}")
+    while _is_busy(cursor, "PRAGMA journal_mode = WAL", raises=not attempts):
+        attempts -= 1
+        if not _is_busy(cursor, "BEGIN EXCLUSIVE"):
+            dbapi_connection.rollback()
+    cursor.execute(f"PRAGMA busy_timeout = {_dialects.SQLITE_BUSY_TIMEOUT}")
+
+
+def _is_busy(cursor: DBAPICursor, statement: str, *, raises: bool = False) -> bool:
+    try:
+        cursor.execute(statement)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname == "SQLITE_READONLY":
+            return False  # it keeps the journal it has
+        if raises or not error.sqlite_errorname.startswith("SQLITE_BUSY"):
+            raise
+        return True
+    return False
 
 
 def _sqlite_begin(connection: Connection) -> None:

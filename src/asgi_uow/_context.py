@@ -1,4 +1,4 @@
-"""What looks for the current unit of work: accessors, hooks, `unit_of_work`."""
+"""What looks for the current unit of work: accessors and hooks."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ import inspect
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ParamSpec, overload
 
-from ._causal import NOTHING
 from ._current import current
-from ._end import Settings
 from ._hooks import name_of
-from ._policy import decide_exit
 from ._states import State
-from ._unit import UnitOfWork, held_by
-from .errors import NestedUnitOfWorkError, NoUnitOfWorkError, UnitOfWorkClosedError
+from .errors import NoUnitOfWorkError, UnitOfWorkClosedError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
-    from types import TracebackType
 
     from ._engines import Engines
     from ._savepoint import Savepoint
     from ._session import Session
+    from ._unit import UnitOfWork
 
 P = ParamSpec("P")
 
@@ -212,94 +208,3 @@ def deferred(
         return register
 
     return decorate if fn is None else decorate(fn)
-
-
-class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_work(db)
-    """A unit of work outside a request: `async with unit_of_work(db) as uow:`.
-
-    The general form of `async with db:`, for several databases or, with
-    `independent=True`, for one with connection and outcome of its own inside
-    another unit of the same database.
-
-    Leaving the block commits; an exception rolls back and goes on. Raises
-    `NestedUnitOfWorkError` inside an undecided unit of the same database.
-    """
-
-    def __init__(self, *databases: Engines, independent: bool = False) -> None:
-        """Serve `databases`, the first being the default."""
-        if not databases:
-            message = "unit_of_work() needs at least one Database."
-            raise TypeError(message)
-        self.databases = databases
-        self.independent = independent
-        self.unit: UnitOfWork
-
-    async def __aenter__(self) -> UnitOfWork:
-        """Open the unit; no session and no connection yet."""
-        around = current.get()
-        settings = around.settings if around is not None else Settings()
-        for db in self.databases:
-            self._refuse_nested(around, db)
-        in_hook = around is not None and around.hook_of is not None
-        nested = around is not None and not (in_hook or around.is_decided)
-        self.unit = UnitOfWork(
-            self.databases,
-            settings,
-            parent=around if nested else None,
-            must_see=around.must_see if around is not None else NOTHING,
-            # Or a hook that registers itself in a block of its own never ends.
-            quota=around.hooks.quota if around and around.hooks.by_hook else None,
-        )
-        self.unit.previous = around
-        current.set(self.unit)
-        return self.unit
-
-    def _refuse_nested(self, around: UnitOfWork | None, db: Engines) -> None:
-        if db.one_writer and held_by(around, db):
-            raise NestedUnitOfWorkError(db)  # it would wait for the outer forever
-        if around is None or around.is_decided or self.independent:
-            return
-        # A hook has a unit of its own, which is in the way only once it is used.
-        if around.holds(db) if around.hook_of is not None else around.serves(db):
-            raise NestedUnitOfWorkError(db)
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Commit or roll back, then close; raises if the work was not kept."""
-        await leave(self.unit, exc)
-
-
-async def leave(unit: UnitOfWork, error: BaseException | None) -> None:
-    """End the unit of work of an `async with` block."""
-    try:
-        await unit.finish(
-            decide_exit(
-                error,
-                rollback_only=unit.state is State.ROLLBACK_ONLY,
-                doomed=unit.doomed_by is not None,
-                forced=unit.forced,
-                commit_on_exit=all(db.commit_on_exit for db in unit.databases),
-            ),
-        )
-    finally:
-        try:
-            await unit.release()
-        finally:
-            _step_back_from(unit)
-
-
-def _step_back_from(unit: UnitOfWork) -> None:
-    """Make the unit around current again, unless another one is current by now.
-
-    Two blocks need not end in the order of their nesting (generators), nor in the
-    task they began in; a token would insist on both.
-    """
-    if current.get() is unit:
-        previous = unit.previous
-        while previous is not None and previous.state is State.CLOSED:
-            previous = previous.previous
-        current.set(previous)

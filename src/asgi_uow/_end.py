@@ -8,11 +8,14 @@ import weakref
 from typing import TYPE_CHECKING, Literal
 
 from . import _dialects
+from ._before import HookStoppedError
+from ._commit import Commit
+from ._policy import rollback
 from ._problem import RETRY_AFTER
-from ._resolve import TRANSACTION_ID
 from ._shield import bounded
 from ._states import Cause, Outcome
 from .errors import (
+    BeforeCommitError,
     CommitFailedError,
     DoomedError,
     OutcomeUnknownError,
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ._engines import Engines
+    from ._policy import Decision
     from ._read_session import ReadSession
     from ._session import Session
     from ._unit import UnitOfWork
@@ -111,6 +115,20 @@ class End:
         failure.__cause__ = error
         return failure
 
+    def give_up(self, error: BaseException) -> Decision:
+        """Turn what stopped the preparation into a rollback and the failure."""
+        kind: type[UnitOfWorkFailedError] = CommitFailedError
+        cause, detail = Cause.COMMIT_FAILED, ""
+        if isinstance(error, HookStoppedError) and error.__cause__ is not None:
+            kind, cause, detail = BeforeCommitError, Cause.BEFORE_COMMIT, str(error)
+            error = error.__cause__
+        if isinstance(error, TimeoutError):
+            cause = Cause.TIMEOUT
+        elif not isinstance(error, Exception):
+            cause = Cause.CANCELLED
+        self.failure = self.fail(kind, cause, error, detail=detail)
+        return rollback(cause)
+
     async def run(self, *, commit: bool, cause: Cause | None) -> Outcome:
         """Commit or roll back, and give every connection back or throw it away."""
         outcome = await self._commit() if commit else Outcome.ROLLED_BACK
@@ -130,7 +148,7 @@ class End:
         if since is not None or held:
             seconds = held if since is None else held + time.perf_counter() - since
             event = ConnectionReleased(db.name, access, seconds)
-            self._unit.report(event)
+            self._unit.report.add(event)
 
     def _look_for_implicit_commits(self, cause: Cause | None) -> Outcome:
         """Tell whether DDL has kept a part of what is to be rolled back."""
@@ -153,7 +171,7 @@ class End:
         Sessions with `twophase=True` are all prepared before the first COMMIT.
         """
         committed = False
-        commits = [_Commit(db, session) for db, session in self._writers.items()]
+        commits = [Commit(db, session) for db, session in self._writers.items()]
         steps = [(commit, commit.prepare) for commit in commits if commit.two_phase]
         steps += [(commit, commit.run) for commit in commits]
         for commit, step in steps:
@@ -166,7 +184,7 @@ class End:
             committed = committed or commit.is_kept
         return Outcome.COMMITTED
 
-    async def _was_kept(self, commit: _Commit, error: Exception) -> bool:
+    async def _was_kept(self, commit: Commit, error: Exception) -> bool:
         """Tell whether the work is kept all the same; settles what was in doubt."""
         if commit.acknowledged:
             return True
@@ -182,7 +200,7 @@ class End:
     def _commit_failed(
         self,
         error: Exception,
-        commit: _Commit,
+        commit: Commit,
         committed: bool,  # noqa: FBT001
     ) -> Outcome:
         """Tell what a failed COMMIT means, and remember the failure."""
@@ -263,50 +281,4 @@ class End:
             self._report_failed("throwing the connection away", again)
 
     def _report_failed(self, operation: str, error: Exception) -> None:
-        self._unit.report(ReleaseFailed(operation, error))
-
-
-class _Commit:
-    """One COMMIT: may it have reached the server, and has the server answered?"""
-
-    def __init__(self, db: Engines, session: Session) -> None:
-        self.db = db
-        self.session = session
-        self.transaction_id: str | None = None
-        self.sent = False
-        self.in_doubt = False
-
-    @property
-    def two_phase(self) -> bool:
-        return self.session.sync_session.twophase
-
-    @property
-    def acknowledged(self) -> bool:
-        return self.session.sync_session.committed
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether there was anything to keep, and this step was its COMMIT."""
-        return self.sent and bool(self.session.sync_session.connections)
-
-    async def prepare(self) -> None:
-        """Have the server promise that it can commit."""
-        session = self.session
-        session.hand_over()
-        async with session.turn:
-            await session.close_streams()
-            await session.require_whole()
-            await session.run_sync(lambda sync: sync.prepare())
-
-    async def run(self) -> None:
-        """Commit, and give the connection back."""
-        session = self.session
-        session.hand_over()
-        async with session.turn:
-            await session.close_streams()
-            if self.db.resolve_unknown and session.sync_session.connections:
-                self.transaction_id = await session.scalar(TRANSACTION_ID)
-            await session.require_whole()
-            self.sent = True
-            await session.commit()
-            await session.close()
+        self._unit.report.add(ReleaseFailed(operation, error))

@@ -93,7 +93,7 @@ class UnitOfWorkMiddleware:
                 await self.app(scope, receive, send)
         else:
             outer: UnitOfWork | None = scope.get(UNIT)
-            if outer is not None and not outer.is_open:
+            if outer is not None and not outer.life.is_open:
                 outer = None
             if outer is not None and all(map(outer.serves, self.databases)):
                 await self.app(scope, receive, send)
@@ -208,7 +208,7 @@ class _Exchange:
             # Sanic's headers are a generator, and are read twice: here and outside.
             message = {**message, "headers": list(message.get("headers", ()))}
             success = message["status"] < ERROR_STATUS
-            if self.unit.is_open:
+            if self.unit.life.is_open:
                 await self._decide(message["status"], message["headers"])
             elif self.failure is not None and not self.forwarded:
                 self._answered = not success
@@ -234,11 +234,11 @@ class _Exchange:
             self.forwarded = True
         await self._send(message)
         if start and self.unit.state in SETTLED:
-            self.unit.responding()
+            self.unit.life.move(State.RESPONDING)
 
     async def end(self, decision: Decision) -> None:
         """Give a unit that never saw a start its end; wait for one being decided."""
-        if self.unit.is_open:
+        if self.unit.life.is_open:
             await self.unit.finish(decision)
         elif self._decided and not self._settled.is_set():
             await run_to_completion(self._settled.wait())
@@ -247,7 +247,7 @@ class _Exchange:
         """Give what has to be answered for, if the application did not do so."""
         if self.failure is not None:
             return None if self._answered else self.failure
-        if isinstance(error, Exception) and self.unit.unavailable(error):
+        if isinstance(error, Exception) and self.unit.outages.behind(error):
             return error
         return None
 

@@ -13,7 +13,6 @@ import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import current_effective_deadline
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ._drivers import driver_of
@@ -23,11 +22,7 @@ from ._shield import run_to_completion
 from ._streams import take_turns
 from ._text import TextSession
 from ._turn import Turn
-from .errors import (
-    ConcurrentUseError,
-    TransactionGoneError,
-    UnitOfWorkClosedError,
-)
+from .errors import ConcurrentUseError, UnitOfWorkClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -235,28 +230,6 @@ class Session(TextSession):
         """Close the streams that nobody has read to their end."""
         while self.streams:
             await self.streams.pop().close()
-
-    async def require_whole(self) -> None:
-        """Raise unless the transaction is there and whole, just before COMMIT.
-
-        `ConnectionError` if the driver knows that a connection is dead: this tells
-        "certainly not committed" from "nobody knows". `TransactionGoneError` if a
-        statement through the driver itself, which the journal does not see, has
-        ended it or has failed; PostgreSQL has to be asked for that.
-        """
-        for connection in self.sync_session.connections:
-            raw = connection.connection.driver_connection
-            driver = driver_of(connection.dialect)
-            if driver.is_dead(raw):
-                message = "the connection was lost before COMMIT was sent"
-                raise ConnectionError(message)
-            if connection.dialect.name == "sqlite" and not driver.in_transaction(raw):
-                raise self.sync_session.journal.give_up(TransactionGoneError())
-            if connection.dialect.name == "postgresql" and self.sync_session.exposed:
-                try:
-                    await self.scalar("SELECT 1")
-                except DBAPIError as error:
-                    raise TransactionGoneError from error
 
     def begin_nested(self) -> Savepoint:
         """Open a SAVEPOINT; what fails inside is undone, the rest goes on."""

@@ -40,7 +40,8 @@ class Sessions:
         """Give the write session of `db`."""
         if db not in self.writers:
             self._refuse_to_wait_for_itself(db)
-            self.writers[db] = db.write_session(self._ties(self._unit.check_writable))
+            ties = self._ties(self._unit.life.check_writable)
+            self.writers[db] = db.write_session(ties)
         return self.writers[db]
 
     def reader(self, db: Engines) -> ReadSession:
@@ -84,7 +85,7 @@ class Sessions:
 
     def holds(self, db: Engines) -> bool:
         """Tell whether a connection is held that another unit would wait for."""
-        if self.has_written(db) and not self._unit.is_decided:
+        if self.has_written(db) and self._unit.life.is_writable:
             return True
         reader = self.readers.get(db) if db.is_memory else None
         return reader is not None and any(
@@ -93,7 +94,7 @@ class Sessions:
 
     def _ties(self, check: Callable[[str], None]) -> Ties:
         unit = self._unit
-        return Ties(check, unit.note, unit.hooks, unit.call_undone)
+        return Ties(check, unit.outages.note, unit.hooks, unit.call_undone)
 
     def _make_reader(self, db: Engines) -> ReadSession:
         if db.replicas and db not in self._routes:
@@ -101,19 +102,19 @@ class Sessions:
                 db.replicas,
                 db.read_engine,
                 wrote=functools.partial(self._unit.has_written, db),
-                report=self._unit.report,
+                report=self._unit.report.add,
                 must_see=self._unit.must_see.position(db),
                 seconds=self._unit.must_see.seconds,
             )
         return db.make_read_session(
-            self._ties(self._unit.check_readable),
+            self._ties(self._unit.life.check_readable),
             functools.partial(self._reads_move_to, db),
             self._routes.get(db),
         )
 
     def _reads_move_to(self, db: Engines) -> Session | None:
         """Give the write session once reads belong into its transaction."""
-        if not self._unit.is_writable:
+        if not self._unit.life.is_writable:
             return None
         if db.is_memory:
             writer: Session = self._unit.session(db)
@@ -122,5 +123,5 @@ class Sessions:
 
     def _refuse_to_wait_for_itself(self, db: Engines) -> None:
         # SQLite lets one writer in, and this unit would keep the other from ending.
-        if db.one_writer and self._unit.is_inside_holder_of(db):
+        if db.one_writer and self._unit.kin.hold(db):
             raise NestedUnitOfWorkError(db)

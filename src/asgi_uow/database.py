@@ -12,7 +12,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from . import _config, _dialects
-from ._context import current_unit_of_work, leave, unit_of_work
+from ._block import leave, unit_of_work
+from ._context import current_unit_of_work
 from ._engines import Engines
 from ._health import check
 from .errors import ConfigurationError, MissingDriverError, NoUnitOfWorkError

@@ -134,7 +134,8 @@ def _shown(value: object) -> object:
             return ", ".join(map(str, value)) or "none"
         case BaseException():
             return type(value).__qualname__  # a message may hold data
-    return value
+        case _:
+            return value
 
 
 def notify(observers: Iterable[Observer], event: Event) -> None:

@@ -116,8 +116,8 @@ class OpenTelemetryObserver:
 
     def _start_hook(self, event: of.HookStarted) -> None:
         unit = event.unit
-        if isinstance(unit, UnitOfWork) and unit.hook_of is not None:
-            unit = unit.hook_of
+        if isinstance(unit, UnitOfWork) and unit.kin.hook_of is not None:
+            unit = unit.kin.hook_of
         span = self._tracer.start_span(
             f"{event.phase} {event.hook}",
             trace.set_span_in_context(self._spans[unit]),

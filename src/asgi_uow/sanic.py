@@ -211,7 +211,7 @@ def asgi_uow_answer(
 ) -> Awaitable[HTTPResponse] | None:
     """Answer what the middleware would; None leaves it to Sanic's own pages."""
     unit = current.get()
-    outage = unit is not None and unit.unavailable(error)
+    outage = unit is not None and unit.outages.behind(error)
     if outage or isinstance(error, UnitOfWorkFailedError):
         return _problem(request, error)
     return None
