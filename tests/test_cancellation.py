@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import anyio
 import anyio.lowlevel
 import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from asgi_uow import (
@@ -26,6 +27,7 @@ from asgi_uow import (
     current_read_session,
     current_session,
     current_unit_of_work,
+    parallel_read,
 )
 from asgi_uow._states import State
 from tests import shop
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
         Iterator,
     )
 
+    from asgi_uow import Session
     from asgi_uow._asgi import Receive, Scope, Send
     from tests.servers import Backend, ServerBackend, SQLiteBackend
 
@@ -267,6 +270,73 @@ async def test_cancelled_statement_is_stopped(
             await eventually(1, sleeping)
         await eventually(0, sleeping)
         assert [(1,)] == await backend.fetch("SELECT id FROM items FOR UPDATE")
+        assert [0, 0] == checked_out(db)
+
+
+LOCK = {
+    "mariadb": "SELECT GET_LOCK('held', 60)",
+    "postgresql": "SELECT 1 FROM (SELECT pg_advisory_lock(1)) AS held",
+}
+LOCKING = {
+    "mariadb": "SELECT count(*) FROM information_schema.processlist"
+    " WHERE state = 'User lock' AND db = database()",
+    "postgresql": "SELECT count(*) FROM pg_stat_activity"
+    " WHERE wait_event = 'advisory' AND datname = current_database()",
+}
+
+
+@asynccontextmanager
+async def beside_a_cancelled_read(
+    backend: ServerBackend, session: Session, reader: Session
+) -> AsyncGenerator[None]:
+    """`session` waits for a lock, and gets it after a read was cancelled."""
+
+    async def waiting() -> int:
+        return int(str(await backend.scalar(LOCKING[backend.name])))
+
+    lock = LOCK[backend.name]
+    keeper = create_async_engine(backend.url, poolclass=NullPool)
+    async with keeper.connect() as connection:
+        await connection.exec_driver_sql(lock)
+        waits = asyncio.create_task(session.scalar(lock))
+        await eventually(1, waiting)
+        async with cancelled(reader.execute(lock), "scope"):
+            await eventually(2, waiting)
+        await eventually(1, waiting)
+        yield
+    assert 1 == await waits
+
+
+async def test_cancelled_read_does_not_stop_the_next_user_of_the_reader(
+    server_backend: ServerBackend,
+) -> None:
+    """P10: a connection that was lent to a task is not meant by a later cancel."""
+    async with shop_database(server_backend, pool_size=1) as db, db:
+        await db.read.execute("SELECT 1")
+        async with (
+            parallel_read() as other,
+            beside_a_cancelled_read(server_backend, other, db.read),
+        ):
+            assert [0, 1] == checked_out(db)
+
+
+async def test_cancelled_read_does_not_stop_the_next_user_of_the_writer(
+    server_backend: ServerBackend,
+) -> None:
+    """P10: neither is the writer's, which the unit has read from before COMMIT."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert(1)
+        reader = current_read_session()
+        await reader.execute("SELECT 1")
+        await send({"type": START, "status": 200, "headers": []})
+        async with db, beside_a_cancelled_read(server_backend, db.write, reader):
+            assert [1, 0] == checked_out(db)
+        await send({"type": BODY, "body": b""})
+
+    async with shop_database(server_backend, pool_size=1) as db:
+        response = await request(UnitOfWorkMiddleware(app, db))
+        assert response.error is None
         assert [0, 0] == checked_out(db)
 
 

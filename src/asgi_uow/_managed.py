@@ -43,8 +43,8 @@ class ManagedSession(orm.Session):
     connections: list[Connection]
     """The connections on which this session has begun a transaction."""
 
-    kills: list[tuple[Engine, str]]
-    """What stops a statement in flight on those connections, and on which server."""
+    kills: list[tuple[Connection, str]]
+    """What stops a statement in flight on each of those connections."""
 
     journal: Journal
     """What the database has said against the transaction."""
@@ -150,7 +150,7 @@ def _remember_connection(
         driver = driver_of(connection.dialect)
         if driver.kill is not None:
             statement = driver.kill(connection.connection.driver_connection)
-            session.kills.append((connection.engine, statement))
+            session.kills.append((connection, statement))
         if not isinstance(session, ReadOnlySession):
             _refuse_autocommit(connection)
             _journal.attach(connection, session.journal)

@@ -162,7 +162,16 @@ class Session(TextSession):
         PostgreSQL if an anyio scope was cancelled: its drivers tell the server, but
         are cancelled at that too.
         """
+        await self._stop(self._take_kills())
+
+    def _take_kills(self) -> list[tuple[Engine, str]]:
+        """Give, once, what stops statements on the connections that are held."""
         kills, self.sync_session.kills = self.sync_session.kills, []
+        # One that was given back may be running somebody else's statement.
+        held = [each for each in kills if not each[0].closed]
+        return [(connection.engine, statement) for connection, statement in held]
+
+    async def _stop(self, kills: Iterable[tuple[Engine, str]]) -> None:
         in_cancelled_scope = current_effective_deadline() == -math.inf
         for engine, statement in kills:
             if in_cancelled_scope or not driver_of(engine.dialect).tells_the_server:
@@ -223,8 +232,9 @@ class Session(TextSession):
             session.close()
 
         self.hand_over()
+        kills = self._take_kills()
         await AsyncSession.run_sync(self, throw_away)
-        await self.stop_statement()
+        await self._stop(kills)
 
     async def close_streams(self) -> None:
         """Close the streams that nobody has read to their end."""
