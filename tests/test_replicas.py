@@ -14,6 +14,7 @@ from sqlalchemy import event
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
 
 from asgi_uow import (
     CausalReads,
@@ -25,6 +26,7 @@ from asgi_uow import (
     force_commit,
     parallel_read,
 )
+from asgi_uow._dialects import code_of
 from asgi_uow._replicas import LONGEST_PAUSE, Replica, by_free_connections
 from asgi_uow.observers import (
     LoggingObserver,
@@ -39,6 +41,8 @@ from tests.test_promises import checked_out
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    from sqlalchemy import Connection
 
     from asgi_uow._asgi import ASGIApp, Receive, Scope, Send
     from asgi_uow.observers import Event
@@ -242,6 +246,64 @@ async def test_lost_after_a_read(any_driver: Backend) -> None:
         response = await request(site.app(handler))
 
     assert 503 == response.status
+    assert 0 == site.told(ReaderFailed)
+
+
+async def test_lost_by_two_tasks(any_driver: Backend) -> None:
+    """A task that is late to lose the reader goes where the other one has read."""
+    async with site_with(any_driver, any_driver.url) as site:
+        both, one_has_read = asyncio.Event(), asyncio.Event()
+        order = iter((both, one_has_read))
+
+        def lose(*_: object) -> None:
+            awaited = next(order)
+            if awaited is one_has_read:
+                both.set()
+            await_only(awaited.wait())
+            raise ConnectionResetError
+
+        async def read() -> None:
+            async with parallel_read() as session:
+                site.found.append(await session.scalar(COUNT))
+                one_has_read.set()
+
+        async def handler() -> None:
+            await asyncio.gather(read(), read())
+
+        event.listen(site.db.readers[0].sync_engine, "before_cursor_execute", lose)
+        response = await request(site.app(handler))
+
+    assert 200 == response.status
+    assert [0, 0] == site.found
+    assert 1 == site.told(ReaderFailed)
+    assert 0 == site.told(ReaderRestored)
+
+
+async def test_in_the_way_everywhere(postgresql: PostgreSQLBackend) -> None:
+    """A read that each replica stops ends on the writer; none is tried twice."""
+    await postgresql.execute(
+        "CREATE FUNCTION conflict() RETURNS integer LANGUAGE plpgsql"
+        " AS $$ BEGIN RAISE EXCEPTION SQLSTATE '40001'; END $$"
+    )
+    async with site_with(postgresql, postgresql.url, postgresql.url) as site:
+        asked: list[str] = []
+
+        def note(connection: Connection, *_: object) -> None:
+            asked.append(names[connection.engine])
+
+        engines = (site.db.read_engine, *site.db.readers)
+        servers = zip(engines, ("writer", "a", "b"), strict=True)
+        names = {engine.sync_engine: name for engine, name in servers}
+        for engine in names:
+            event.listen(engine, "before_cursor_execute", note)
+
+        async def handler() -> None:
+            await current_read_session().execute("SELECT conflict()")
+
+        response = await request(site.app(handler))
+
+    assert "40001" == code_of(response.error)
+    assert ["a", "b", "writer"] == [*sorted(asked[:2]), *asked[2:]]
     assert 0 == site.told(ReaderFailed)
 
 

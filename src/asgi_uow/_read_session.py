@@ -97,10 +97,11 @@ class ReadSession(Session):
             needed = method.__name__ not in UNCONNECTED and not ending
             if needed and self.writer() is None:
                 await route.lead(self)
+            joined = self.writer() is not None
             try:
                 result = await super().perform(method, args, kwargs)
             except Exception as error:
-                again = method.__name__ in REPEATABLE and not ending
+                again = method.__name__ in REPEATABLE and not (ending or joined)
                 if not (again and await route.moved(self, error)):
                     raise
             else:

@@ -122,6 +122,7 @@ class Route:
         self._seconds = seconds
         self._choosing = asyncio.Lock()
         self._choice: Replica | None = None
+        self._lost: list[Replica] = []
         self._decided = False
         self._has_read = False
 
@@ -146,21 +147,32 @@ class Route:
         replication, before anything was read. A statement that took too long is slow
         elsewhere too.
         """
-        replica = self._choice
+        replica = self._used_by(session)
         lost = _dialects.is_lost(error) and not isinstance(error, TimeoutError)
         conflict = _dialects.code_of(error) == _dialects.RECOVERY_CONFLICT
-        if self._has_read or replica is None or not (lost or conflict):
+        if replica is None or not (lost or conflict):
+            return False
+        if self._has_read and replica is self._choice:
             return False
         await session.let_go()
         self._leave(replica, error)
+        # No way back: two replicas may both be in the way of a long read.
+        self._lost.append(replica)
         async with self._choosing:
-            await self._choose(session, but=replica)
+            if replica is self._choice or not await self._use(session, self._choice):
+                await self._choose(session)
         return True
 
-    async def _choose(self, session: ReadSession, but: Replica | None = None) -> None:
+    def _used_by(self, session: ReadSession) -> Replica | None:
+        """Tell where a session reads; the unit may have chosen again meanwhile."""
+        bind = session.sync_session.bind
+        found = (each for each in self._replicas if each.engine.sync_engine is bind)
+        return next(found, None)
+
+    async def _choose(self, session: ReadSession) -> None:
         self._decided = False
         for replica in by_free_connections(self._replicas):
-            if replica is not but and await self._use(session, replica):
+            if replica not in self._lost and await self._use(session, replica):
                 return
         await self._use(session, None)
 
@@ -194,7 +206,7 @@ class Route:
             await session.let_go()
             self._report(ReaderBehind(replica.name, self._seconds))
             return False
-        if replica.failures:
+        if replica.failures and replica.is_healthy:
             replica.failures = 0
             self._report(ReaderRestored(replica.name))
         self._choice, self._decided = replica, True
