@@ -134,6 +134,8 @@ class Engines:
         None where there is nothing to wait for, `READ_FROM_WRITER` if it could not
         be learnt in so many `seconds`.
         """
+        if not self.replicas:
+            return None
         found: str | None = None
         try:
             with fail_after(seconds):
@@ -142,7 +144,7 @@ class Engines:
         except (sa_exc.SQLAlchemyError, OSError):
             logger.warning("the position of %s was not learnt", self.name)
             return READ_FROM_WRITER
-        return READ_FROM_WRITER if found is None and self.replicas else found
+        return READ_FROM_WRITER if found is None else found
 
     def write_session(self, ties: Ties) -> Session:
         """Make the write session of a unit; it connects when it executes."""
