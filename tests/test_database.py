@@ -221,6 +221,9 @@ def test_a_reader_that_cannot_work() -> None:
     for reader in (not_async, writer):
         with pytest.raises(ConfigurationError):
             Database(writer, readers=[reader])
+    late = Database(None, readers=[writer])
+    with pytest.raises(ConfigurationError, match="cannot be the writer"):
+        late.engine = writer
 
 
 @pytest.mark.parametrize(

@@ -60,11 +60,9 @@ class Engines:
         self._read_engine: AsyncEngine | None = None
         self._owned = False
         self.is_memory: bool = False
+        self._check_not_a_reader(engine)
         for reader in self._readers:
             _check_engine(reader)
-            if reader is engine:
-                message = "A reader cannot be the writer: it is made read-only."
-                raise ConfigurationError(message)
             prepare(reader, read_only=True)
         if engine is not None:
             self.engine = engine
@@ -86,6 +84,7 @@ class Engines:
             message = "This Database has an engine already; make another Database."
             raise ConfigurationError(message)
         _check_engine(engine)
+        self._check_not_a_reader(engine)
         if self.resolve_unknown and engine.dialect.name != "postgresql":
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
@@ -97,6 +96,11 @@ class Engines:
             prepare(self._read_engine, read_only=True)
         prepare(engine, read_only=False)
         self._engine = engine
+
+    def _check_not_a_reader(self, engine: AsyncEngine | None) -> None:
+        if engine in self._readers:
+            message = "A reader cannot be the writer: it is made read-only."
+            raise ConfigurationError(message)
 
     @property
     def read_engine(self) -> AsyncEngine:
