@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import (
     Database,
@@ -153,6 +154,19 @@ async def test_round_trips(any_driver: Backend) -> None:
             measured[name] = cell(trips)
             await db.dispose()
     assert documented(any_driver.driver) == measured
+
+
+async def test_two_phase_reads(server_backend: ServerBackend) -> None:
+    """Sessions that commit in two phases cost a read nothing."""
+    async with server_backend.proxy() as proxy:
+        engine = create_async_engine(server_backend.through(proxy.port))
+        db = Database(engine, twophase=True)
+        for _ in range(2):
+            proxy.clear()
+            async with db:
+                await db.read.execute("SELECT 1")
+        assert ["SELECT 1"] == proxy.trips
+        await db.dispose()
 
 
 # Who holds a connection, and until when

@@ -177,7 +177,8 @@ class Engines:
             writer=writer,
             route=route,
             **self._session_options
-            | {"autoflush": False, "join_transaction_mode": "rollback_only"},
+            | {"autoflush": False, "twophase": False}
+            | {"join_transaction_mode": "rollback_only"},
         )
 
     @staticmethod
