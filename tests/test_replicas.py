@@ -6,6 +6,7 @@ What needs servers that replicate is in tests/cluster.
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ from asgi_uow.observers import (
 )
 from tests import shop
 from tests.asgi import BODY, START, endpoint, http_scope, request, respond
-from tests.servers.process import free_port
+from tests.servers.process import HOST, free_port
 from tests.test_promises import checked_out
 
 if TYPE_CHECKING:
@@ -128,6 +129,21 @@ async def test_moves_on_when_a_reader_is_down(server_backend: ServerBackend) -> 
             assert 200 == (await site.get()).status
         assert 1 >= site.told(ReaderFailed)
         assert [0, 0, 0] == checked_out(site.db)
+
+
+@pytest.mark.parametrize(
+    "options", [{"poolclass": NullPool}, {"pool_size": 1, "max_overflow": 0}]
+)
+async def test_a_reader_that_does_not_answer(
+    server_backend: ServerBackend, options: dict[str, Any]
+) -> None:
+    """It is waited for once, whatever its pool, and then left alone."""
+    with socket.create_server((HOST, 0)) as silent:
+        url = server_backend.through(silent.getsockname()[1])
+        async with site_with(server_backend, url, **options) as site:
+            assert 200 == (await site.get()).status
+            assert 1 == site.told(ReaderFailed)
+            assert [0] == site.found
 
 
 async def test_no_reader_is_up(server_backend: ServerBackend) -> None:

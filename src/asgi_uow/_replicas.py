@@ -73,6 +73,12 @@ class Replica:
         more = pool._max_overflow  # noqa: SLF001  # -1 is no limit
         return pool.size() + (sys.maxsize if more < 0 else more) - pool.checkedout()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether who wants a connection has to wait for somebody else's."""
+        pool = self.engine.sync_engine.pool
+        return isinstance(pool, QueuePool) and self.free <= 0
+
     def failed(self) -> float | None:
         """Leave it alone for a while, and give the seconds; None if it is already.
 
@@ -184,6 +190,7 @@ class Route:
             return True
         session.sync_session.bind = replica.engine.sync_engine
         replica.is_probed = replica.failures > 0
+        busy = replica.is_busy
         try:
             reached = await self._connect(session)
         except BaseException as error:
@@ -194,10 +201,7 @@ class Route:
             if not _dialects.is_unavailable(error):
                 raise
             # To wait in vain for a busy pool says nothing about the server.
-            if (
-                not isinstance(error, TimeoutError | sa_exc.TimeoutError)
-                or replica.free
-            ):
+            if not (busy and isinstance(error, TimeoutError | sa_exc.TimeoutError)):
                 self._leave(replica, error)
             return False
         finally:
