@@ -13,6 +13,7 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from asgi_uow import Database, UnitOfWorkMiddleware, current_read_session
+from asgi_uow.errors import ReadOnlySessionError
 from tests.servers import eventually
 from tests.streams import ROWS, SELECT, Client, checked_out, fill
 
@@ -140,6 +141,23 @@ async def test_connection_of_a_stream_comes_back(
     assert [0, 0] == checked_out(db)
     await eventually(0, shop_backend.open_transactions)
     assert ROWS == await read_all(app)
+    assert [0, 0] == checked_out(db)
+    await db.dispose()
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+async def test_reads_go_on_after_an_error_beside_a_stream(
+    shop_backend: Backend, is_read: bool
+) -> None:
+    """PostgreSQL ends the transaction of the cursor; the next read begins anew."""
+    db = Database.from_url(shop_backend.url, pool_size=1, max_overflow=0)
+    async with db:
+        rows = await db.read.stream_scalars(SELECT)
+        if is_read or shop_backend.name == "mariadb":
+            assert ROWS == len(await rows.all())
+        with pytest.raises(ReadOnlySessionError):
+            await db.read.execute("DELETE FROM items")
+        assert ROWS == await db.read.scalar("SELECT count(*) FROM items")
     assert [0, 0] == checked_out(db)
     await db.dispose()
 

@@ -159,6 +159,15 @@ def code_of(error: BaseException | None) -> str | int | None:
     return None
 
 
+def driver_error(error: BaseException | None) -> BaseException | None:
+    """Find what SQLAlchemy has wrapped, in `error` or behind it."""
+    while error is not None:
+        if isinstance(error, sa_exc.DBAPIError):
+            return error.orig
+        error = error.__cause__
+    return None
+
+
 def _is_of_mysql(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in MYSQL_DRIVERS
 

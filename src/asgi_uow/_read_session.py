@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ._dialects import READ_ONLY_CODES, code_of
+from ._dialects import READ_ONLY_CODES, code_of, driver_error
 from ._drivers import driver_of
 from ._managed import ReadOnlySession
 from ._session import Session
@@ -76,13 +76,33 @@ class ReadSession(Session):
             if self.route is not None:
                 return await self._read(self.route, method, args, kwargs)
             return await super().perform(method, args, kwargs)
-        except ReadOnlySessionError:
-            raise
         except Exception as error:
-            if code_of(error) not in READ_ONLY_CODES:
+            if self._has_spoilt(error):
+                await self.close_streams()
+                await self.let_go()
+            named = isinstance(error, ReadOnlySessionError)
+            if named or code_of(error) not in READ_ONLY_CODES:
                 raise
             operation = f"session.{method.__name__}()"
             raise ReadOnlySessionError(operation) from error
+
+    def _has_spoilt(self, error: Exception) -> bool:
+        """Tell whether `error` has PostgreSQL refuse all else in a stream's transaction.
+
+        The next read begins anew.
+        """
+        failed = driver_error(error)
+        if failed is None or self.writer() is not None or self.sync_session.is_ending():
+            return False
+        held = [
+            (driver_of(each.dialect), each.connection.driver_connection)
+            for each in self.sync_session.connections
+            if not (each.closed or each.invalidated)
+        ]
+        return any(
+            driver.in_transaction(raw) and driver.gave_up(raw, failed)
+            for driver, raw in held
+        )
 
     async def _read(
         self,
