@@ -42,7 +42,9 @@ WAL_PAUSE = 50
 """Milliseconds between two attempts to have a SQLite file keep a write-ahead log."""
 
 
-def prepare(engine: AsyncEngine, *, read_only: bool) -> None:
+def prepare(
+    engine: AsyncEngine, *, read_only: bool, read_isolation: str | None = None
+) -> None:
     """Attach the listeners; all of them run inside SQLAlchemy's greenlet."""
     target = engine.sync_engine
     # First, so that those that follow know what a disconnect is.
@@ -52,6 +54,8 @@ def prepare(engine: AsyncEngine, *, read_only: bool) -> None:
         event.listen(target, "connect", _sqlite_settings)
         if not read_only:
             event.listen(target, "begin", _sqlite_begin)
+        elif read_isolation is not None:
+            event.listen(target, "begin", _sqlite_snapshot)
     if target.dialect.name in {"mysql", "mariadb"} and not read_only:
         event.listen(target, "connect", _ask_rollback_on_timeout)
     if _dialects.is_memory(target.url):
@@ -59,7 +63,7 @@ def prepare(engine: AsyncEngine, *, read_only: bool) -> None:
     if read_only:
         # In AUTOCOMMIT there is nothing to roll back when a connection is closed.
         target.dialect.skip_autocommit_rollback = True
-        event.listen(target, "connect", _Reader(target).make_read_only)
+        event.listen(target, "connect", _Reader(target, read_isolation).make_read_only)
         event.listen(target, "handle_error", _name_read_only_error)
         event.listen(target, "before_cursor_execute", _note_settings)
         event.listen(target, "set_connection_execution_options", _note_options)
@@ -74,8 +78,9 @@ def prepare(engine: AsyncEngine, *, read_only: bool) -> None:
 class _Reader:
     """Makes the connections of a read engine read-only, once each."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, isolation: str | None) -> None:
         self.dialect = engine.dialect
+        self.isolation = isolation
 
     def make_read_only(self, dbapi_connection: DBAPIConnection, _: object) -> None:
         # Last of the connect listeners, so no isolation level set before survives.
@@ -83,6 +88,8 @@ class _Reader:
         cursor = dbapi_connection.cursor()
         cursor.execute(_dialects.READ_ONLY_STATEMENT[self.dialect.name])
         cursor.close()
+        if self.isolation is not None and self.dialect.name != "sqlite":
+            self.dialect.set_isolation_level(dbapi_connection, self.isolation)
 
 
 class _Care:
@@ -240,3 +247,8 @@ def _sqlite_begin(connection: Connection) -> None:
     commits. https://www.sqlite.org/lang_savepoint.html
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _sqlite_snapshot(connection: Connection) -> None:
+    """Keep what the first read finds; in WAL that stops no writer."""
+    connection.exec_driver_sql("BEGIN")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from anyio import fail_after
 from sqlalchemy import exc as sa_exc
@@ -46,10 +46,15 @@ class Engines:
         readers: Sequence[AsyncEngine],
         commit_on_exit: bool,
         resolve_unknown: bool,
+        read_isolation: Literal["REPEATABLE READ"] | None,
         **session_options: Any,
     ) -> None:
         """See `asgi_uow.Database`."""
         _refuse_reserved(session_options)
+        if read_isolation not in {None, "REPEATABLE READ"}:
+            message = f"read_isolation is 'REPEATABLE READ' or None: {read_isolation!r}"
+            raise ConfigurationError(message)
+        self.read_isolation = read_isolation
         self.commit_on_exit = commit_on_exit
         self.resolve_unknown = resolve_unknown
         self._session_options: dict[str, Any] = {"expire_on_commit": False}
@@ -63,7 +68,7 @@ class Engines:
         self._check_not_a_reader(engine)
         for reader in self._readers:
             _check_engine(reader)
-            prepare(reader, read_only=True)
+            prepare(reader, read_only=True, read_isolation=read_isolation)
         if engine is not None:
             self.engine = engine
 
@@ -93,7 +98,9 @@ class Engines:
             self._read_engine = engine
         else:
             self._read_engine = read_engine or _derive_engine(engine)
-            prepare(self._read_engine, read_only=True)
+            prepare(
+                self._read_engine, read_only=True, read_isolation=self.read_isolation
+            )
         prepare(engine, read_only=False)
         self._engine = engine
 

@@ -72,11 +72,12 @@ async def position(connection: AsyncConnection) -> str | None:
 async def wait_for(connection: AsyncConnection, position: str, seconds: float) -> bool:
     """Wait until the server has reached `position`; False if it has not in time.
 
-    Asked on an AUTOCOMMIT connection to a replica, before anything is read; one
-    round trip where the server is there already. A server that is a writer itself
-    (a promoted replica) is there. False also for what is no position of this kind of
-    database, and the connection can be used on. `seconds` bounds the waiting, not
-    what the network takes. Raises what SQLAlchemy raises if the server fails.
+    Asked on a connection to a replica before anything is read, in AUTOCOMMIT or in a
+    transaction that ends with it; one round trip where the server is there already.
+    A server that is a writer itself (a promoted replica) is there. False also for what
+    is no position of this kind of database, and the connection can be used on.
+    `seconds` bounds the waiting, not what the network takes. Raises what SQLAlchemy
+    raises if the server fails.
     """
     kind = _kind(connection.dialect)
     if kind == "mariadb" and GTID_LIST.fullmatch(position):

@@ -165,10 +165,15 @@ class ReadSession(Session):
         if self.writer() is not None:
             return
         connection = await self.connection()
-        driver = driver_of(connection.dialect)
+        dialect = connection.dialect
+        driver = driver_of(dialect)
         raw = await connection.get_raw_connection()
-        if driver.cursor_needs_begin and not driver.in_transaction(
-            raw.driver_connection
+        if (
+            driver.cursor_needs_begin
+            and not driver.in_transaction(raw.driver_connection)
+            and raw.dbapi_connection is not None
+            # Or the driver begins one by itself.
+            and dialect.detect_autocommit_setting(raw.dbapi_connection)
         ):
             await connection.exec_driver_sql("BEGIN")
 

@@ -15,6 +15,7 @@ from sqlalchemy.pool import QueuePool
 
 from . import _dialects
 from ._causal import READ_FROM_WRITER
+from ._drivers import driver_of
 from ._positions import wait_for
 from ._shield import run_to_completion
 from .observers import ReaderBehind, ReaderFailed, ReaderRestored
@@ -22,7 +23,7 @@ from .observers import ReaderBehind, ReaderFailed, ReaderRestored
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from ._read_session import ReadSession
     from .observers import Event
@@ -224,7 +225,9 @@ class Route:
             return True
         seconds = self._left()
         with anyio.fail_after(seconds + ANSWER_SECONDS):
-            return await wait_for(connection, self._must_see, seconds)
+            reached = await wait_for(connection, self._must_see, seconds)
+            await _end_snapshot(connection)
+        return reached
 
     def _leave(self, replica: Replica, error: Exception) -> None:
         conflict = _dialects.code_of(error) == _dialects.RECOVERY_CONFLICT
@@ -237,3 +240,14 @@ class Route:
         if self._until is None:
             self._until = time.monotonic() + self._seconds
         return max(0.0, self._until - time.monotonic())
+
+
+async def _end_snapshot(connection: AsyncConnection) -> None:
+    """Have the next statement take a snapshot: that of the wait is too old.
+
+    Only where `read_isolation` has begun a transaction for the wait.
+    """
+    driver = driver_of(connection.dialect)
+    raw = await connection.get_raw_connection()
+    if driver.in_transaction(raw.driver_connection):
+        await connection.run_sync(lambda sync: sync.connection.rollback())

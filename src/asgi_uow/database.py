@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import exc as sa_exc
 from sqlalchemy import make_url
@@ -41,8 +41,10 @@ class Database(Engines):
     `commit_on_exit=False` has `async with db:` roll back unless `force_commit()` is
     called; it says nothing about requests. `resolve_unknown=True` (PostgreSQL) asks
     for the transaction id before each COMMIT, one more round trip, so that a COMMIT
-    whose answer was lost can be settled. All other options are those of
-    SQLAlchemy's `Session`; `expire_on_commit` is False unless passed.
+    whose answer was lost can be settled. `read_isolation="REPEATABLE READ"` gives
+    the reads of a read session one snapshot, at the price of a transaction. All other
+    options are those of SQLAlchemy's `Session`; `expire_on_commit` is False unless
+    passed.
 
     Create it at import time or at start-up; nothing connects before first use.
     Raises `ConfigurationError` for an engine or option that cannot work.
@@ -55,6 +57,7 @@ class Database(Engines):
         readers: Sequence[AsyncEngine] = (),
         commit_on_exit: bool = True,
         resolve_unknown: bool = False,
+        read_isolation: Literal["REPEATABLE READ"] | None = None,
         **session_options: Any,
     ) -> None:
         """See the class."""
@@ -63,6 +66,7 @@ class Database(Engines):
             readers=readers,
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
+            read_isolation=read_isolation,
             **session_options,
         )
         self._entered: list[tuple[weakref.ref[Task], weakref.ref[UnitOfWork]]] = []
@@ -75,6 +79,7 @@ class Database(Engines):
         read_urls: Sequence[str | URL] = (),
         commit_on_exit: bool = True,
         resolve_unknown: bool = False,
+        read_isolation: Literal["REPEATABLE READ"] | None = None,
         **engine_options: Any,
     ) -> Self:
         """Create the engines with defaults that suit the database.
@@ -92,6 +97,7 @@ class Database(Engines):
             readers=[_create_engine(each, engine_options) for each in read_urls],
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
+            read_isolation=read_isolation,
         )
         writer = _create_engine(url, engine_options)
         if _dialects.is_memory(writer.url):

@@ -8,7 +8,7 @@ import os
 import signal
 from http.cookies import SimpleCookie
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -27,6 +27,7 @@ from asgi_uow import (
 from asgi_uow.observers import Event, ReaderBehind, ReaderFailed
 from tests import shop
 from tests.asgi import http_scope, request, respond
+from tests.servers import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -42,10 +43,14 @@ PAIRS = 200
 class Client:
     """A browser: it keeps the cookie that it is given."""
 
-    def __init__(self, cluster: Cluster, causal_reads: CausalReads | None) -> None:
+    def __init__(
+        self, cluster: Cluster, causal_reads: CausalReads | None, **options: Any
+    ) -> None:
         replicas = [cluster.at(server) for server in cluster.replicas]
         self.db = Database.from_url(
-            cluster.backend.url, read_urls=[replica.url for replica in replicas]
+            cluster.backend.url,
+            read_urls=[replica.url for replica in replicas],
+            **options,
         )
         self.events: list[Event] = []
         self.found: list[object] = []
@@ -97,8 +102,8 @@ async def make(cluster: Cluster) -> AsyncIterator[Callable[..., Client]]:
     await cluster.wait_until_applied()
     clients: list[Client] = []
 
-    def make(causal_reads: CausalReads | None = None) -> Client:
-        clients.append(Client(cluster, causal_reads))
+    def make(causal_reads: CausalReads | None = None, **options: Any) -> Client:
+        clients.append(Client(cluster, causal_reads, **options))
         return clients[-1]
 
     yield make
@@ -144,6 +149,34 @@ async def test_waits_for_an_applier(
     await client.send("POST", 1)
 
     read = asyncio.create_task(client.send("GET", 1))
+    for number in range(len(cluster.replicas)):
+        await cluster.start_applier(number)
+    await read
+
+    assert [1] == client.found
+    assert ReaderBehind not in map(type, client.events)
+
+
+async def test_waits_before_the_snapshot(
+    cluster: Cluster, make: Callable[..., Client]
+) -> None:
+    """What was applied during the wait is in the snapshot of all reads."""
+    client = make(CausalReads(SECRET, wait=30), read_isolation="REPEATABLE READ")
+    await stop_appliers(cluster)
+    await client.send("POST", 1)
+    asked: list[str] = []
+
+    def note(*args: Any) -> None:
+        asked.append(args[2])
+
+    for engine in client.db.readers:
+        event.listen(engine.sync_engine, "before_cursor_execute", note)
+
+    async def is_waiting() -> bool:
+        return len(asked) > 1
+
+    read = asyncio.create_task(client.send("GET", 1))
+    await eventually(True, is_waiting)
     for number in range(len(cluster.replicas)):
         await cluster.start_applier(number)
     await read
