@@ -381,9 +381,11 @@ async def test_not_stamped(any_driver: Backend) -> None:
 async def test_nothing_to_wait_for(any_driver: Backend) -> None:
     """Without replicas there is no token, and no connection that one waits for."""
     options = {"pool_size": 1, "max_overflow": 0}
-    async with site_with(any_driver, **options) as site:
-        async with site.db.read_engine.connect():
-            assert b"" == await cookie_of(site, insert_one)
+    async with (
+        site_with(any_driver, **options) as site,
+        site.db.read_engine.connect(),
+    ):
+        assert b"" == await cookie_of(site, insert_one)
 
 
 async def test_read_with_a_token(any_driver: Backend) -> None:
