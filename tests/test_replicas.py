@@ -127,6 +127,7 @@ async def test_moves_on_when_a_reader_is_down(server_backend: ServerBackend) -> 
     ) as site:
         for _ in range(8):
             assert 200 == (await site.get()).status
+            prolong_pauses(site.db)
         assert 1 >= site.told(ReaderFailed)
         assert [0, 0, 0] == checked_out(site.db)
 
@@ -160,8 +161,40 @@ async def test_no_reader_is_up(server_backend: ServerBackend) -> None:
         assert 1 == site.told(ReaderFailed)
         assert [0, 0, 0] == site.found
         # The next request does not even try.
+        prolong_pauses(site.db)
         assert 200 == (await site.get()).status
         assert 1 == site.told(ReaderFailed)
+
+
+def prolong_pauses(db: Database) -> None:
+    """Let none end during the test, however slow the machine is."""
+    for replica in db.replicas:
+        replica.left_until += 3600 * replica.failures
+
+
+async def test_tried_by_one_request(server_backend: ServerBackend) -> None:
+    """When the pause is over one request tries; a cancelled one lets the next try."""
+    with socket.create_server((HOST, 0)) as silent:
+        url = server_backend.through(silent.getsockname()[1])
+        async with site_with(server_backend, url) as site:
+            [replica] = site.db.replicas
+            replica.failures = 1
+            trying = asyncio.Event()
+
+            def note(*_: object) -> None:
+                trying.set()
+
+            event.listen(replica.engine.sync_engine, "do_connect", note)
+            task = asyncio.create_task(site.get())
+            await trying.wait()
+            assert 200 == (await site.get()).status
+            assert not task.done()
+            task.cancel()
+            await asyncio.wait((task,))
+            assert replica.is_healthy
+            assert [0] == site.found
+            assert 0 == site.told(ReaderFailed)
+            assert [0, 0] == checked_out(site.db)
 
 
 async def test_used_again(any_driver: Backend) -> None:

@@ -29,6 +29,7 @@ from tests.asgi import BODY, START, endpoint, request
 from tests.servers import eventually
 from tests.test_cancellation import SLEEPING
 from tests.test_promises import checked_out
+from tests.test_replicas import prolong_pauses
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -196,7 +197,9 @@ async def test_no_replica_left(site: Site) -> None:
     for server in site.cluster.replicas:
         await asyncio.to_thread(server.kill)
 
-    responses = [await site.get() for _ in range(3)]
+    responses = [await site.get()]
+    prolong_pauses(site.db)
+    responses += [await site.get() for _ in range(2)]
 
     assert [200] * 3 == [response.status for response in responses]
     assert {site.cluster.primary.port} == set(site.ports)
