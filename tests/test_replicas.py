@@ -216,11 +216,14 @@ async def test_pauses(any_driver: Backend) -> None:
     """Each pause may be twice as long as the one before, up to half a minute."""
     replica = Replica(create_async_engine(any_driver.url, poolclass=NullPool))
     assert 0 == replica.free
+    pauses = set()
     for longest in (0.5, 1, 2, 4, 8, 16, *[LONGEST_PAUSE] * 2000):
         replica.left_until = 0.0
         seconds = replica.failed()
         assert seconds is not None
         assert longest / 2 <= seconds <= longest
+        pauses.add(seconds)
+    assert len(pauses) > 1000  # no two processes come back at the same moment
 
 
 async def test_the_least_busy_first(sqlite: SQLiteBackend) -> None:

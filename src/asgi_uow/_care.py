@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sqlalchemy import event
 from sqlalchemy import exc as sa_exc
@@ -43,7 +43,10 @@ WAL_PAUSE = 50
 
 
 def prepare(
-    engine: AsyncEngine, *, read_only: bool, read_isolation: str | None = None
+    engine: AsyncEngine,
+    *,
+    read_only: bool,
+    read_isolation: Literal["REPEATABLE READ"] | None = None,
 ) -> None:
     """Attach the listeners; all of them run inside SQLAlchemy's greenlet."""
     target = engine.sync_engine
@@ -78,7 +81,9 @@ def prepare(
 class _Reader:
     """Makes the connections of a read engine read-only, once each."""
 
-    def __init__(self, engine: Engine, isolation: str | None) -> None:
+    def __init__(
+        self, engine: Engine, isolation: Literal["REPEATABLE READ"] | None
+    ) -> None:
         self.dialect = engine.dialect
         self.isolation = isolation
 
