@@ -317,6 +317,7 @@ async def test_lost_by_two_tasks(any_driver: Backend) -> None:
         async def read() -> None:
             async with parallel_read() as session:
                 site.found.append(await session.scalar(COUNT))
+                prolong_pauses(site.db)
                 one_has_read.set()
 
         async def handler() -> None:

@@ -85,7 +85,7 @@ class _Reader:
         self, engine: Engine, isolation: Literal["REPEATABLE READ"] | None
     ) -> None:
         self.dialect = engine.dialect
-        self.isolation = isolation
+        self.isolation: Literal["REPEATABLE READ"] | None = isolation
 
     def make_read_only(self, dbapi_connection: DBAPIConnection, _: object) -> None:
         # Last of the connect listeners, so no isolation level set before survives.

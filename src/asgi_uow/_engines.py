@@ -54,7 +54,7 @@ class Engines:
         if read_isolation not in {None, "REPEATABLE READ"}:
             message = f"read_isolation is 'REPEATABLE READ' or None: {read_isolation!r}"
             raise ConfigurationError(message)
-        self.read_isolation = read_isolation
+        self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
         self.commit_on_exit = commit_on_exit
         self.resolve_unknown = resolve_unknown
         self._session_options: dict[str, Any] = {"expire_on_commit": False}
