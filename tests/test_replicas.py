@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from tests.asgi import Response
     from tests.servers.backend import (
         Backend,
+        MariaDBBackend,
         PostgreSQLBackend,
         ServerBackend,
         SQLiteBackend,
@@ -453,6 +454,27 @@ async def test_too_far_behind(postgresql: PostgreSQLBackend) -> None:
         app = site.wrap(endpoint(site.read), CAUSAL)
         assert 200 == (await request(app, scope=scope)).status
     assert 1 == site.told(ReaderBehind)
+    assert [0] == site.found
+
+
+async def test_one_wait_for_all_readers(mariadb: MariaDBBackend) -> None:
+    """The seconds are for all readers together: the second is only asked."""
+    causal = CausalReads("a secret of the tests, long enough", wait=0.05)
+    waits: list[str] = []
+
+    def note(*args: Any) -> None:
+        waits.extend(["wait"] * ("GTID_WAIT" in args[2]))
+
+    async with site_with(mariadb, mariadb.url, mariadb.url) as site:
+        for reader in site.db.readers:
+            event.listen(reader.sync_engine, "before_cursor_execute", note)
+        header = causal.response_header({site.db.key: "0-1-99999999"}, secure=False)
+        cookie = header[1].partition(b";")[0]
+        scope = http_scope(headers=[(b"cookie", cookie)])
+        app = site.wrap(endpoint(site.read), causal)
+        assert 200 == (await request(app, scope=scope)).status
+    assert 2 == site.told(ReaderBehind)
+    assert ["wait"] == waits
     assert [0] == site.found
 
 
