@@ -27,6 +27,7 @@ from asgi_uow import (
     force_commit,
     parallel_read,
 )
+from asgi_uow._causal import READ_FROM_WRITER
 from asgi_uow._dialects import code_of
 from asgi_uow._replicas import LONGEST_PAUSE, Replica, by_free_connections
 from asgi_uow.observers import (
@@ -401,6 +402,18 @@ async def test_stamped(any_driver: Backend) -> None:
         cookie = await cookie_of(site, insert_one)
     assert cookie.startswith(b"asgi_uow=")
     assert b"Secure" in cookie
+
+
+async def test_what_was_known_before(sqlite: SQLiteBackend) -> None:
+    """A new token keeps what the client's last one says of other databases."""
+    async with site_with(sqlite, sqlite.url) as site:
+        header = CAUSAL.response_header({"another": "0/1"}, secure=False)
+        scope = http_scope(headers=[(b"cookie", header[1].partition(b";")[0])])
+        app = site.wrap(endpoint(insert_one), CAUSAL)
+        response = await request(app, scope=scope)
+    cookie = response.headers[b"set-cookie"].partition(b";")[0]
+    expected = {"another": "0/1", site.db.key: READ_FROM_WRITER}
+    assert expected == CAUSAL.positions([(b"cookie", cookie)])
 
 
 async def test_not_stamped(any_driver: Backend) -> None:
