@@ -173,8 +173,14 @@ def _gate(
     the signal `http.lifecycle.response` is too late for a stream.
     https://github.com/sanic-org/sanic/blob/v25.12.1/sanic/http/http1.py#L92
     """
-    write = stream.response_func
+    write_head = stream.response_func
     was_refused = False
+
+    async def write(data: bytes, end_stream: bool) -> None:  # noqa: FBT001  # Sanic's
+        if stream.response_func is gate:
+            await write_head(data, end_stream)
+        else:  # another task's send, which came in meanwhile, was the first
+            await stream.response.send(data, end_stream)
 
     async def gate(data: bytes, end_stream: bool) -> None:  # noqa: FBT001  # Sanic's
         nonlocal was_refused

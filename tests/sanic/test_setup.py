@@ -161,6 +161,26 @@ async def test_success_after_a_cancellation(
     assert [] == await shop.items(sqlite)
 
 
+async def test_two_tasks_send_first(
+    db: Database, sqlite: Backend, app: Sanic[Any, Any]
+) -> None:
+    """Of two sends while COMMIT is under way one writes the headers, as in Sanic."""
+
+    async def stream(request: Request[Any, Any]) -> None:
+        await shop.insert(1)
+        response: Any = await request.respond(content_type="text/plain")
+        await asyncio.gather(response.send("one "), response.send("two"))
+        await response.eof()
+
+    app.add_route(stream, "/")
+    setup(app, db)
+    async with serving(app) as client:
+        response = await client.get("/")
+
+    assert (200, "one two") == (response.status_code, response.text)
+    assert [1] == await shop.items(sqlite)
+
+
 async def test_connections_of_the_parent_are_left_alone(
     mariadb: MariaDBBackend, app: Sanic[Any, Any]
 ) -> None:
