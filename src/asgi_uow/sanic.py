@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from sanic import Request, Sanic
 
-    from ._asgi import Message, Receive, Scope, Send
+    from ._asgi import Headers, Message, Receive, Scope, Send
+    from ._causal import CausalReads
     from ._policy import CommitWhen
     from .observers import Observer
 
@@ -44,6 +45,7 @@ def setup(
     *databases: Database,
     commit_when: CommitWhen = commit_below_400,
     observers: Sequence[Observer] = (LoggingObserver(),),
+    causal_reads: CausalReads | None = None,
     commit_timeout: float | None = 30.0,
     hook_timeout: float | None = 5.0,
 ) -> Database:
@@ -68,7 +70,17 @@ def setup(
     if not databases:
         app.ctx.db = Database.from_config(app.config)
         databases = (app.ctx.db,)
-    server = _Server(databases, commit_when, observers, commit_timeout, hook_timeout)
+    middleware = UnitOfWorkMiddleware(
+        _application,
+        *databases,
+        commit_when=commit_when,
+        observers=observers,
+        causal_reads=causal_reads,
+        error_app=None,
+        commit_timeout=commit_timeout,
+        hook_timeout=hook_timeout,
+    )
+    server = _Server(databases, middleware, commit_timeout)
     app.ctx.asgi_uow = server
     # First, before the application's own listener uses the database.
     app.before_server_start(server.start, priority=1000)
@@ -87,22 +99,12 @@ class _Server:
     def __init__(
         self,
         databases: Sequence[Database],
-        commit_when: CommitWhen,
-        observers: Sequence[Observer],
+        middleware: UnitOfWorkMiddleware,
         commit_timeout: float | None,
-        hook_timeout: float | None,
     ) -> None:
         self._databases = databases
+        self._middleware = middleware
         self._commit_timeout = commit_timeout
-        self._middleware = UnitOfWorkMiddleware(
-            _application,
-            *databases,
-            commit_when=commit_when,
-            observers=observers,
-            error_app=None,
-            commit_timeout=commit_timeout,
-            hook_timeout=hook_timeout,
-        )
         self._process = os.getpid()
         self._serving: set[asyncio.Task[Any]] = set()
 
@@ -134,11 +136,22 @@ class _Server:
         task: Any = asyncio.current_task()
         upgrade = request.headers.getone("upgrade", "").lower()
         kind = "websocket" if upgrade == "websocket" else "http"
+        scope: Scope = {"type": kind, REQUEST: request}
+        if self._middleware.causal_reads is not None:
+            scope["headers"] = _encoded(request)
+            scope["scheme"] = request.scheme
         self._serving.add(task)
         try:
-            await self._middleware({"type": kind, REQUEST: request}, _receive, _send)
+            await self._middleware(scope, _receive, _send)
         finally:
             self._serving.discard(task)
+
+
+def _encoded(request: Request[Any, Any]) -> Headers:
+    return [
+        (name.encode(), value.encode(errors="surrogateescape"))
+        for name, value in request.headers.items()
+    ]
 
 
 def _refuse_other_servers(app: Sanic[Any, Any]) -> None:
@@ -176,20 +189,28 @@ def _gate(
     write_head = stream.response_func
     was_refused = False
 
-    async def write(data: bytes, end_stream: bool) -> None:  # noqa: FBT001  # Sanic's
+    async def write(
+        data: bytes,
+        end_stream: bool,  # noqa: FBT001  # Sanic's
+        known: int,
+        headers: Headers,
+    ) -> None:
         if stream.response_func is gate:
+            for name, value in headers[known:]:  # the middleware's own
+                stream.response.headers.add(name.decode(), value.decode())
             await write_head(data, end_stream)
         else:  # another task's send, which came in meanwhile, was the first
             await stream.response.send(data, end_stream)
 
     async def gate(data: bytes, end_stream: bool) -> None:  # noqa: FBT001  # Sanic's
         nonlocal was_refused
-        headers = stream.response.processed_headers
+        response = stream.response
+        headers = [(name.lower(), value) for name, value in response.processed_headers]
         start = {
             "type": START,
-            "status": stream.response.status,
-            "headers": [(name.lower(), value) for name, value in headers],
-            WRITE: functools.partial(write, data, end_stream),
+            "status": response.status,
+            "headers": headers,
+            WRITE: functools.partial(write, data, end_stream, len(headers)),
         }
         try:
             await send(start)
@@ -209,7 +230,7 @@ async def _receive() -> Message:
 
 
 async def _send(message: Message) -> None:
-    await message[WRITE]()
+    await message[WRITE](message["headers"])
 
 
 def asgi_uow_answer(

@@ -7,6 +7,7 @@ import itertools
 import os
 import ssl
 from contextlib import asynccontextmanager
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -14,7 +15,13 @@ import pytest
 from sanic import Request, Sanic, text
 from sanic.exceptions import ServiceUnavailable
 
-from asgi_uow import Database, current_session, current_unit_of_work
+from asgi_uow import (
+    CausalReads,
+    Database,
+    UnitOfWorkMiddleware,
+    current_session,
+    current_unit_of_work,
+)
 from asgi_uow.errors import ConfigurationError, UnitOfWorkFailedError
 from asgi_uow.observers import UnitFinished
 from asgi_uow.sanic import setup
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
     from asgi_uow.observers import Event
     from tests.servers import Backend, MariaDBBackend, PostgreSQLBackend
 
+KEYWORD_ONLY = Parameter.KEYWORD_ONLY
 NUMBERS = itertools.count()  # names have to differ
 
 
@@ -113,6 +121,49 @@ async def test_options(db: Database, sqlite: Backend, app: Sanic[Any, Any]) -> N
     assert [(200, [type_, (b"x-mine", b"yes")])] == seen
     assert [UnitFinished] == [type(event) for event in results(events)]
     assert [] == await shop.items(sqlite)
+
+
+def test_options_are_those_of_the_middleware() -> None:
+    """Only who answers a failure is Sanic's to say."""
+    options, others = (
+        {name for name, each in found.parameters.items() if each.kind is KEYWORD_ONLY}
+        for found in map(signature, (UnitOfWorkMiddleware, setup))
+    )
+    assert {"error_app"} == options ^ others
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_causal_reads(
+    streams: bool, postgresql: PostgreSQLBackend, app: Sanic[Any, Any]
+) -> None:
+    """A client that wrote gets a token beside other cookies, and brings it back."""
+    brought: list[bool] = []
+
+    async def write(request: Request[Any, Any]) -> HTTPResponse | None:
+        await insert(request)
+        response = text("ok")
+        response.add_cookie("mine", "1", secure=False)
+        if streams:
+            response = await request.respond(response)
+            await response.send(end_stream=True)
+        return None if streams else response
+
+    async def read(_: Request[Any, Any]) -> HTTPResponse:
+        brought.append(bool(current_unit_of_work().must_see.positions))
+        return text("ok")
+
+    app.add_route(write, "/", methods=["POST"])
+    app.add_route(read, "/")
+    async with shop_database(postgresql) as db:
+        setup(app, db, causal_reads=CausalReads("a secret of many bytes"))
+        async with serving(app) as client:
+            await client.get("/")
+            assert [] == list(client.cookies)
+            await client.post("/")
+            assert ["asgi_uow", "mine"] == sorted(client.cookies)
+            await client.get("/")
+
+    assert [False, True] == brought
 
 
 async def test_handler_for_everything(
