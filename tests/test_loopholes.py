@@ -691,6 +691,28 @@ async def test_database_down_in_a_task_group() -> None:
     await db.dispose()
 
 
+async def test_error_that_is_in_its_own_context(sqlite: SQLiteBackend) -> None:
+    """The only error of a task group, raised in its place, is raised as it is."""
+    raised: list[Exception] = []
+
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    async def handler() -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(fail())
+        except ExceptionGroup as group:
+            raised.extend(group.exceptions)
+            raise raised[0]  # noqa: B904  # as Starlette does
+
+    async with shop_database(sqlite) as db:
+        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+
+        assert [] == response.messages
+        assert response.error is raised[0]
+
+
 async def test_finishing_by_hand_hangs_nothing(sqlite: SQLiteBackend) -> None:
     """A handler that ends the unit itself gets no success out, and no hang."""
     units: list[UnitOfWork] = []

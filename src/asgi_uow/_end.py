@@ -62,16 +62,19 @@ class Outages:
     def behind(self, error: BaseException) -> bool:
         """Tell whether `error` is one of them, or follows from one."""
         seen: list[BaseException] = []
-        cause: BaseException | None = error
-        while cause is not None and cause not in seen:
+        ahead: list[BaseException | None] = [error]
+        while ahead:
+            cause = ahead.pop()
+            # A task group's only error, raised again by Starlette, has the group as
+            # its context, and is in the group.
+            if cause is None or any(cause is each for each in seen):
+                continue
             if any(cause is noted for noted in self._errors):
                 return True
-            if isinstance(cause, BaseExceptionGroup) and any(
-                map(self.behind, cause.exceptions)
-            ):
-                return True
             seen.append(cause)
-            cause = cause.__cause__ or cause.__context__
+            ahead.append(cause.__cause__ or cause.__context__)
+            if isinstance(cause, BaseExceptionGroup):
+                ahead.extend(cause.exceptions)
         return False
 
 

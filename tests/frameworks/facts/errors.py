@@ -115,13 +115,17 @@ async def p4_exception_after_the_start(case: Case) -> None:
         message = "a bug"
         raise ZeroDivisionError(message)
 
-    async def create() -> Reply:
-        await write(1)
-        return Reply(chunks=chunks())
+    def site(work: Callable[[], Awaitable[None]]) -> Site:
+        return Site({"/": creating(work, lambda: Reply(chunks=chunks()))})
 
-    async with case.serve({"/": create}) as server:
-        exchange = await server.request()
+    async def response(app: ASGIApp) -> Exchange:
+        async with case.run(app) as server:
+            return await server.request()
+
+    expected = await response(case.framework.application(site(nothing)))
+    exchange = await response(case.app(site(lambda: write(1))))
     assert 200 == exchange.status
     assert ["one"] == exchange.chunks
     assert not exchange.is_complete
+    assert type(expected.error) is type(exchange.error)
     assert [1] == await case.kept()
