@@ -132,11 +132,12 @@ class Server:
         *,
         method: str = "GET",
         leave_after: Callable[[Message], bool] | None = None,
+        spec_version: str = "2.3",
     ) -> Exchange:
         """Send a request; the client goes away after the first message that it says.
 
         What the application sends to a client that is gone is lost without a sign,
-        as it is in every real server.
+        as it is in every real server; from ASGI 2.4 on an `OSError` may tell.
         """
         exchange = Exchange()
         over = asyncio.Event()  # to an application, an end is a client that left
@@ -151,6 +152,9 @@ class Server:
 
         async def send(message: Message) -> None:
             if over.is_set() and not exchange.is_over:
+                if spec_version == "2.4":
+                    message = "the client has gone"
+                    raise OSError(message)
                 return
             if message["type"] == START:
                 # An iterator, in Sanic: whoever reads it first is the only one.
@@ -161,7 +165,9 @@ class Server:
                 over.set()
 
         try:
-            await self.app(_scope("http", path, method=method), receive, send)
+            scope = _scope("http", path, method=method)
+            scope["asgi"]["spec_version"] = spec_version
+            await self.app(scope, receive, send)
         except Exception as error:  # noqa: BLE001  # a server logs it
             exchange.error = error
         return exchange

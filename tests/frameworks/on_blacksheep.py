@@ -40,6 +40,7 @@ class BlackSheepAdapter(Adapter):
         "p2_failed_commit_before_a_background_task": "no background tasks",
         "p9_background_task": "no background tasks",
         "sync_stream": "streams are async",
+        "event_listener": "no events for handlers to emit",
         "dependencies": "its services are not async",
         "p11_dependencies_at_once": "its services are not async",
         "dependency_with_yield": "its services have no `yield`",
@@ -59,7 +60,7 @@ class BlackSheepAdapter(Adapter):
         for path, mounted in site.mounts.items():
             app.mount(path, mounted)
         if site.middleware is not None:
-            app.middlewares.append(_before(site.middleware))
+            app.middlewares.append(_around(site.middleware, site.middleware_after))
         for error, each in site.error_handlers.items():
             app.exception_handler(error)(_handling(each))
         app.on_start(_event(site.startup))
@@ -123,10 +124,12 @@ def _converse(on_message: OnMessage) -> Any:
     return endpoint
 
 
-def _before(before: Hook) -> Any:
+def _around(before: Hook, after: Hook) -> Any:
     async def middleware(request: Any, handler: Any) -> Any:
         await before()
-        return await handler(request)
+        response = await handler(request)
+        await after()
+        return response
 
     return middleware
 

@@ -44,6 +44,7 @@ class DjangoAdapter(Adapter):
         "mounted_application": "no mounting of ASGI applications",
         "p2_failed_commit_before_a_background_task": NO_TASKS,
         "p9_background_task": NO_TASKS,
+        "event_listener": "its signals are called, as functions are",
         "dependencies": "no dependencies",
         "p11_dependencies_at_once": "no dependencies",
         "dependency_with_yield": "no dependencies",
@@ -87,6 +88,7 @@ class Middleware:
         if self.site.middleware is not None:
             await self.site.middleware()
         response: HttpResponseBase = await self.get_response(request)
+        await self.site.middleware_after()
         return response
 
     def process_exception(

@@ -10,6 +10,7 @@ from tests.frameworks.site import Adapter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from falcon.asgi import Request, Response, WebSocket
 
@@ -22,11 +23,11 @@ class FalconAdapter(Adapter):
     name = "Falcon"
     lacks: ClassVar = {
         "failed_commit_answered_by_the_framework": "its handlers do not see it",
-        "file": "files come from static routes, without a handler",
         "mounted_application": "no mounting of ASGI applications",
         "sync_handler": "handlers are async",
         "sync_stream": "streams are async",
         "thread": "`sync_to_async` loses the context: use `asyncio.to_thread`",
+        "event_listener": "no events for handlers to emit",
         "dependencies": "no dependencies",
         "p11_dependencies_at_once": "no dependencies",
         "dependency_with_yield": "no dependencies",
@@ -66,18 +67,42 @@ class _Middleware:
         if self.site.middleware is not None:
             await self.site.middleware()
 
+    async def process_response(
+        self,
+        req: Request,  # noqa: ARG002
+        resp: Response,  # noqa: ARG002
+        resource: object,  # noqa: ARG002
+        req_succeeded: bool,  # noqa: ARG002
+    ) -> None:
+        await self.site.middleware_after()
+
 
 def _fill(resp: Response, reply: Reply) -> None:
     resp.status = reply.status
     resp.set_headers(reply.headers)
     if reply.events is not None:
         resp.sse = _event_stream(reply.events)
+    elif reply.file is not None:
+        resp.set_stream(_File(reply.file), reply.file.stat().st_size)
     elif reply.chunks is not None:
         resp.stream = _encoded(reply.chunks)
     else:
         resp.text = reply.text
     if reply.background is not None:
         resp.schedule(reply.background)
+
+
+class _File:
+    """What Falcon reads a stream from, where it does not iterate over one."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+
+    async def read(self, size: int) -> bytes:
+        return self._file.read(size)
+
+    async def close(self) -> None:
+        self._file.close()
 
 
 async def _event_stream(events: AsyncIterator[str]) -> AsyncIterator[SSEvent]:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastapi import Depends, FastAPI, HTTPException, WebSocket
 from fastapi.concurrency import run_in_threadpool
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 class FastAPIAdapter(Adapter):
     name = "FastAPI"
+    lacks: ClassVar = {"event_listener": "no events for handlers to emit"}
 
     def application(self, site: Site, *databases: Database, **options: Any) -> ASGIApp:
         app = FastAPI(exception_handlers=error_handlers(site), lifespan=lifespan(site))

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from inspect import isasyncgenfunction, iscoroutinefunction
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from litestar import Litestar, Request, WebSocket, asgi, get, head, websocket
 from litestar.background_tasks import BackgroundTask
 from litestar.concurrency import sync_to_thread
 from litestar.di import NamedDependency, Provide
+from litestar.events import listener
 from litestar.exceptions import NotFoundException, WebSocketDisconnect
 from litestar.response import File, Response, ServerSentEvent, Stream
 
@@ -36,6 +37,7 @@ class LitestarAdapter(Adapter):
     """Litestar inside the middleware."""
 
     name = "Litestar, wrapped"
+    listens_in_unit = False
     lacks: ClassVar = {"failed_commit_answered_by_the_framework": FAILURES}
 
     def application(self, site: Site, *databases: Database, **options: Any) -> ASGIApp:
@@ -74,6 +76,7 @@ def _litestar(site: Site, **options: Any) -> Litestar:
             for path, each in site.sync_routes.items()
         ),
         *(_injected(path, each) for path, each in site.injected.items()),
+        *(get(path)(_emitting(path)) for path in site.listeners),
         *(websocket(path)(_converse(each)) for path, each in site.websockets.items()),
         *(
             asgi(path, is_mount=True, copy_scope=True)(_mounted(each))
@@ -83,9 +86,11 @@ def _litestar(site: Site, **options: Any) -> Litestar:
     return Litestar(
         handlers,
         before_request=_before(site.middleware) if site.middleware else None,
+        after_request=_after(site.middleware_after) if site.middleware else None,
         exception_handlers={
             error: _handling(each) for error, each in site.error_handlers.items()
         },
+        listeners=[listener(path)(each) for path, each in site.listeners.items()],
         on_startup=[site.startup],
         on_shutdown=[site.shutdown],
         logging_config=None,
@@ -146,9 +151,17 @@ def _injected(path: str, injected: Injected) -> Any:
 
 
 def _provide(dependency: Any) -> Provide:
-    """Have it run in a thread if it is not async."""
-    is_async = iscoroutinefunction(dependency) or isasyncgenfunction(dependency)
-    return Provide(dependency, sync_to_thread=None if is_async else True)
+    """Have it run in a thread if it is a function and not async."""
+    here = (iscoroutinefunction, isasyncgenfunction, isgeneratorfunction)
+    in_thread = not any(is_one(dependency) for is_one in here)
+    return Provide(dependency, sync_to_thread=in_thread or None)
+
+
+def _emitting(event: str) -> Any:
+    async def endpoint(request: Request[Any, Any, Any]) -> None:
+        request.app.emit(event)
+
+    return endpoint
 
 
 def _converse(on_message: OnMessage) -> Any:
@@ -175,6 +188,14 @@ def _before(before: Hook) -> Any:
         await before()
 
     return before_request
+
+
+def _after(after: Hook) -> Any:
+    async def after_request(response: Response[Any]) -> Response[Any]:
+        await after()
+        return response
+
+    return after_request
 
 
 def _handling(handler: SyncHandler) -> Any:

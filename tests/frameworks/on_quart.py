@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
     from asgi_uow import Database
     from asgi_uow._asgi import ASGIApp
-    from tests.frameworks.site import Handler, OnMessage, Reply, Site, SyncHandler, T
+    from tests.frameworks.site import (
+        Handler,
+        Hook,
+        OnMessage,
+        Reply,
+        Site,
+        SyncHandler,
+        T,
+    )
 
 AT_ONCE = "tasks start at once, beside the handler"
 
@@ -26,6 +34,7 @@ class QuartAdapter(Adapter):
         "mounted_application": "no mounting of ASGI applications",
         "p2_failed_commit_before_a_background_task": AT_ONCE,
         "p9_background_task": AT_ONCE,
+        "event_listener": "its signals are called, as functions are",
         "dependencies": "no dependencies",
         "p11_dependencies_at_once": "no dependencies",
         "dependency_with_yield": "no dependencies",
@@ -43,6 +52,7 @@ class QuartAdapter(Adapter):
             app.add_websocket(path, path, _converse(on_message))
         if site.middleware is not None:
             app.before_request(site.middleware)
+            app.after_request(_after(site.middleware_after))
         for error, each in site.error_handlers.items():
             app.register_error_handler(error, _handling(each))
         app.before_serving(site.startup)
@@ -93,6 +103,14 @@ def _converse(on_message: OnMessage) -> Any:
             await websocket.send(await on_message(text))
 
     return endpoint
+
+
+def _after(after: Hook) -> Any:
+    async def after_request(response: Response) -> Response:
+        await after()
+        return response
+
+    return after_request
 
 
 def _handling(handler: SyncHandler) -> Any:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from asgi_uow._asgi import ASGIApp
     from tests.frameworks.site import Handler, OnMessage, Reply, Site, SyncHandler
 
+EVENT = "site.event.emitted"
 NUMBERS = itertools.count()  # names have to differ
 
 # Without it a second application in one process cannot start.
@@ -65,6 +66,9 @@ def _add_hooks(app: Any, site: Site) -> None:
     async def shutdown(_: Any) -> None:
         await site.shutdown()
 
+    for path, listener in site.listeners.items():
+        app.add_signal(listener, EVENT)
+        app.add_route(_emit, path, name="emit")
     app.before_server_start(startup)
     app.after_server_stop(shutdown)
     if (before := site.middleware) is not None:
@@ -73,8 +77,19 @@ def _add_hooks(app: Any, site: Site) -> None:
             await before()
 
         app.on_request(on_request)
+
+        async def on_response(_: Request, __: HTTPResponse) -> None:
+            await site.middleware_after()
+
+        app.on_response(on_response)
     for error, handler in site.error_handlers.items():
         app.exception(error)(_handling(handler))
+
+
+async def _emit(request: Request) -> HTTPResponse:
+    task = await request.app.dispatch(EVENT)
+    await task
+    return text("emitted")
 
 
 def _handling(handler: SyncHandler) -> Any:

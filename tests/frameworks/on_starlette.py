@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 class StarletteAdapter(Adapter):
     name = "Starlette"
     lacks: ClassVar = {
+        "event_listener": "no events for handlers to emit",
         "dependencies": "no dependencies",
         "p11_dependencies_at_once": "no dependencies",
         "dependency_with_yield": "no dependencies",
@@ -81,7 +82,8 @@ def with_middleware(
 ) -> ASGIApp:
     """Add the middleware to Starlette, or FastAPI; the last one is outermost."""
     if site.middleware is not None:
-        app.add_middleware(BaseHTTPMiddleware, dispatch=_dispatch(site.middleware))
+        dispatch = _dispatch(site.middleware, site.middleware_after)
+        app.add_middleware(BaseHTTPMiddleware, dispatch=dispatch)
     if databases:
         app.add_middleware(UnitOfWorkMiddleware, *databases, **options)
     return app
@@ -149,10 +151,11 @@ def lifespan(site: Site) -> Any:
     return lifespan
 
 
-def _dispatch(before: Hook) -> Any:
+def _dispatch(before: Hook, after: Hook) -> Any:
     async def dispatch(request: Request, call_next: Any) -> Response:
         await before()
         response: Response = await call_next(request)
+        await after()
         return response
 
     return dispatch

@@ -79,9 +79,13 @@ class Site:
         default_factory=lambda: NONE
     )
     """Each is called with every message and returns the answer to it."""
+    listeners: Mapping[str, Hook] = dataclasses.field(default_factory=lambda: NONE)
+    """Each is called by an event that a handler emits."""
     mounts: Mapping[str, ASGIApp] = dataclasses.field(default_factory=lambda: NONE)
     middleware: Hook | None = None
     """Called by a middleware of the framework's own, before the handler."""
+    middleware_after: Hook = nothing
+    """Called by one after the handler, before the response is sent."""
     error_handlers: Mapping[type[Exception], SyncHandler] = dataclasses.field(
         default_factory=lambda: NONE
     )
@@ -101,6 +105,9 @@ class Adapter(ABC):
     """Whether it answers an exception out of `send` with a response of its own."""
 
     has_lifespan: ClassVar[bool] = True
+
+    listens_in_unit: ClassVar[bool] = True
+    """Whether what listens to an event runs in the context of who emits it."""
 
     @abstractmethod
     def application(self, site: Site, *databases: Database, **options: Any) -> ASGIApp:

@@ -24,7 +24,7 @@ from tests.frameworks.case import (
 from tests.frameworks.site import Injected, Reply
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from asgi_uow import UnitOfWork
     from tests.frameworks.case import Case
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @fact
 async def middleware(case: Case) -> None:
-    """A middleware of the framework's own is in the unit."""
+    """A middleware of the framework's own is in the unit, on its way back too."""
     units: list[UnitOfWork] = []
 
     async def before() -> None:
@@ -44,11 +44,17 @@ async def middleware(case: Case) -> None:
         await write(2)
         return Reply("created", 201)
 
-    async with case.serve({"/": create}, middleware=before) as server:
+    async def after() -> None:
+        units.append(current_unit_of_work())
+        await write(3)
+
+    async with case.serve(
+        {"/": create}, middleware=before, middleware_after=after
+    ) as server:
         exchange = await server.request()
     assert 201 == exchange.status
-    assert [[1, 2]] == exchange.seen_at_start
-    assert [units[0], units[0]] == units
+    assert [[1, 2, 3]] == exchange.seen_at_start
+    assert [units[0]] * 3 == units
 
 
 @fact
@@ -102,8 +108,9 @@ async def p11_dependencies_at_once(case: Case) -> None:
 
 @fact
 async def dependency_with_yield(case: Case) -> None:
-    """A dependency with `yield` is in the unit on both sides, kept or not."""
+    """A dependency with `yield`, async or not, is in the unit on both sides."""
     steps: list[tuple[str, UnitOfWork]] = []
+    units_of_second: list[UnitOfWork] = []
 
     async def first() -> AsyncIterator[str]:
         steps.append(("enter", current_unit_of_work()))
@@ -112,8 +119,12 @@ async def dependency_with_yield(case: Case) -> None:
         finally:
             steps.append(("exit", current_unit_of_work()))
 
-    def second() -> str:
-        return "second"
+    def second() -> Iterator[str]:
+        units_of_second.append(current_unit_of_work())
+        try:
+            yield "second"
+        finally:
+            units_of_second.append(current_unit_of_work())
 
     def reply() -> Reply:
         steps.append(("handle", current_unit_of_work()))
@@ -132,6 +143,7 @@ async def dependency_with_yield(case: Case) -> None:
     names, units = zip(*steps, strict=True)
     assert ("enter", "handle", "exit", "enter", "handle", "exit") == names
     assert (*[units[0]] * 3, *[units[3]] * 3) == units
+    assert [*[units[0]] * 2, *[units[3]] * 2] == units_of_second
 
 
 @fact
@@ -148,6 +160,42 @@ async def thread(case: Case) -> None:
         exchange = await server.request()
     assert 201 == exchange.status
     assert [units[0], units[0]] == units
+
+
+@fact
+async def to_thread(case: Case) -> None:
+    """What `asyncio.to_thread` runs is in the unit."""
+    units: list[UnitOfWork] = []
+
+    async def create() -> Reply:
+        units.append(current_unit_of_work())
+        units.append(await asyncio.to_thread(current_unit_of_work))
+        return Reply("created", 201)
+
+    async with case.serve({"/": create}) as server:
+        exchange = await server.request()
+    assert 201 == exchange.status
+    assert [units[0], units[0]] == units
+
+
+@fact
+async def event_listener(case: Case) -> None:
+    """A listener to an event finds the unit of the request, or none, never another."""
+    heard = asyncio.Event()
+
+    async def listen() -> None:
+        try:
+            await write(1)
+        except NoUnitOfWorkError:
+            async with case.db:
+                await write(2)
+        heard.set()
+
+    async with case.serve(listeners={"/": listen}) as server, unit_of_work(case.db):
+        await server.request()
+        await asyncio.wait_for(heard.wait(), timeout=5)
+    expected = [1] if case.framework.listens_in_unit else [2]
+    assert expected == await case.kept()
 
 
 @fact

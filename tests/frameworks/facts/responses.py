@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asgi_uow import Outcome, current_session, current_unit_of_work
+from asgi_uow import Outcome, after_commit, current_session, current_unit_of_work
 from asgi_uow.errors import UnitOfWorkClosedError
+from asgi_uow.observers import UnitFinished
 from tests.frameworks.case import count, database_fact, fact, in_use, write
-from tests.frameworks.driver import BODY
+from tests.frameworks.driver import BODY, START
 from tests.frameworks.site import Reply
 
 if TYPE_CHECKING:
@@ -134,6 +135,31 @@ async def p7_p10_client_goes_away(case: Case) -> None:
         assert exchange.error is None
     assert [1, 2, 3] == await case.kept()
     gc.collect()  # a connection that nobody closed warns now
+
+
+@fact
+async def p10_send_raises(case: Case) -> None:
+    """A `send` that raises for a client that has left undoes nothing either."""
+    ran: list[str] = []
+
+    async def chunks() -> AsyncIterator[str]:
+        yield await count()
+        yield "two"
+
+    async def create() -> Reply:
+        after_commit(ran.append, "hook")
+        await write(1)
+        return Reply(chunks=chunks())
+
+    def is_start(message: Message) -> bool:
+        return bool(message["type"] == START)
+
+    async with case.serve({"/": create}) as server:
+        exchange = await server.request(leave_after=is_start, spec_version="2.4")
+    assert [START] == exchange.types
+    assert ["hook"] == ran
+    assert [1] == await case.kept()
+    assert [UnitFinished] == case.ends()
 
 
 @fact
