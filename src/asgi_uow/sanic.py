@@ -148,8 +148,9 @@ class _Server:
 
 
 def _encoded(request: Request[Any, Any]) -> Headers:
+    escape = "surrogateescape"  # as Sanic decodes them
     return [
-        (name.encode(), value.encode(errors="surrogateescape"))
+        (name.encode(errors=escape), value.encode(errors=escape))
         for name, value in request.headers.items()
     ]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from falcon import HTTPNotFound, WebSocketDisconnected
@@ -83,7 +84,7 @@ def _fill(resp: Response, reply: Reply) -> None:
     if reply.events is not None:
         resp.sse = _event_stream(reply.events)
     elif reply.file is not None:
-        resp.set_stream(_File(reply.file), reply.file.stat().st_size)
+        resp.set_stream(_read(reply.file), reply.file.stat().st_size)
     elif reply.chunks is not None:
         resp.stream = _encoded(reply.chunks)
     else:
@@ -92,17 +93,8 @@ def _fill(resp: Response, reply: Reply) -> None:
         resp.schedule(reply.background)
 
 
-class _File:
-    """What Falcon reads a stream from, where it does not iterate over one."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-
-    async def read(self, size: int) -> bytes:
-        return self._file.read(size)
-
-    async def close(self) -> None:
-        self._file.close()
+async def _read(path: Path) -> AsyncIterator[bytes]:
+    yield await asyncio.to_thread(path.read_bytes)
 
 
 async def _event_stream(events: AsyncIterator[str]) -> AsyncIterator[SSEvent]:
