@@ -32,7 +32,11 @@ from asgi_uow import (
     current_session,
     current_unit_of_work,
 )
-from asgi_uow.errors import AsgiUowError, UnitOfWorkFailedError
+from asgi_uow.errors import (
+    AsgiUowError,
+    NestedUnitOfWorkError,
+    UnitOfWorkFailedError,
+)
 from asgi_uow.sanic import setup
 from tests import shop
 from tests.faults.mortal import checked_out
@@ -226,6 +230,26 @@ async def later(request: Incoming, number: int) -> HTTPResponse:
 
     request.app.add_task(go_on())
     return text("ok")
+
+
+@app.get("/beside/<number:int>")
+async def beside(request: Incoming, number: int) -> HTTPResponse:
+    """Start a task that opens a unit at once; another one when this has committed."""
+    raised: list[str] = []
+
+    async def go_on() -> None:
+        try:
+            async with db:
+                await note("done", number)
+        except NestedUnitOfWorkError as error:
+            raised.append(type(error).__name__)
+
+    async def start() -> None:
+        request.app.add_task(go_on())
+
+    await request.app.add_task(go_on())
+    after_commit(start)
+    return json(raised)
 
 
 @app.get("/open")

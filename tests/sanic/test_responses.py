@@ -163,6 +163,12 @@ async def test_task_left_behind(site: Child, backend: SQLiteBackend) -> None:
     await eventually(["UnitOfWorkClosedError"], lambda: notes(backend, 51))
 
 
+async def test_task_beside_the_handler(site: Child, backend: SQLiteBackend) -> None:
+    """`add_task` before the decision finds the unit; from a hook it has its own."""
+    assert ["NestedUnitOfWorkError"] == (await site.get("/beside/55")).json()
+    await eventually(["done"], lambda: notes(backend, 55))
+
+
 async def test_stream_writes_too_late(site: Child, backend: SQLiteBackend) -> None:
     """What a stream writes after its first chunk is refused; what was kept stays."""
     response = await site.get("/stream-and-crash/52")

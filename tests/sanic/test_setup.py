@@ -161,7 +161,7 @@ async def test_causal_reads(
             assert [] == list(client.cookies)
             await client.post("/")
             assert ["asgi_uow", "mine"] == sorted(client.cookies)
-            await client.get("/", headers={"x": b"\xff"})
+            await client.get("/", headers={b"x": b"\xff"})
             request = b"GET / HTTP/1.1\r\n\xff: 1\r\nconnection: close\r\n\r\n"
             url = client.base_url
             reader, writer = await asyncio.open_connection(url.host, url.port)
