@@ -141,7 +141,7 @@ async def test_causal_reads(
 
     async def write(request: Request[Any, Any]) -> HTTPResponse | None:
         await insert(request)
-        response = text("ok")
+        response: Any = text("ok")
         response.add_cookie("mine", "1", secure=False)
         if streams:
             response = await request.respond(response)

@@ -14,8 +14,9 @@ from tests.frameworks.site import Reply, Site
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from asgi_uow._asgi import ASGIApp
+    from asgi_uow._asgi import ASGIApp, Headers
     from tests.frameworks.case import Case
+    from tests.frameworks.site import Handler
 
 
 @database_fact
@@ -138,6 +139,25 @@ async def redirect(case: Case) -> None:
     assert 303 == exchange.status
     assert "/notes" == exchange.headers["location"]
     assert [[1]] == exchange.seen_at_start
+
+
+@fact
+async def commit_when(case: Case) -> None:
+    """A `commit_when` of one's own sees the headers, which still reach the client."""
+
+    def wants(_: int, headers: Headers) -> bool:
+        return (b"x-keep", b"yes") in [(name.lower(), value) for name, value in headers]
+
+    def writing(note: int, keep: str) -> Handler:
+        reply = Reply("done", headers={"x-keep": keep})
+        return creating(lambda: write(note), lambda: reply)
+
+    site = Site({"/yes": writing(1, "yes"), "/no": writing(2, "no")})
+    async with case.run(case.app(site, commit_when=wants)) as server:
+        exchanges = [await server.request(path) for path in site.routes]
+    assert [200, 200] == [each.status for each in exchanges]
+    assert ["yes", "no"] == [each.headers["x-keep"] for each in exchanges]
+    assert [1] == await case.kept()
 
 
 @fact
