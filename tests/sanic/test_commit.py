@@ -12,7 +12,7 @@ import pytest
 
 from tests import shop
 from tests.sanic.child import Child, create, get, kept, notes, serving
-from tests.servers import RecordingProxy, ServerBackend, eventually
+from tests.servers import RecordingProxy, ServerBackend, SQLiteBackend, eventually
 from tests.servers.plugin import make_backend
 from tests.servers.process import is_free
 
@@ -144,6 +144,20 @@ async def test_p10_shutdown_during_commit(
         assert 0 == await asyncio.wait_for(site.process.wait(), 30)
         assert [1] == await shop.items(server_backend)
         assert ["committed"] == await notes(server_backend, 1)
+
+
+async def test_shutdown_in_the_handler(sqlite: SQLiteBackend, tmp_path: Path) -> None:
+    """What does not end within GRACEFUL_SHUTDOWN_TIMEOUT is cancelled, nothing kept."""
+    await create(sqlite)
+    async with serving(sqlite.url, tmp_path) as site:
+        connection = await site.send(get("/hang/1"))
+        await eventually(1, sqlite.open_transactions)
+
+        assert 0 == await site.stop()
+        assert "HTTP/1.1 200 " not in await connection.read_to_end()
+    assert [] == await shop.items(sqlite)
+    assert ["rolled back"] == await notes(sqlite, 1)
+    assert 0 == await sqlite.open_transactions()
 
 
 async def test_database_out_of_reach(tmp_path: Path) -> None:
