@@ -244,16 +244,25 @@ async def test_connections_of_the_parent_are_left_alone(
 ) -> None:
     """A forked worker neither uses nor closes connections made before the fork."""
     async with shop_database(mariadb) as db:
+        engines = (db.engine, db.read_engine)
+        pools: list[Any] = [engine.sync_engine.pool for engine in engines]
+        seen: list[object] = []
+
+        async def listener(_: Sanic[Any, Any]) -> None:
+            seen.extend(engine.sync_engine.pool for engine in engines)
+
+        app.before_server_start(listener)
         setup(app, db)
-        parents = [await engine.connect() for engine in (db.engine, db.read_engine)]
-        pools = [engine.sync_engine.pool for engine in (db.engine, db.read_engine)]
+        parents = [await engine.connect() for engine in engines]
+        for idle in [await engine.connect() for engine in engines]:
+            await idle.close()
         app.ctx.asgi_uow._process = os.getpid() + 1  # as if that had been the parent
 
         async with serving(app):
-            assert pools != [
-                engine.sync_engine.pool for engine in (db.engine, db.read_engine)
-            ]
+            assert seen == [engine.sync_engine.pool for engine in engines]
 
+        assert set(pools).isdisjoint(seen)
+        assert [1, 1] == [pool.checkedin() for pool in pools]
         for parent in parents:
             await parent.exec_driver_sql("SELECT 1")
             await parent.close()
