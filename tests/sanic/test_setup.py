@@ -22,7 +22,11 @@ from asgi_uow import (
     current_session,
     current_unit_of_work,
 )
-from asgi_uow.errors import ConfigurationError, UnitOfWorkFailedError
+from asgi_uow.errors import (
+    CommitFailedError,
+    ConfigurationError,
+    UnitOfWorkFailedError,
+)
 from asgi_uow.observers import UnitFinished
 from asgi_uow.sanic import setup
 from tests import shop
@@ -112,13 +116,25 @@ async def test_options(db: Database, sqlite: Backend, app: Sanic[Any, Any]) -> N
         seen.append((status, sorted(headers)))
         return False
 
-    app.add_route(insert, "/")
-    setup(app, db, commit_when=commit_when, observers=[events.append])
+    async def handler(request: Request[Any, Any]) -> HTTPResponse:
+        settings = current_unit_of_work().settings
+        seen.append((settings.commit_timeout, settings.hook_timeout))
+        return await insert(request)
+
+    app.add_route(handler, "/")
+    setup(
+        app,
+        db,
+        commit_when=commit_when,
+        observers=[events.append],
+        commit_timeout=1.0,
+        hook_timeout=2.0,
+    )
     async with serving(app) as client:
         assert 200 == (await client.get("/")).status_code
 
     type_ = (b"content-type", b"text/plain; charset=utf-8")
-    assert [(200, [type_, (b"x-mine", b"yes")])] == seen
+    assert [(1.0, 2.0), (200, [type_, (b"x-mine", b"yes")])] == seen
     assert [UnitFinished] == [type(event) for event in results(events)]
     assert [] == await shop.items(sqlite)
 
@@ -140,7 +156,7 @@ async def test_causal_reads(
     brought: list[bool] = []
 
     async def write(request: Request[Any, Any]) -> HTTPResponse | None:
-        await insert(request)
+        await shop.insert(len(brought))
         response: Any = text("ok")
         response.add_cookie("mine", "1", secure=False)
         if streams:
@@ -159,8 +175,9 @@ async def test_causal_reads(
         async with serving(app) as client:
             await client.get("/")
             assert [] == list(client.cookies)
-            await client.post("/")
+            by_http = await client.post("/")
             assert ["asgi_uow", "mine"] == sorted(client.cookies)
+            assert "Secure" not in by_http.headers["set-cookie"]
             await client.get("/", headers={b"x": b"\xff"})
             request = b"GET / HTTP/1.1\r\n\xff: 1\r\nconnection: close\r\n\r\n"
             url = client.base_url
@@ -169,8 +186,32 @@ async def test_causal_reads(
             assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
             writer.close()
             await writer.wait_closed()
+            app.config.SERVER_NAME = "https://shop"
+            by_https = await client.post("/")
+            assert "; Secure" in by_https.headers["set-cookie"]
 
     assert [False, True, False] == brought
+
+
+async def test_failure_is_logged(
+    db: Database,
+    sqlite: Backend,
+    app: Sanic[Any, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What Sanic logs of an exception that it answers itself, it logs of a failure."""
+
+    async def broken(_: Request[Any, Any]) -> HTTPResponse:
+        await shop.insert_then_break_commit(sqlite, 1)
+        return text("ok")
+
+    app.add_route(broken, "/")
+    setup(app, db, observers=())
+    async with serving(app) as client:
+        await client.get("/")
+
+    errors = [each.exc_info for each in caplog.records if each.name == "sanic.error"]
+    assert [CommitFailedError] == [found and found[0] for found in errors]
 
 
 async def test_handler_for_everything(
