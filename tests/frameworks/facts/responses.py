@@ -35,6 +35,7 @@ async def p7_p8_stream(case: Case) -> None:
     async def chunks(session: Session) -> AsyncIterator[str]:
         yield f"{in_use(case.db.engine)} connections in use"
         yield f"{await count()} notes"
+        assert "responding" == current_unit_of_work().state.value
         with pytest.raises(UnitOfWorkClosedError, match="async with db:"):
             await session.execute("INSERT INTO note VALUES (2)")
         with pytest.raises(UnitOfWorkClosedError, match="async with db:"):
