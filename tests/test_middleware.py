@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -352,6 +353,22 @@ async def test_failure_answered_by_the_app_that_then_raises(
 
     assert [b"mine"] == [each["body"] for each in response.messages[1:]]
     assert isinstance(response.error, CommitFailedError)
+
+
+async def test_error_after_an_answered_failure(db: Database, sqlite: Backend) -> None:
+    """What an app raises that has rendered the failure is raised as it is."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert_then_break_commit(sqlite, 1)
+        with suppress(CommitFailedError):
+            await respond(send)
+        await respond(send, 500, b"mine")
+        raise LookupError
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    assert [b"mine"] == [each["body"] for each in response.messages[1:]]
+    assert isinstance(response.error, LookupError)
 
 
 async def test_broken_commit_when_is_a_failure(db: Database, sqlite: Backend) -> None:
