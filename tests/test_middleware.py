@@ -474,6 +474,21 @@ async def test_database_down_is_answered_503(url: str) -> None:
     await db.dispose()
 
 
+async def test_database_down_in_the_body() -> None:
+    """After the start there is nothing left to answer; the error is raised."""
+    db = Database.from_url("postgresql://nobody@127.0.0.1:1/app")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": START, "status": 200, "headers": []})
+        await current_read_session().scalar("SELECT 1")
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    assert [START] == [each["type"] for each in response.messages]
+    assert response.error is not None
+    await db.dispose()
+
+
 async def test_other_error_of_the_same_kind_is_not_ours(db: Database) -> None:
     """A connection error of somebody else's client is left to the framework."""
 
