@@ -474,6 +474,24 @@ async def test_database_down_is_answered_503(url: str) -> None:
     await db.dispose()
 
 
+async def test_doomed_unit_and_an_error_response(postgresql: PostgreSQLBackend) -> None:
+    """A forced commit that cannot be leaves a response as it is that is an error."""
+    async with shop_database(postgresql) as db:
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await shop.insert(1)
+            with suppress(sa_exc.DBAPIError):
+                await current_session().execute("SELECT 1 / 0")
+            current_unit_of_work().force_commit()
+            await respond(send, 403, b"mine")
+
+        response = await request(UnitOfWorkMiddleware(app, db))
+
+        assert 403 == response.status
+        assert response.error is None
+        assert [] == await shop.items(postgresql)
+
+
 async def test_database_down_in_the_body() -> None:
     """After the start there is nothing left to answer; the error is raised."""
     db = Database.from_url("postgresql://nobody@127.0.0.1:1/app")
