@@ -87,7 +87,7 @@ class ReadSession(Session):
             raise ReadOnlySessionError(operation) from error
 
     def _has_spoilt(self, error: Exception) -> bool:
-        """Tell whether `error` has PostgreSQL refuse all else in a stream's transaction.
+        """Tell whether PostgreSQL refuses all else in a stream's transaction after it.
 
         The next read begins anew.
         """

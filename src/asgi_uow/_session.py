@@ -152,11 +152,7 @@ class Session(TextSession):
         self.sync_session.finisher = asyncio.current_task()
 
     async def cancelled(self) -> None:
-        """Clean up behind a call that was cancelled."""
-        await self.stop_statement()
-
-    async def stop_statement(self) -> None:
-        """Have the server stop the statement that was just cancelled.
+        """Have the server stop the statement whose call was cancelled.
 
         MySQL goes on with it, locks and all, although the connection is gone. So does
         PostgreSQL if an anyio scope was cancelled: its drivers tell the server, but
