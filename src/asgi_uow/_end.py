@@ -23,7 +23,13 @@ from .errors import (
     TransactionGoneError,
     UnitOfWorkFailedError,
 )
-from .observers import ConnectionReleased, LoggingObserver, Observer, ReleaseFailed
+from .observers import (
+    ConnectionReleased,
+    ImplicitCommit,
+    LoggingObserver,
+    Observer,
+    ReleaseFailed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,7 +147,12 @@ class End:
             for session in self._writers.values():
                 await self._roll_back(session, outcome)
         for db, session in self._writers.items():
+            sync = session.sync_session
+            if sync.committed and sync.connections:
+                self._unit.note_kept(db)
             self._report_release(db, session, "write")
+            if sync.journal.committed_by is not None:
+                self._unit.report.add(ImplicitCommit(sync.journal.committed_by))
         return outcome
 
     def _report_release(

@@ -173,7 +173,10 @@ class _Stamp:
 
     async def put(self, unit: UnitOfWork, headers: Headers) -> None:
         """Add the header, if something was written and committed."""
-        found = await unit.positions(POSITION_SECONDS)
+        positions = {
+            db.key: await db.position(POSITION_SECONDS) for db in list(unit.kept)
+        }
+        found = {key: each for key, each in positions.items() if each is not None}
         if found:
             known = self._causal_reads.merge(unit.must_see.positions, found)
             header = self._causal_reads.response_header(known, secure=self._secure)

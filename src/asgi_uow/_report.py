@@ -13,6 +13,7 @@ from .observers import CommitFailed, UnitFinished, UnitStarted, notify
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from ._engines import Engines
     from ._states import Cause, Outcome
     from ._unit import UnitOfWork
     from .errors import UnitOfWorkFailedError
@@ -26,17 +27,27 @@ class Report:
     The events of a hook's unit are among those of the unit that it is a hook of.
     """
 
+    __slots__ = (
+        "_ending",
+        "_is_of_hook",
+        "_observers",
+        "_opened",
+        "_started",
+        "_unit",
+        "events",
+    )
+
     def __init__(
         self,
         unit: UnitOfWork,
         observers: Sequence[Observer],
-        within: Report | None,
     ) -> None:
         """Start with nothing to tell."""
+        hook_of = unit.kin.hook_of
         self._unit = weakref.ref(unit)
         self._observers = observers
-        self._within = within
-        self.events: list[Event] = [] if within is None else within.events
+        self._is_of_hook = hook_of is not None
+        self.events: list[Event] = [] if hook_of is None else hook_of.report.events
         self._started = False
         self._opened = self._ending = time.perf_counter()
 
@@ -56,7 +67,7 @@ class Report:
 
     def failed(self, failure: UnitOfWorkFailedError, outcome: Outcome) -> None:
         """Add a failed commit; that of a hook's own unit is the failure of the hook."""
-        if self._within is None:
+        if not self._is_of_hook:
             code = _dialects.code_of(failure.__cause__)
             self.add(CommitFailed(failure, outcome, failure.cause, code))
 
@@ -65,16 +76,16 @@ class Report:
         outcome: Outcome,
         cause: Cause | None,
         reason: str | None,
-        databases: Iterable[str],
+        databases: Iterable[Engines],
     ) -> None:
         """Add the outcome of a unit that was asked for something."""
         if self._started:
             now = time.perf_counter()
             seconds, ending = now - self._opened, now - self._ending
-            names = tuple(databases)
+            names = tuple(db.name for db in databases)
             self.add(UnitFinished(outcome, cause, reason, names, seconds, ending))
 
     def tell(self) -> None:
         """Tell the observers, in the task and context of the request."""
-        while self.events and self._within is None:
+        while self.events and not self._is_of_hook:
             notify(self._observers, self.events.pop(0))

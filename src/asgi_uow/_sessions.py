@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ._replicas import Route
 from ._session import Ties
+from ._states import State
 from .errors import NestedUnitOfWorkError
 
 if TYPE_CHECKING:
@@ -38,26 +39,37 @@ class Sessions:
 
     def writer(self, db: Engines) -> Session:
         """Give the write session of `db`."""
+        self._unit.life.check_writable("session()")
         if db not in self.writers:
             self._refuse_to_wait_for_itself(db)
             ties = self._ties(self._unit.life.check_writable)
             self.writers[db] = db.write_session(ties)
+            self._note_use()
         return self.writers[db]
 
     def reader(self, db: Engines) -> ReadSession:
         """Give the read session of `db`."""
+        self._unit.life.check_readable("read_session()")
         if db not in self.readers:
             self.readers[db] = self._make_reader(db)
+            self._note_use()
         return self.readers[db]
 
     async def one_more_reader(self, db: Engines) -> ReadSession:
         """Give a read session to one task among several."""
+        self._unit.life.check_readable("parallel_read()")
         if db in self.readers:
             # Or requests that hold one connection and want another wait in a circle.
             await self.readers[db].rest()
         session = self._make_reader(db)
         self.parallel[session] = db
+        self._note_use()
         return session
+
+    def _note_use(self) -> None:
+        if self._unit.state is State.NEW:
+            self._unit.life.move(State.ACTIVE)
+        self._unit.report.start()
 
     def forget(self) -> None:
         """Let go of what was closed; a leaked context may keep the unit alive."""

@@ -18,7 +18,6 @@ from ._sessions import Sessions
 from ._shield import run_to_completion
 from ._states import Cause, Outcome, State
 from .errors import CommitFailedError, DoomedError, UnknownDatabaseError
-from .observers import ImplicitCommit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,11 +59,10 @@ class UnitOfWork:
         self.cause: Cause | None = None
         self.reason: str | None = None
         self.forced: bool = False
-        self.kept: set[Engines] = set()
+        self.kept: set[Engines] = set()  # also by hooks, and by units inside
         self.settings = settings
         self.life: Life = Life()
-        within = None if hook_of is None else hook_of.report
-        self.report: Report = Report(self, settings.observers, within)
+        self.report: Report = Report(self, settings.observers)
         self.outages: Outages = Outages()
         self._sessions = Sessions(self)
         self._end = End(self, self._sessions.writers, self.outages)
@@ -101,30 +99,21 @@ class UnitOfWork:
         db = self.databases[0] if db is None else db
         if db not in self.databases:
             return self._around("session()", db).session(db)
-        self.life.check_writable("session()")
-        session = self._sessions.writer(db)
-        self._activate()
-        return session
+        return self._sessions.writer(db)
 
     def read_session(self, db: Engines | None = None) -> Session:
         """Give the read-only session of `db`; open until the unit is closed."""
         db = self.databases[0] if db is None else db
         if db not in self.databases:
             return self._around("read_session()", db).read_session(db)
-        self.life.check_readable("read_session()")
-        session = self._sessions.reader(db)
-        self._activate()
-        return session
+        return self._sessions.reader(db)
 
     async def open_parallel(self, db: Engines | None = None) -> ReadSession:
         """Give one more read session, for one task; see `parallel_read`."""
         db = self.databases[0] if db is None else db
         if db not in self.databases:
             return await self._around("parallel_read()", db).open_parallel(db)
-        self.life.check_readable("parallel_read()")
-        session = await self._sessions.one_more_reader(db)
-        self._activate()
-        return session
+        return await self._sessions.one_more_reader(db)
 
     async def close_parallel(self, session: ReadSession) -> None:
         """Give its connection back, whatever happens."""
@@ -176,14 +165,6 @@ class UnitOfWork:
         mine = db in self.kept or self._sessions.has_written(db)
         return mine or self.kin.have_written(db)
 
-    async def positions(self, seconds: float) -> dict[str, str]:
-        """Tell how far replicas must be to have what was committed in this unit.
-
-        By itself, its hooks and the units of work inside.
-        """
-        found = {db.key: await db.position(seconds) for db in list(self.kept)}
-        return {key: each for key, each in found.items() if each is not None}
-
     def note_kept(self, db: Engines) -> None:
         """Note that something was committed here, or in a unit inside."""
         self.kept.add(db)
@@ -199,9 +180,7 @@ class UnitOfWork:
         return self._sessions.holds(db)
 
     async def finish(
-        self,
-        decision: Decision,
-        because: Exception | None = None,
+        self, decision: Decision, because: Exception | None = None
     ) -> None:
         """Commit or roll back, release the write connections, run the hooks.
 
@@ -260,24 +239,15 @@ class UnitOfWork:
             self.report.tell()
             self._sessions.forget()
 
-    # Sessions
-
     def _around(self, operation: str, db: Engines) -> UnitOfWork:
         if self.kin.parent is None:
             raise UnknownDatabaseError(operation, db)
         return self.kin.parent
 
-    def _activate(self) -> None:
-        if self.state is State.NEW:
-            self.life.move(State.ACTIVE)
-        self.report.start()
-
     async def call_undone(self, owner: object) -> None:
         """Call the `after_rollback` hooks of savepoints that were rolled back."""
         hooks = self.hooks.take_undone(owner)
         await run_to_completion(call_all(self, "after_rollback", hooks))
-
-    # The end
 
     async def _settle(self, decision: Decision) -> None:
         """Commit or roll back, then run the hooks of the outcome."""
@@ -300,17 +270,10 @@ class UnitOfWork:
         self.outcome = outcome
         self.life.move(State[outcome.name])
         self.hooks.leave_savepoints()
-        for db, session in self._sessions.writers.items():
-            if session.sync_session.committed and self._sessions.has_written(db):
-                self.note_kept(db)
-            statement = session.sync_session.journal.committed_by
-            if statement is not None:
-                self.report.add(ImplicitCommit(statement))
         if self.failure is not None:
             self.report.failed(self.failure, outcome)
         used = filter(self._sessions.has_written, self._sessions.writers)
-        names = [db.name for db in used]
-        self.report.finished(outcome, self.cause, self.reason, names)
+        self.report.finished(outcome, self.cause, self.reason, used)
 
     async def _release(self) -> None:
         """Close the read sessions, then run the `after_response` hooks."""
