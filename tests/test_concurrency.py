@@ -539,7 +539,7 @@ async def test_quart_background_task(db: Database, backend: Backend) -> None:
 
     async def background(run: int) -> None:
         with suppress(UnitOfWorkClosedError):
-            numbers = itertools.count(1000 * run)
+            numbers = itertools.count(1000 * run + 1)
             while True:
                 number = next(numbers)
                 # Whether one gets in before the decision is the machine's to say.

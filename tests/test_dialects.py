@@ -248,6 +248,13 @@ def test_errors_without_a_code(
     assert unavailable == (error is not None and is_unavailable(error))
 
 
+def test_errors_that_are_each_others_cause() -> None:
+    """Who looks for the code comes back from a circle of causes."""
+    error, other = ValueError(), KeyError()
+    error.__cause__, other.__cause__ = other, error
+    assert code_of(error) is None
+
+
 async def test_a_cancelled_asyncmy_connection(mariadb: MariaDBBackend) -> None:
     """asyncmy's refusal to go on after a cancellation counts as a lost connection."""
     async with mariadb.proxy() as proxy:

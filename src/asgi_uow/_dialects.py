@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy import exc as sa_exc
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sqlalchemy import URL
 
 ASYNC_DRIVERS = MappingProxyType(
@@ -146,8 +148,8 @@ def code_of(error: BaseException | None) -> str | int | None:
     MySQL's number comes first: asyncmy errors carry a SQLSTATE too, and 40000 or
     HY000 says less than 1213.
     """
-    while error is not None:
-        origin = getattr(error, "orig", None) or error
+    for cause in _causes(error):
+        origin = getattr(cause, "orig", None) or cause
         first: object = origin.args[0] if origin.args else None
         if isinstance(first, int) and _is_of_mysql(origin):
             return first
@@ -155,17 +157,22 @@ def code_of(error: BaseException | None) -> str | int | None:
             code: object = getattr(origin, attribute, None)
             if isinstance(code, str):
                 return code
-        error = error.__cause__
     return None
 
 
 def driver_error(error: BaseException | None) -> BaseException | None:
     """Find what SQLAlchemy has wrapped, in `error` or behind it."""
-    while error is not None:
-        if isinstance(error, sa_exc.DBAPIError):
-            return error.orig
+    wrapped = (e.orig for e in _causes(error) if isinstance(e, sa_exc.DBAPIError))
+    return next(wrapped, None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Give `error` and what it was raised from, and so on; each once."""
+    seen: list[BaseException] = []
+    while error is not None and not any(error is each for each in seen):
+        seen.append(error)
+        yield error
         error = error.__cause__
-    return None
 
 
 def _is_of_mysql(error: BaseException) -> bool:

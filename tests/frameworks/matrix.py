@@ -15,7 +15,7 @@ import pytest
 
 from tests.asgi_servers import facts as server_facts
 from tests.asgi_servers.servers import SERVERS
-from tests.frameworks.facts import FACTS
+from tests.frameworks.conformance import FACTS
 from tests.frameworks.on_blacksheep import BlackSheepAdapter
 from tests.frameworks.on_django import DjangoAdapter
 from tests.frameworks.on_falcon import FalconAdapter

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.frameworks.facts import FACTS
+from tests.frameworks.conformance import FACTS
 from tests.frameworks.matrix import FRAMEWORKS
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.frameworks.case import Case, Fact
-from tests.frameworks.facts import FACTS
+from tests.frameworks.conformance import FACTS
 from tests.frameworks.matrix import FRAMEWORKS, MATRICES, Matrix, declared, main
 
 if TYPE_CHECKING:

@@ -1,8 +1,1 @@
-"""The facts, each stated once. What a framework calls things is its adapter's."""
-
-from __future__ import annotations
-
-from tests.frameworks.case import FACTS
-from tests.frameworks.facts import commits, context, errors, responses, units
-
-__all__ = ["FACTS", "commits", "context", "errors", "responses", "units"]
+"""The facts, by what they are about."""
