@@ -470,6 +470,24 @@ async def test_too_far_behind(postgresql: PostgreSQLBackend) -> None:
     assert [0] == site.found
 
 
+async def test_hooks_see_what_their_request_must_see(
+    postgresql: PostgreSQLBackend,
+) -> None:
+    """A hook that reads waits for what the client has written before."""
+    async with site_with(postgresql, postgresql.url) as site:
+
+        async def handler() -> None:
+            after_commit(site.read)
+
+        header = CAUSAL.response_header({site.db.key: "nonsense"}, secure=False)
+        cookie = header[1].partition(b";")[0]
+        scope = http_scope(headers=[(b"cookie", cookie)])
+        app = site.wrap(endpoint(handler), CAUSAL)
+        assert 200 == (await request(app, scope=scope)).status
+    assert 1 == site.told(ReaderBehind)
+    assert [0] == site.found
+
+
 async def test_one_wait_for_all_readers(mariadb: MariaDBBackend) -> None:
     """The seconds are for all readers together: the second is only asked."""
     causal = CausalReads("a secret of the tests, long enough", wait=0.05)
