@@ -265,6 +265,50 @@ async def test_savepoint_in_a_cancelled_scope(any_driver: Backend) -> None:
     assert [] == called
 
 
+@pytest.mark.parametrize("natively", [False, True])
+async def test_cancelled_savepoint_waits_for_its_turn(
+    natively: bool, db: Database, backend: Backend
+) -> None:
+    """P10: a savepoint cancelled during another task's call is never kept.
+
+    A scope waits until it is undone. A task that does not wait has all undone.
+    """
+    called: list[str] = []
+    inside, using = asyncio.Event(), asyncio.Event()
+
+    async def part() -> None:
+        with anyio.CancelScope() as scope:
+            async with savepoint():
+                await shop.insert(2)
+                after_commit(called.append, "undone")
+                inside.set()
+                await using.wait()
+                if not natively:
+                    scope.cancel()
+                await anyio.sleep_forever()
+
+    async def handler() -> None:
+        session = current_session()
+        await shop.insert(1)
+        after_commit(called.append, "kept")
+        task = asyncio.create_task(part())
+        await inside.wait()
+        async with session.turn:
+            using.set()
+            for _ in range(10):
+                await asyncio.sleep(0)
+                if natively:
+                    task.cancel()
+        await asyncio.wait([task])
+        await shop.insert(3)
+
+    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+
+    assert (500 if natively else 200) == response.status
+    assert ([] if natively else [1, 3]) == await shop.items(backend)
+    assert ([] if natively else ["kept"]) == called
+
+
 async def test_pending_hook_inside_another_call(db: Database, backend: Backend) -> None:
     """A hook that waits for the session of its request is called when that is free."""
     await backend.execute("INSERT INTO items (id) VALUES (1)")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import asyncio
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
-from anyio import fail_after
+from anyio import CancelScope, fail_after
 from sqlalchemy.ext.asyncio import AsyncSessionTransaction
 
 from .errors import ConcurrentUseError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import AsyncGenerator, Generator
     from types import TracebackType
 
     from ._session import Session
@@ -64,7 +65,7 @@ class Savepoint(AsyncSessionTransaction):
         Raises `ConcurrentUseError` if another task has ended it with one around it;
         then it is not known what this block has kept, and nothing will be.
         """
-        async with self.session.turn:
+        async with self._last_turn():
             if not self.session.is_writable:
                 return  # the decision has ended it, as it ends all of them
             if not self.ended and not self._is_open():
@@ -75,6 +76,24 @@ class Savepoint(AsyncSessionTransaction):
             with self._noting(), fail_after(END_SECONDS, shield=True):
                 await super().__aexit__(type_, value, traceback)
         await self.session.call_undone()
+
+    @asynccontextmanager
+    async def _last_turn(self) -> AsyncGenerator[None]:
+        """Wait for the call in flight, in a cancelled scope too.
+
+        A task that is cancelled in the meantime leaves the savepoint open.
+        """
+        turn = self.session.turn
+        try:
+            with CancelScope(shield=True):
+                await turn.__aenter__()
+        except asyncio.CancelledError as error:
+            self.session.sync_session.journal.give_up(error)
+            raise
+        try:
+            yield
+        finally:
+            await turn.__aexit__()
 
     @contextmanager
     def _noting(self) -> Generator[None]:
