@@ -361,6 +361,35 @@ async def test_p6_failed_flush(db: Database, backend: Backend) -> None:
     assert [1] == await shop.items(backend)
 
 
+class Array:
+    """Compares as the arrays of numpy do."""
+
+    def __init__(self, called: list[Array]) -> None:
+        self.called = called
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError(self, other)
+
+    __hash__ = None  # type: ignore[assignment]  # as those have none
+
+
+async def note(argument: Array) -> None:
+    argument.called.append(argument)
+
+
+async def test_p6_arguments_that_cannot_be_compared(db: Database) -> None:
+    """P6: what hooks are called with is handed on, and nothing else is done with it."""
+    called: list[Array] = []
+
+    async with db:
+        with contextlib.suppress(Undo):
+            async with savepoint():
+                for _ in range(2):
+                    after_rollback(note, Array(called))
+                raise Undo
+        assert 2 == len(called)
+
+
 async def test_p6_ended_by_hand(db: Database) -> None:
     """P6: commit() and rollback() of a savepoint count as leaving its block."""
     record = Record()

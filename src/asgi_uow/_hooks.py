@@ -205,9 +205,8 @@ class Hooks:
 
         Of the savepoints of `owner`, or of all.
         """
-        mine = [each for each in self._undone if owner in {None, each[0]}]
-        self._undone = [each for each in self._undone if each not in mine]
-        found = [hook for _, hook in mine]
+        found = [hook for each, hook in self._undone if owner in {None, each}]
+        self._undone = [each for each in self._undone if owner not in {None, each[0]}]
         return sorted(found, key=attrgetter("number"), reverse=True)
 
     def has_undone(self, owner: object) -> bool:
