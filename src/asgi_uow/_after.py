@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ._current import use
+from ._hooks import TOO_LATE
 from ._policy import COMMIT, Decision, exception_cause, rollback
 from ._shield import bounded
 from ._states import Cause, State
@@ -65,7 +66,7 @@ async def _call(own: UnitOfWork, phase: str, hook: Hook) -> BaseException | None
             return error
         task = asyncio.current_task()
         late = task is not None and task.cancelling()
-        return TimeoutError("it went on after its time") if late else None
+        return TimeoutError(TOO_LATE) if late else None
 
     try:
         return await bounded(call(), own.settings.hook_timeout)

@@ -23,6 +23,9 @@ PHASES = ("before_commit", "after_commit", "after_rollback", "after_response")
 MOST_BY_HOOKS = 100
 """How many hooks the hooks of one unit of work may register."""
 
+TOO_LATE = "it went on after its time"
+"""What is said of a hook that has ignored its cancellation."""
+
 
 @dataclasses.dataclass(slots=True)
 class Hook:
@@ -49,13 +52,15 @@ class Hook:
         many `seconds`; a thread that is still running then is left alone.
         """
         bound = functools.partial(self.fn, *self.args, **self.kwargs)
-        with anyio.fail_after(seconds):
+        with anyio.fail_after(seconds) as scope:
             if _is_async(self.fn):
                 result = bound()
             else:
                 result = await anyio.to_thread.run_sync(bound, abandon_on_cancel=True)
             if inspect.isawaitable(result):
                 await result
+        if scope.cancel_called:
+            raise TimeoutError(TOO_LATE)
 
 
 Queues: TypeAlias = "dict[str, list[Hook]]"
