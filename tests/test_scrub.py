@@ -240,6 +240,37 @@ async def test_behind(
     assert expected == exceptions(event)[-1]
 
 
+def shown_whole(error: DBAPIError) -> str:
+    return repr(str(error))
+
+
+def shown_of_driver(error: DBAPIError) -> str:
+    return f"could not save: {error.orig!r}"
+
+
+def said_by_driver(error: DBAPIError) -> str:
+    return str(error.orig and error.orig.args[-1])
+
+
+@pytest.mark.parametrize("quote", [repr, shown_whole, shown_of_driver, said_by_driver])
+async def test_quoted(any_driver: Backend, quote: Callable[[DBAPIError], str]) -> None:
+    """However an exception quotes a message of the database, the data is left out."""
+    db = await prepare(any_driver)
+
+    async def hook() -> None:
+        try:
+            await insert()
+        except DBAPIError as error:
+            raise RuntimeError(quote(error)) from None
+
+    transport = await send_from_hook(db, hook)
+    await db.dispose()
+    assert_no_data(transport)
+    assert (
+        f"driver code {CODES[any_driver.driver]}" in values(transport)["RuntimeError"]
+    )
+
+
 async def test_own_words(db: Database) -> None:
     """What others say in their exceptions is sent, and so are their notes."""
 

@@ -15,7 +15,7 @@ from ._dialects import MYSQL_DRIVERS, code_of
 from ._drivers import DRIVERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 PACKAGES = (*DRIVERS, *MYSQL_DRIVERS, "sqlite3", "sqlalchemy.dialects")
 """Where the errors of drivers, and SQLAlchemy's wrappers of them, are defined."""
@@ -45,9 +45,10 @@ class Scrub:
         for each, database in self._found.values():
             if database:
                 left = _without_data(each)
-                texts = dict.fromkeys((text_of(each), str(each)), left)
-                self._exact |= texts
-                self._quoted |= texts if _is_of_database(each) else {}
+                texts = (text_of(each), str(each))
+                self._exact |= dict.fromkeys(texts, left)
+                if _is_of_database(each):
+                    self._quoted |= dict.fromkeys(_quotations(each, *texts), left)
         self._longest_first = sorted(filter(None, self._quoted), key=len, reverse=True)
 
     def _look(self, error: BaseException, *, database: bool) -> None:
@@ -93,6 +94,14 @@ def _is_of_database(error: BaseException) -> bool:
         for kind in type(error).__mro__
         for package in PACKAGES
     )
+
+
+def _quotations(error: BaseException, *texts: str) -> Iterator[str]:
+    """Give what others may quote of it: the text, its parts, and `repr` of those."""
+    parts = (part for part in error.args if isinstance(part, str))
+    for text in (*texts, *parts):
+        escaped = repr(f'"{text}')[2:-1]  # in single quotes for the sake of that one
+        yield from (text, escaped, escaped.replace(r"\'", "'"))
 
 
 def _without_data(error: BaseException) -> str:
