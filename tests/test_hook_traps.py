@@ -159,6 +159,7 @@ async def test_savepoint_of_the_unit_around(
                     after_commit(called.append, "undone")
                     after_rollback(called.append, "rolled back")
                     raise LookupError
+            assert ["rolled back"] == called
             async with savepoint(db):
                 after_commit(called.append, "kept")
 

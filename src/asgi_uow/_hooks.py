@@ -215,8 +215,13 @@ class Hooks:
         return sorted(found, key=attrgetter("number"), reverse=True)
 
     def has_undone(self, owner: object) -> bool:
-        """Tell whether savepoints of `owner` were rolled back that had such hooks."""
-        return any(each is owner for each, _ in self._undone)
+        """Tell whether savepoints of `owner` were rolled back that had such hooks.
+
+        Here or in a unit inside.
+        """
+        return any(each is owner for each, _ in self._undone) or any(
+            inner.has_undone(owner) for inner in self.inner
+        )
 
     def clear(self) -> None:
         """Forget everything that was registered."""

@@ -53,7 +53,9 @@ class UnitOfWork:
         self.attempt = attempt
         self.must_see = must_see
         self.hooks: Hooks = Hooks(quota)
+        self.inner: list[UnitOfWork] = []
         if parent is not None:
+            parent.inner.append(self)
             parent.hooks.inner.append(self.hooks)
         self.outcome: Outcome | None = None
         self.cause: Cause | None = None
@@ -246,6 +248,8 @@ class UnitOfWork:
 
     async def call_undone(self, owner: object) -> None:
         """Call the `after_rollback` hooks of savepoints that were rolled back."""
+        for inner in list(self.inner):
+            await inner.call_undone(owner)
         hooks = self.hooks.take_undone(owner)
         await run_to_completion(call_all(self, "after_rollback", hooks))
 
