@@ -344,6 +344,20 @@ def test_deferred_with_an_async_predicate() -> None:
         deferred(when=always)  # type: ignore[arg-type]
 
 
+async def test_deferred_with_arguments_of_any_name(db: Database) -> None:
+    """A function keeps its signature, whatever its parameters are called."""
+    exported: list[tuple[str, str]] = []
+
+    def export(fn: str, when: str) -> None:
+        exported.append((fn, when))
+
+    async with db:
+        deferred(when=lambda fn, when: fn != when)(export)(fn="a.csv", when="now")
+        after_commit(export, fn="b.csv", when="later")
+
+    assert [("a.csv", "now"), ("b.csv", "later")] == exported
+
+
 async def test_handlers_that_never_ran(db: Database) -> None:
     """A unit that is dropped with hooks that never ran is a ResourceWarning."""
 

@@ -120,7 +120,9 @@ def force_commit() -> None:
     _require("force_commit()").force_commit()
 
 
-def before_commit(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+def before_commit(
+    fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
+) -> None:
     """Call `fn` inside the transaction, just before COMMIT, in order.
 
     The place for a transactional enqueue. One that raises, or takes longer than
@@ -130,7 +132,9 @@ def before_commit(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) ->
     _register("before_commit", fn, args, kwargs)
 
 
-def after_commit(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+def after_commit(
+    fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
+) -> None:
     """Call `fn` once COMMIT is proven, before the response leaves, in order.
 
     Never called for work that was not kept, nor if the savepoint that is open now is
@@ -142,7 +146,9 @@ def after_commit(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> 
     _register("after_commit", fn, args, kwargs)
 
 
-def after_rollback(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+def after_rollback(
+    fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
+) -> None:
     """Call `fn` once a rollback is proven, in reverse order of registration.
 
     The rollback of the savepoint that is open now, or else of the unit. Not called
@@ -151,7 +157,9 @@ def after_rollback(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -
     _register("after_rollback", fn, args, kwargs)
 
 
-def after_response(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+def after_response(
+    fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
+) -> None:
     """Call `fn` as `after_commit` does, but after the application has returned."""
     _register("after_response", fn, args, kwargs)
 
