@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import inspect
 from typing import TYPE_CHECKING, ClassVar
@@ -334,14 +335,20 @@ def test_deferred_above_the_wrong_decorator(kind: Callable[..., object]) -> None
         deferred(kind(print))  # type: ignore[call-overload]
 
 
-def test_deferred_with_an_async_predicate() -> None:
-    """A predicate whose answer would have to be awaited is an error at once."""
+async def always() -> bool:
+    raise NotImplementedError
 
-    async def always() -> bool:
+
+class Always:
+    async def __call__(self) -> bool:
         raise NotImplementedError
 
-    with pytest.raises(TypeError, match=r"always.*cannot be async"):
-        deferred(when=always)  # type: ignore[arg-type]
+
+@pytest.mark.parametrize("when", [always, functools.partial(always), Always()])
+def test_deferred_with_an_async_predicate(when: Callable[[], bool]) -> None:
+    """A predicate whose answer would have to be awaited is an error at once."""
+    with pytest.raises(TypeError, match=r"(?i)always.*cannot be async"):
+        deferred(when=when)
 
 
 async def test_deferred_with_arguments_of_any_name(db: Database) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ParamSpec, overload
 
 from ._current import current
-from ._hooks import name_of
+from ._hooks import is_async, name_of
 from ._states import State
 from .errors import NoUnitOfWorkError, UnitOfWorkClosedError
 
@@ -132,9 +131,7 @@ def before_commit(
     _register("before_commit", fn, args, kwargs)
 
 
-def after_commit(
-    fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
-) -> None:
+def after_commit(fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
     """Call `fn` once COMMIT is proven, before the response leaves, in order.
 
     Never called for work that was not kept, nor if the savepoint that is open now is
@@ -195,7 +192,7 @@ def deferred(
     Calls raise `NoUnitOfWorkError` outside a unit of work. Raises `TypeError` for
     what is no function, and for a predicate that is async.
     """
-    if inspect.iscoroutinefunction(when):
+    if when is not None and is_async(when):
         message = f"deferred(when={name_of(when)}): the predicate cannot be async."
         raise TypeError(message)
 

@@ -53,7 +53,7 @@ class Hook:
         """
         bound = functools.partial(self.fn, *self.args, **self.kwargs)
         with anyio.fail_after(seconds) as scope:
-            if _is_async(self.fn):
+            if is_async(self.fn):
                 result = bound()
             else:
                 result = await anyio.to_thread.run_sync(bound, abandon_on_cancel=True)
@@ -244,7 +244,8 @@ def name_of(fn: Callable[..., object]) -> str:
     return name if isinstance(name, str) else type(fn).__qualname__
 
 
-def _is_async(fn: Callable[..., object]) -> bool:
+def is_async(fn: Callable[..., object]) -> bool:
+    """Tell whether what it returns has to be awaited, as far as can be seen."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
