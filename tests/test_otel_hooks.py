@@ -81,6 +81,29 @@ async def test_failing_hook(
     assert [(about, 1)] == telemetry.metrics["asgi_uow.hook.failures"]
 
 
+class Mute(Exception):  # noqa: N818  # no name of a mistake
+    """Has no message, and fails when it is asked for it."""
+
+    def __str__(self) -> str:
+        raise LookupError
+
+
+async def test_error_without_a_message(db: Database, telemetry: Telemetry) -> None:
+    """The span of a hook ends whatever the hook raised, and whatever that can say."""
+
+    async def hook() -> None:
+        raise Mute
+
+    async def work() -> None:
+        after_commit(hook)
+
+    await request(db, work, telemetry.observer)
+    recorded = exception_of(telemetry.span(f"after_commit {hook.__qualname__}"))
+    assert f"{__name__}.Mute" == recorded["exception.type"]
+    assert "message cannot be read" == recorded["exception.message"]
+    assert "Mute: message cannot be read\n" in str(recorded["exception.stacktrace"])
+
+
 async def test_hook_that_takes_too_long(db: Database, telemetry: Telemetry) -> None:
     """It is an error too, and counted once."""
 

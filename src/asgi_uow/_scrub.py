@@ -7,6 +7,7 @@ Drivers put values into their messages: `Key (email)=(ann@example.com) already e
 from __future__ import annotations
 
 import traceback
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from sqlalchemy import exc as sa_exc
@@ -24,6 +25,13 @@ WRAPPERS = (sa_exc.StatementError, sa_exc.PendingRollbackError)
 """What SQLAlchemy raises with the message of a driver, or with parameters, inside."""
 
 
+def message_of(error: BaseException) -> str:
+    """Give its message; never fails, whatever its class does."""
+    with suppress(Exception):
+        return str(error)
+    return "message cannot be read"
+
+
 class Scrub:
     """Takes the messages of database errors out of texts about one exception.
 
@@ -35,7 +43,7 @@ class Scrub:
     def __init__(
         self,
         error: BaseException,
-        text_of: Callable[[BaseException], str] = str,
+        text_of: Callable[[BaseException], str] = message_of,
     ) -> None:
         """Look at `error` and all behind it; `text_of` gives what is to be reduced."""
         self._exact: dict[str, str] = {}
@@ -45,7 +53,7 @@ class Scrub:
         for each, database in self._found.values():
             if database:
                 left = _without_data(each)
-                texts = (text_of(each), str(each))
+                texts = (text_of(each), message_of(each))
                 self._exact |= dict.fromkeys(texts, left)
                 if _is_of_database(each):
                     self._quoted |= dict.fromkeys(_quotations(each, *texts), left)
@@ -77,7 +85,7 @@ class Scrub:
         for each, database in reversed(self._found.values()):
             lines += traceback.format_tb(each.__traceback__)
             notes = [] if database else getattr(each, "__notes__", [])
-            texts = [self(text) for text in (str(each), *notes)]
+            texts = [self(text) for text in (message_of(each), *notes)]
             lines.append(f"{name_of(type(each))}: " + "\n".join(texts) + "\n")
         return "".join(lines)
 

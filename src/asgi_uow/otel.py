@@ -14,7 +14,7 @@ from sqlalchemy import URL, make_url
 
 from . import observers as of
 from ._dialects import code_of
-from ._scrub import Scrub, name_of
+from ._scrub import Scrub, message_of, name_of
 from ._states import Cause, Outcome
 from ._unit import UnitOfWork
 
@@ -144,7 +144,7 @@ def _fail(span: trace.Span, error: BaseException) -> None:
         scrub = Scrub(error)
         attributes = {
             "exception.type": name_of(type(error)),
-            "exception.message": scrub(str(error)),
+            "exception.message": scrub(message_of(error)),
             "exception.stacktrace": scrub.stacktrace(),
         }
         span.add_event("exception", attributes)
