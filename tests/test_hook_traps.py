@@ -329,7 +329,8 @@ async def test_pending_hook_inside_another_call(db: Database, backend: Backend) 
         found.append(await rows.all())
         await rows.close()
 
-    await failures(handler, db)
+    errors = await failures(handler, db)  # some drivers refuse it beside a stream
+    assert TimeoutError not in map(type, errors)
     assert [1] in found
 
 

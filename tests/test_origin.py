@@ -355,11 +355,14 @@ async def test_deferred_with_arguments_of_any_name(db: Database) -> None:
     """A function keeps its signature, whatever its parameters are called."""
     exported: list[tuple[str, str]] = []
 
+    def is_due(fn: str, when: str) -> bool:
+        return fn != when
+
     def export(fn: str, when: str) -> None:
         exported.append((fn, when))
 
     async with db:
-        deferred(when=lambda fn, when: fn != when)(export)(fn="a.csv", when="now")
+        deferred(when=is_due)(export)(fn="a.csv", when="now")
         after_commit(export, fn="b.csv", when="later")
 
     assert [("a.csv", "now"), ("b.csv", "later")] == exported
