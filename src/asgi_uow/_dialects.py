@@ -148,7 +148,7 @@ def code_of(error: BaseException | None) -> str | int | None:
     MySQL's number comes first: asyncmy errors carry a SQLSTATE too, and 40000 or
     HY000 says less than 1213.
     """
-    for cause in _causes(error):
+    for cause in causes(error):
         origin = getattr(cause, "orig", None) or cause
         first: object = origin.args[0] if origin.args else None
         if isinstance(first, int) and _is_of_mysql(origin):
@@ -160,13 +160,7 @@ def code_of(error: BaseException | None) -> str | int | None:
     return None
 
 
-def driver_error(error: BaseException | None) -> BaseException | None:
-    """Find what SQLAlchemy has wrapped, in `error` or behind it."""
-    wrapped = (e.orig for e in _causes(error) if isinstance(e, sa_exc.DBAPIError))
-    return next(wrapped, None)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Give `error` and what it was raised from, and so on; each once."""
     seen: list[BaseException] = []
     while error is not None and not any(error is each for each in seen):

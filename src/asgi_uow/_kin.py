@@ -15,19 +15,32 @@ class Kin:
     """Those around a unit of work.
 
     `parent`, in which it is nested; `hook_of`, of which it serves a hook; `previous`,
-    which was the current one before.
+    which was the current one before. `inner` are those that are nested in it.
     """
 
-    __slots__ = ("hook_of", "parent", "previous")
+    __slots__ = ("hook_of", "inner", "parent", "previous")
 
     def __init__(self, parent: UnitOfWork | None, hook_of: UnitOfWork | None) -> None:
         """Begin beside no other."""
         self.parent: UnitOfWork | None = parent
         self.hook_of: UnitOfWork | None = hook_of
         self.previous: UnitOfWork | None = None
+        self.inner: list[UnitOfWork] = []
+
+    def join(self, unit: UnitOfWork) -> None:
+        """Have `unit`, whose kin this is, follow the savepoints of its parent."""
+        if self.parent is not None:
+            self.parent.kin.inner.append(unit)
+            self.parent.hooks.inner.append(unit.hooks)
+
+    def leave(self, unit: UnitOfWork) -> None:
+        """End that."""
+        if self.parent is not None:
+            self.parent.kin.inner.remove(unit)
+            self.parent.hooks.inner.remove(unit.hooks)
 
     def __iter__(self) -> Iterator[UnitOfWork]:
-        """Give each of them once."""
+        """Give those it is inside of, each once."""
         around = (self.hook_of, self.parent, self.previous)
         return filter(None, dict.fromkeys(around))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ._dialects import READ_ONLY_CODES, code_of, driver_error
+from ._dialects import READ_ONLY_CODES, causes, code_of
 from ._drivers import driver_of
 from ._managed import ReadOnlySession
 from ._session import Session
@@ -91,8 +91,7 @@ class ReadSession(Session):
 
         The next read begins anew.
         """
-        failed = driver_error(error)
-        if failed is None or self.writer() is not None or self.sync_session.is_ending():
+        if self.writer() is not None or self.sync_session.is_ending():
             return False
         held = [
             (driver_of(each.dialect), each.connection.driver_connection)
@@ -100,8 +99,9 @@ class ReadSession(Session):
             if not (each.closed or each.invalidated)
         ]
         return any(
-            driver.in_transaction(raw) and driver.gave_up(raw, failed)
+            driver.in_transaction(raw) and driver.gave_up(raw, each)
             for driver, raw in held
+            for each in causes(error)
         )
 
     async def _read(

@@ -53,10 +53,7 @@ class UnitOfWork:
         self.attempt = attempt
         self.must_see = must_see
         self.hooks: Hooks = Hooks(quota)
-        self.inner: list[UnitOfWork] = []
-        if parent is not None:
-            parent.inner.append(self)
-            parent.hooks.inner.append(self.hooks)
+        self.kin.join(self)
         self.outcome: Outcome | None = None
         self.cause: Cause | None = None
         self.reason: str | None = None
@@ -236,8 +233,7 @@ class UnitOfWork:
                 await run_to_completion(self._release())
         finally:
             self.hooks.clear()
-            if self.kin.parent is not None:
-                self.kin.parent.hooks.inner.remove(self.hooks)
+            self.kin.leave(self)
             self.report.tell()
             self._sessions.forget()
 
@@ -248,7 +244,7 @@ class UnitOfWork:
 
     async def call_undone(self, owner: object) -> None:
         """Call the `after_rollback` hooks of savepoints that were rolled back."""
-        for inner in list(self.inner):
+        for inner in list(self.kin.inner):
             await inner.call_undone(owner)
         hooks = self.hooks.take_undone(owner)
         await run_to_completion(call_all(self, "after_rollback", hooks))
