@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from asgi_uow._hooks import PHASES, Hook, Hooks, name_of
+from asgi_uow._shield import bounded
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -38,7 +39,7 @@ def function() -> None:
 
 
 async def run(fn: Callable[..., object], seconds: float | None = 5.0) -> None:
-    await Hook(fn, (), {}).call(seconds)
+    await bounded(Hook(fn, (), {}).call(), seconds)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ async def test_sync(*, partial: bool) -> None:
     """A sync callable runs in a worker thread, with its arguments."""
     recorder = Recorder()
     fn = functools.partial(recorder.sync, 1) if partial else recorder.sync
-    await Hook(fn, () if partial else (1,), {"key": 2}).call(5.0)
+    await Hook(fn, () if partial else (1,), {"key": 2}).call()
     [(thread, args, kwargs)] = recorder.calls
     assert thread != threading.get_ident()
     assert ((1,), {"key": 2}) == (args, kwargs)
@@ -89,7 +90,7 @@ async def test_async() -> None:
     partial = functools.partial(recorder)
     forms = (recorder.coroutine, recorder, partial, functools.partial(partial))
     for fn in forms:
-        await Hook(fn, (1,), {"key": 2}).call(5.0)
+        await Hook(fn, (1,), {"key": 2}).call()
     assert [(threading.get_ident(), (1,), {"key": 2})] * len(forms) == recorder.calls
 
 

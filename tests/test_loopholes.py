@@ -41,7 +41,7 @@ from asgi_uow.errors import (
     TransactionGoneError,
     UnitOfWorkClosedError,
 )
-from asgi_uow.observers import HookFailed, ReleaseFailed
+from asgi_uow.observers import CommitFailed, HookFailed, ReleaseFailed
 from tests import shop
 from tests.asgi import BODY, START, endpoint, request, respond
 from tests.servers.process import MariaDB
@@ -645,10 +645,16 @@ async def test_read_that_moves_while_another_read_connects(
     assert 200 == response.status
 
 
+@pytest.mark.parametrize("register", [before_commit, after_commit])
 async def test_hook_that_does_not_let_itself_be_cancelled(
-    sqlite: SQLiteBackend, monkeypatch: pytest.MonkeyPatch
+    sqlite: SQLiteBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    register: Callable[[Callable[[], object]], None],
 ) -> None:
-    """Past hook_timeout and a grace period it is left behind; the response leaves."""
+    """Past hook_timeout and a grace period it is left behind; the response leaves.
+
+    It is a success only if the hook was one for which it was too late to object.
+    """
     monkeypatch.setattr("asgi_uow._shield.GRACE", 0.01)
     over = asyncio.Event()
     events: list[Event] = []
@@ -661,7 +667,8 @@ async def test_hook_that_does_not_let_itself_be_cancelled(
                 await over.wait()
 
     async def handler() -> None:
-        after_commit(stubborn)
+        await shop.insert(1)
+        register(stubborn)
 
     async with shop_database(sqlite) as db:
         app = UnitOfWorkMiddleware(
@@ -669,11 +676,45 @@ async def test_hook_that_does_not_let_itself_be_cancelled(
         )
         response = await request(app)
 
-        assert 200 == response.status
-        [failed] = [each for each in events if isinstance(each, HookFailed)]
-        assert isinstance(failed.error, TimeoutError)
+        is_after = register is after_commit
+        assert (200 if is_after else 500) == response.status
+        assert ([1] if is_after else []) == await shop.items(sqlite)
+        [failed] = [e for e in events if isinstance(e, HookFailed | CommitFailed)]
+        assert isinstance(failed, HookFailed if is_after else CommitFailed)
+        error = failed.error if is_after else failed.error.__cause__
+        assert isinstance(error, TimeoutError)
         over.set()
         await asyncio.wait([task for task in tasks if task])
+
+
+async def test_cancelled_while_a_hook_runs(sqlite: SQLiteBackend) -> None:
+    """A request that is cancelled in a before_commit hook cancels the hook as well."""
+    begun = asyncio.Event()
+    ended: list[str] = []
+
+    async def hook() -> None:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await current_session().execute("SELECT 1")
+            ended.append("hook")
+            raise
+
+    async def handler() -> None:
+        await shop.insert(1)
+        before_commit(hook)
+        after_rollback(ended.append, "unit")
+
+    async with shop_database(sqlite) as db:
+        task = asyncio.create_task(request(UnitOfWorkMiddleware(endpoint(handler), db)))
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ["hook", "unit"] == ended
+        assert [] == await shop.items(sqlite)
+        assert [0, 0] == checked_out(db)
 
 
 async def test_database_down_in_a_task_group() -> None:

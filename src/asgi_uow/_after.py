@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ._current import use
-from ._hooks import TOO_LATE
 from ._policy import COMMIT, Decision, exception_cause, rollback
 from ._shield import bounded
 from ._states import Cause, State
@@ -35,7 +34,11 @@ async def call_all(unit: UnitOfWork, phase: str, hooks: list[Hook]) -> None:
     """Call every hook, also those registered meanwhile; none stops another."""
     for hook in hooks:
         own = unit.for_hook()
-        error = await _call(own, phase, hook)
+        try:
+            with use(own):
+                error = await attempt(own, phase, hook)
+        except asyncio.CancelledError as raised:  # by the hook: this task is shielded
+            error = raised
         for follower in FOLLOWS[phase]:
             registered = own.hooks.take(follower)
             if phase == "after_commit" and follower == "after_response":
@@ -52,25 +55,28 @@ async def call_all(unit: UnitOfWork, phase: str, hooks: list[Hook]) -> None:
             unit.report.add(HookFailed(phase, hook.name, error))
 
 
-async def _call(own: UnitOfWork, phase: str, hook: Hook) -> BaseException | None:
-    """Call one hook with its own unit as the current one; give what it raised."""
+async def attempt(unit: UnitOfWork, phase: str, hook: Hook) -> BaseException | None:
+    """Call one hook, for as long as it may take; give what it raised.
+
+    It has a task of its own, which is left behind if it ignores its cancellation.
+    """
 
     async def call() -> BaseException | None:
         # A SystemExit would leave the task through the event loop, and end that.
         try:
-            with use(own), watched(own, phase, hook):
-                await hook.call(None)
+            with _watched(unit, phase, hook):
+                await hook.call()
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001  # hook isolation
             return error
         task = asyncio.current_task()
         late = task is not None and task.cancelling()
-        return TimeoutError(TOO_LATE) if late else None
+        return TimeoutError("it went on after its time") if late else None
 
     try:
-        return await bounded(call(), own.settings.hook_timeout)
-    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # isolation
+        return await bounded(call(), unit.settings.hook_timeout)
+    except TimeoutError as error:
         return error
 
 
@@ -86,7 +92,7 @@ def _decide(own: UnitOfWork, error: BaseException | None) -> Decision:
 
 
 @contextmanager
-def watched(unit: UnitOfWork, phase: str, hook: Hook) -> Generator[None]:
+def _watched(unit: UnitOfWork, phase: str, hook: Hook) -> Generator[None]:
     """Tell the observers of the beginning and the end of a hook, where it runs."""
     observers = unit.settings.observers
     notify(observers, HookStarted(phase, hook.name, unit=unit))

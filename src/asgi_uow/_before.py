@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from ._after import watched
+from ._after import attempt
 
 if TYPE_CHECKING:
     from ._hooks import Hook, Hooks
@@ -26,7 +26,6 @@ async def prepare(unit: UnitOfWork, sessions: Sessions) -> None:
     """
     for _, session in sessions.all_readers():
         session.refuse_changes()
-    timeout = unit.settings.hook_timeout
     unit.hooks.by_hook = True
     done = 0
     while True:
@@ -34,15 +33,15 @@ async def prepare(unit: UnitOfWork, sessions: Sessions) -> None:
             done = hook.number
             if hook.dropped:
                 continue
-            try:
-                with watched(unit, "before_commit", hook):
-                    await hook.call(timeout)
-            except Exception as error:
+            error = await attempt(unit, "before_commit", hook)
+            if isinstance(error, Exception):
                 raise HookStoppedError(hook.name) from error
+            if error is not None:
+                raise error
         writers = list(sessions.writers.values())
         for writer in writers:
             if writer.has_changes:
-                with anyio.fail_after(timeout):
+                with anyio.fail_after(unit.settings.hook_timeout):
                     await writer.flush()
         if not _waiting(unit.hooks, done) and len(writers) == len(sessions.writers):
             return

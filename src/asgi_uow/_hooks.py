@@ -10,7 +10,6 @@ from contextlib import suppress
 from operator import attrgetter
 from typing import TYPE_CHECKING, TypeAlias
 
-import anyio
 import anyio.to_thread
 
 from .errors import TooManyHooksError
@@ -22,9 +21,6 @@ PHASES = ("before_commit", "after_commit", "after_rollback", "after_response")
 
 MOST_BY_HOOKS = 100
 """How many hooks the hooks of one unit of work may register."""
-
-TOO_LATE = "it went on after its time"
-"""What is said of a hook that has ignored its cancellation."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,23 +40,20 @@ class Hook:
         """The qualified name of the callable; a partial shows what it wraps."""
         return name_of(self.fn)
 
-    async def call(self, seconds: float | None) -> None:
+    async def call(self) -> None:
         """Await an async callable, run any other in a worker thread.
 
         What a sync callable returns is awaited if it can be, so that
-        `lambda: publish(event)` works. Raises `TimeoutError` after that
-        many `seconds`; a thread that is still running then is left alone.
+        `lambda: publish(event)` works. A thread that is still running when this is
+        cancelled is left alone.
         """
         bound = functools.partial(self.fn, *self.args, **self.kwargs)
-        with anyio.fail_after(seconds) as scope:
-            if is_async(self.fn):
-                result = bound()
-            else:
-                result = await anyio.to_thread.run_sync(bound, abandon_on_cancel=True)
-            if inspect.isawaitable(result):
-                await result
-        if scope.cancel_called:
-            raise TimeoutError(TOO_LATE)
+        if is_async(self.fn):
+            result = bound()
+        else:
+            result = await anyio.to_thread.run_sync(bound, abandon_on_cancel=True)
+        if inspect.isawaitable(result):
+            await result
 
 
 Queues: TypeAlias = "dict[str, list[Hook]]"

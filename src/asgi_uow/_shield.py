@@ -49,11 +49,15 @@ async def bounded(work: Coroutine[object, object, T], seconds: float | None) -> 
     """
     task = asyncio.create_task(work)
     asyncio._unregister_task(task)  # noqa: SLF001  # see run_to_completion
-    await asyncio.wait((task,), timeout=seconds)
-    if not task.done():
-        task.cancel()
-        await asyncio.wait((task,), timeout=GRACE)
-        if not task.done() or task.cancelled():
-            message = f"no answer within {seconds} seconds"
-            raise TimeoutError(message)
+    try:
+        await asyncio.wait((task,), timeout=seconds)
+    finally:
+        late = not task.done()
+        if late:
+            task.cancel()
+            with CancelScope(shield=True):
+                await asyncio.wait((task,), timeout=GRACE)
+    if late and (not task.done() or task.cancelled()):
+        message = f"no answer within {seconds} seconds"
+        raise TimeoutError(message)
     return task.result()
