@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tests import servers
 
 from .measure import TITLES
-from .questions import empty_hooks, one_insert, one_select, request_without_database
+from .questions import empty_hook, one_insert, one_select, request_without_database
 
 if TYPE_CHECKING:
     from .measure import Result
@@ -31,7 +31,7 @@ KEYS = {
 async def main() -> None:
     """Measure, then print: a table is read as a whole."""
     results = await request_without_database()
-    results += await empty_hooks()
+    results += await empty_hook()
     with tempfile.TemporaryDirectory() as folder:
         results += await _on(servers.SQLiteBackend(Path(folder)))
     for server, backend in (

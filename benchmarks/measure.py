@@ -25,7 +25,7 @@ class Result:
     question: str
     contestant: str
     microseconds: list[float]
-    """The time of one call in each round."""
+    """The time of one part in each round."""
     ratios: list[float]
     """To the reference, each in the same round."""
 
@@ -58,10 +58,13 @@ async def compare(
     contestants: Mapping[str, Contestant],
     *,
     calls: int,
+    parts: int = 1,
     seconds: float = 5.0,
     most_rounds: int = 500,
 ) -> list[Result]:
     """Run every contestant once per round, `calls` times in a row.
+
+    `parts`: how many of what is asked for one call does; the times are of one part.
 
     The first contestant is the reference. Every round has an order of its own, so
     that nobody always follows the same other. Ends after `most_rounds`, or with the
@@ -70,7 +73,7 @@ async def compare(
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(WARM_UP_ROUNDS):
         for contestant in contestants.values():
-            await _time(contestant, calls)
+            await _time(contestant, calls, parts)
     gc.collect()
     end = time.monotonic() + seconds
     orders = random.Random(question)
@@ -78,7 +81,7 @@ async def compare(
         if rounds >= FEWEST_ROUNDS and time.monotonic() > end:
             break
         for name in orders.sample(list(contestants), len(contestants)):
-            times[name].append(await _time(contestants[name], calls))
+            times[name].append(await _time(contestants[name], calls, parts))
     reference = next(iter(times.values()))
     return [
         Result(
@@ -91,8 +94,8 @@ async def compare(
     ]
 
 
-async def _time(contestant: Contestant, calls: int) -> float:
+async def _time(contestant: Contestant, calls: int, parts: int) -> float:
     start = time.perf_counter_ns()
     for _ in range(calls):
         await contestant()
-    return (time.perf_counter_ns() - start) / calls / 1000
+    return (time.perf_counter_ns() - start) / calls / parts / 1000
