@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from sqlalchemy import delete, func, insert, select, text, update
@@ -392,18 +392,24 @@ async def test_a_cancellation_frees_the_turn() -> None:
         pass
 
 
+@pytest.mark.parametrize("access", ["write", "read"])
 @pytest.mark.parametrize("any_driver", SLOW, indirect=True)
-async def test_a_cancelled_statement(any_driver: ServerBackend, db: Database) -> None:
-    """A cancelled statement ends on the server too, and its unit keeps nothing."""
+async def test_a_cancelled_statement(
+    any_driver: ServerBackend, db: Database, access: Literal["read", "write"]
+) -> None:
+    """A cancelled statement ends on the server too, and its unit keeps nothing.
+
+    So does a read in the transaction of the writer.
+    """
     slow, running = SLOW[any_driver.driver]
 
     async def count() -> int:
         return int(str(await any_driver.scalar(running, slow=slow)))
 
     async with db:
-        write = db.write
-        await write.execute(INSERT, id=3, name="Cid")
-        statement = asyncio.create_task(write.execute(slow))
+        await db.write.execute(INSERT, id=3, name="Cid")
+        session = db.write if access == "write" else db.read
+        statement = asyncio.create_task(session.execute(slow))
         await eventually(1, count)
         statement.cancel()
         await asyncio.wait((statement,))
