@@ -155,6 +155,12 @@ async def test_options_win(mariadb: MariaDBBackend) -> None:
             r"'sqlite\+pysqlite' is not an async driver: leave the driver out",
         ),
         (
+            "postgresql+psycopg2://app:s3cret@db.example/shop",
+            {},
+            ConfigurationError,
+            r"'postgresql\+psycopg2' is not an async driver: leave the driver out",
+        ),
+        (
             "mysql+aiomysql://app:s3cret@db.example/shop",
             {},
             MissingDriverError,

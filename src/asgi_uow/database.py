@@ -200,6 +200,7 @@ def _create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
             "pool_recycle": -1,
         }
     try:
+        _check_async(parsed)
         return create_async_engine(parsed, **{**defaults, **options, **forced})
     except ModuleNotFoundError as error:
         driver = parsed.get_driver_name()
@@ -207,14 +208,18 @@ def _create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
     except sa_exc.NoSuchModuleError as error:
         message = f"SQLAlchemy knows no database {parsed.drivername!r}."
         raise ConfigurationError(message) from error
-    except sa_exc.InvalidRequestError as error:
-        message = (
-            f"{parsed.drivername!r} is not an async driver: leave the driver out "
-            "to get the usual one, or name an async one."
-        )
-        raise ConfigurationError(message) from error
     except (TypeError, sa_exc.ArgumentError) as error:
         raise ConfigurationError(str(error)) from error
+
+
+def _check_async(url: URL) -> None:
+    # Before SQLAlchemy looks for the driver: to install it would not help.
+    if not url.get_dialect().get_async_dialect_cls(url).is_async:
+        message = (
+            f"{url.drivername!r} is not an async driver: leave the driver out "
+            "to get the usual one, or name an async one."
+        )
+        raise ConfigurationError(message)
 
 
 def _with_safe_connection(options: Mapping[str, Any]) -> dict[str, Any]:
