@@ -631,6 +631,26 @@ async def test_before_commit_stops_the_commit(
     assert (Outcome.ROLLED_BACK, cause) == (finished.outcome, finished.cause)
 
 
+async def test_before_commit_that_leaves_the_process(
+    db: Database, sqlite: Backend
+) -> None:
+    """SystemExit in a before_commit hook is raised as it is; nothing is kept."""
+    fired: list[str] = []
+
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    async def handler() -> None:
+        await shop.insert(1)
+        before_commit(leave)
+        after_rollback(fired.append, "rollback")
+
+    with pytest.raises(SystemExit):
+        await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    assert ["rollback"] == fired
+    assert [] == await shop.items(sqlite)
+
+
 @pytest.mark.parametrize("answer", ["nothing", "success"])
 async def test_cancelled_before_commit_rolls_back(
     db: Database, sqlite: Backend, answer: str
