@@ -170,7 +170,7 @@ async def test_causal_reads(
 
     app.add_route(write, "/", methods=["POST"])
     app.add_route(read, "/")
-    async with shop_database(postgresql) as db:
+    async with shop_database(postgresql, read_urls=[postgresql.url]) as db:
         setup(app, db, causal_reads=CausalReads("a secret of many bytes"))
         async with serving(app) as client:
             await client.get("/")
