@@ -145,7 +145,6 @@ async def p10_send_raises(case: Case) -> None:
 
     async def chunks() -> AsyncIterator[str]:
         yield await count()
-        yield "two"
 
     async def create() -> Reply:
         after_commit(ran.append, "hook")
