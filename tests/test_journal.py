@@ -13,6 +13,7 @@ from sqlalchemy import exc as sa_exc
 from asgi_uow import (
     Database,
     Outcome,
+    Session,
     UnitOfWork,
     UnitOfWorkMiddleware,
     after_commit,
@@ -108,6 +109,29 @@ async def test_swallowed_statement_error(db: Database, any_driver: Backend) -> N
         assert 200 == response.status
         assert ["commit"] == sent.fired
         assert [1] == await shop.items(any_driver)
+
+
+@pytest.mark.parametrize("any_driver", ["asyncpg", "psycopg"], indirect=True)
+@pytest.mark.parametrize("session_of", [current_session, current_read_session])
+async def test_swallowed_in_the_middle_of_a_stream(
+    db: Database, any_driver: Backend, session_of: Callable[[], Session]
+) -> None:
+    """P2: an error among the rows of a stream gives up what was written before."""
+    statement = "SELECT 1 / (200 - i) FROM generate_series(1, 300) AS i"
+
+    async def handler() -> None:
+        await shop.insert(1)
+        rows = await session_of().stream_scalars(statement)
+        with pytest.raises(Exception, match="division by zero"):
+            await rows.all()
+
+    sent = Request(db, handler)
+    response = await sent.send()
+
+    assert 500 == response.status
+    assert isinstance(response.error, DoomedError)
+    assert ["rollback"] == sent.fired
+    assert [] == await shop.items(any_driver)
 
 
 async def test_swallowed_on_the_raw_connection(

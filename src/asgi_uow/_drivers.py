@@ -110,8 +110,12 @@ def _mysql_gave_up(connection: object, error: BaseException) -> bool:  # noqa: A
 
 
 def _asyncpg_gave_up(connection: object, error: BaseException) -> bool:  # noqa: ARG001
-    """Only what the server sent has a severity; a wrong parameter never got there."""
-    return getattr(error.__cause__, "severity", None) is not None
+    """Only what the server sent has a severity; a wrong parameter never got there.
+
+    SQLAlchemy passes on what the fetch of a stream raises as it is.
+    """
+    sent = (error, error.__cause__)
+    return any(getattr(each, "severity", None) is not None for each in sent)
 
 
 def _psycopg_gave_up(connection: _Psycopg, error: BaseException) -> bool:  # noqa: ARG001
