@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy.exc import ResourceClosedError
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
@@ -14,13 +15,16 @@ from starlette.routing import Route
 
 from asgi_uow import Database, UnitOfWorkMiddleware, current_read_session
 from asgi_uow.errors import ReadOnlySessionError
+from tests.asgi import request
 from tests.servers import eventually
 from tests.streams import ROWS, SELECT, Client, checked_out, fill
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
-    from asgi_uow._asgi import ASGIApp, Message
+    from sqlalchemy.ext.asyncio import AsyncResult
+
+    from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
     from tests.servers import Backend, MariaDBBackend, ServerBackend
     from tests.servers.backend import SQLiteBackend
 
@@ -162,6 +166,22 @@ async def test_reads_go_on_after_an_error_beside_a_stream(
     await db.dispose()
 
 
+@pytest.mark.parametrize("any_driver", ["asyncmy", "asyncpg", "psycopg"], indirect=True)
+async def test_reads_go_on_after_an_error_among_the_rows(shop_backend: Backend) -> None:
+    """The error is that of the stream alone; the next read does not meet it."""
+    too_many = "SELECT other.id FROM items AS other WHERE other.id >= items.id - 200"
+    db = Database.from_url(shop_backend.url, pool_size=1, max_overflow=0)
+    async with db:
+        rows = await db.read.stream_scalars(
+            f"SELECT CASE WHEN id = 250 THEN ({too_many}) END FROM items ORDER BY id"
+        )
+        with pytest.raises(Exception, match=r"more than (one|1) row"):
+            await rows.all()
+        assert ROWS == await db.read.scalar("SELECT count(*) FROM items")
+    assert [0, 0] == checked_out(db)
+    await db.dispose()
+
+
 # Pieces
 
 
@@ -185,6 +205,12 @@ GATES = {
 }
 GATES["psycopg"] = GATES["asyncpg"]
 
+SLOW = {
+    "asyncmy": GATES["asyncmy"][2].replace("GET_LOCK('gate', 60)", "SLEEP(60)"),
+    "asyncpg": GATES["asyncpg"][2].replace("pg_advisory_lock(1)", "pg_sleep(60)"),
+}
+SLOW["psycopg"] = SLOW["asyncpg"]
+
 
 @pytest.mark.parametrize("any_driver", GATES, indirect=True)
 async def test_first_rows_before_the_last(any_driver: ServerBackend) -> None:
@@ -199,6 +225,63 @@ async def test_first_rows_before_the_last(any_driver: ServerBackend) -> None:
         await keeper.write.execute(open_)
         assert 900 == len(await rows.all())
     await keeper.dispose()
+    await db.dispose()
+
+
+async def rest_of(rows: AsyncResult[Any]) -> asyncio.Task[Sequence[Any]]:
+    """A task that is waiting for the server to go on with the rows."""
+    begun = asyncio.Event()
+
+    async def read() -> Sequence[Any]:
+        begun.set()
+        return await rows.all()
+
+    task = asyncio.create_task(read())
+    await begun.wait()
+    return task
+
+
+@pytest.mark.parametrize("any_driver", GATES, indirect=True)
+async def test_reads_go_on_after_a_cancellation_among_the_rows(
+    any_driver: ServerBackend,
+) -> None:
+    """A cancelled fetch ends its stream; the next read has another connection."""
+    close, _, select = GATES[any_driver.driver]
+    db = Database.from_url(any_driver.url)
+    keeper = Database.from_url(any_driver.url)
+    async with keeper, db:
+        await keeper.write.execute(close)
+        rows = await db.read.stream(select)
+        assert 100 == len(await rows.fetchmany(100))
+        rest = await rest_of(rows)
+        rest.cancel()
+        await asyncio.wait((rest,))
+        assert rest.cancelled()
+        assert 1 == await db.read.scalar("SELECT 1")
+        with pytest.raises(ResourceClosedError):
+            await rows.fetchone()
+    assert [0, 0] == checked_out(db)
+    await keeper.dispose()
+    await db.dispose()
+
+
+@pytest.mark.parametrize("any_driver", GATES, indirect=True)
+async def test_connection_lost_among_the_rows_is_answered_503(
+    any_driver: ServerBackend,
+) -> None:
+    """As one that is lost under any other statement."""
+    db = Database.from_url(any_driver.url)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        rows = await db.read.stream(SLOW[any_driver.driver])
+        rest = await rest_of(rows)
+        await any_driver.kill_connections()
+        await rest
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    assert 503 == response.status
+    assert [0, 0] == checked_out(db)
     await db.dispose()
 
 

@@ -77,20 +77,20 @@ class ReadSession(Session):
                 return await self._read(self.route, method, args, kwargs)
             return await super().perform(method, args, kwargs)
         except Exception as error:
-            if self._has_spoilt(error):
-                await self.close_streams()
-                await self.let_go()
             named = isinstance(error, ReadOnlySessionError)
             if named or code_of(error) not in READ_ONLY_CODES:
                 raise
             operation = f"session.{method.__name__}()"
             raise ReadOnlySessionError(operation) from error
 
-    def _has_spoilt(self, error: Exception) -> bool:
-        """Tell whether PostgreSQL refuses all else in a stream's transaction after it.
+    async def failed(self, error: Exception) -> None:
+        """Note it; where nothing more can be read there, the next read begins anew."""
+        await super().failed(error)
+        if self._has_spoilt(error):
+            await self.let_go()
 
-        The next read begins anew.
-        """
+    def _has_spoilt(self, error: Exception) -> bool:
+        """Tell whether it has ended the transaction of a stream."""
         if self.writer() is not None or self.sync_session.is_ending():
             return False
         held = [
@@ -154,6 +154,7 @@ class ReadSession(Session):
                 transaction.close()
 
         sync = self.sync_session
+        await self.close_streams()
         await AsyncSession.run_sync(self, let_go)
         sync.connections.clear()
         if sync.connected is not None:

@@ -13,7 +13,8 @@ import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import current_effective_deadline
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncResult, AsyncSession
 
 from ._drivers import driver_of
 from ._journal import Journal
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 
     from sqlalchemy import orm
     from sqlalchemy.engine import Engine
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncResult
+    from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.util.typing import TupleAny
 
     from ._hooks import Hooks
     from ._managed import ManagedSession
-    from ._streams import StreamResult
+    from ._streams import Fetch, StreamResult
 
 F = TypeVar("F", bound="Callable[..., Coroutine[object, object, object]]")
 
@@ -49,14 +50,8 @@ def _takes_turn(method: F) -> F:
         async with self.own_turn, self.turn:
             self.check(operation)
             self.refuse_while_streaming(operation)
-            try:
-                result = await self.perform(method, args, kwargs)
-            except Exception as error:
-                self.note(error)
-                raise
-            except asyncio.CancelledError:
-                await self.cancelled()
-                raise
+            perform = functools.partial(self.perform, method, args, kwargs)
+            result = await self.attempt(perform)
         await self.call_undone()
         return result
 
@@ -123,13 +118,26 @@ class Session(TextSession):
         self.sync_session.hooks = ties.hooks
         self.sync_session.journal = Journal(self.sync_session.is_ending, ties.hooks)
 
+    async def attempt(
+        self, call: Callable[[], Coroutine[object, object, object]]
+    ) -> object:
+        """Make one call, or one fetch of a stream, whose turn it is."""
+        try:
+            return await call()
+        except Exception as error:
+            await self.failed(error)
+            raise
+        except asyncio.CancelledError:
+            await self.cancelled()
+            raise
+
     async def perform(
         self,
         method: Callable[..., Coroutine[object, object, object]],
         args: tuple[object, ...],
         kwargs: dict[str, object],
     ) -> object:
-        """Make one call, whose turn it is."""
+        """Make one call."""
         return await method(self, *args, **kwargs)
 
     @property
@@ -150,6 +158,10 @@ class Session(TextSession):
     def hand_over(self) -> None:
         """Let the current task, and no other, commit, roll back and close."""
         self.sync_session.finisher = asyncio.current_task()
+
+    async def failed(self, error: Exception) -> None:
+        """Note what was raised."""
+        self.note(error)
 
     async def cancelled(self) -> None:
         """Have the server stop the statement whose call was cancelled.
@@ -235,7 +247,7 @@ class Session(TextSession):
     async def close_streams(self) -> None:
         """Close the streams that nobody has read to their end."""
         while self.streams:
-            await self.streams.pop().close()
+            await AsyncResult.close(self.streams.pop())  # whose turn it is
 
     def begin_nested(self) -> Savepoint:
         """Open a SAVEPOINT; what fails inside is undone, the rest goes on."""
@@ -260,7 +272,16 @@ class Session(TextSession):
     def watch(self, stream: AsyncResult[*TupleAny]) -> AsyncResult[*TupleAny]:
         """Have the fetches of a stream take turns too."""
         turn = self.turn
-        watched = take_turns(stream, lambda: turn)
+
+        async def in_turn(fetch: Fetch) -> object:
+            async with turn:
+                try:
+                    return await self.attempt(fetch)
+                except DBAPIError:
+                    await AsyncResult.close(watched)  # no more rows are on their way
+                    raise
+
+        watched = take_turns(stream, in_turn)
         host = self.host
         host.streams = [each for each in host.streams if each.is_open]
         host.streams.append(watched)

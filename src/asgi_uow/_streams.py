@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncResult, AsyncScalarResult
 from sqlalchemy.ext.asyncio.result import AsyncMappingResult
@@ -11,10 +11,11 @@ from sqlalchemy.ext.asyncio.result import AsyncMappingResult
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 
-    from ._turn import Turn
-
-
 S = TypeVar("S", bound="Stream")
+
+Fetch: TypeAlias = "Callable[[], Coroutine[object, object, object]]"
+InTurn: TypeAlias = "Callable[[Fetch], Coroutine[object, object, object]]"
+"""Makes a fetch once it is its turn."""
 
 
 class Stream:
@@ -22,7 +23,7 @@ class Stream:
 
     _real_result: Any
     fetchmany: Any
-    turn: Callable[[], Turn]
+    in_turn: InTurn
 
     @property
     def is_open(self) -> bool:
@@ -41,11 +42,11 @@ class StreamResult(Stream, AsyncResult[Any]):
 
     def scalars(self, index: Any = 0) -> StreamScalarResult:
         """Stream one column of every row."""
-        return _adopt(StreamScalarResult, super().scalars(index), self.turn)
+        return _adopt(StreamScalarResult, super().scalars(index), self.in_turn)
 
     def mappings(self) -> StreamMappingResult:
         """Stream the rows as mappings."""
-        return _adopt(StreamMappingResult, super().mappings(), self.turn)
+        return _adopt(StreamMappingResult, super().mappings(), self.in_turn)
 
 
 class StreamScalarResult(Stream, AsyncScalarResult[Any]):
@@ -56,19 +57,19 @@ class StreamMappingResult(Stream, AsyncMappingResult):
     """What `mappings()` of a stream gives."""
 
 
-def take_turns(result: AsyncResult[Any], turn: Callable[[], Turn]) -> StreamResult:
+def take_turns(result: AsyncResult[Any], in_turn: InTurn) -> StreamResult:
     """Give a stream like `result` that takes turns."""
-    return _adopt(StreamResult, result, turn)
+    return _adopt(StreamResult, result, in_turn)
 
 
-def _adopt(cls: type[S], plain: object, turn: Callable[[], Turn]) -> S:
+def _adopt(cls: type[S], plain: object, in_turn: InTurn) -> S:
     """Make a `cls` of SQLAlchemy's own result; constructors differ by version."""
     stream = cls.__new__(cls)
     for base in type(plain).__mro__:
         for name in getattr(base, "__slots__", ()):
             setattr(stream, name, getattr(plain, name))
     stream.__dict__.update(getattr(plain, "__dict__", {}))
-    stream.turn = turn
+    stream.in_turn = in_turn
     return stream
 
 
@@ -77,8 +78,7 @@ def _takes_turn(
 ) -> Callable[..., Coroutine[object, object, object]]:
     @functools.wraps(fetch)
     async def call(self: Stream, *args: object) -> object:
-        async with self.turn():
-            return await fetch(self, *args)
+        return await self.in_turn(functools.partial(fetch, self, *args))
 
     return call
 
