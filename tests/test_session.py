@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from sqlalchemy import delete, func, insert, select, text, update
-from sqlalchemy.exc import IntegrityError, NoResultFound
+from sqlalchemy.exc import DBAPIError, IntegrityError, NoResultFound
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from asgi_uow import Database, Outcome, set_rollback_only
@@ -442,6 +442,19 @@ async def test_a_statement_that_cannot_be_killed(mariadb: MariaDBBackend) -> Non
 
 
 # Connections that are lost
+
+
+@pytest.mark.parametrize("any_driver", ["asyncmy", "asyncpg", "psycopg"], indirect=True)
+async def test_reads_go_on_after_a_lost_connection(
+    any_driver: ServerBackend, db: Database
+) -> None:
+    """The read that met it raises; the next one has another connection."""
+    async with db:
+        assert "Ann" == await db.read.scalar(NAMES)
+        await any_driver.kill_connections()
+        with pytest.raises(DBAPIError):
+            await db.read.scalar(NAMES)
+        assert "Ann" == await db.read.scalar(NAMES)
 
 
 @pytest.mark.parametrize("any_driver", ["asyncmy", "asyncpg", "psycopg"], indirect=True)

@@ -90,13 +90,16 @@ class ReadSession(Session):
             await self.let_go()
 
     def _has_spoilt(self, error: Exception) -> bool:
-        """Tell whether it has ended the transaction of a stream."""
+        """Tell whether it has lost the connection, or ended a stream's transaction."""
         if self.writer() is not None or self.sync_session.is_ending():
             return False
+        connections = self.sync_session.connections
+        if any(each.invalidated for each in connections):
+            return True
         held = [
             (driver_of(each.dialect), each.connection.driver_connection)
-            for each in self.sync_session.connections
-            if not (each.closed or each.invalidated)
+            for each in connections
+            if not each.closed
         ]
         return any(
             driver.in_transaction(raw) and driver.gave_up(raw, each)
