@@ -13,6 +13,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import (
+    CausalReads,
     Database,
     Outcome,
     Session,
@@ -782,6 +783,27 @@ async def test_unknown_is_resolved_on_postgresql(
         assert ["commit" if kept else "rollback"] == fired
         assert ([1] if kept else []) == await shop.items(postgresql)
         assert [0, 0] == checked_out(db)
+        await db.dispose()
+
+
+async def test_resolved_commit_is_seen_by_the_next_request(
+    postgresql: PostgreSQLBackend,
+) -> None:
+    """A client whose COMMIT was found to be kept is told what it has to see."""
+    async with postgresql.proxy() as proxy:
+        await shop.create(postgresql)
+        url = postgresql.through(proxy.port)
+        db = Database.from_url(url, read_urls=[postgresql.url], resolve_unknown=True)
+        proxy.cut_after(lambda trip: trip == "COMMIT")
+        causal_reads = CausalReads("a secret of many bytes")
+        handler = endpoint(lambda: shop.insert(1))
+
+        response = await request(
+            UnitOfWorkMiddleware(handler, db, causal_reads=causal_reads)
+        )
+
+        assert 200 == response.status
+        assert b"set-cookie" in response.headers
         await db.dispose()
 
 

@@ -148,7 +148,8 @@ class End:
                 await self._roll_back(session, outcome)
         for db, session in self._writers.items():
             sync = session.sync_session
-            if sync.committed and sync.connections:
+            kept = sync.committed or outcome is Outcome.COMMITTED
+            if kept and sync.connections:
                 self._unit.note_kept(db)
             self._report_release(db, session, "write")
             if sync.journal.committed_by is not None:
