@@ -199,9 +199,9 @@ async def test_times(db: Database) -> None:
 async def test_ending(
     db: Database, work: Callable[[], Awaitable[object]], status: int
 ) -> None:
-    """`ending` is a part of `seconds`."""
+    """`ending` is the last part of `seconds`."""
     [end] = (await request(db, work, status)).all_of(UnitFinished)
-    assert 0 < end.ending <= end.seconds
+    assert 0 < end.ending < end.seconds
 
 
 # Task and context

@@ -632,22 +632,27 @@ async def test_before_commit_stops_the_commit(
     assert (Outcome.ROLLED_BACK, cause) == (finished.outcome, finished.cause)
 
 
-async def test_before_commit_that_leaves_the_process(
-    db: Database, sqlite: Backend
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+async def test_before_commit_that_ends_the_process_stops_the_commit(
+    db: Database, sqlite: Backend, kind: type[BaseException]
 ) -> None:
-    """SystemExit in a before_commit hook is raised as it is; nothing is kept."""
+    """What is no `Exception` rolls back as well, and is raised as it is."""
     fired: list[str] = []
+    raised = kind()
 
     async def leave() -> None:
-        raise SystemExit(3)
+        raise raised
 
     async def handler() -> None:
         await shop.insert(1)
         before_commit(leave)
+        after_commit(fired.append, "commit")
         after_rollback(fired.append, "rollback")
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(kind) as caught:
         await request(UnitOfWorkMiddleware(endpoint(handler), db))
+
+    assert raised is caught.value
     assert ["rollback"] == fired
     assert [] == await shop.items(sqlite)
 
@@ -972,6 +977,23 @@ async def test_second_database_failing_is_partial(
         assert [1] == await shop.items(mariadb)
         assert [] == await shop.items(sqlite)
         assert [0, 0, 0, 0] == checked_out(first, second)
+
+
+async def test_two_phase_commit_beside_a_stream(mariadb: MariaDBBackend) -> None:
+    """A stream that nobody has read to its end is closed before the preparation."""
+    await shop.create(mariadb)
+    db = Database(create_async_engine(mariadb.url), twophase=True)
+
+    async def handler() -> None:
+        await shop.insert(1)
+        await current_session().stream("SELECT seq FROM seq_1_to_1000")
+
+    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+
+    assert 200 == response.status
+    assert [1] == await shop.items(mariadb)
+    assert [0, 0] == checked_out(db)
+    await db.dispose()
 
 
 async def test_two_phase_commit(mariadb: MariaDBBackend, sqlite: Backend) -> None:

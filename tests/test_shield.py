@@ -211,3 +211,22 @@ async def test_bounded_work_that_ignores_cancellation(
         await bounded(work.run(), 0.01)
     work.may_end.set()
     await work.ended.wait()
+
+
+async def test_bounded_work_cleans_up_in_a_cancelled_scope() -> None:
+    """A scope that goes on cancelling does not cut the cleaning up of work short."""
+    done: list[str] = []
+
+    async def work() -> None:
+        scope.cancel()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(10):
+                await asyncio.sleep(0)
+            done.append("cleaned up")
+
+    with anyio.CancelScope() as scope:
+        await bounded(work(), None)
+    assert ["cleaned up"] == done
+    assert scope.cancelled_caught
