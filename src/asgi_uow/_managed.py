@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event, orm
 
 from . import _journal
-from ._drivers import driver_of
 from .errors import ConfigurationError, ManagedTransactionError, ReadOnlySessionError
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     from ._hooks import Hooks
     from ._journal import Journal
+    from ._kills import Kills
 
 
 class ManagedSession(orm.Session):
@@ -43,7 +43,7 @@ class ManagedSession(orm.Session):
     connections: list[Connection]
     """The connections on which this session has begun a transaction."""
 
-    kills: list[tuple[Connection, str]]
+    kills: Kills
     """What stops a statement in flight on each of those connections."""
 
     journal: Journal
@@ -147,10 +147,7 @@ def _remember_connection(
         session.connections.append(connection)
         if session.connected is None and session.joined() is None:
             session.connected = time.perf_counter()
-        driver = driver_of(connection.dialect)
-        if driver.kill is not None:
-            statement = driver.kill(connection.connection.driver_connection)
-            session.kills.append((connection, statement))
+        session.kills.add(connection)
         if not isinstance(session, ReadOnlySession):
             _refuse_autocommit(connection)
             _journal.attach(connection, session.journal)

@@ -9,17 +9,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anyio import current_effective_deadline
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncResult, AsyncSession
 
 from ._drivers import driver_of
 from ._journal import Journal
+from ._kills import Kills, stop
 from ._savepoint import Savepoint
-from ._shield import run_to_completion
 from ._streams import take_turns
 from ._text import TextSession
 from ._turn import Turn
@@ -114,7 +112,7 @@ class Session(TextSession):
             **options,
         )
         self.sync_session.connections = []
-        self.sync_session.kills = []
+        self.sync_session.kills = Kills()
         self.sync_session.hooks = ties.hooks
         self.sync_session.journal = Journal(self.sync_session.is_ending, ties.hooks)
 
@@ -164,26 +162,8 @@ class Session(TextSession):
         self.note(error)
 
     async def cancelled(self) -> None:
-        """Have the server stop the statement whose call was cancelled.
-
-        MySQL goes on with it, locks and all, although the connection is gone. So does
-        PostgreSQL if an anyio scope was cancelled: its drivers tell the server, but
-        are cancelled at that too.
-        """
-        await self._stop(self._take_kills())
-
-    def _take_kills(self) -> list[tuple[Engine, str]]:
-        """Give, once, what stops statements on the connections that are held."""
-        kills, self.sync_session.kills = self.sync_session.kills, []
-        # One that was given back may be running somebody else's statement.
-        held = [each for each in kills if not each[0].closed]
-        return [(connection.engine, statement) for connection, statement in held]
-
-    async def _stop(self, kills: Iterable[tuple[Engine, str]]) -> None:
-        in_cancelled_scope = current_effective_deadline() == -math.inf
-        for engine, statement in kills:
-            if in_cancelled_scope or not driver_of(engine.dialect).tells_the_server:
-                await run_to_completion(self.run_aside(engine, statement))
+        """Have the server stop the statement whose call was cancelled."""
+        await stop(self.sync_session.kills.take(), self.run_aside)
 
     async def call_undone(self) -> None:
         """Call the `after_rollback` hooks of savepoints, if the rollback is proven."""
@@ -240,9 +220,9 @@ class Session(TextSession):
             session.close()
 
         self.hand_over()
-        kills = self._take_kills()
+        kills = self.sync_session.kills.take()
         await AsyncSession.run_sync(self, throw_away)
-        await self._stop(kills)
+        await stop(kills, self.run_aside)
 
     async def close_streams(self) -> None:
         """Close the streams that nobody has read to their end."""
