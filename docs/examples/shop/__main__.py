@@ -36,7 +36,8 @@ async def listening(app: Starlette) -> AsyncGenerator[tuple[str, asyncio.Task[No
     """Serve `app` on a free port; give the address and the task that serves."""
     # The port listens before uvicorn does: nobody has to wait for the start.
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
+        config = uvicorn.Config(app, log_config=None, lifespan="on", ws="none")
+        server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve([listener]))
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}", serving
