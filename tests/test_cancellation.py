@@ -29,7 +29,7 @@ from asgi_uow import (
     current_unit_of_work,
     parallel_read,
 )
-from asgi_uow._states import State
+from asgi_uow._decision import State
 from tests import shop
 from tests.asgi import BODY, START, endpoint, request
 from tests.servers import MariaDBBackend, PostgreSQLBackend, eventually

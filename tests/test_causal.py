@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgi_uow._causal import LONGEST_TOKEN, READ_FROM_WRITER, CausalReads
+from asgi_uow._reading.causal import LONGEST_TOKEN, READ_FROM_WRITER, CausalReads
 from asgi_uow.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from asgi_uow import (
     current_session,
     current_unit_of_work,
 )
-from asgi_uow._states import State
+from asgi_uow._decision import State
 from asgi_uow.errors import (
     ConcurrentUseError,
     UnitOfWorkClosedError,

@@ -10,7 +10,7 @@ from sqlalchemy import make_url
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from asgi_uow import Database
-from asgi_uow._config import read
+from asgi_uow._databases.configuration import read
 from asgi_uow.errors import ConfigurationError
 
 if TYPE_CHECKING:

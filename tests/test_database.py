@@ -34,8 +34,8 @@ from asgi_uow import (
     set_rollback_only,
     unit_of_work,
 )
-from asgi_uow._care import IDLE_SINCE
-from asgi_uow._dialects import code_of
+from asgi_uow._databases.dialects import code_of
+from asgi_uow._databases.pool import IDLE_SINCE
 from asgi_uow.errors import (
     ConfigurationError,
     EngineNotInitialisedError,
@@ -196,7 +196,9 @@ def test_a_usual_driver_that_is_not_installed(
     """The error names the extra that brings the driver."""
     for name in ("aiosqlite", "asyncmy", "asyncpg"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "asgi_uow._sqlite", raising=False)
+    monkeypatch.delitem(
+        sys.modules, "asgi_uow._databases.sqlite_connection", raising=False
+    )
     with pytest.raises(MissingDriverError, match=rf"'asgi-uow\[{extra}\]'"):
         Database.from_url(f"{scheme}:///app")
 
@@ -515,7 +517,7 @@ async def test_a_file_that_stays_locked(
     sqlite: SQLiteBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader that does not end is an error when the time to wait is over."""
-    monkeypatch.setattr("asgi_uow._dialects.SQLITE_BUSY_TIMEOUT", 100)
+    monkeypatch.setattr("asgi_uow._databases.dialects.SQLITE_BUSY_TIMEOUT", 100)
     await sqlite.execute("CREATE TABLE items (id INTEGER)")
     await sqlite.execute("INSERT INTO items VALUES (1), (2)")
     db = Database.from_url(sqlite.url)

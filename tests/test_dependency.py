@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from httpx import Response
 
-    from asgi_uow._read_session import ReadSession
+    from asgi_uow._sessions.read_session import ReadSession
     from tests.servers import SQLiteBackend
 
 Writer = Annotated[AsyncSession, Depends(session_dependency)]

@@ -14,7 +14,7 @@ from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import Database
-from asgi_uow._dialects import (
+from asgi_uow._databases.dialects import (
     code_of,
     engine_defaults,
     is_conflict,
@@ -23,7 +23,7 @@ from asgi_uow._dialects import (
     is_memory,
     is_unavailable,
 )
-from asgi_uow._drivers import DRIVERS, UNKNOWN_DRIVER, driver_of
+from asgi_uow._databases.drivers import DRIVERS, UNKNOWN_DRIVER, driver_of
 from tests.servers import eventually
 from tests.servers.process import free_port
 

@@ -24,7 +24,7 @@ from asgi_uow import (
     savepoint,
     unit_of_work,
 )
-from asgi_uow._current import current
+from asgi_uow._unit.current import current
 from asgi_uow.errors import NestedUnitOfWorkError, TooManyHooksError
 from asgi_uow.observers import ConnectionReleased, HookFailed, ReleaseFailed
 from tests import shop

@@ -25,7 +25,7 @@ from asgi_uow import (
     set_rollback_only,
     unit_of_work,
 )
-from asgi_uow._hooks import MOST_BY_HOOKS
+from asgi_uow._unit.hooks import MOST_BY_HOOKS
 from asgi_uow.errors import (
     CommitFailedError,
     DoomedError,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asgi_uow._hooks import PHASES, Hook, Hooks, name_of
-from asgi_uow._shield import bounded
+from asgi_uow._concurrency import bounded
+from asgi_uow._unit.hooks import PHASES, Hook, Hooks, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

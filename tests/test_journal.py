@@ -23,7 +23,7 @@ from asgi_uow import (
     current_unit_of_work,
     savepoint,
 )
-from asgi_uow._states import Cause
+from asgi_uow._decision import Cause
 from asgi_uow.errors import (
     DoomedError,
     ManagedTransactionError,

@@ -28,8 +28,7 @@ from asgi_uow import (
     savepoint,
     unit_of_work,
 )
-from asgi_uow._policy import rollback
-from asgi_uow._states import Cause
+from asgi_uow._decision import Cause, rollback
 from asgi_uow.errors import (
     CommitFailedError,
     ConcurrentUseError,
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from asgi_uow._asgi import Receive, Scope, Send
-    from asgi_uow._managed import ManagedSession
+    from asgi_uow._sessions.managed import ManagedSession
     from asgi_uow.observers import Event
     from tests.asgi import Response
     from tests.servers.backend import (
@@ -655,7 +654,7 @@ async def test_hook_that_does_not_let_itself_be_cancelled(
 
     It is a success only if the hook was one for which it was too late to object.
     """
-    monkeypatch.setattr("asgi_uow._shield.GRACE", 0.01)
+    monkeypatch.setattr("asgi_uow._concurrency.GRACE", 0.01)
     over = asyncio.Event()
     events: list[Event] = []
     tasks: list[asyncio.Task[object] | None] = []

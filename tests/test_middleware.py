@@ -27,7 +27,7 @@ from asgi_uow import (
     current_session,
     current_unit_of_work,
 )
-from asgi_uow._states import Cause, State
+from asgi_uow._decision import Cause, State
 from asgi_uow.errors import (
     BeforeCommitError,
     CommitFailedError,

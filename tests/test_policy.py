@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asgi_uow._policy import (
+from asgi_uow._decision import (
     COMMIT,
+    TRANSITIONS,
+    Cause,
+    State,
     commit_below_400,
     decide_exit,
     decide_response,
     exception_cause,
     rollback,
 )
-from asgi_uow._states import TRANSITIONS, Cause, State
 
 if TYPE_CHECKING:
     from asgi_uow._asgi import Headers
-    from asgi_uow._policy import Decision
+    from asgi_uow._decision import Decision
 
 EXPLICIT = rollback(Cause.EXPLICIT)
 DOOMED = rollback(Cause.DOOMED)

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, NoResultFound
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from asgi_uow import Database, Outcome, set_rollback_only
-from asgi_uow._turn import Turn
+from asgi_uow._concurrency import Turn
 from asgi_uow.errors import (
     ManagedTransactionError,
     ReadOnlySessionError,

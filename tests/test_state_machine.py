@@ -35,7 +35,7 @@ from asgi_uow import (
     savepoint,
     set_rollback_only,
 )
-from asgi_uow._states import State
+from asgi_uow._decision import State
 from asgi_uow.errors import (
     DoomedError,
     NoUnitOfWorkError,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from asgi_uow import Session
-    from asgi_uow._savepoint import Savepoint
+    from asgi_uow._sessions.savepoint import Savepoint
 
 T = TypeVar("T")
 

@@ -24,9 +24,8 @@ from asgi_uow import (
     set_rollback_only,
     unit_of_work,
 )
-from asgi_uow._end import Settings
-from asgi_uow._policy import COMMIT
-from asgi_uow._states import TRANSITIONS, Cause, State
+from asgi_uow._decision import COMMIT, TRANSITIONS, Cause, State
+from asgi_uow._unit.end import Settings
 from asgi_uow.errors import (
     CommitFailedError,
     NestedUnitOfWorkError,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ._block import unit_of_work
-from ._causal import CausalReads
-from ._context import (
+from asgi_uow._databases.health import Health, ServerHealth
+from asgi_uow._decision import Outcome
+from asgi_uow._entrypoints.accessors import (
     after_commit,
     after_response,
     after_rollback,
@@ -20,12 +20,12 @@ from ._context import (
     session_dependency,
     set_rollback_only,
 )
-from ._health import Health, ServerHealth
-from ._middleware import UnitOfWorkMiddleware
-from ._session import Session
-from ._states import Outcome
-from ._unit import UnitOfWork
-from .database import Database
+from asgi_uow._entrypoints.block import unit_of_work
+from asgi_uow._entrypoints.middleware import UnitOfWorkMiddleware
+from asgi_uow._reading.causal import CausalReads
+from asgi_uow._sessions.session import Session
+from asgi_uow._unit.unit import UnitOfWork
+from asgi_uow.database import Database
 
 __all__ = [
     "CausalReads",

@@ -11,12 +11,13 @@ from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from . import _config, _dialects
-from ._block import leave, unit_of_work
-from ._context import current_unit_of_work
-from ._engines import Engines
-from ._health import check
-from .errors import ConfigurationError, MissingDriverError, NoUnitOfWorkError
+from asgi_uow._databases import configuration as _config
+from asgi_uow._databases import dialects as _dialects
+from asgi_uow._databases.engines import Engines
+from asgi_uow._databases.health import check
+from asgi_uow._entrypoints.accessors import current_unit_of_work
+from asgi_uow._entrypoints.block import leave, unit_of_work
+from asgi_uow.errors import ConfigurationError, MissingDriverError, NoUnitOfWorkError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from ._health import Health
-    from ._session import Session
-    from ._unit import UnitOfWork
+    from asgi_uow._databases.health import Health
+    from asgi_uow._sessions.session import Session
+    from asgi_uow._unit.unit import UnitOfWork
 
     Task: TypeAlias = asyncio.Task[object]
 
@@ -224,7 +225,7 @@ def _check_async(url: URL) -> None:
 
 def _with_safe_connection(options: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        from ._sqlite import connect  # noqa: PLC0415  # needs the extra
+        from asgi_uow._databases.sqlite_connection import connect  # noqa: PLC0415  # needs the extra
     except ImportError:
         return dict(options)  # SQLAlchemy says so below
     theirs = options.get("connect_args", {})

@@ -32,7 +32,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ._states import Cause, Outcome, State
+    from asgi_uow._decision import Cause, Outcome, State
 
 
 class AsgiUowError(Exception):

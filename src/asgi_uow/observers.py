@@ -13,28 +13,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import logging
+import time
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
-
-from ._events import (
-    CommitFailed,
-    ConnectionReleased,
-    Event,
-    HookFailed,
-    HookFinished,
-    HookStarted,
-    ImplicitCommit,
-    ReaderBehind,
-    ReaderFailed,
-    ReaderRestored,
-    ReleaseFailed,
-    RetryScheduled,
-    UnitFinished,
-    UnitStarted,
-)
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from asgi_uow._decision import Cause, Outcome
 
 __all__ = [
     "CommitFailed",
@@ -56,6 +42,185 @@ __all__ = [
 ]
 
 logger: logging.Logger = logging.getLogger("asgi_uow")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _About:  # every event says which unit of work it is about
+    unit: object = dataclasses.field(default=None, compare=False, repr=False)
+    """The unit of work it is about: the same object in all events of one unit."""
+    at: int = dataclasses.field(default_factory=time.time_ns, compare=False, repr=False)
+    """When it happened, as `time.time_ns()` counts; it may be told later."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnitStarted(_About):
+    """A unit of work was asked for its first session, or for its first hook.
+
+    Told at once, in the task that asked.
+    """
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnitFinished(_About):
+    """A unit of work that opened a session or registered a hook was decided.
+
+    A hook that asks for a session has a unit of its own, which is told of too.
+    """
+
+    outcome: Outcome
+    cause: Cause | None
+    """None when committed."""
+    reason: str | None
+    """What `set_rollback_only(reason)` was given."""
+    databases: tuple[str, ...]
+    """The databases whose write session executed something, without passwords."""
+    seconds: float
+    """From opening the unit to its outcome."""
+    ending: float = 0.0
+    """The last part of `seconds`: `before_commit` hooks, flush, COMMIT or ROLLBACK."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CommitFailed(_About):
+    """A commit was wanted and the work was not kept, or may not have been."""
+
+    error: Exception
+    """An `asgi_uow.errors.UnitOfWorkFailedError`."""
+    outcome: Outcome
+    cause: Cause
+    code: str | int | None
+    """The driver's code of the error underneath: SQLSTATE, errno or SQLite name."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HookStarted(_About):
+    """A hook is about to be called.
+
+    Told at once, in the task and context in which the hook runs.
+    """
+
+    phase: str
+    """`before_commit`, `after_commit`, `after_rollback` or `after_response`."""
+    hook: str
+    """The qualified name of the callable."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HookFinished(_About):
+    """A hook has returned or raised; told where `HookStarted` was."""
+
+    phase: str
+    hook: str
+    seconds: float
+    error: BaseException | None
+    """What it raised; a `CancelledError` when it took too long."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HookFailed(_About):
+    """A hook raised or took longer than `hook_timeout`; the others still ran.
+
+    Or the work it did with a session of its own could not be committed. Once per
+    hook. A `before_commit` hook that fails is a `CommitFailed`.
+    """
+
+    phase: str
+    """`after_commit`, `after_rollback` or `after_response`."""
+    hook: str
+    """The qualified name of the callable."""
+    error: BaseException
+    """What it raised; a `TimeoutError` when it took too long."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ConnectionReleased(_About):
+    """A session gave its connection back, or it was thrown away."""
+
+    database: str
+    """The URL of the writer, without its password."""
+    access: Literal["read", "write"]
+    seconds: float
+    """How long the connection was held."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReleaseFailed(_About):
+    """A connection could not be rolled back or closed; it was thrown away."""
+
+    operation: str
+    error: BaseException
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ImplicitCommit(_About):
+    """MySQL committed in the middle of a unit because of DDL; it cannot be undone."""
+
+    statement: str
+    """The statement, without its parameters."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReaderFailed(_About):
+    """A read replica could not be reached; it is left alone for a while.
+
+    The unit went on with another one, or with the writer's server.
+    """
+
+    database: str
+    """The URL of the replica, without its password."""
+    error: Exception
+    seconds: float
+    """For how long it is left alone."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReaderRestored(_About):
+    """A read replica that had failed is used again."""
+
+    database: str
+    """The URL of the replica, without its password."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReaderBehind(_About):
+    """A read replica had not applied in time what the client has written.
+
+    The unit went on with another one, or with the writer's server.
+    """
+
+    database: str
+    """The URL of the replica, without its password."""
+    seconds: float
+    """How long it was waited for, at most."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RetryScheduled(_About):
+    """A request will be run again after a failure that may not repeat itself."""
+
+    attempt: int
+    """The number of the attempt that comes; the first of all was 1."""
+    seconds: float
+    """The pause before it."""
+    error: BaseException
+    """Why the attempt before could not be kept."""
+
+
+Event: TypeAlias = (
+    UnitStarted
+    | UnitFinished
+    | CommitFailed
+    | HookStarted
+    | HookFinished
+    | HookFailed
+    | ConnectionReleased
+    | ReleaseFailed
+    | ImplicitCommit
+    | ReaderFailed
+    | ReaderRestored
+    | ReaderBehind
+    | RetryScheduled
+)
 
 
 class Observer(Protocol):

@@ -12,11 +12,11 @@ from weakref import WeakKeyDictionary
 from opentelemetry import context, metrics, trace
 from sqlalchemy import URL, make_url
 
-from . import observers as of
-from ._dialects import code_of
-from ._scrub import Scrub, message_of, name_of
-from ._states import Cause, Outcome
-from ._unit import UnitOfWork
+from asgi_uow import observers as of
+from asgi_uow._databases.dialects import code_of
+from asgi_uow._databases.driver_errors import Scrub, message_of, name_of
+from asgi_uow._decision import Cause, Outcome
+from asgi_uow._unit.unit import UnitOfWork
 
 if TYPE_CHECKING:
     from contextvars import Token

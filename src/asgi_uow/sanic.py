@@ -16,23 +16,23 @@ from sanic import HTTPResponse
 from sanic.exceptions import ServerError
 from sanic.http.constants import HTTP
 
-from ._current import current
-from ._middleware import START, UnitOfWorkMiddleware
-from ._policy import commit_below_400
-from ._problem import FAILURE, problem
-from .database import Database
-from .errors import ConfigurationError, UnitOfWorkFailedError
-from .observers import LoggingObserver
+from asgi_uow._decision import commit_below_400
+from asgi_uow._entrypoints.middleware import START, UnitOfWorkMiddleware
+from asgi_uow._entrypoints.problem import FAILURE, problem
+from asgi_uow._unit.current import current
+from asgi_uow.database import Database
+from asgi_uow.errors import ConfigurationError, UnitOfWorkFailedError
+from asgi_uow.observers import LoggingObserver
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from sanic import Request, Sanic
 
-    from ._asgi import Headers, Message, Receive, Scope, Send
-    from ._causal import CausalReads
-    from ._policy import CommitWhen
-    from .observers import Observer
+    from asgi_uow._asgi import Headers, Message, Receive, Scope, Send
+    from asgi_uow._decision import CommitWhen
+    from asgi_uow._reading.causal import CausalReads
+    from asgi_uow.observers import Observer
 
 __all__ = ["setup"]
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import sentry_sdk
 from sentry_sdk.utils import event_from_exception, get_error_message
 
-from ._dialects import code_of
-from ._scrub import Scrub
-from .observers import CommitFailed, HookFailed, ReleaseFailed
+from asgi_uow._databases.dialects import code_of
+from asgi_uow._databases.driver_errors import Scrub
+from asgi_uow.observers import CommitFailed, HookFailed, ReleaseFailed
 
 if TYPE_CHECKING:
-    from .observers import Event
+    from asgi_uow.observers import Event
 
 __all__ = ["SentryObserver"]
 

@@ -13,7 +13,13 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from asgi_uow._positions import _before_header, _covers, _kind, position, wait_for
+from asgi_uow._databases.positions import (
+    _before_header,
+    _covers,
+    _kind,
+    position,
+    wait_for,
+)
 from asgi_uow.database import Database
 from tests.cluster.conftest import KINDS, on_cluster
 from tests.servers.backend import eventually

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from asgi_uow import Outcome, UnitOfWork
-from asgi_uow._end import Settings
-from asgi_uow._states import Cause
+from asgi_uow._decision import Cause
+from asgi_uow._unit.end import Settings
 from asgi_uow.errors import CommitFailedError, OutcomeUnknownError
 from tests.asgi import START
 from tests.faults.bank import TABLES, Attempt, Bank, Order, Plan, lies

@@ -1,0 +1,1 @@
+"""Engines, pooled connections, and what is known of each database."""

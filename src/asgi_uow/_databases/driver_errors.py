@@ -1,0 +1,120 @@
+"""What may be told of errors outside this process: nothing that holds people's data.
+
+Drivers put values into their messages: `Key (email)=(ann@example.com) already exists`,
+`Duplicate entry 'ann@example.com' for key`.
+"""
+
+from __future__ import annotations
+
+import traceback
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from sqlalchemy import exc as sa_exc
+
+from asgi_uow._databases.dialects import MYSQL_DRIVERS, code_of
+from asgi_uow._databases.drivers import DRIVERS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PACKAGES = (*DRIVERS, *MYSQL_DRIVERS, "sqlite3", "sqlalchemy.dialects")
+"""Where the errors of drivers, and SQLAlchemy's wrappers of them, are defined."""
+
+WRAPPERS = (sa_exc.StatementError, sa_exc.PendingRollbackError)
+"""What SQLAlchemy raises with the message of a driver, or with parameters, inside."""
+
+
+def message_of(error: BaseException) -> str:
+    """Give its message; never fails, whatever its class does."""
+    with suppress(Exception):
+        return str(error)
+    return "message cannot be read"
+
+
+class Scrub:
+    """Takes the messages of database errors out of texts about one exception.
+
+    Of such an error remain its class, the driver's code and the statement with its
+    placeholders; of what stands behind it only the class, since it is the driver's.
+    Other exceptions keep their text, but for such a message quoted in it.
+    """
+
+    def __init__(
+        self,
+        error: BaseException,
+        text_of: Callable[[BaseException], str] = message_of,
+    ) -> None:
+        """Look at `error` and all behind it; `text_of` gives what is to be reduced."""
+        self._exact: dict[str, str] = {}
+        self._quoted: dict[str, str] = {}
+        self._found: dict[int, tuple[BaseException, bool]] = {}
+        self._look(error, database=False)
+        for each, database in self._found.values():
+            if database:
+                left = _without_data(each)
+                texts = (text_of(each), message_of(each))
+                self._exact |= dict.fromkeys(texts, left)
+                if _is_of_database(each):
+                    self._quoted |= dict.fromkeys(_quotations(each, *texts), left)
+        self._longest_first = sorted(filter(None, self._quoted), key=len, reverse=True)
+
+    def _look(self, error: BaseException, *, database: bool) -> None:
+        """Find what is behind: causes, contexts, members of groups."""
+        database = database or _is_of_database(error)
+        if self._found.get(id(error), (error, None))[1] in {True, database}:
+            return
+        self._found[id(error)] = (error, database)
+        behind = (error.__cause__, error.__context__)
+        members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+        for each in (*behind, *members):
+            if each is not None:
+                self._look(each, database=database)
+
+    def __call__(self, text: str) -> str:
+        """Give `text` without the messages of database errors."""
+        if text in self._exact:
+            return self._exact[text]
+        for message in self._longest_first:
+            text = text.replace(message, self._quoted[message])
+        return text
+
+    def stacktrace(self) -> str:
+        """Show where each exception came from, the one looked at last."""
+        lines: list[str] = []
+        for each, database in reversed(self._found.values()):
+            lines += traceback.format_tb(each.__traceback__)
+            notes = [] if database else getattr(each, "__notes__", [])
+            texts = [self(text) for text in (message_of(each), *notes)]
+            lines.append(f"{name_of(type(each))}: " + "\n".join(texts) + "\n")
+        return "".join(lines)
+
+
+def name_of(kind: type[BaseException]) -> str:
+    """Name a class of exceptions with its module."""
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{module}{kind.__qualname__}"
+
+
+def _is_of_database(error: BaseException) -> bool:
+    return isinstance(error, WRAPPERS) or any(
+        f"{kind.__module__}.".startswith(f"{package}.")
+        for kind in type(error).__mro__
+        for package in PACKAGES
+    )
+
+
+def _quotations(error: BaseException, *texts: str) -> Iterator[str]:
+    """Give what others may quote of it: the text, its parts, and `repr` of those."""
+    parts = (part for part in error.args if isinstance(part, str))
+    for text in (*texts, *parts):
+        escaped = repr(f'"{text}')[2:-1]  # in single quotes for the sake of that one
+        yield from (text, escaped, escaped.replace(r"\'", "'"))
+
+
+def _without_data(error: BaseException) -> str:
+    code = code_of(error)
+    told = "message left out" if code is None else f"driver code {code}"
+    if isinstance(error, sa_exc.StatementError) and error.statement is not None:
+        return f"{told}\n[SQL: {error.statement}]"
+    return told

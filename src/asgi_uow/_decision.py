@@ -1,0 +1,182 @@
+"""States, outcomes, causes, and the decision: commit or roll back. Pure, no I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
+
+    from asgi_uow._asgi import Headers
+
+    CommitWhen: TypeAlias = Callable[[int, Headers], bool]
+
+ERROR_STATUS = 400
+
+
+class Outcome(enum.Enum):
+    """What became of a unit of work."""
+
+    COMMITTED = "committed"
+    """The database acknowledged COMMIT, or there was nothing to commit."""
+
+    ROLLED_BACK = "rolled back"
+    """Nothing was kept, and that is proven."""
+
+    UNKNOWN = "unknown"
+    """The connection died between sending COMMIT and its answer."""
+
+    PARTIAL = "partial"
+    """One database committed, a later one of the same unit did not."""
+
+
+class Cause(enum.Enum):
+    """Why a unit of work was not committed."""
+
+    EXCEPTION = "exception"
+    STATUS = "status"
+    EXPLICIT = "explicit"
+    DOOMED = "doomed"
+    BEFORE_COMMIT = "before_commit"
+    COMMIT_FAILED = "commit_failed"
+    CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
+    ABANDONED = "abandoned"
+
+
+class State(enum.Enum):
+    """Where in its life a unit of work is."""
+
+    NEW = "new"
+    ACTIVE = "active"
+    ROLLBACK_ONLY = "rollback-only"
+    PREPARING = "preparing"
+    COMMITTING = "committing"
+    ROLLING_BACK = "rolling back"
+    COMMITTED = "committed"
+    ROLLED_BACK = "rolled back"
+    UNKNOWN = "unknown"
+    PARTIAL = "partial"
+    RESPONDING = "responding"
+    CLOSED = "closed"
+
+
+UNDECIDED = frozenset({State.NEW, State.ACTIVE, State.ROLLBACK_ONLY})
+WRITABLE = UNDECIDED | {State.PREPARING}
+SETTLED = frozenset(
+    {State.COMMITTED, State.ROLLED_BACK, State.UNKNOWN, State.PARTIAL},
+)
+
+TRANSITIONS = MappingProxyType(
+    {
+        State.NEW: {
+            State.ACTIVE,
+            State.ROLLBACK_ONLY,
+            State.PREPARING,
+            State.ROLLING_BACK,
+        },
+        State.ACTIVE: {State.ROLLBACK_ONLY, State.PREPARING, State.ROLLING_BACK},
+        State.ROLLBACK_ONLY: {State.ROLLING_BACK},
+        State.PREPARING: {State.COMMITTING, State.ROLLING_BACK},
+        State.COMMITTING: SETTLED,
+        State.ROLLING_BACK: {State.ROLLED_BACK, State.PARTIAL},
+        State.COMMITTED: {State.RESPONDING, State.CLOSED},
+        State.ROLLED_BACK: {State.RESPONDING, State.CLOSED},
+        State.UNKNOWN: {State.RESPONDING, State.CLOSED},
+        State.PARTIAL: {State.RESPONDING, State.CLOSED},
+        State.RESPONDING: {State.CLOSED},
+        State.CLOSED: frozenset(),
+    },
+)
+"""Every permitted step; `UnitOfWork` refuses any other."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decision:
+    """What is to be done with a unit of work, and why."""
+
+    commit: bool
+    cause: Cause | None = None
+    refuse: bool = False
+    """The response claims a success that is not so: replace it by an error."""
+
+
+COMMIT = Decision(commit=True)
+
+
+def rollback(cause: Cause, *, refuse: bool = False) -> Decision:
+    """Decide against the work."""
+    return Decision(commit=False, cause=cause, refuse=refuse)
+
+
+def commit_below_400(status: int, headers: Headers) -> bool:  # noqa: ARG001
+    """Commit for a 1xx, 2xx or 3xx response: the default of `commit_when`."""
+    return status < ERROR_STATUS
+
+
+def decide_response(  # the whole rule in one place
+    *,
+    status: int,
+    headers: Headers,
+    rollback_only: bool,
+    doomed: bool,
+    forced: bool,
+    commit_when: CommitWhen,
+) -> Decision:
+    """Decide at the first `http.response.start`; the first match wins.
+
+    1. `set_rollback_only(reason)`: roll back, the response stays as it is.
+    2. Doomed by the database: roll back; a response below 400 is replaced by an
+       error, one at or above 400 stays as it is.
+    3. `force_commit()`: commit, whatever the status.
+    4. `commit_when(status, headers)`.
+    """
+    if rollback_only:
+        return rollback(Cause.EXPLICIT)
+    if doomed:
+        return rollback(Cause.DOOMED, refuse=status < ERROR_STATUS)
+    if forced or commit_when(status, headers):
+        return COMMIT
+    return rollback(Cause.STATUS)
+
+
+def decide_exit(
+    error: BaseException | None,
+    *,
+    rollback_only: bool,
+    doomed: bool,
+    forced: bool,
+    commit_on_exit: bool,
+) -> Decision:
+    """Decide at the end of `async with db:`; the first match wins.
+
+    1. `set_rollback_only(reason)`: roll back.
+    2. Doomed by the database: roll back, and raise unless a failure is raised anyway.
+    3. An exception rolls back, unless it carries a `status_code` (or `status`)
+       below 400, as redirects do that frameworks raise.
+    4. `force_commit()` or `commit_on_exit`: commit.
+    """
+    if rollback_only:
+        return rollback(Cause.EXPLICIT)
+    if doomed:
+        claims_success = error is None or _is_redirect(error)
+        return rollback(Cause.DOOMED, refuse=claims_success)
+    if error is not None and not _is_redirect(error):
+        return rollback(exception_cause(error))
+    if forced or commit_on_exit:
+        return COMMIT
+    return rollback(Cause.EXPLICIT)
+
+
+def exception_cause(error: BaseException) -> Cause:
+    """Tell a cancellation (and other non-`Exception`s) from a failure."""
+    return Cause.EXCEPTION if isinstance(error, Exception) else Cause.CANCELLED
+
+
+def _is_redirect(error: BaseException) -> bool:
+    status: object = getattr(error, "status_code", getattr(error, "status", None))
+    return isinstance(status, int) and status < ERROR_STATUS

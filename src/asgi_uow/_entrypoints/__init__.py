@@ -1,0 +1,1 @@
+"""Where a unit of work begins."""

@@ -1,0 +1,215 @@
+"""What looks for the current unit of work: accessors and hooks."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, ParamSpec, overload
+
+from asgi_uow._decision import State
+from asgi_uow._unit.current import current
+from asgi_uow._unit.hooks import is_async, name_of
+from asgi_uow.errors import NoUnitOfWorkError, UnitOfWorkClosedError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from asgi_uow._databases.engines import Engines
+    from asgi_uow._sessions.savepoint import Savepoint
+    from asgi_uow._sessions.session import Session
+    from asgi_uow._unit.unit import UnitOfWork
+
+P = ParamSpec("P")
+
+
+def _require(operation: str) -> UnitOfWork:
+    unit = current.get()
+    if unit is None:
+        raise NoUnitOfWorkError(operation)
+    if unit.state is State.CLOSED:
+        raise UnitOfWorkClosedError(operation, unit.state)
+    return unit
+
+
+def current_unit_of_work() -> UnitOfWork:
+    """Give the unit of work of this request or `async with db:` block.
+
+    Raises `NoUnitOfWorkError` where there is none and `UnitOfWorkClosedError` in a
+    task that has outlived it.
+    """
+    return _require("current_unit_of_work()")
+
+
+def current_session(db: Engines | None = None) -> Session:
+    """Give the write session of the current unit of work; it opens on first use.
+
+    `db` is needed only where the unit serves several databases; the first is the
+    default. Raises `NoUnitOfWorkError` without a unit, `UnknownDatabaseError` for a
+    database the unit does not serve, `UnitOfWorkClosedError` once it is decided.
+    """
+    return _require("current_session()").session(db)
+
+
+def current_read_session(db: Engines | None = None) -> Session:
+    """Give the read-only session of the current unit of work.
+
+    The database itself refuses writes on it. It stays open for generators and
+    background tasks after the response has started, and is closed when the
+    application returns. Raises as `current_session` does.
+    """
+    return _require("current_read_session()").read_session(db)
+
+
+async def session_dependency() -> Session:
+    """Give the write session, as `current_session` does, where one is injected.
+
+    For FastAPI: `Annotated[AsyncSession, Depends(session_dependency)]`. It is async
+    so that no worker thread is needed, and takes no argument that could become a
+    parameter of the request. The session is that of the unit's first database.
+    """
+    return current_session()
+
+
+async def read_session_dependency() -> Session:
+    """Give the read-only session, as `current_read_session` does, to be injected."""
+    return current_read_session()
+
+
+@asynccontextmanager
+async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
+    """Give a read session of its own to one of several tasks that read at once.
+
+    `async with parallel_read() as session:`, inside each task. Its connection comes
+    from the read engine, never from the writer's pool, and goes back when the block
+    is left. It does not see objects of `current_read_session()`. Once the unit has
+    written, it reads in the writer's transaction, where tasks take turns. Raises as
+    `current_session` does.
+    """
+    unit = _require("parallel_read()")
+    session = await unit.open_parallel(db)
+    try:
+        yield session
+    finally:
+        await unit.close_parallel(session)
+
+
+def savepoint(db: Engines | None = None) -> Savepoint:
+    """Open a SAVEPOINT around a part that may fail, with `async with`.
+
+    An exception that leaves the block rolls back to the savepoint and goes on; the
+    unit of work can still be committed.
+    """
+    return _require("savepoint()").session(db).begin_nested()
+
+
+def set_rollback_only(reason: str) -> None:
+    """Have the current unit of work rolled back; the response stays as it is.
+
+    `reason` is for observers. Raises `UnitOfWorkClosedError` once it is decided.
+    """
+    _require("set_rollback_only()").set_rollback_only(reason)
+
+
+def force_commit() -> None:
+    """Have the current unit committed whatever the status: an audit row with a 403.
+
+    Does not help a unit that the database has given up or `set_rollback_only` has
+    marked. Raises `UnitOfWorkClosedError` once it is decided.
+    """
+    _require("force_commit()").force_commit()
+
+
+def before_commit(
+    fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
+) -> None:
+    """Call `fn` inside the transaction, just before COMMIT, in order.
+
+    The place for a transactional enqueue. One that raises, or takes longer than
+    `hook_timeout` seconds, has everything rolled back. It may register others.
+    Raises `TypeError` if `fn` is not callable.
+    """
+    _register("before_commit", fn, args, kwargs)
+
+
+def after_commit(fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `fn` once COMMIT is proven, before the response leaves, in order.
+
+    Never called for work that was not kept, nor if the savepoint that is open now is
+    rolled back. A failure is reported to the observers, changes no outcome and stops
+    no other hook. Sync callables run in a worker thread. A session that it asks for
+    is of a unit of its own, committed when it returns. At most once: a process that
+    dies after COMMIT calls it never.
+    """
+    _register("after_commit", fn, args, kwargs)
+
+
+def after_rollback(
+    fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
+) -> None:
+    """Call `fn` once a rollback is proven, in reverse order of registration.
+
+    The rollback of the savepoint that is open now, or else of the unit. Not called
+    while the outcome is unknown. A session is of a unit of its own.
+    """
+    _register("after_rollback", fn, args, kwargs)
+
+
+def after_response(
+    fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
+) -> None:
+    """Call `fn` as `after_commit` does, but after the application has returned."""
+    _register("after_response", fn, args, kwargs)
+
+
+def _register(
+    phase: str,
+    fn: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> None:
+    _require(f"{phase}()").register(phase, fn, args, kwargs)
+
+
+@overload
+def deferred(fn: Callable[P, object], /) -> Callable[P, None]: ...
+@overload
+def deferred(
+    *,
+    when: Callable[P, bool] | None = None,
+) -> Callable[[Callable[P, object]], Callable[P, None]]: ...
+def deferred(
+    fn: Callable[P, object] | None = None,
+    /,
+    *,
+    when: Callable[P, bool] | None = None,
+) -> Callable[P, None] | Callable[[Callable[P, object]], Callable[P, None]]:
+    """Make calls of a function wait for the commit, as with `after_commit`.
+
+    Calling the decorated function, or method, registers it with its arguments and
+    returns None. `when` gets the same arguments; where it is false the call does
+    nothing. What was decorated can be called at once as `fn.__wrapped__(...)`.
+
+    Calls raise `NoUnitOfWorkError` outside a unit of work. Raises `TypeError` for
+    what is no function, and for a predicate that is async.
+    """
+    if when is not None and is_async(when):
+        message = f"deferred(when={name_of(when)}): the predicate cannot be async."
+        raise TypeError(message)
+
+    def decorate(fn: Callable[P, object]) -> Callable[P, None]:
+        if isinstance(fn, staticmethod | classmethod) or not callable(fn):
+            kind = type(fn).__name__
+            message = (
+                f"deferred() takes a function, not a {kind}. Is the order of the "
+                "decorators wrong? Write @staticmethod or @classmethod above @deferred."
+            )
+            raise TypeError(message)
+
+        @functools.wraps(fn)
+        def register(*args: P.args, **kwargs: P.kwargs) -> None:
+            if when is None or when(*args, **kwargs):
+                after_commit(fn, *args, **kwargs)
+
+        return register
+
+    return decorate if fn is None else decorate(fn)

@@ -1,0 +1,1 @@
+"""Which server may answer a read."""

@@ -1,0 +1,215 @@
+"""Read your writes across requests: the client carries what it must see."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hmac
+import json
+import math
+import re
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from asgi_uow.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from asgi_uow._asgi import Headers
+
+READ_FROM_WRITER = ""
+"""The position of a write whose position could not be learnt."""
+
+SHORTEST_SECRET = 16
+LONGEST_TOKEN = 4096
+"""Bytes of a cookie's name and value that browsers keep; longer ones are refused."""
+
+CLOCK_SKEW = 5.0
+"""Seconds by which the clocks of two application servers may differ."""
+
+NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+"""What a cookie and a header can be called. https://www.rfc-editor.org/rfc/rfc9110"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CausalReads:
+    """A client that wrote sees its writes in its next requests, on replicas too.
+
+    The response to a request that wrote carries a signed token that says how far a
+    replica must be; the client's later requests bring it back. It is signed, not
+    encrypted: it shows positions in the database's log, and no data.
+
+    `secret`: at least 16 bytes, the same in every process. Of several the first
+    signs and all are accepted, so that a secret can be replaced.
+    `wait`: seconds for a replica to get there; after them the writer is read.
+    `max_age`: seconds after a write for which this is done.
+    `cookie`: the name of the cookie; applications on one host need different ones.
+    `header`: the name of a request and response header to use instead of a cookie;
+    the client sends back the last value it got.
+    `clock`: gives the time in seconds since 1970.
+
+    Raises `ConfigurationError` for a short secret and for options that cannot work.
+    """
+
+    secret: dataclasses.InitVar[str | bytes | Sequence[str | bytes]]
+    _: dataclasses.KW_ONLY
+    wait: float = 1.0
+    max_age: float = 60.0
+    cookie: str = "asgi_uow"
+    header: str | None = None
+    clock: Callable[[], float] = dataclasses.field(default=time.time, repr=False)
+    _keys: tuple[bytes, ...] = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self, secret: str | bytes | Sequence[str | bytes]) -> None:
+        """Check the options."""
+        object.__setattr__(self, "_keys", _keys(secret))
+        _check_seconds("wait", self.wait, least=0)
+        _check_seconds("max_age", self.max_age, least=1)
+        _check_name("cookie", self.cookie)
+        if self.header is not None:
+            _check_name("header", self.header)
+
+    def positions(self, headers: Headers) -> dict[str, str]:
+        """Read a request's positions, by the key of the database.
+
+        Empty where there is no token, or none that is genuine and of our time.
+        """
+        tokens = [self._open(token) for token in self._tokens(headers)]
+        found: dict[str, str] = {}
+        for _, positions in sorted(filter(None, tokens), key=lambda token: token[0]):
+            found = self.merge(found, positions)
+        return found
+
+    @staticmethod
+    def merge(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+        """Join positions; of one database the new, which is beyond the old."""
+        return {**old, **new}
+
+    def response_header(
+        self, positions: Mapping[str, str], *, secure: bool
+    ) -> tuple[bytes, bytes]:
+        """Make the header that gives the client `positions`, by database key.
+
+        `secure`: the request came by https, so the cookie needs no other way.
+        Positions that are too long for a cookie become `READ_FROM_WRITER`.
+        """
+        token = self._seal(positions)
+        if not self._fits(token):
+            token = self._seal(dict.fromkeys(positions, READ_FROM_WRITER))
+        if self.header is not None:
+            return self._name, token
+        attributes = f"; Max-Age={math.ceil(self.max_age)}; Path=/"
+        attributes += "; HttpOnly; SameSite=Lax"
+        if secure:
+            attributes += "; Secure"
+        return b"set-cookie", self._name + b"=" + token + attributes.encode()
+
+    @property
+    def _name(self) -> bytes:
+        return (self.header.lower() if self.header else self.cookie).encode()
+
+    def _tokens(self, headers: Headers) -> Iterator[bytes]:
+        """Find our tokens: there may be several headers, and other cookies."""
+        for name, value in headers:
+            if self.header is not None and name.lower() == self._name:
+                yield from (token.strip() for token in value.split(b","))
+            elif self.header is None and name.lower() == b"cookie":
+                for pair in value.split(b";"):
+                    key, _, token = pair.partition(b"=")
+                    if key.strip() == self._name:
+                        yield token.strip()
+
+    def _seal(self, positions: Mapping[str, str]) -> bytes:
+        issued = round(self.clock(), 3)
+        payload = json.dumps([issued, dict(positions)], separators=(",", ":"))
+        encoded = _encode(payload.encode())
+        return encoded + b"." + self._sign(self._keys[0], encoded)
+
+    def _open(self, token: bytes) -> tuple[float, dict[str, str]] | None:
+        """Give time and positions of a token; only what we signed is decoded."""
+        payload, _, signature = token.partition(b".")
+        if not self._fits(token) or not self._is_genuine(payload, signature):
+            return None
+        issued, positions = json.loads(_decode(payload))
+        if -CLOCK_SKEW <= self.clock() - issued <= self.max_age:
+            return issued, positions
+        return None
+
+    def _is_genuine(self, payload: bytes, signature: bytes) -> bool:
+        return any(
+            hmac.compare_digest(self._sign(key, payload), signature)
+            for key in self._keys
+        )
+
+    def _sign(self, key: bytes, payload: bytes) -> bytes:
+        # The prefix keeps apart what else is signed with the secret, and would
+        # change with the form of the payload.
+        message = b"asgi_uow.CausalReads.1:" + self._name + b":" + payload
+        return _encode(hmac.digest(key, message, "sha256"))
+
+    def _fits(self, token: bytes) -> bool:
+        return len(self._name) + len(b"=") + len(token) <= LONGEST_TOKEN
+
+
+class Keyed(Protocol):
+    """A database, as tokens know it."""
+
+    @property
+    def key(self) -> str:
+        """The same in every process."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MustSee:
+    """What the client of a request has written before, and must see."""
+
+    positions: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    seconds: float = 0.0
+
+    def position(self, db: Keyed) -> str | None:
+        """Give the position for one database."""
+        return self.positions.get(db.key) if self.positions else None
+
+
+NOTHING = MustSee()
+
+
+def _keys(secret: object) -> tuple[bytes, ...]:
+    secrets = secret if isinstance(secret, (list, tuple)) else [secret]
+    keys = tuple(_key(one) for one in secrets)
+    if not keys or min(map(len, keys)) < SHORTEST_SECRET:
+        message = (
+            f"CausalReads(secret): pass a str or bytes of at least {SHORTEST_SECRET} "
+            "bytes, or a list of them; secrets.token_hex() makes one."
+        )
+        raise ConfigurationError(message)
+    return keys
+
+
+def _key(secret: object) -> bytes:
+    """Give the bytes of a secret; what cannot be one is too short to be one."""
+    if isinstance(secret, str):
+        return secret.encode(errors="surrogatepass")
+    return secret if isinstance(secret, bytes) else b""
+
+
+def _check_seconds(option: str, value: object, *, least: float) -> None:
+    if not isinstance(value, (int, float)) or not least <= value < math.inf:
+        message = f"CausalReads({option}={value!r}): pass seconds, at least {least}."
+        raise ConfigurationError(message)
+
+
+def _check_name(option: str, value: object) -> None:
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        message = f"CausalReads({option}={value!r}): pass a name as HTTP allows it."
+        raise ConfigurationError(message)
+
+
+def _encode(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
+
+
+def _decode(text: bytes) -> bytes:
+    return base64.urlsafe_b64decode(text + b"=" * (-len(text) % 4))

@@ -1,0 +1,1 @@
+"""What a handler holds: SQLAlchemy's session, one call at a time."""

@@ -1,0 +1,1 @@
+"""The unit of work, and the one function that ends it."""
