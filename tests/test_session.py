@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, NoResultFound
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from asgi_uow import Database, Outcome, set_rollback_only
-from asgi_uow._concurrency import Turn
+from asgi_uow._concurrency import TaskLock
 from asgi_uow.errors import (
     ManagedTransactionError,
     ReadOnlySessionError,
@@ -375,7 +375,7 @@ async def test_an_error_frees_the_turn(db: Database) -> None:
 
 async def test_a_cancellation_frees_the_turn() -> None:
     """A task that is cancelled, having the turn or waiting for it, lets others in."""
-    turn = Turn()
+    turn = TaskLock()
     has_it = asyncio.Event()
 
     async def hold() -> None:

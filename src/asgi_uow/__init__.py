@@ -20,12 +20,11 @@ from asgi_uow._entrypoints.accessors import (
     session_dependency,
     set_rollback_only,
 )
-from asgi_uow._entrypoints.block import unit_of_work
 from asgi_uow._entrypoints.middleware import UnitOfWorkMiddleware
 from asgi_uow._reading.causal import CausalReads
 from asgi_uow._sessions.session import Session
 from asgi_uow._unit.unit import UnitOfWork
-from asgi_uow.database import Database
+from asgi_uow.database import Database, unit_of_work
 
 __all__ = [
     "CausalReads",

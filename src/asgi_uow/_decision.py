@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TypeAlias
 
-    from asgi_uow._asgi import Headers
-
+    Headers: TypeAlias = list[tuple[bytes, bytes]]
     CommitWhen: TypeAlias = Callable[[int, Headers], bool]
 
 ERROR_STATUS = 400
+
+RETRY_AFTER = 1
+"""Seconds a client is asked to wait before it tries again."""
 
 
 class Outcome(enum.Enum):
@@ -64,6 +66,9 @@ class State(enum.Enum):
     RESPONDING = "responding"
     CLOSED = "closed"
 
+    # An enum's own hash is a Python function, and states are looked up often.
+    __hash__ = object.__hash__
+
 
 UNDECIDED = frozenset({State.NEW, State.ACTIVE, State.ROLLBACK_ONLY})
 WRITABLE = UNDECIDED | {State.PREPARING}
@@ -101,21 +106,29 @@ class Decision:
 
     commit: bool
     cause: Cause | None = None
-    refuse: bool = False
+    replace_response: bool = False
     """The response claims a success that is not so: replace it by an error."""
 
 
 COMMIT = Decision(commit=True)
 
 
-def rollback(cause: Cause, *, refuse: bool = False) -> Decision:
+def rollback(cause: Cause, *, replace_response: bool = False) -> Decision:
     """Decide against the work."""
-    return Decision(commit=False, cause=cause, refuse=refuse)
+    return Decision(commit=False, cause=cause, replace_response=replace_response)
 
 
 def commit_below_400(status: int, headers: Headers) -> bool:  # noqa: ARG001
     """Commit for a 1xx, 2xx or 3xx response: the default of `commit_when`."""
     return status < ERROR_STATUS
+
+
+ROLLBACK_FOR_STATUS = rollback(Cause.STATUS)
+
+
+def decide_below_400(status: int) -> Decision:
+    """Decide by the default rule where nothing else can matter."""
+    return COMMIT if status < ERROR_STATUS else ROLLBACK_FOR_STATUS
 
 
 def decide_response(  # the whole rule in one place
@@ -138,10 +151,10 @@ def decide_response(  # the whole rule in one place
     if rollback_only:
         return rollback(Cause.EXPLICIT)
     if doomed:
-        return rollback(Cause.DOOMED, refuse=status < ERROR_STATUS)
+        return rollback(Cause.DOOMED, replace_response=status < ERROR_STATUS)
     if forced or commit_when(status, headers):
         return COMMIT
-    return rollback(Cause.STATUS)
+    return ROLLBACK_FOR_STATUS
 
 
 def decide_exit(
@@ -164,7 +177,7 @@ def decide_exit(
         return rollback(Cause.EXPLICIT)
     if doomed:
         claims_success = error is None or _is_redirect(error)
-        return rollback(Cause.DOOMED, refuse=claims_success)
+        return rollback(Cause.DOOMED, replace_response=claims_success)
     if error is not None and not _is_redirect(error):
         return rollback(exception_cause(error))
     if forced or commit_on_exit:

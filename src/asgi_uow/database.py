@@ -6,18 +6,13 @@ import asyncio
 import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy import exc as sa_exc
-from sqlalchemy import make_url
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool
-
-from asgi_uow._databases import configuration as _config
-from asgi_uow._databases import dialects as _dialects
-from asgi_uow._databases.engines import Engines
+from asgi_uow._databases import configuration, known
+from asgi_uow._databases.engines import DatabaseOptions, Engines
 from asgi_uow._databases.health import check
-from asgi_uow._entrypoints.accessors import current_unit_of_work
-from asgi_uow._entrypoints.block import leave, unit_of_work
-from asgi_uow.errors import ConfigurationError, MissingDriverError, NoUnitOfWorkError
+from asgi_uow._decision import WRITABLE, State, decide_exit
+from asgi_uow._unit.finish import finish, release
+from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current
+from asgi_uow.errors import NestedUnitOfWorkError, NoUnitOfWorkError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +24,6 @@ if TYPE_CHECKING:
 
     from asgi_uow._databases.health import Health
     from asgi_uow._sessions.session import Session
-    from asgi_uow._unit.unit import UnitOfWork
 
     Task: TypeAlias = asyncio.Task[object]
 
@@ -62,14 +56,13 @@ class Database(Engines):
         **session_options: Any,
     ) -> None:
         """See the class."""
-        super().__init__(
-            engine,
-            readers=readers,
+        options = DatabaseOptions(
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
-            **session_options,
+            session_options=session_options,
         )
+        super().__init__(engine, readers, options)
         self._entered: list[tuple[weakref.ref[Task], weakref.ref[UnitOfWork]]] = []
 
     @classmethod
@@ -93,19 +86,20 @@ class Database(Engines):
         Raises `ConfigurationError` for a URL or option that cannot work and
         `MissingDriverError`, naming the extra, where the driver is not installed.
         """
+        create = configuration.create_engine
         database = cls(
             None,
-            readers=[_create_engine(each, engine_options) for each in read_urls],
+            readers=[create(each, engine_options) for each in read_urls],
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
         )
-        writer = _create_engine(url, engine_options)
-        if _dialects.is_memory(writer.url):
+        writer = create(url, engine_options)
+        if known.is_memory(writer.url):
             database.use(writer)
         else:
-            database.use(writer, _create_engine(url, engine_options))
-        database._owned = True
+            database.use(writer, create(url, engine_options))
+        database.owns_engines = True
         return database
 
     @classmethod
@@ -124,7 +118,7 @@ class Database(Engines):
         `ConfigurationError` naming key and kind for one that does not cast; warns of
         a key that looks misspelt and leaves all others alone.
         """
-        config = _config.read(mapping, prefix)
+        config = configuration.read(mapping, prefix)
         return cls.from_url(
             config.url,
             read_urls=config.read_urls,
@@ -134,12 +128,12 @@ class Database(Engines):
     @property
     def write(self) -> Session:
         """The write session of the current unit of work: `current_session(db)`."""
-        return current_unit_of_work().session(self)
+        return _current("db.write").session(self)
 
     @property
     def read(self) -> Session:
         """The read session of the current unit: `current_read_session(db)`."""
-        return current_unit_of_work().read_session(self)
+        return _current("db.read").read_session(self)
 
     async def check(self, *, timeout: float = 2.0) -> Health:  # noqa: ASYNC109  # its name
         """Ask writer and readers how they are, at once: for `/healthz`.
@@ -162,7 +156,7 @@ class Database(Engines):
         traceback: TracebackType | None,
     ) -> None:
         """Commit, or roll back after an exception; raises if not kept."""
-        await leave(self._take_entered(), exc)
+        await _leave(self._take_entered(), exc)
 
     def _take_entered(self) -> UnitOfWork:
         """Give the unit that is being left: this task's last, or one left behind."""
@@ -184,72 +178,100 @@ def _task() -> Task:
     return asyncio.current_task()  # type: ignore[return-value]  # we are in a coroutine
 
 
-def _create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
-    parsed = _async_url(url)
-    defaults = _dialects.engine_defaults(parsed)
-    if parsed.drivername == "sqlite+aiosqlite":
-        options = _with_safe_connection(options)
-    if "poolclass" not in options:
-        defaults["pool_timeout"] = _dialects.POOL_TIMEOUT
-    forced: dict[str, Any] = {}
-    if _dialects.is_memory(parsed):
-        # The database is the connection: one, for one unit at a time, for good.
-        forced = {
-            "poolclass": AsyncAdaptedQueuePool,
-            "pool_size": 1,
-            "max_overflow": 0,
-            "pool_recycle": -1,
-        }
+def _current(operation: str) -> UnitOfWork:
+    unit = current.get()
+    if unit is None:
+        raise NoUnitOfWorkError(operation)
+    return unit
+
+
+class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_work(db)
+    """A unit of work outside a request: `async with unit_of_work(db) as uow:`.
+
+    The general form of `async with db:`, for several databases or, with
+    `independent=True`, for one with connection and outcome of its own inside
+    another unit of the same database.
+
+    Leaving the block commits; an exception rolls back and goes on. Raises
+    `NestedUnitOfWorkError` inside an undecided unit of the same database.
+    """
+
+    def __init__(self, *databases: Engines, independent: bool = False) -> None:
+        """Serve `databases`, the first being the default."""
+        if not databases:
+            message = "unit_of_work() needs at least one Database."
+            raise TypeError(message)
+        self.databases = databases
+        self.independent = independent
+        self.unit: UnitOfWork
+
+    async def __aenter__(self) -> UnitOfWork:
+        """Open the unit; no session and no connection yet."""
+        around = current.get()
+        unit = self.unit = UnitOfWork()
+        unit.databases = self.databases
+        unit.options = DEFAULTS if around is None else around.options
+        if around is not None:
+            for db in self.databases:
+                self._refuse_nested(around, db)
+            unit.around = around
+            unit.must_see = around.must_see
+            unit.is_nested = around.state in WRITABLE and not around.is_hook
+            # A hook that registers itself in a block of its own would never end.
+            unit.quota = around.quota
+        current.set(unit)
+        return unit
+
+    def _refuse_nested(self, around: UnitOfWork, db: Engines) -> None:
+        if db.facts.SINGLE_WRITER and (
+            around.holds(db) or around.is_blocked_by_others(db)
+        ):
+            raise NestedUnitOfWorkError(db)  # it would wait for the outer forever
+        if self.independent or around.state not in WRITABLE:
+            return
+        # A hook has a unit of its own, which is in the way only once it is used.
+        if around.holds(db) if around.is_hook else around.serves(db):
+            raise NestedUnitOfWorkError(db)
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Commit or roll back, then close; raises if the work was not kept."""
+        await _leave(self.unit, exc)
+
+
+DEFAULTS = UnitOptions()
+
+
+async def _leave(unit: UnitOfWork, error: BaseException | None) -> None:
+    """End the unit of work of an `async with` block."""
+    decision = decide_exit(
+        error,
+        rollback_only=unit.state is State.ROLLBACK_ONLY,
+        doomed=unit.doomed_by is not None,
+        forced=unit.forced,
+        commit_on_exit=all(db.options.commit_on_exit for db in unit.databases),
+    )
     try:
-        _check_async(parsed)
-        return create_async_engine(parsed, **{**defaults, **options, **forced})
-    except ModuleNotFoundError as error:
-        driver = parsed.get_driver_name()
-        raise MissingDriverError(driver, _dialects.EXTRAS.get(driver)) from error
-    except sa_exc.NoSuchModuleError as error:
-        message = f"SQLAlchemy knows no database {parsed.drivername!r}."
-        raise ConfigurationError(message) from error
-    except (TypeError, sa_exc.ArgumentError) as error:
-        raise ConfigurationError(str(error)) from error
+        await finish(unit, decision)
+    finally:
+        try:
+            await release(unit)
+        finally:
+            _step_back_from(unit)
 
 
-def _check_async(url: URL) -> None:
-    # Before SQLAlchemy looks for the driver: to install it would not help.
-    if not url.get_dialect().get_async_dialect_cls(url).is_async:
-        message = (
-            f"{url.drivername!r} is not an async driver: leave the driver out "
-            "to get the usual one, or name an async one."
-        )
-        raise ConfigurationError(message)
+def _step_back_from(unit: UnitOfWork) -> None:
+    """Make the unit around current again, unless another one is current by now.
 
-
-def _with_safe_connection(options: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        from asgi_uow._databases.sqlite_connection import connect  # noqa: PLC0415  # needs the extra
-    except ImportError:
-        return dict(options)  # SQLAlchemy says so below
-    theirs = options.get("connect_args", {})
-    return {**options, "connect_args": {"async_creator_fn": connect, **theirs}}
-
-
-def _async_url(url: str | URL) -> URL:
-    try:
-        parsed = make_url(url)
-    except (sa_exc.ArgumentError, ValueError):
-        # Not chained: SQLAlchemy 2.0 quotes the string, password and all.
-        message = (
-            "The database URL cannot be read; it should look like "
-            "postgresql://user:password@host/name or sqlite:///app.db. A password "
-            "with special characters has to be percent-encoded."
-        )
-        raise ConfigurationError(message) from None
-    if parsed.drivername == "postgres":
-        parsed = parsed.set(drivername="postgresql")
-    if "+" not in parsed.drivername and parsed.drivername in _dialects.ASYNC_DRIVERS:
-        driver = _dialects.ASYNC_DRIVERS[parsed.drivername]
-        parsed = parsed.set(drivername=f"{parsed.drivername}+{driver}")
-    if parsed.get_backend_name() in {"mysql", "mariadb"} and (
-        "charset" not in parsed.query
-    ):
-        parsed = parsed.update_query_dict({"charset": "utf8mb4"})
-    return parsed
+    Two blocks need not end in the order of their nesting (generators), nor in the
+    task they began in; a token would insist on both.
+    """
+    if current.get() is unit:
+        around = unit.around
+        while around is not None and around.state is State.CLOSED:
+            around = around.around
+        current.set(around)

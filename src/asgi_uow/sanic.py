@@ -17,9 +17,14 @@ from sanic.exceptions import ServerError
 from sanic.http.constants import HTTP
 
 from asgi_uow._decision import commit_below_400
-from asgi_uow._entrypoints.middleware import START, UnitOfWorkMiddleware
-from asgi_uow._entrypoints.problem import FAILURE, problem
-from asgi_uow._unit.current import current
+from asgi_uow._entrypoints.middleware import (
+    FAILURE,
+    START,
+    UnitOfWorkMiddleware,
+    problem_details,
+)
+from asgi_uow._unit.finish import is_outage
+from asgi_uow._unit.unit import current
 from asgi_uow.database import Database
 from asgi_uow.errors import ConfigurationError, UnitOfWorkFailedError
 from asgi_uow.observers import LoggingObserver
@@ -239,7 +244,7 @@ def asgi_uow_answer(
 ) -> Awaitable[HTTPResponse] | None:
     """Answer what the middleware would; None leaves it to Sanic's own pages."""
     unit = current.get()
-    outage = unit is not None and unit.outages.behind(error)
+    outage = unit is not None and is_outage(unit, error)
     if outage or isinstance(error, UnitOfWorkFailedError):
         return _problem(request, error)
     return None
@@ -252,7 +257,7 @@ async def _problem(request: Request[Any, Any], error: Exception) -> HTTPResponse
     async def keep(message: Message) -> None:
         messages.append(message)
 
-    await problem({FAILURE: error}, _receive, keep)
+    await problem_details({FAILURE: error}, _receive, keep)
     [start, body] = messages
     headers = {name.decode(): value.decode() for name, value in start["headers"]}
     return HTTPResponse(body["body"], start["status"], headers)

@@ -2,75 +2,87 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from typing import TYPE_CHECKING, Any, Literal
 
-from anyio import fail_after
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
 from asgi_uow._concurrency import bounded
-from asgi_uow._databases import dialects as _dialects
-from asgi_uow._databases.pool import prepare
-from asgi_uow._databases.positions import position
-from asgi_uow._databases.settling import was_committed
-from asgi_uow._reading.causal import READ_FROM_WRITER
-from asgi_uow._reading.route import Replica
-from asgi_uow._sessions.managed import ManagedSession
-from asgi_uow._sessions.read_session import ReadSession
-from asgi_uow._sessions.session import Session
+from asgi_uow._databases import known
+from asgi_uow._databases.health import Replica
+from asgi_uow._databases.pool import attach_listeners
 from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
 from asgi_uow.observers import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from sqlalchemy.engine import Engine
+    from sqlalchemy import Engine
 
-    from asgi_uow._reading.route import Route
-    from asgi_uow._sessions.session import Ties
+RESERVED = ("sync_session_class", "close_resets_only", "bind", "autocommit")
+"""Options of SQLAlchemy's `Session` that are the unit of work's to set."""
 
-ASIDE_SECONDS = 2.0
-"""Seconds for connecting to the server and stopping a cancelled statement."""
+CANCEL_SECONDS = 2.0
+"""Seconds for connecting to a server and stopping a cancelled statement there."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DatabaseOptions:
+    """What `asgi_uow.Database` is told beside its engines."""
+
+    commit_on_exit: bool = True
+    resolve_unknown: bool = False
+    read_isolation: Literal["REPEATABLE READ"] | None = None
+    session_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in RESERVED:
+            if name in self.session_options:
+                message = (
+                    f"The session option {name!r} belongs to asgi-uow; leave it out."
+                )
+                raise ConfigurationError(message)
+        if self.read_isolation not in {None, "REPEATABLE READ"}:
+            isolation = self.read_isolation
+            message = f"read_isolation is 'REPEATABLE READ' or None: {isolation!r}"
+            raise ConfigurationError(message)
 
 
 class Engines:
     """A writer engine, a read engine on the same server, and replicas."""
 
+    is_memory = False
+    owns_engines = False
+
     def __init__(
         self,
         engine: AsyncEngine | None,
-        *,
         readers: Sequence[AsyncEngine],
-        commit_on_exit: bool,
-        resolve_unknown: bool,
-        read_isolation: Literal["REPEATABLE READ"] | None,
-        **session_options: Any,
+        options: DatabaseOptions,
     ) -> None:
-        """See `asgi_uow.Database`."""
-        _refuse_reserved(session_options)
-        if read_isolation not in {None, "REPEATABLE READ"}:
-            message = f"read_isolation is 'REPEATABLE READ' or None: {read_isolation!r}"
-            raise ConfigurationError(message)
-        self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
-        self.commit_on_exit = commit_on_exit
-        self.resolve_unknown = resolve_unknown
-        self._session_options: dict[str, Any] = {"expire_on_commit": False}
-        self._session_options |= session_options
+        self.options = options
         self._readers = tuple(readers)
         self.replicas: tuple[Replica, ...] = tuple(map(Replica, self._readers))
         self._engine: AsyncEngine | None = None
         self._read_engine: AsyncEngine | None = None
-        self._owned = False
-        self.is_memory: bool = False
+        shared = {"expire_on_commit": False, **options.session_options}
+        self.write_options: Mapping[str, Any] = shared
+        self.read_options: Mapping[str, Any] = {
+            **shared,
+            "autoflush": False,
+            "twophase": False,
+            "join_transaction_mode": "rollback_only",
+        }
         self._check_not_a_reader(engine)
         for reader in self._readers:
             _check_engine(reader)
-            prepare(reader, read_only=True, read_isolation=read_isolation)
+            self._make_read_only(reader)
         if engine is not None:
-            self.engine = engine
+            self.use(engine)
 
     @property
     def engine(self) -> AsyncEngine:
@@ -90,19 +102,23 @@ class Engines:
             raise ConfigurationError(message)
         _check_engine(engine)
         self._check_not_a_reader(engine)
-        if self.resolve_unknown and engine.dialect.name != "postgresql":
+        self.facts: known.Database = known.database_of(engine.dialect)
+        self.driver: known.Driver = known.driver_of(engine.dialect)
+        if self.options.resolve_unknown and self.facts.TRANSACTION_ID is None:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
-        self.is_memory = _dialects.is_memory(engine.url)
+        self.is_memory = known.is_memory(engine.url)
         if self.is_memory:
             self._read_engine = engine
         else:
-            self._read_engine = read_engine or _derive_engine(engine)
-            prepare(
-                self._read_engine, read_only=True, read_isolation=self.read_isolation
-            )
-        prepare(engine, read_only=False)
+            self._read_engine = read_engine or derive_engine(engine)
+            self._make_read_only(self._read_engine)
+        attach_listeners(engine, read_only=False)
         self._engine = engine
+
+    def _make_read_only(self, engine: AsyncEngine) -> None:
+        isolation = self.options.read_isolation
+        attach_listeners(engine, read_only=True, read_isolation=isolation)
 
     def _check_not_a_reader(self, engine: AsyncEngine | None) -> None:
         if engine in self._readers:
@@ -121,15 +137,10 @@ class Engines:
         """The engines that read sessions use: the replicas, or the read engine."""
         return self._readers or (self.read_engine,)
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The writer's URL without its password."""
-        return _dialects.shown(self.engine.url)
-
-    @property
-    def one_writer(self) -> bool:
-        """Whether the database lets only one transaction write at a time."""
-        return self.engine.dialect.name == "sqlite"
+        return known.shown(self.engine.url)
 
     @functools.cached_property
     def key(self) -> str:
@@ -139,77 +150,11 @@ class Engines:
         name = f"{url.host}:{url.port}/{url.database} {places}"
         return hashlib.sha256(name.encode()).hexdigest()[:8]
 
-    async def position(self, seconds: float) -> str | None:
-        """Tell how far a replica must be to have what was committed until now.
-
-        None where there is nothing to wait for, `READ_FROM_WRITER` if it could not
-        be learnt in so many `seconds`.
-        """
-        if not self.replicas:
-            return None
-        found: str | None = None
-        try:
-            with fail_after(seconds):
-                async with self.read_engine.connect() as connection:
-                    found = await position(connection)
-        except (sa_exc.SQLAlchemyError, OSError):
-            logger.warning("the position of %s was not learnt", self.name)
-            return READ_FROM_WRITER
-        return READ_FROM_WRITER if found is None else found
-
-    def write_session(self, ties: Ties) -> Session:
-        """Make the write session of a unit; it connects when it executes."""
-        return Session(
-            self.engine,
-            session_class=ManagedSession,
-            ties=ties,
-            run_aside=self._run_aside,
-            **self._session_options,
-        )
-
-    def make_read_session(
-        self,
-        ties: Ties,
-        writer: Callable[[], Session | None],
-        route: Route | None,
-    ) -> ReadSession:
-        """Make a read session of a unit; `writer` says where its reads belong.
-
-        `route` finds the replica to read from, where there is a choice.
-        """
-        return ReadSession(
-            self.read_engine,
-            ties=ties,
-            run_aside=self._run_aside,
-            writer=writer,
-            route=route,
-            **self._session_options
-            | {"autoflush": False, "twophase": False}
-            | {"join_transaction_mode": "rollback_only"},
-        )
-
-    @staticmethod
-    async def _run_aside(engine: Engine, statement: str) -> None:
-        """Run a statement on a connection of its own, for a few seconds at most."""
-
-        async def run() -> None:
-            async with aside.connect() as connection:
-                await connection.exec_driver_sql(statement)
-
-        aside = _derive_engine(AsyncEngine(engine))
-        try:
-            await bounded(run(), ASIDE_SECONDS)
-        except (sa_exc.DBAPIError, OSError):
-            # It ended by itself, or the server is gone and its locks with it.
-            logger.debug("%s was not run", statement, exc_info=True)
-        finally:
-            await aside.dispose()
-
     async def was_committed(self, transaction: str, seconds: float) -> bool | None:
-        """Ask PostgreSQL what became of a transaction; see `asgi_uow._resolve`."""
-        aside = _derive_engine(self.engine)
+        """Ask what became of a transaction whose COMMIT was not answered."""
+        aside = derive_engine(self.engine)
         try:
-            return await was_committed(aside, transaction, seconds)
+            return await self.facts.was_committed(aside, transaction, seconds)
         finally:
             await aside.dispose()
 
@@ -220,7 +165,7 @@ class Engines:
 
     async def dispose_owned(self) -> None:
         """Close the connections of the engines that asgi-uow made."""
-        if self._owned:
+        if self.owns_engines:
             await self.dispose()
         elif self._read_engine is not None and self._read_engine is not self._engine:
             await self._read_engine.dispose()
@@ -231,36 +176,7 @@ class Engines:
         return f"{type(self).__name__}({shown})"
 
 
-def _refuse_reserved(session_options: Iterable[str]) -> None:
-    for name in ("sync_session_class", "close_resets_only", "bind", "autocommit"):
-        if name in session_options:
-            message = f"The session option {name!r} belongs to asgi-uow; leave it out."
-            raise ConfigurationError(message)
-
-
-def _check_engine(engine: object) -> None:
-    if not isinstance(engine, AsyncEngine):
-        message = (
-            f"Database() takes an AsyncEngine, not {type(engine).__name__}: use "
-            "create_async_engine(...), or Database.from_url(url) for a URL."
-        )
-        raise ConfigurationError(message)
-    if engine.dialect.name not in _dialects.READ_ONLY_STATEMENT:
-        message = (
-            f"asgi-uow does not know the database {engine.dialect.name!r}; it knows "
-            f"{', '.join(_dialects.READ_ONLY_STATEMENT)}."
-        )
-        raise ConfigurationError(message)
-    if isinstance(engine.sync_engine.pool, StaticPool):
-        message = (
-            "A StaticPool hands its one connection to several units of work at once, "
-            "and the rollback of one undoes the work of another. Use "
-            "Database.from_url(...), or a queue pool with pool_size=1, max_overflow=0."
-        )
-        raise ConfigurationError(message)
-
-
-def _derive_engine(engine: AsyncEngine) -> AsyncEngine:
+def derive_engine(engine: AsyncEngine) -> AsyncEngine:
     """Make an engine with a pool of its own that connects just as `engine` does."""
     sync = engine.sync_engine
     return create_async_engine(
@@ -272,3 +188,42 @@ def _derive_engine(engine: AsyncEngine) -> AsyncEngine:
         json_serializer=getattr(sync.dialect, "_json_serializer", None),
         json_deserializer=getattr(sync.dialect, "_json_deserializer", None),
     )
+
+
+async def execute_on_new_connection(engine: Engine, statement: str) -> None:
+    """Run a statement on a connection of its own, for a few seconds at most."""
+
+    async def run() -> None:
+        async with aside.connect() as connection:
+            await connection.exec_driver_sql(statement)
+
+    aside = derive_engine(AsyncEngine(engine))
+    try:
+        await bounded(run(), CANCEL_SECONDS)
+    except (sa_exc.DBAPIError, OSError):
+        # It ended by itself, or the server is gone and its locks with it.
+        logger.debug("%s was not run", statement, exc_info=True)
+    finally:
+        await aside.dispose()
+
+
+def _check_engine(engine: object) -> None:
+    if not isinstance(engine, AsyncEngine):
+        message = (
+            f"Database() takes an AsyncEngine, not {type(engine).__name__}: use "
+            "create_async_engine(...), or Database.from_url(url) for a URL."
+        )
+        raise ConfigurationError(message)
+    if not known.is_known(engine.dialect):
+        message = (
+            f"asgi-uow does not know the database {engine.dialect.name!r}; it knows "
+            f"{', '.join(known.names())}."
+        )
+        raise ConfigurationError(message)
+    if isinstance(engine.sync_engine.pool, StaticPool):
+        message = (
+            "A StaticPool hands its one connection to several units of work at once, "
+            "and the rollback of one undoes the work of another. Use "
+            "Database.from_url(...), or a queue pool with pool_size=1, max_overflow=0."
+        )
+        raise ConfigurationError(message)

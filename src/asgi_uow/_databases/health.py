@@ -3,40 +3,89 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+import sys
 import time
 from typing import TYPE_CHECKING, Literal
 
 import anyio
 from sqlalchemy import exc as sa_exc
 from sqlalchemy import text
+from sqlalchemy.pool import QueuePool
 
-from asgi_uow._databases import dialects as _dialects
+from asgi_uow._databases import driver_errors as _driver_errors
+from asgi_uow._databases import known
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from asgi_uow._databases.engines import Engines
 
-IS_READ_ONLY = {
-    "mysql": "SELECT @@global.read_only",
-    "mariadb": "SELECT @@global.read_only",
-    "postgresql": "SELECT pg_is_in_recovery()",
-    "sqlite": "SELECT 0",
-}
-"""Asks whether a server takes no writes, because it is (now) a replica."""
 
-LAG = {
-    "mysql": "SHOW SLAVE STATUS",
-    "mariadb": "SHOW SLAVE STATUS",
-    "postgresql": (
-        "SELECT CASE WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()"
-        " AND EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')"
-        " THEN 0"
-        " ELSE EXTRACT(EPOCH FROM clock_timestamp() - pg_last_xact_replay_timestamp())"
-        ' END AS "Seconds_Behind_Master"'
-    ),
-}
-"""Asks a replica how many seconds it is behind."""
+FIRST_PAUSE = 0.5
+"""Seconds for which a reader that failed is left alone, at most; then doubling."""
+
+LONGEST_PAUSE = 30.0
+"""Seconds after which the doubling ends."""
+
+
+class Replica:
+    """A reader, and how it has done lately."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        """Take it for healthy."""
+        self.engine = engine
+        self.failures = 0
+        self.open_until = 0.0
+        self.half_open = False
+        """Whether a request is finding out if it is up again."""
+
+    @property
+    def name(self) -> str:
+        """Its URL without the password."""
+        return known.shown(self.engine.url)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it may be tried (again)."""
+        return time.monotonic() >= self.open_until and not self.half_open
+
+    @property
+    def free(self) -> int:
+        """How many connections its pool could still give; 0 if pools do not count."""
+        pool = self.engine.sync_engine.pool
+        if not isinstance(pool, QueuePool):
+            return 0
+        more = pool._max_overflow  # noqa: SLF001  # -1 is no limit
+        return pool.size() + (sys.maxsize if more < 0 else more) - pool.checkedout()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether who wants a connection has to wait for somebody else's."""
+        pool = self.engine.sync_engine.pool
+        return isinstance(pool, QueuePool) and self.free <= 0
+
+    def trip(self) -> float | None:
+        """Leave it alone for a while, and give the seconds; None if it is already.
+
+        With jitter, or every process would come back at the same moment.
+        """
+        if time.monotonic() < self.open_until:
+            return None  # several requests ran into the same failure
+        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self.failures, 10))
+        seconds: float = longest * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
+        self.failures += 1
+        self.open_until = time.monotonic() + seconds
+        return seconds
+
+
+def by_free_connections(replicas: Sequence[Replica]) -> list[Replica]:
+    """Give the healthy ones, the one with the most free connections first."""
+    healthy = [each for each in replicas if each.is_healthy]
+    random.shuffle(healthy)
+    return sorted(healthy, key=lambda each: -each.free)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,7 +146,7 @@ async def _ask(
     try:
         with anyio.fail_after(seconds):
             async with engine.connect() as connection:
-                statement = IS_READ_ONLY[engine.dialect.name]
+                statement = known.database_of(engine.dialect).IS_READ_ONLY
                 read_only = (await connection.exec_driver_sql(statement)).scalar()
                 if role == "reader":
                     lag = await _lag(connection)
@@ -106,11 +155,11 @@ async def _ask(
     except TimeoutError:
         error = f"no answer within {seconds} seconds"
     except (sa_exc.SQLAlchemyError, OSError) as raised:
-        code = _dialects.code_of(raised)
+        code = _driver_errors.code_of(raised)
         error = type(raised).__name__ + (f" {code}" if code is not None else "")
     return ServerHealth(
         role,
-        _dialects.shown(engine.url),
+        known.shown(engine.url),
         error is None,
         time.perf_counter() - started,
         lag,
@@ -119,13 +168,13 @@ async def _ask(
 
 
 async def _lag(connection: AsyncConnection) -> float | None:
-    statement = LAG.get(connection.dialect.name)
+    statement = known.database_of(connection.dialect).LAG
     if statement is None:
         return None
     try:
         row = (await connection.execute(text(statement))).mappings().first()
     except sa_exc.DBAPIError as error:
-        if _dialects.is_lost(error):
+        if _driver_errors.is_lost(error):
             raise
         return None
     lag = None if row is None else row["Seconds_Behind_Master"]

@@ -8,215 +8,215 @@ before; the journal remembers it. It costs no statement.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from sqlalchemy import event
-
-from asgi_uow._databases import dialects as _dialects
-from asgi_uow._databases.drivers import driver_of
-from asgi_uow._unit.hooks import Hooks
+from asgi_uow._databases import known
+from asgi_uow._databases.driver_errors import code_of
+from asgi_uow._databases.mysql import ROLLBACK_ON_TIMEOUT
 from asgi_uow.errors import ManagedTransactionError, TransactionGoneError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
-    from sqlalchemy import Connection
-    from sqlalchemy.engine import Engine
     from sqlalchemy.engine.interfaces import ExceptionContext
 
-    from asgi_uow._databases.drivers import Driver
+    from asgi_uow._databases.known import Database, Driver
+
+    Callback: TypeAlias = Callable[[], Coroutine[object, object, None]]
 
 T = TypeVar("T", bound=BaseException)
 
-ROLLBACK_ON_TIMEOUT = "asgi_uow.rollback_on_timeout"
-"""The key in a MySQL connection's info: does 1205 roll everything back there?"""
-
-JOURNAL = "asgi_uow.journal"
-"""The key in a connection's info under which its session's journal is found."""
+LOCK_TIMEOUTS = known.codes("lock_timeout")
+SYNTAX_ERRORS = known.codes("syntax")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
-    """An error that gave up the work done at savepoint depth `depth` and deeper."""
+class Frame:
+    """One savepoint, as what was registered inside it sees it."""
 
-    error: BaseException
-    depth: int
+    __slots__ = ("around", "undone")
+
+    def __init__(self, around: Frame | None) -> None:
+        self.around = around
+        self.undone = False
+
+    def is_undone(self) -> bool:
+        """Tell whether it, or one around it, was rolled back."""
+        return self.undone or (self.around is not None and self.around.is_undone())
+
+
+class Savepoints:
+    """The open savepoints of a unit of work and of those nested in it.
+
+    RELEASE leaves what was registered inside to the savepoint around. Anything else
+    undoes it, together with savepoints opened since, and makes callbacks due.
+    """
+
+    __slots__ = ("_callbacks", "_opened", "due")
+
+    def __init__(self) -> None:
+        self._opened: dict[object, Frame] = {}
+        self._callbacks: list[tuple[Frame, Callback]] = []
+        self.due: list[tuple[object, Callback]] = []
+        """What is to be called, each with the journal that saw the rollback."""
+
+    @property
+    def innermost(self) -> Frame | None:
+        """The savepoint that was opened last."""
+        return next(reversed(self._opened.values()), None)
+
+    def open(self, key: object) -> None:
+        """Record SAVEPOINT."""
+        self._opened[key] = Frame(self.innermost)
+
+    def release(self, key: object) -> None:
+        """Record RELEASE."""
+        self._opened.pop(key, None)
+
+    def roll_back(self, key: object, by: object = None) -> None:
+        """Record any other end, seen by the journal `by`; those inside stay open."""
+        if key not in self._opened:
+            return
+        keys = list(self._opened)
+        ended, *later = keys[keys.index(key) :]
+        for each in (ended, *later):
+            self._opened.pop(each).undone = True
+        for each in later:
+            self.open(each)
+        undone = [each for each in self._callbacks if each[0].is_undone()]
+        self._callbacks = [each for each in self._callbacks if each not in undone]
+        self.due += [(by, callback) for _, callback in reversed(undone)]
+
+    def call_if_undone(self, frame: Frame, callback: Callback) -> None:
+        """Have `callback` called once the savepoint of `frame` is rolled back."""
+        self._callbacks.append((frame, callback))
+
+    def take_due(self, by: object) -> list[Callback]:
+        """Give, once, the callbacks for what the journal `by` saw rolled back."""
+        taken = [callback for each, callback in self.due if each is by]
+        self.due = [each for each in self.due if each[0] is not by]
+        return taken
+
+    def clear(self) -> None:
+        """Forget everything: the unit of work has ended."""
+        self._callbacks.clear()
+        self.due.clear()
 
 
 class Journal:
-    """What went wrong on the connection of one write session."""
+    """What went wrong in the transaction of one write session."""
+
+    __slots__ = (
+        "_database",
+        "_driver",
+        "_implicit_commit",
+        "_names",
+        "committed",
+        "ddl",
+        "entries",
+        "is_ending",
+        "last",
+        "savepoints",
+    )
 
     def __init__(
-        self,
-        is_ending: Callable[[], bool] = lambda: True,
-        hooks: Hooks | None = None,
+        self, database: Database, driver: Driver, savepoints: Savepoints
     ) -> None:
-        """Start with a clean sheet; `is_ending`: does the unit itself end it now?
-
-        `hooks` follow the savepoints of the connection, also of those that no
-        session has opened.
-        """
-        self._is_ending = is_ending
-        self._hooks = Hooks() if hooks is None else hooks
+        self.savepoints = savepoints
+        self.is_ending = False
+        """Whether the unit of work itself ends the transaction now."""
+        self.committed = False
+        """Whether the database has acknowledged the COMMIT of the transaction."""
         self.last: BaseException | None = None
-        self.committed_by: str | None = None
-        """The statement for which MySQL committed on its own, if it did."""
-        self._entries: list[Entry] = []
-        self._savepoints: list[str] = []
-        self._opened = 0
-        self._ddl: str | None = None
+        self.entries: list[tuple[BaseException, int]] = []
+        """Errors that aborted the work done at a savepoint depth and deeper."""
+        self.ddl: str | None = None
+        """The last statement, if MySQL commits for it."""
+        self._database = database
+        self._driver = driver
+        self._names: list[str] = []
+        self._implicit_commit: str | None = None
 
     @property
     def doomed_by(self) -> BaseException | None:
-        """The first error for which work was given up that nobody has undone since."""
-        return self._entries[0].error if self._entries else None
+        """The first error that aborted work, unless a savepoint has undone it since."""
+        return self.entries[0][0] if self.entries else None
 
-    def note(self, context: ExceptionContext, driver: Driver, raw: object) -> None:
-        """Note an error, and what it has given up."""
+    @property
+    def implicit_commit(self) -> str | None:
+        """The statement for which MySQL has committed on its own, if it did."""
+        return self._implicit_commit or self.ddl
+
+    def doom(self, error: T) -> T:
+        """Record that nothing of the transaction may be kept, because of `error`."""
+        self.entries.append((error, 0))
+        return error
+
+    def record_error(self, context: ExceptionContext, raw: object) -> None:
+        """Record an error, and what it has aborted."""
         error = context.original_exception
         self.last = context.sqlalchemy_exception or error
-        if context.is_disconnect or self._rolled_back_on_timeout(context):
-            self.give_up(self.last)
-        elif driver.gave_up(raw, error):
-            depth = len(self._savepoints) if driver.savepoints_survive else 0
-            self._entries.append(Entry(self.last, depth))
-        if _dialects.code_of(error) == _dialects.MYSQL_SYNTAX_ERROR:
-            self._ddl = None
-        self.executed()
-
-    def _rolled_back_on_timeout(self, context: ExceptionContext) -> bool:
-        code = _dialects.code_of(context.original_exception)
+        code = code_of(error)
         connection = context.connection
-        return (
-            code == _dialects.LOCK_WAIT_TIMEOUT
+        undone_on_timeout = (
+            code in LOCK_TIMEOUTS
             and connection is not None
             and bool(connection.info.get(ROLLBACK_ON_TIMEOUT))
         )
+        if context.is_disconnect or undone_on_timeout:
+            self.doom(self.last)
+        elif self._driver.aborts_transaction(raw, error):
+            depth = len(self._names) if self._driver.savepoints_survive else 0
+            self.entries.append((self.last, depth))
+        if self.ddl is not None and code not in SYNTAX_ERRORS:
+            self._implicit_commit = self._implicit_commit or self.ddl
+        self.ddl = None
 
-    def commit(self) -> None:
-        """Refuse a COMMIT of work that is given up, or that is not the unit's.
-
-        Called by SQLAlchemy just before COMMIT is sent, whoever wants it.
-        """
-        if not self._is_ending():
-            operation = "connection.commit()"
-            raise self.give_up(ManagedTransactionError(operation))
-        if self._entries:
-            raise TransactionGoneError from self.doomed_by
-
-    def give_up(self, error: T) -> T:
-        """Note that nothing of the transaction may be kept, because of `error`."""
-        self._entries.append(Entry(error, depth=0))
-        return error
-
-    def rollback(self) -> None:
-        """Note a ROLLBACK that is not the unit's: a failed flush, or one by hand."""
-        if not self._is_ending():
-            operation = "connection.rollback()"
-            self.give_up(self.last or ManagedTransactionError(operation))
-
-    def savepoint(self) -> None:
-        """Note a SAVEPOINT; SQLAlchemy numbers them per connection."""
-        self._opened += 1
-        name = f"sa_savepoint_{self._opened}"
-        self._savepoints.append(name)
-        self._hooks.open((self, name))
-
-    def leave_savepoint(self, name: str, *, undone: bool) -> None:
-        """Note RELEASE, or ROLLBACK TO, which undoes what was given up inside."""
-        if name in self._savepoints:
-            depth = self._savepoints.index(name)
-            for left in reversed(self._savepoints[depth:]):
-                if undone:
-                    self._hooks.undo((self, left), owner=self)
-                else:
-                    self._hooks.keep((self, left))
-            del self._savepoints[depth:]
-            if undone:
-                self._entries = [each for each in self._entries if each.depth <= depth]
-
-    def executing(self, statement: str, *, in_transaction: bool, mysql: bool) -> None:
+    def check_statement(self, statement: str, raw: object) -> None:
         """Refuse what would end the transaction; note DDL, for which MySQL commits."""
-        if self._is_ending():
+        if self.is_ending:
             return
-        if not in_transaction and not mysql and self._entries:
+        kind = known.kind_of(statement)
+        is_open = self._driver.in_transaction(raw)
+        commits_for_ddl = self._database.COMMITS_FOR_DDL
+        if self.entries and not is_open and not commits_for_ddl:
             raise TransactionGoneError from self.doomed_by
-        if _dialects.TRANSACTION_CONTROL.match(statement):
+        if kind is known.Kind.TRANSACTION_CONTROL:
             operation = f"{statement!r}"
             raise ManagedTransactionError(operation)
-        if mysql and in_transaction and _dialects.IMPLICIT_COMMIT.match(statement):
-            self._ddl = statement
+        self._implicit_commit = self.implicit_commit
+        self.ddl = None
+        if kind is known.Kind.IMPLICIT_COMMIT and commits_for_ddl and is_open:
+            self.ddl = statement
 
-    def executed(self) -> None:
-        """Note that the DDL was run; MySQL has committed even if it failed."""
-        self.committed_by = self.committed_by or self._ddl
-        self._ddl = None
+    def check_commit(self) -> None:
+        """Refuse a COMMIT of aborted work, or one that is not the unit's."""
+        if not self.is_ending:
+            operation = "connection.commit()"
+            raise self.doom(ManagedTransactionError(operation))
+        if self.entries:
+            raise TransactionGoneError from self.doomed_by
 
+    def record_rollback(self) -> None:
+        """Record a ROLLBACK that is not the unit's: a failed flush, or one by hand."""
+        if not self.is_ending:
+            operation = "connection.rollback()"
+            self.doom(self.last or ManagedTransactionError(operation))
 
-def attach(connection: Connection, journal: Journal) -> None:
-    """Have the errors of `connection` noted until it goes back to its pool."""
-    connection.info[JOURNAL] = journal
+    def open_savepoint(self, name: str) -> None:
+        """Record SAVEPOINT."""
+        self._names.append(name)
+        self.savepoints.open((self, name))
 
-
-def listen(engine: Engine) -> None:
-    """Write the journals of the connections of a writer engine."""
-    writer = _Writer(engine)
-    event.listen(engine, "handle_error", writer.on_error)
-    event.listen(engine, "commit", writer.on_commit)
-    event.listen(engine, "rollback", writer.on_rollback)
-    event.listen(engine, "savepoint", writer.on_savepoint)
-    event.listen(engine, "release_savepoint", writer.on_release)
-    event.listen(engine, "rollback_savepoint", writer.on_rollback_to)
-    event.listen(engine, "before_cursor_execute", writer.on_execute)
-    if writer.is_mysql:
-        event.listen(engine, "after_cursor_execute", writer.on_executed)
-
-
-class _Writer:
-    """Hands SQLAlchemy's events to the journal of the connection they are about."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.driver = driver_of(engine.dialect)
-        self.is_mysql = engine.dialect.name in {"mysql", "mariadb"}
-
-    def on_error(self, context: ExceptionContext) -> None:
-        journal, raw = _find(context.connection)
-        if raw is not None:
-            journal.note(context, self.driver, raw)
-
-    def on_commit(self, connection: Connection) -> None:
-        _find(connection)[0].commit()
-
-    def on_rollback(self, connection: Connection) -> None:
-        _find(connection)[0].rollback()
-
-    def on_savepoint(self, connection: Connection, _: str | None) -> None:
-        _find(connection)[0].savepoint()
-
-    def on_release(self, connection: Connection, name: str, _: object) -> None:
-        _find(connection)[0].leave_savepoint(name, undone=False)
-
-    def on_rollback_to(self, connection: Connection, name: str, _: object) -> None:
-        _find(connection)[0].leave_savepoint(name, undone=True)
-
-    def on_execute(
-        self, connection: Connection, _cursor: object, statement: str, *_: object
-    ) -> None:
-        journal, raw = _find(connection)
-        is_open = self.driver.in_transaction(raw)
-        journal.executing(statement, in_transaction=is_open, mysql=self.is_mysql)
-
-    def on_executed(self, connection: Connection, *_: object) -> None:
-        _find(connection)[0].executed()
-
-
-def _find(connection: Connection | None) -> tuple[Journal, object]:
-    """Give the journal of a connection and the driver's connection, if it has one.
-
-    A connection that no unit of work uses gets a journal that nobody reads.
-    """
-    if connection is None or connection.closed or connection.invalidated:
-        return Journal(), None
-    journal: Journal = connection.info.get(JOURNAL) or Journal()
-    return journal, connection.connection.driver_connection
+    def end_savepoint(self, name: str, *, undone: bool) -> None:
+        """Record RELEASE, or ROLLBACK TO, which undoes what was aborted inside."""
+        if name not in self._names:
+            return
+        depth = self._names.index(name)
+        for left in reversed(self._names[depth:]):
+            if undone:
+                self.savepoints.roll_back((self, left), by=self)
+            else:
+                self.savepoints.release((self, left))
+        del self._names[depth:]
+        if undone:
+            self.entries = [each for each in self.entries if each[1] <= depth]

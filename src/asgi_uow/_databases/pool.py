@@ -1,4 +1,4 @@
-"""The care every engine gets, also one that was passed in.
+"""Pooled connections of every engine, also of one that was passed in.
 
 A connection that has an open transaction is rolled back before another unit of work
 sees it, a dead one is replaced before it is handed out, and a read engine is read-only
@@ -7,31 +7,37 @@ from the first moment of each connection.
 
 from __future__ import annotations
 
-import sqlite3
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy import exc as sa_exc
 
-from asgi_uow._databases import dialects as _dialects
-from asgi_uow._databases import journal as _journal
-from asgi_uow._databases.drivers import UNKNOWN_DRIVER, driver_of
+from asgi_uow._databases import known
+from asgi_uow._databases.driver_errors import (
+    READ_ONLY_CODES,
+    code_of,
+    is_driver_disconnect,
+)
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from sqlalchemy import Connection
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import RootTransaction
     from sqlalchemy.engine.interfaces import (
         DBAPIConnection,
-        DBAPICursor,
         ExceptionContext,
+        ExecutionContext,
     )
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
+    from asgi_uow._databases.journal import Journal
+
+    Isolation = Literal["REPEATABLE READ"] | None
+
+AUTOCOMMIT = "asgi_uow.autocommit"
+CANCEL_SQL = "asgi_uow.cancel_sql"
 ERROR_SEEN = "asgi_uow.error_seen"
 IDLE_SINCE = "asgi_uow.idle_since"
 SETTINGS_CHANGED = "asgi_uow.settings_changed"
@@ -39,83 +45,182 @@ SETTINGS_CHANGED = "asgi_uow.settings_changed"
 PING_AFTER_IDLE = 30.0
 """Seconds of idleness after which a connection is pinged before it is handed out."""
 
-WAL_PAUSE = 50
-"""Milliseconds between two attempts to have a SQLite file keep a write-ahead log."""
+CHANGING_OPTIONS = frozenset(
+    {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
+)
+"""Execution options after which a connection is not what its pool made it."""
 
 
-def prepare(
-    engine: AsyncEngine,
-    *,
-    read_only: bool,
-    read_isolation: Literal["REPEATABLE READ"] | None = None,
+class Connection(sa.Connection):
+    """A connection of one of our engines; a journal is attached to a writer's."""
+
+    begins_with: str | None = None
+    journal: Journal | None = None
+
+    def _begin_impl(self, transaction: RootTransaction) -> None:
+        super()._begin_impl(transaction)
+        if self.begins_with is not None:
+            begin = getattr(self.connection.driver_connection, "begin", None)
+            if begin is not None:
+                begin(self.begins_with)  # sent with the first statement
+            else:
+                self._begin_with(self.begins_with)
+
+    def _begin_with(self, statement: str) -> None:
+        cursor = self.connection.cursor()
+        try:
+            cursor.execute(statement)
+        except BaseException as error:  # noqa: BLE001  # raised again, wrapped
+            self._handle_dbapi_exception(error, statement, None, cursor, None)
+        cursor.close()
+
+    def _rollback_impl(self) -> None:
+        if self.journal is not None:
+            self.journal.record_rollback()
+        super()._rollback_impl()
+        if not self.invalidated and not self.closed:
+            self.info.pop(ERROR_SEEN, None)
+
+
+class WriterConnection(Connection):
+    """Asks its journal before COMMIT, and tells it of savepoints."""
+
+    def _commit_impl(self) -> None:
+        if self.journal is None:
+            super()._commit_impl()
+            return
+        self.journal.check_commit()
+        super()._commit_impl()
+        self.journal.committed = True
+
+    def _commit_twophase_impl(self, xid: Any, is_prepared: bool) -> None:  # noqa: FBT001
+        if self.journal is not None:
+            self.journal.check_commit()
+        super()._commit_twophase_impl(xid, is_prepared)
+        if self.journal is not None:
+            self.journal.committed = True
+
+    def _savepoint_impl(self, name: str | None = None) -> str:
+        name = super()._savepoint_impl(name)
+        if self.journal is not None:
+            self.journal.open_savepoint(name)
+        return name
+
+    def _release_savepoint_impl(self, name: str) -> None:
+        if self.journal is not None:
+            self.journal.end_savepoint(name, undone=False)
+        super()._release_savepoint_impl(name)
+
+    def _rollback_to_savepoint_impl(self, name: str) -> None:
+        if self.journal is not None:
+            self.journal.end_savepoint(name, undone=True)
+        super()._rollback_to_savepoint_impl(name)
+
+
+class LockingWriterConnection(WriterConnection):
+    """Takes SQLite's write lock at once: an upgrade later can fail without waiting.
+
+    A SAVEPOINT opened before any DML needs the explicit BEGIN too, or its RELEASE
+    commits. https://www.sqlite.org/lang_savepoint.html
+    """
+
+    begins_with = "BEGIN IMMEDIATE"
+
+
+class ReaderConnection(Connection):
+    """Remembers options that make a connection of a read engine another."""
+
+    def execution_options(self, **options: Any) -> Any:
+        """Set options, as SQLAlchemy does."""
+        if not CHANGING_OPTIONS.isdisjoint(options):
+            self.info[SETTINGS_CHANGED] = True
+        return super().execution_options(**options)
+
+
+class SnapshotConnection(ReaderConnection):
+    """Keeps what the first read on SQLite finds; in WAL that stops no writer."""
+
+    begins_with = "BEGIN"
+
+
+def attach_listeners(
+    engine: AsyncEngine, *, read_only: bool, read_isolation: Isolation = None
 ) -> None:
-    """Attach the listeners; all of them run inside SQLAlchemy's greenlet."""
+    """Look after the connections of an engine; once, whoever asks for it again."""
     target = engine.sync_engine
-    # First, so that those that follow know what a disconnect is.
-    event.listen(target, "handle_error", _note_error)
-    event.listen(target, "rollback", _forget_error)
-    if target.dialect.name == "sqlite":
-        event.listen(target, "connect", _sqlite_settings)
-        if not read_only:
-            event.listen(target, "begin", _sqlite_begin)
-        elif read_isolation is not None:
-            event.listen(target, "begin", _sqlite_snapshot)
-    if target.dialect.name in {"mysql", "mariadb"} and not read_only:
-        event.listen(target, "connect", _ask_rollback_on_timeout)
-    if _dialects.is_memory(target.url):
-        event.listen(target, "handle_error", _keep_memory)
+    if issubclass(target._connection_cls, Connection):  # noqa: SLF001
+        return
+    policy = _Policy(target, read_only=read_only, read_isolation=read_isolation)
+    # Not events of the engine: one listener there costs each statement 50 calls.
+    target._connection_cls = policy.connection_class  # noqa: SLF001
+    event.listen(target, "handle_error", policy.on_error)
+    check = _note_settings if read_only else _check_statement
+    for name in ("do_execute", "do_executemany"):
+        event.listen(target, name, check)
+    event.listen(
+        target, "do_execute_no_params", lambda _, sql, at: check(_, sql, (), at)
+    )
     if read_only:
         # In AUTOCOMMIT there is nothing to roll back when a connection is closed.
         target.dialect.skip_autocommit_rollback = True
-        event.listen(target, "connect", _Reader(target, read_isolation).make_read_only)
-        event.listen(target, "handle_error", _name_read_only_error)
-        event.listen(target, "before_cursor_execute", _note_settings)
-        event.listen(target, "set_connection_execution_options", _note_options)
-    else:
-        _journal.listen(target)
-    care = _Care(target, read_only=read_only)
-    event.listen(target, "checkout", care.check_alive)
-    event.listen(target, "checkin", care.note_idle)
-    event.listen(target, "reset", care.roll_back_if_open)
+    event.listen(target, "connect", policy.on_connect)
+    event.listen(target, "checkout", policy.on_checkout)
+    event.listen(target, "checkin", policy.on_checkin)
+    event.listen(target, "reset", policy.on_reset)
 
 
-class _Reader:
-    """Makes the connections of a read engine read-only, once each."""
+class _Policy:
+    """What is done with the connections of one engine, mostly by asking the driver."""
 
     def __init__(
-        self, engine: Engine, isolation: Literal["REPEATABLE READ"] | None
+        self, engine: sa.Engine, *, read_only: bool, read_isolation: Isolation
     ) -> None:
         self.dialect = engine.dialect
-        self.isolation: Literal["REPEATABLE READ"] | None = isolation
-
-    def make_read_only(self, dbapi_connection: DBAPIConnection, _: object) -> None:
-        # Last of the connect listeners, so no isolation level set before survives.
-        self.dialect.set_isolation_level(dbapi_connection, "AUTOCOMMIT")
-        cursor = dbapi_connection.cursor()
-        cursor.execute(_dialects.READ_ONLY_STATEMENT[self.dialect.name])
-        cursor.close()
-        if self.isolation is not None and self.dialect.name != "sqlite":
-            self.dialect.set_isolation_level(dbapi_connection, self.isolation)
-
-
-class _Care:
-    """Looks after pooled connections by asking the driver, not the server."""
-
-    def __init__(self, engine: Engine, *, read_only: bool) -> None:
+        self.database = known.database_of(engine.dialect)
+        self.driver = known.driver_of(engine.dialect)
+        self.is_memory = known.is_memory(engine.url)
         self.read_only = read_only
-        self.dialect = engine.dialect
-        self.driver = driver_of(engine.dialect)
+        self.read_isolation: Isolation = read_isolation
+        self.connection_class = self._connection_class()
 
-    def check_alive(
+    def _connection_class(self) -> type[Connection]:
+        begins = self.database.BEGIN_WRITE is not None
+        if not self.read_only:
+            return LockingWriterConnection if begins else WriterConnection
+        snapshot = begins and self.read_isolation is not None
+        return SnapshotConnection if snapshot else ReaderConnection
+
+    def on_connect(
+        self, dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry
+    ) -> None:
+        """Set up a connection; last of the listeners, so nothing set before survives."""
+        entry.info.update(
+            self.database.set_up(dbapi_connection, read_only=self.read_only)
+        )
+        if self.read_only:
+            self.dialect.set_isolation_level(dbapi_connection, "AUTOCOMMIT")
+            cursor = dbapi_connection.cursor()
+            cursor.execute(self.database.READ_ONLY_STATEMENT)
+            cursor.close()
+            if self.read_isolation is not None and self.database.BEGIN_SNAPSHOT is None:
+                isolation = self.read_isolation
+                self.dialect.set_isolation_level(dbapi_connection, isolation)
+        elif self.database.TELLS_AUTOCOMMIT:
+            detected = self.dialect.detect_autocommit_setting(dbapi_connection)
+            entry.info[AUTOCOMMIT] = detected
+        if self.driver.cancel_sql is not None:
+            raw = self.dialect.get_driver_connection(dbapi_connection)
+            entry.info[CANCEL_SQL] = self.driver.cancel_sql(raw)
+
+    def on_checkout(
         self,
         dbapi_connection: DBAPIConnection,
         entry: ConnectionPoolEntry,
         _: object,
     ) -> None:
         """Replace a connection that is dead, or does not answer after idleness."""
-        raw = self.dialect.get_driver_connection(dbapi_connection)
         idle_since: float | None = entry.info.pop(IDLE_SINCE, None)
-        if self.driver.is_dead(raw):
+        if self.driver.is_dead(self.dialect.get_driver_connection(dbapi_connection)):
             message = "the connection was closed while it was idle"
             raise sa_exc.DisconnectionError(message)
         if idle_since is None or time.monotonic() - idle_since < PING_AFTER_IDLE:
@@ -126,12 +231,11 @@ class _Care:
             message = "the connection did not answer after a time of idleness"
             raise sa_exc.DisconnectionError(message) from error
 
-    def note_idle(self, _: object, entry: ConnectionPoolEntry) -> None:
-        """Remember when a connection came back, and that it is nobody's now."""
+    def on_checkin(self, _: object, entry: ConnectionPoolEntry) -> None:
+        """Remember since when a connection is idle."""
         entry.info[IDLE_SINCE] = time.monotonic()
-        entry.info.pop(_journal.JOURNAL, None)
 
-    def roll_back_if_open(
+    def on_reset(
         self,
         dbapi_connection: DBAPIConnection,
         entry: ConnectionPoolEntry,
@@ -141,120 +245,64 @@ class _Care:
 
         SQLAlchemy itself sends none after a failed COMMIT, and the next user of the
         connection would commit what failed. An error packet of MySQL carries no
-        status flag, hence the note that `_note_error` leaves.
+        status flag, hence the mark that `on_error` leaves.
         """
         raw = self.dialect.get_driver_connection(dbapi_connection)
         changed = entry.info.pop(SETTINGS_CHANGED, False)
-        if changed or (self.read_only and self.driver.may_write(raw)):
+        if changed or (self.read_only and self.driver.reports_writable(raw)):
             entry.invalidate(soft=True)  # replaced before anybody else gets it
         if state.terminate_only or not state.asyncio_safe:
             return
         if entry.info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw):
             dbapi_connection.rollback()
-            if self.driver is UNKNOWN_DRIVER:
-                return
-            if self.driver.in_transaction(raw):
+            if self.driver.is_known and self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
                 cursor = dbapi_connection.cursor()
                 cursor.execute("ROLLBACK")
                 cursor.close()
 
+    def on_error(self, context: ExceptionContext) -> None:
+        """Say what is a disconnect, tell the journal, name a refused write."""
+        if is_driver_disconnect(context.original_exception):
+            context.is_disconnect = True
+        if self.is_memory and not isinstance(context.original_exception, Exception):
+            context.is_disconnect = False  # the connection is the database
+        connection = context.connection
+        if connection is not None and not connection.invalidated:
+            self._record(context, connection)
+        error = context.sqlalchemy_exception
+        if self.read_only and error and code_of(error) in READ_ONLY_CODES:
+            operation = "A statement"
+            raise ReadOnlySessionError(operation) from error
 
-def _note_error(context: ExceptionContext) -> None:
-    if _dialects.is_driver_disconnect(context.original_exception):
-        context.is_disconnect = True
-    connection = context.connection
-    if connection is not None and not connection.invalidated and not connection.closed:
+    @staticmethod
+    def _record(context: ExceptionContext, connection: sa.Connection) -> None:
+        if connection.closed or not isinstance(connection, Connection):
+            return
         connection.info[ERROR_SEEN] = True
+        if connection.journal is not None:
+            raw = connection.connection.driver_connection
+            connection.journal.record_error(context, raw)
 
 
-def _note_options(connection: Connection, options: Mapping[str, object]) -> None:
-    if not _dialects.CHANGING_OPTIONS.isdisjoint(options):
-        connection.info[SETTINGS_CHANGED] = True
+def _check_statement(
+    _: object, statement: str, __: object, context: ExecutionContext | None
+) -> None:
+    """Have the journal look at a statement, but for the many that are plain."""
+    connection = None if context is None else context.root_connection
+    journal = connection.journal if isinstance(connection, Connection) else None
+    if connection is None or journal is None:
+        return
+    is_plain = known.kind_of(statement) is known.Kind.PLAIN
+    if not is_plain or journal.entries or journal.ddl is not None:
+        raw = connection.connection.driver_connection
+        journal.check_statement(statement, raw)
 
 
 def _note_settings(
-    connection: Connection, _cursor: object, statement: str, *_: object
+    _: object, statement: str, __: object, context: ExecutionContext | None
 ) -> None:
     # One of them may be what makes the connection read-only.
-    if _dialects.CHANGES_SETTINGS.search(statement):
+    connection = None if context is None else context.root_connection
+    if isinstance(connection, Connection) and known.changes_settings(statement):
         connection.info[SETTINGS_CHANGED] = True
-
-
-def _forget_error(connection: Connection) -> None:
-    if not connection.invalidated and not connection.closed:
-        connection.info.pop(ERROR_SEEN, None)
-
-
-def _keep_memory(context: ExceptionContext) -> None:
-    """Keep the connection that is the database; the statement was undone."""
-    if not isinstance(context.original_exception, Exception):
-        context.is_disconnect = False
-
-
-def _ask_rollback_on_timeout(
-    dbapi_connection: DBAPIConnection,
-    entry: ConnectionPoolEntry,
-) -> None:
-    cursor = dbapi_connection.cursor()
-    cursor.execute("SELECT @@innodb_rollback_on_timeout")
-    [value] = cursor.fetchone() or [0]
-    cursor.close()
-    entry.info[_journal.ROLLBACK_ON_TIMEOUT] = bool(value)
-
-
-def _name_read_only_error(context: ExceptionContext) -> None:
-    error = context.sqlalchemy_exception
-    if error is not None and _dialects.code_of(error) in _dialects.READ_ONLY_CODES:
-        operation = "A statement"
-        raise ReadOnlySessionError(operation) from error
-
-
-def _sqlite_settings(dbapi_connection: DBAPIConnection, _: object) -> None:
-    """Wait for locks, keep foreign keys, and let BEGIN be sent by `_sqlite_begin`."""
-    dbapi_connection.isolation_level = None
-    cursor = dbapi_connection.cursor()
-    cursor.execute("PRAGMA foreign_keys = ON")
-    _use_wal(dbapi_connection, cursor)
-    cursor.close()
-
-
-def _use_wal(dbapi_connection: DBAPIConnection, cursor: DBAPICursor) -> None:
-    """Have the file keep a write-ahead log; other connections may be at it as well.
-
-    The change from another journal takes an exclusive lock and does not wait for it;
-    BEGIN EXCLUSIVE does, in its place. Once the file has changed, nothing is locked.
-    """
-    attempts = _dialects.SQLITE_BUSY_TIMEOUT // WAL_PAUSE
-    cursor.execute(f"PRAGMA busy_timeout = {WAL_PAUSE}")
-    while _is_busy(cursor, "PRAGMA journal_mode = WAL", raises=not attempts):
-        attempts -= 1
-        if not _is_busy(cursor, "BEGIN EXCLUSIVE"):
-            dbapi_connection.rollback()
-    cursor.execute(f"PRAGMA busy_timeout = {_dialects.SQLITE_BUSY_TIMEOUT}")
-
-
-def _is_busy(cursor: DBAPICursor, statement: str, *, raises: bool = False) -> bool:
-    try:
-        cursor.execute(statement)
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorname == "SQLITE_READONLY":
-            return False  # it keeps the journal it has
-        if raises or not error.sqlite_errorname.startswith("SQLITE_BUSY"):
-            raise
-        return True
-    return False
-
-
-def _sqlite_begin(connection: Connection) -> None:
-    """Take the write lock at once: an upgrade later can fail without waiting.
-
-    A SAVEPOINT opened before any DML needs the explicit BEGIN too, or its RELEASE
-    commits. https://www.sqlite.org/lang_savepoint.html
-    """
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _sqlite_snapshot(connection: Connection) -> None:
-    """Keep what the first read finds; in WAL that stops no writer."""
-    connection.exec_driver_sql("BEGIN")

@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ParamSpec, overload
 
 from asgi_uow._decision import State
-from asgi_uow._unit.current import current
+from asgi_uow._unit.finish import close_parallel, register
 from asgi_uow._unit.hooks import is_async, name_of
+from asgi_uow._unit.unit import current
 from asgi_uow.errors import NoUnitOfWorkError, UnitOfWorkClosedError
 
 if TYPE_CHECKING:
@@ -86,11 +87,11 @@ async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
     `current_session` does.
     """
     unit = _require("parallel_read()")
-    session = await unit.open_parallel(db)
+    participant, session = await unit.open_parallel(db)
     try:
         yield session
     finally:
-        await unit.close_parallel(session)
+        await close_parallel(unit, participant, session)
 
 
 def savepoint(db: Engines | None = None) -> Savepoint:
@@ -167,7 +168,7 @@ def _register(
     args: tuple[object, ...],
     kwargs: dict[str, object],
 ) -> None:
-    _require(f"{phase}()").register(phase, fn, args, kwargs)
+    register(_require(f"{phase}()"), phase, fn, args, kwargs)
 
 
 @overload
@@ -206,10 +207,10 @@ def deferred(
             raise TypeError(message)
 
         @functools.wraps(fn)
-        def register(*args: P.args, **kwargs: P.kwargs) -> None:
+        def call_later(*args: P.args, **kwargs: P.kwargs) -> None:
             if when is None or when(*args, **kwargs):
                 after_commit(fn, *args, **kwargs)
 
-        return register
+        return call_later
 
     return decorate if fn is None else decorate(fn)

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import enum
+import json
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from asgi_uow._concurrency import run_to_completion
 from asgi_uow._decision import (
     ERROR_STATUS,
+    RETRY_AFTER,
     SETTLED,
+    UNDECIDED,
     Cause,
     State,
     commit_below_400,
+    decide_below_400,
     decide_response,
     exception_cause,
     rollback,
 )
-from asgi_uow._entrypoints.problem import FAILURE, problem
-from asgi_uow._reading.causal import NOTHING, MustSee
-from asgi_uow._unit.current import use
-from asgi_uow._unit.end import Settings
-from asgi_uow._unit.unit import UnitOfWork
+from asgi_uow._reading.causal import MustSee
+from asgi_uow._reading.route import written_position
+from asgi_uow._unit.finish import conclude_unused, finish, is_outage, release
+from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current
 from asgi_uow.errors import UnitOfWorkClosedError
-from asgi_uow.observers import LoggingObserver
+from asgi_uow.observers import LoggingObserver, Observers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,16 +36,40 @@ if TYPE_CHECKING:
     from asgi_uow._databases.engines import Engines
     from asgi_uow._decision import CommitWhen, Decision
     from asgi_uow._reading.causal import CausalReads
-    from asgi_uow.errors import UnitOfWorkFailedError
     from asgi_uow.observers import Observer
 
 UNIT = "asgi_uow.unit"
 """The key in the scope under which an inner middleware finds the unit."""
 
+FAILURE = "asgi_uow.failure"
+"""The key in the scope under which an `error_app` finds the exception."""
+
 START = "http.response.start"
 
 POSITION_SECONDS = 2.0
 """Seconds for learning a position; after them the client reads from the writer."""
+
+
+async def problem_details(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
+    """Answer with a small `application/problem+json` (RFC 9457).
+
+    503 with `Retry-After` (RFC 9110, 10.2.3) where the work is proven not kept and
+    trying again may help, otherwise 500. Says nothing about the cause.
+    """
+    # A failure of our own says so itself; any other is a database out of reach.
+    retry_after: int | None = getattr(scope[FAILURE], "retry_after", RETRY_AFTER)
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    headers = [(b"content-type", b"application/problem+json")]
+    detail = "The request could not be completed."
+    if retry_after is not None:
+        status = HTTPStatus.SERVICE_UNAVAILABLE
+        headers.append((b"retry-after", str(retry_after).encode()))
+        detail = "Nothing was changed; please try again."
+    problem = {"type": "about:blank", "title": status.phrase, "status": status.value}
+    body = json.dumps({**problem, "detail": detail}).encode()
+    headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": START, "status": status.value, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 class UnitOfWorkMiddleware:
@@ -69,7 +98,7 @@ class UnitOfWorkMiddleware:
         commit_when: CommitWhen = commit_below_400,
         observers: Sequence[Observer] = (LoggingObserver(),),
         causal_reads: CausalReads | None = None,
-        error_app: ASGIApp | None = problem,
+        error_app: ASGIApp | None = problem_details,
         commit_timeout: float | None = 30.0,
         hook_timeout: float | None = 5.0,
     ) -> None:
@@ -82,37 +111,73 @@ class UnitOfWorkMiddleware:
         self.commit_when = commit_when
         self.causal_reads = causal_reads
         self.error_app = error_app
-        self.settings: Settings = Settings(
-            tuple(observers), commit_timeout, hook_timeout
+        self.options: UnitOptions = UnitOptions(
+            Observers(observers), commit_timeout, hook_timeout
         )
+        self.has_default_rule: bool = commit_when is commit_below_400
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, self._disposing(send))
-        elif scope["type"] != "http":
-            with use(None):
-                await self.app(scope, receive, send)
-        else:
-            outer: UnitOfWork | None = scope.get(UNIT)
-            if outer is not None and not outer.life.is_open:
-                outer = None
-            if outer is not None and all(map(outer.serves, self.databases)):
+        if scope["type"] != "http":
+            await self._serve_other(scope, receive, send)
+            return
+        outer: UnitOfWork | None = scope.get(UNIT)
+        unit = UnitOfWork()
+        unit.databases, unit.options = self.databases, self.options
+        if outer is not None and outer.state in UNDECIDED:
+            if all(map(outer.serves, self.databases)):
                 await self.app(scope, receive, send)
                 return
-            must_see = NOTHING
-            if self.causal_reads is not None:
-                positions = self.causal_reads.positions(scope.get("headers", ()))
-                must_see = MustSee(positions, self.causal_reads.wait)
-            unit = UnitOfWork(
-                self.databases, self.settings, parent=outer, must_see=must_see
-            )
-            scope[UNIT] = unit
+            unit.around, unit.is_nested = outer, True
+        exchange = _Exchange()
+        exchange.unit, exchange.forward, exchange.middleware = unit, send, self
+        if self.causal_reads is not None:
+            positions = self.causal_reads.positions(scope.get("headers", ()))
+            unit.must_see = MustSee(positions, self.causal_reads.wait)
+            exchange.is_secure = scope.get("scheme") == "https"
+        scope[UNIT] = unit
+        # A request never trusts what it finds: servers start a pipelined request in
+        # the context of the one before. https://github.com/encode/uvicorn/issues/2167
+        token = current.set(unit)
+        try:
+            await self._serve(scope, receive, exchange)
+        finally:
             try:
-                with use(unit):
-                    await self._serve(scope, receive, send, unit)
+                if unit.shared is None:
+                    unit.state = State.CLOSED
+                else:
+                    await release(unit)
             finally:
+                current.reset(token)
                 scope[UNIT] = outer
+
+    async def _serve(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
+        try:
+            await self.app(scope, receive, exchange.send)
+        except BaseException as error:
+            await exchange.end(rollback(exception_cause(error)))
+            failure = exchange.failure_behind(error)
+            if failure is not None:
+                await self._answer(scope, receive, exchange, failure)
+                if failure is not error:
+                    raise failure from failure.__cause__
+            raise
+        if exchange.stage is not Stage.PASSING:
+            await exchange.end(rollback(Cause.ABANDONED))
+            failure = exchange.failure_behind(None)
+            if failure is not None:
+                await self._answer(scope, receive, exchange, failure)
+                raise failure
+
+    async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, self._disposing(send))
+            return
+        token = current.set(None)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            current.reset(token)
 
     def _disposing(self, send: Send) -> Send:
         """Close the engines that asgi-uow made once the application has shut down."""
@@ -125,158 +190,143 @@ class UnitOfWorkMiddleware:
 
         return forward
 
-    async def _serve(
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        unit: UnitOfWork,
-    ) -> None:
-        stamp = None
-        if self.causal_reads is not None:
-            stamp = _Stamp(self.causal_reads, secure=scope.get("scheme") == "https")
-        exchange = _Exchange(unit, send, self.commit_when, stamp)
-        try:
-            try:
-                await self.app(scope, receive, exchange.send)
-            except BaseException as error:
-                await exchange.end(rollback(exception_cause(error)))
-                failure = exchange.failure_behind(error)
-                if failure is not None and isinstance(error, Exception):
-                    await self._answer(scope, receive, exchange, failure)
-                    if failure is not error:
-                        raise failure from failure.__cause__
-                raise
-            await exchange.end(rollback(Cause.ABANDONED))
-            if exchange.failure is not None and not exchange.forwarded:
-                await self._answer(scope, receive, exchange, exchange.failure)
-                raise exchange.failure
-        finally:
-            await unit.release()
-
     async def _answer(
-        self,
-        scope: Scope,
-        receive: Receive,
-        exchange: _Exchange,
-        failure: Exception,
+        self, scope: Scope, receive: Receive, exchange: _Exchange, failure: Exception
     ) -> None:
-        if self.error_app is not None and not exchange.forwarded:
+        if self.error_app is not None and not exchange.is_forwarded:
             scope[FAILURE] = failure
             await self.error_app(scope, receive, exchange.answer)
 
 
-class _Stamp:
-    """Tells the client of a unit that wrote what its next reads must see."""
+class Stage(enum.Enum):
+    """Where a request is on its way out."""
 
-    def __init__(self, causal_reads: CausalReads, *, secure: bool) -> None:
-        self._causal_reads = causal_reads
-        self._secure = secure
-
-    async def put(self, unit: UnitOfWork, headers: Headers) -> None:
-        """Add the header, if something was written and committed."""
-        positions = {
-            db.key: await db.position(POSITION_SECONDS) for db in list(unit.kept)
-        }
-        found = {key: each for key, each in positions.items() if each is not None}
-        if found:
-            known = self._causal_reads.merge(unit.must_see.positions, found)
-            header = self._causal_reads.response_header(known, secure=self._secure)
-            headers.append(header)
+    OPEN = "the application has sent no start"
+    DECIDING = "a start is held until the unit of work has ended"
+    PASSING = "what the application sends is forwarded"
+    REFUSED = "the work was not kept: what claims a success is refused"
+    ANSWERED = "the application has answered the failure itself"
+    OVER = "the application has ended without a start"
 
 
 class _Exchange:
     """One request's way out: the decision, and what has been forwarded."""
 
-    def __init__(
-        self,
-        unit: UnitOfWork,
-        send: Send,
-        commit_when: CommitWhen,
-        stamp: _Stamp | None = None,
-    ) -> None:
-        self.unit = unit
-        self.forwarded = False
-        self.failure: UnitOfWorkFailedError | None = None
-        self._answered = False
-        self._decided = False
-        self._settled = asyncio.Event()
-        self._send = send
-        self._commit_when = commit_when
-        self._stamp = stamp
+    # Set by the middleware: a request that touches nothing runs no __init__.
+    unit: UnitOfWork
+    forward: Send
+    middleware: UnitOfWorkMiddleware
+
+    stage: Stage = Stage.OPEN
+    is_forwarded: bool = False
+    is_secure: bool = False
+    settled: asyncio.Event | None = None
 
     async def send(self, message: Message) -> None:
         """Decide at the first start; after a failure let only an error answer pass."""
-        if self._decided and not self._settled.is_set():
-            await self._settled.wait()  # another task's start is being decided
+        if self.stage is not Stage.PASSING:
+            if (
+                self.stage is Stage.OPEN
+                and not self.unit.is_used
+                and self.middleware.has_default_rule
+                and message["type"] == START
+            ):
+                conclude_unused(self.unit, decide_below_400(message["status"]))
+                self.stage, self.is_forwarded = Stage.PASSING, True
+            else:
+                message = await self._admit(message)
+        await self.forward(message)
+        if message["type"] == START and self.unit.state in SETTLED:
+            self.unit.state = State.RESPONDING
+
+    async def _admit(self, message: Message) -> Message:
+        """Let a message pass, a first start once the unit of work has ended."""
+        if self.stage is Stage.DECIDING:  # another task's start
+            await self._settle()
         if message["type"] == START:
-            # Sanic's headers are a generator, and are read twice: here and outside.
-            message = {**message, "headers": list(message.get("headers", ()))}
-            success = message["status"] < ERROR_STATUS
-            if self.unit.life.is_open:
-                await self._decide(message["status"], message["headers"])
-            elif self.failure is not None and not self.forwarded:
-                self._answered = not success
-            elif success and not self._decided:
-                # The application had returned or raised: that was the decision.
+            is_error = message["status"] >= ERROR_STATUS
+            if self.stage is Stage.OPEN:
+                message = await self._decide(message)
+            elif self.stage is Stage.REFUSED and is_error:
+                self.stage = Stage.ANSWERED
+            elif self.stage is Stage.OVER and not is_error:
                 operation = "sending a response"
                 raise UnitOfWorkClosedError(operation, self.unit.state)
-        if self.failure is not None and not self._answered:
-            raise self.failure
-        await self.forward(message)
+        if self.stage is Stage.REFUSED and self.unit.failure is not None:
+            raise self.unit.failure
+        self.is_forwarded = self.is_forwarded or message["type"] == START
+        return message
 
     async def answer(self, message: Message) -> None:
         """Pass what an `error_app` sends; it may not claim a success."""
-        if message["type"] == START and message["status"] < ERROR_STATUS:
-            text = "an error_app has to answer with a status at or above 400"
-            raise ValueError(text)
+        if message["type"] == START:
+            if message["status"] < ERROR_STATUS:
+                text = "an error_app has to answer with a status at or above 400"
+                raise ValueError(text)
+            self.is_forwarded = True
         await self.forward(message)
-
-    async def forward(self, message: Message) -> None:
-        """Pass a message to the server."""
-        start = message["type"] == START
-        if start:
-            self.forwarded = True
-        await self._send(message)
-        if start and self.unit.state in SETTLED:
-            self.unit.life.move(State.RESPONDING)
 
     async def end(self, decision: Decision) -> None:
         """Give a unit that never saw a start its end; wait for one being decided."""
-        if self.unit.life.is_open:
-            await self.unit.finish(decision)
-        elif self._decided and not self._settled.is_set():
-            await run_to_completion(self._settled.wait())
+        if self.stage is Stage.DECIDING:
+            await run_to_completion(self._settle())
+        elif self.unit.state in UNDECIDED:
+            self.stage = Stage.OVER
+            await finish(self.unit, decision)
 
-    def failure_behind(self, error: BaseException) -> Exception | None:
+    def failure_behind(self, error: BaseException | None) -> Exception | None:
         """Give what has to be answered for, if the application did not do so."""
-        if self.failure is not None:
-            return None if self._answered else self.failure
-        if isinstance(error, Exception) and self.unit.outages.behind(error):
-            return error
-        return None
+        if self.stage is Stage.ANSWERED or not isinstance(error, Exception | None):
+            return None
+        if self.unit.failure is not None:
+            return self.unit.failure
+        outage = error is not None and is_outage(self.unit, error)
+        return error if outage else None
 
-    async def _decide(self, status: int, headers: Headers) -> None:
+    async def _settle(self) -> None:
+        """Wait until the start that is being decided has been."""
+        if self.settled is None:
+            self.settled = asyncio.Event()
+        await self.settled.wait()
+
+    async def _decide(self, message: Message) -> Message:
         """Decide, and end the unit before the start is forwarded."""
-        unit = self.unit
-        self._decided = True
+        unit, middleware = self.unit, self.middleware
+        self.stage = Stage.DECIDING
+        # Sanic's headers are a generator, and are read twice: here and outside.
+        headers: Headers = list(message.get("headers", ()))
         broken: Exception | None = None
         try:
             decision = decide_response(
-                status=status,
+                status=message["status"],
                 headers=headers,
                 rollback_only=unit.state is State.ROLLBACK_ONLY,
                 doomed=unit.doomed_by is not None,
                 forced=unit.forced,
-                commit_when=self._commit_when,
+                commit_when=middleware.commit_when,
             )
         except Exception as error:  # noqa: BLE001  # becomes the cause of the failure
             broken = error
-            decision = rollback(Cause.EXCEPTION, refuse=True)
+            decision = rollback(Cause.EXCEPTION, replace_response=True)
         try:
-            await unit.finish(decision, broken)
-            if self._stamp is not None:
-                await self._stamp.put(unit, headers)
+            await finish(unit, decision, broken)
+            if middleware.causal_reads is not None:
+                await self._add_causal_token(middleware.causal_reads, headers)
         finally:
-            self.failure = unit.failure
-            self._settled.set()
+            self.stage = Stage.PASSING if unit.failure is None else Stage.REFUSED
+            if self.settled is not None:
+                self.settled.set()
+        return {**message, "headers": headers}
+
+    async def _add_causal_token(self, causal: CausalReads, headers: Headers) -> None:
+        """Tell the client of a unit that wrote what its next reads must see."""
+        committed = (
+            () if self.unit.shared is None else tuple(self.unit.shared.committed)
+        )
+        positions = {
+            db.key: await written_position(db, POSITION_SECONDS) for db in committed
+        }
+        found = {key: each for key, each in positions.items() if each is not None}
+        if found:
+            known = causal.merge(self.unit.must_see.positions, found)
+            headers.append(causal.response_header(known, secure=self.is_secure))

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 from sqlalchemy import exc as sa_exc
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.pool import QueuePool
 
 from asgi_uow._concurrency import run_to_completion
-from asgi_uow._databases import dialects as _dialects
-from asgi_uow._databases.drivers import driver_of
-from asgi_uow._databases.positions import wait_for
-from asgi_uow._reading.causal import READ_FROM_WRITER
-from asgi_uow.observers import ReaderBehind, ReaderFailed, ReaderRestored
+from asgi_uow._databases import known
+from asgi_uow._databases.driver_errors import (
+    RECOVERY_CONFLICT,
+    code_of,
+    is_lost,
+    is_unavailable,
+)
+from asgi_uow._databases.health import by_free_connections
+from asgi_uow._reading.causal import NOTHING, READ_FROM_WRITER
+from asgi_uow.observers import ReaderBehind, ReaderFailed, ReaderRestored, logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-    from asgi_uow._sessions.read_session import ReadSession
+    from asgi_uow._databases.engines import Engines
+    from asgi_uow._databases.health import Replica
+    from asgi_uow._reading.causal import MustSee
     from asgi_uow.observers import Event
 
 CONNECT_SECONDS = 5.0
@@ -37,209 +40,159 @@ ANSWER_SECONDS = 1.0
 UNREACHABLE = (sa_exc.DBAPIError, sa_exc.TimeoutError, OSError)
 """What it can mean if a reader does not give a connection."""
 
-FIRST_PAUSE = 0.5
-"""Seconds for which a reader that failed is left alone, at most; then doubling."""
 
-LONGEST_PAUSE = 30.0
-"""Seconds after which the doubling ends."""
-
-
-class Replica:
-    """A reader, and how it has done lately."""
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        """Take it for healthy."""
-        self.engine = engine
-        self.failures = 0
-        self.left_until = 0.0
-        self.is_probed = False
-        """Whether a request is finding out if it is up again."""
+class Reader(Protocol):
+    """A read session, as its route sees it."""
 
     @property
-    def name(self) -> str:
-        """Its URL without the password."""
-        return _dialects.shown(self.engine.url)
+    def is_connected(self) -> bool:
+        """Whether it holds a connection."""
 
-    @property
-    def is_healthy(self) -> bool:
-        """Whether it may be tried (again)."""
-        return time.monotonic() >= self.left_until and not self.is_probed
+    def is_bound_to(self, engine: AsyncEngine) -> bool:
+        """Tell whether it reads from that server."""
 
-    @property
-    def free(self) -> int:
-        """How many connections its pool could still give; 0 if pools do not count."""
-        pool = self.engine.sync_engine.pool
-        if not isinstance(pool, QueuePool):
-            return 0
-        more = pool._max_overflow  # noqa: SLF001  # -1 is no limit
-        return pool.size() + (sys.maxsize if more < 0 else more) - pool.checkedout()
+    def bind_to(self, engine: AsyncEngine) -> None:
+        """Have it read from that server."""
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether who wants a connection has to wait for somebody else's."""
-        pool = self.engine.sync_engine.pool
-        return isinstance(pool, QueuePool) and self.free <= 0
+    async def open_connection(self) -> AsyncConnection:
+        """Connect it to the server that it is bound to."""
 
-    def failed(self) -> float | None:
-        """Leave it alone for a while, and give the seconds; None if it is already.
-
-        With jitter, or every process would come back at the same moment.
-        """
-        if time.monotonic() < self.left_until:
-            return None  # several requests ran into the same failure
-        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self.failures, 10))
-        seconds: float = longest * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
-        self.failures += 1
-        self.left_until = time.monotonic() + seconds
-        return seconds
-
-
-def by_free_connections(replicas: Sequence[Replica]) -> list[Replica]:
-    """Give the healthy ones, the one with the most free connections first."""
-    healthy = [each for each in replicas if each.is_healthy]
-    random.shuffle(healthy)
-    return sorted(healthy, key=lambda each: -each.free)
+    async def release_connection(self) -> None:
+        """Have it give its connection back."""
 
 
 class Route:
     """Where one unit of work reads: a replica if it can, else the writer's server.
 
-    `wrote` tells whether the unit has used its write session: then its reads stay on
-    the writer's server. `must_see` is the position that a reader must have reached;
-    it gets `seconds` for that. `READ_FROM_WRITER` can be waited for on none.
+    `wrote` tells whether the unit, or one around it, has written: then its reads stay
+    on the writer's server. `must_see` holds the position that a reader must have
+    reached; `READ_FROM_WRITER` can be waited for on none.
     """
 
     def __init__(
         self,
-        replicas: Sequence[Replica],
-        fallback: AsyncEngine,
-        *,
+        db: Engines,
+        events: list[Event],
         wrote: Callable[[], bool],
-        report: Callable[[Event], None],
-        must_see: str | None,
-        seconds: float,
+        must_see: MustSee = NOTHING,
     ) -> None:
-        """Choose nothing yet."""
-        self._replicas = () if must_see == READ_FROM_WRITER else replicas
-        self._fallback = fallback
+        self._position = must_see.position(db)
+        self._replicas = () if self._position == READ_FROM_WRITER else db.replicas
+        self._fallback = db.read_engine
         self._wrote = wrote
-        self._report = report
-        self._must_see = must_see
+        self._events = events
+        self._seconds = must_see.seconds
         self._until: float | None = None
-        self._seconds = seconds
         self._choosing = asyncio.Lock()
         self._choice: Replica | None = None
         self._lost: list[Replica] = []
-        self._decided = False
-        self._has_read = False
+        self._is_chosen = False
+        self.has_read = False
+        """Whether something was read: from then on no other server will do."""
 
-    def note_read(self) -> None:
-        """Note that something was read: from now on no other server will do."""
-        self._has_read = True
-
-    async def lead(self, session: ReadSession) -> None:
+    async def connect(self, reader: Reader) -> None:
         """Bind a session that is not connected yet, and connect it."""
-        sync = session.sync_session
         if self._wrote():
-            sync.bind = self._fallback.sync_engine
-        elif not sync.connections:
+            reader.bind_to(self._fallback)
+        elif not reader.is_connected:
             async with self._choosing:  # one choice for all tasks of the unit
-                if not (self._decided and await self._use(session, self._choice)):
-                    await self._choose(session)
+                await self._choose(reader)
 
-    async def moved(self, session: ReadSession, error: Exception) -> bool:
+    async def fail_over(self, reader: Reader, error: Exception) -> bool:
         """Tell whether a call that failed may be made again, on another server.
 
         Only if the reader was lost, or had to stop the statement for the sake of its
         replication, before anything was read. A statement that took too long is slow
         elsewhere too.
         """
-        replica = self._used_by(session)
-        lost = _dialects.is_lost(error) and not isinstance(error, TimeoutError)
-        conflict = _dialects.code_of(error) == _dialects.RECOVERY_CONFLICT
+        replica = next(
+            (each for each in self._replicas if reader.is_bound_to(each.engine)), None
+        )
+        lost = is_lost(error) and not isinstance(error, TimeoutError)
+        conflict = code_of(error) == RECOVERY_CONFLICT
         if replica is None or not (lost or conflict):
             return False
-        if self._has_read and replica is self._choice:
+        if self.has_read and replica is self._choice:
             return False
-        await session.let_go()
-        self._leave(replica, error)
-        # No way back: two replicas may both be in the way of a long read.
+        await reader.release_connection()
+        self._report_failed(replica, error)
+        # Never retry a replica: two could cancel a long read in turn, for ever.
         self._lost.append(replica)
         async with self._choosing:
-            if replica is self._choice or not await self._use(session, self._choice):
-                await self._choose(session)
+            if replica is self._choice:
+                self._is_chosen = False
+            await self._choose(reader)
         return True
 
-    def _used_by(self, session: ReadSession) -> Replica | None:
-        """Tell where a session reads; the unit may have chosen again meanwhile."""
-        bind = session.sync_session.bind
-        found = (each for each in self._replicas if each.engine.sync_engine is bind)
-        return next(found, None)
-
-    async def _choose(self, session: ReadSession) -> None:
-        self._decided = False
-        for replica in by_free_connections(self._replicas):
-            if replica not in self._lost and await self._use(session, replica):
+    def _candidates(self) -> Iterator[Replica]:
+        if self._is_chosen:
+            if self._choice is not None:
+                yield self._choice
+            else:
                 return
-        await self._use(session, None)
+        self._is_chosen = False
+        yield from (
+            each
+            for each in by_free_connections(self._replicas)
+            if each not in self._lost
+        )
 
-    async def _use(self, session: ReadSession, replica: Replica | None) -> bool:
-        """Connect a session to a reader, or leave it to connect to the fallback."""
-        if replica is None:
-            self._choice, self._decided = None, True
-            session.sync_session.bind = self._fallback.sync_engine
-            return True
-        session.sync_session.bind = replica.engine.sync_engine
-        replica.is_probed = replica.failures > 0
+    async def _choose(self, reader: Reader) -> None:
+        for replica in self._candidates():
+            if await self._connect_to(reader, replica):
+                self._choice, self._is_chosen = replica, True
+                return
+        self._choice, self._is_chosen = None, True
+        reader.bind_to(self._fallback)
+
+    async def _connect_to(self, reader: Reader, replica: Replica) -> bool:
+        """Connect a session to a replica, if that is there and far enough."""
+        reader.bind_to(replica.engine)
+        replica.half_open = replica.failures > 0
         busy = replica.is_busy
         try:
-            reached = await self._connect(session)
+            reached = await self._reach(reader)
         except BaseException as error:
-            # Or the next call would read there, as if it had got there.
-            await run_to_completion(session.let_go())
-            if self._has_read or not isinstance(error, UNREACHABLE):
+            # Otherwise the next call would use a replica that was never checked.
+            await run_to_completion(reader.release_connection())
+            if self.has_read or not isinstance(error, UNREACHABLE):
                 raise
-            if not _dialects.is_unavailable(error):
+            if not is_unavailable(error):
                 raise
             # To wait in vain for a busy pool says nothing about the server.
             if not (busy and isinstance(error, TimeoutError | sa_exc.TimeoutError)):
-                self._leave(replica, error)
+                self._report_failed(replica, error)
             return False
         finally:
-            replica.is_probed = False
+            replica.half_open = False
         if not reached:
-            await session.let_go()
-            self._report(ReaderBehind(replica.name, self._seconds))
-            return False
-        if replica.failures and replica.is_healthy:
+            await reader.release_connection()
+            self._events.append(ReaderBehind(replica.name, self._seconds))
+        elif replica.failures and replica.is_healthy:
             replica.failures = 0
-            self._report(ReaderRestored(replica.name))
-        self._choice, self._decided = replica, True
-        return True
+            self._events.append(ReaderRestored(replica.name))
+        return reached
 
-    async def _connect(self, session: ReadSession) -> bool:
+    async def _reach(self, reader: Reader) -> bool:
         """Connect; tells whether the reader has got as far as it must."""
         with anyio.fail_after(CONNECT_SECONDS):
-            connection = await AsyncSession.connection(session)
-        if self._must_see is None or self._decided:
+            connection = await reader.open_connection()
+        if self._position is None or self._is_chosen:
             return True
-        seconds = self._left()
+        if self._until is None:  # for all readers together
+            self._until = time.monotonic() + self._seconds
+        seconds = max(0.0, self._until - time.monotonic())
         with anyio.fail_after(seconds + ANSWER_SECONDS):
-            reached = await wait_for(connection, self._must_see, seconds)
+            facts = known.database_of(connection.dialect)
+            reached = await facts.wait_for(connection, self._position, seconds)
             await _end_snapshot(connection)
         return reached
 
-    def _leave(self, replica: Replica, error: Exception) -> None:
-        conflict = _dialects.code_of(error) == _dialects.RECOVERY_CONFLICT
-        seconds = None if conflict else replica.failed()
+    def _report_failed(self, replica: Replica, error: Exception) -> None:
+        conflict = code_of(error) == RECOVERY_CONFLICT
+        seconds = None if conflict else replica.trip()
         if seconds is not None:
-            self._report(ReaderFailed(replica.name, error, seconds))
-
-    def _left(self) -> float:
-        """Give what is left of the seconds to wait in, for all readers together."""
-        if self._until is None:
-            self._until = time.monotonic() + self._seconds
-        return max(0.0, self._until - time.monotonic())
+            self._events.append(ReaderFailed(replica.name, error, seconds))
 
 
 async def _end_snapshot(connection: AsyncConnection) -> None:
@@ -247,7 +200,26 @@ async def _end_snapshot(connection: AsyncConnection) -> None:
 
     Only where `read_isolation` has begun a transaction for the wait.
     """
-    driver = driver_of(connection.dialect)
     raw = await connection.get_raw_connection()
+    driver = known.driver_of(connection.dialect)
     if driver.in_transaction(raw.driver_connection):
         await connection.run_sync(lambda sync: sync.connection.rollback())
+
+
+async def written_position(db: Engines, seconds: float) -> str | None:
+    """Tell how far a replica must be to have what was committed until now.
+
+    None where there is nothing to wait for, `READ_FROM_WRITER` if it could not
+    be learnt in so many `seconds`.
+    """
+    if not db.replicas:
+        return None
+    found: str | None = None
+    try:
+        with anyio.fail_after(seconds):
+            async with db.read_engine.connect() as connection:
+                found = await db.facts.position(connection)
+    except (sa_exc.SQLAlchemyError, OSError):
+        logger.warning("the position of %s was not learnt", db.name)
+        return READ_FROM_WRITER
+    return READ_FROM_WRITER if found is None else found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, orm
 
-from asgi_uow._databases import journal as _journal
+from asgi_uow._databases.pool import AUTOCOMMIT, CANCEL_SQL, Connection
 from asgi_uow.errors import (
     ConfigurationError,
     ManagedTransactionError,
@@ -16,27 +15,21 @@ from asgi_uow.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from sqlalchemy import Connection
-    from sqlalchemy.engine import Engine
-    from sqlalchemy.orm import ORMExecuteState, SessionTransaction
+    import sqlalchemy as sa
+    from sqlalchemy.orm import SessionTransaction
 
     from asgi_uow._databases.journal import Journal
-    from asgi_uow._sessions.kills import Kills
-    from asgi_uow._unit.hooks import Hooks
+    from asgi_uow._decision import State
 
 
 class ManagedSession(orm.Session):
     """Refuses to be ended by hand, also through `run_sync` and `sync_session`."""
 
-    read_only = False
+    journal: Journal
+    """What the database has said against the transaction."""
 
-    finisher: asyncio.Task[object] | None = None
-    """The task of the unit of work that ends this session."""
-
-    committed = False
-    """Whether the database has acknowledged the COMMIT of the whole transaction."""
+    connections: dict[sa.Connection, str | None]
+    """Those on which it has begun a transaction, and what cancels a statement there."""
 
     connected: float | None = None
     """Since when it holds a connection of its own, by `time.perf_counter()`."""
@@ -44,27 +37,16 @@ class ManagedSession(orm.Session):
     held: float = 0.0
     """Seconds for which it has held those that it has given back."""
 
-    connections: list[Connection]
-    """The connections on which this session has begun a transaction."""
-
-    kills: Kills
-    """What stops a statement in flight on each of those connections."""
-
-    journal: Journal
-    """What the database has said against the transaction."""
-
-    hooks: Hooks
-    """The hooks of the unit, which follow its savepoints."""
-
-    exposed: bool = False
+    driver_exposed: bool = False
     """Whether somebody was given the connection, and with it the driver's own."""
 
-    def is_ending(self) -> bool:
-        """Tell whether the current task is the one that ends this session."""
-        return self.finisher is not None and self.finisher is asyncio.current_task()
+    sealed: State | None = None
+    """What the unit of work has become, if nothing may be executed any more."""
+
+    follows_savepoints: bool = False
 
     def _only_the_unit(self, operation: str) -> None:
-        if not self.is_ending():
+        if not self.journal.is_ending:
             raise ManagedTransactionError(operation)
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002
@@ -72,7 +54,14 @@ class ManagedSession(orm.Session):
         if not nested:
             operation = "session.begin()"
             raise ManagedTransactionError(operation)
-        return super().begin(nested=True)
+        if not self.follows_savepoints:
+            # Not for every session: listeners cost all that open no savepoint too.
+            self.follows_savepoints = True
+            event.listen(self, "after_commit", _release_savepoint, insert=True)
+            event.listen(self, "after_transaction_end", _end_savepoint)
+        transaction = super().begin(nested=True)
+        self.journal.savepoints.open(transaction)
+        return transaction
 
     def commit(self) -> None:
         """Commit, if the unit of work says so."""
@@ -94,18 +83,48 @@ class ManagedSession(orm.Session):
         self._only_the_unit("session.close()")
         super().close()
 
-    def connection(self, *args: Any, **kwargs: Any) -> Connection:
+    def connection(self, *args: Any, **kwargs: Any) -> sa.Connection:
         """Give the connection; what its driver is asked for is not seen from here."""
-        self.exposed = True
+        self.driver_exposed = True
         return super().connection(*args, **kwargs)
 
-    def own_connection(self) -> Connection:
+    def own_connection(self) -> sa.Connection:
         """Give the connection to asgi-uow itself."""
         return super().connection()
 
-    def joined(self) -> Connection | None:
-        """Give the connection of another session that this one uses, if it does."""
-        return None
+    def release_connection(self) -> None:
+        """Give the connection back; the next call takes another.
+
+        Objects stay loaded, which they would not after a rollback.
+        """
+        transaction = self.get_transaction()
+        if transaction is not None:
+            transaction.close()
+        self.connections.clear()
+        if self.connected is not None:
+            self.held += time.perf_counter() - self.connected
+            self.connected = None
+
+    def take_cancel_sql(self) -> list[tuple[sa.Engine, str]]:
+        """Give, once, what cancels statements in flight on the connections held."""
+        found = [
+            (connection.engine, statement)
+            for connection, statement in self.connections.items()
+            # One that was given back may be running somebody else's statement.
+            if statement is not None and not connection.closed
+        ]
+        self.connections = dict.fromkeys(self.connections)
+        return found
+
+    def discard(self) -> None:
+        """Close the connections for good, also under a statement in flight."""
+        self.journal.is_ending = True
+        # A close() that failed may have forgotten its connections.
+        for connection in self.connections:
+            if not connection.closed:
+                connection.invalidate()
+                connection.close()
+        super().close()
 
     def reset(self) -> None:
         """Refuse."""
@@ -117,6 +136,19 @@ class ManagedSession(orm.Session):
         self._only_the_unit("session.invalidate()")
         super().invalidate()
 
+    def accept(self, connection: sa.Connection) -> None:
+        """Take a connection on which a transaction has just begun."""
+        self.connected = self.connected or time.perf_counter()
+        info = connection.info
+        self.connections[connection] = info.get(CANCEL_SQL)
+        options = connection.get_execution_options()
+        if info.get(AUTOCOMMIT) or (
+            AUTOCOMMIT in info and "isolation_level" in options
+        ):
+            _refuse_autocommit(connection)
+        if isinstance(connection, Connection):
+            connection.journal = self.journal
+
 
 class ReadOnlySession(ManagedSession):
     """The synchronous read session: refuses to flush and to run DML.
@@ -124,44 +156,64 @@ class ReadOnlySession(ManagedSession):
     Text that writes is refused by the database, whose read engine is read-only.
     """
 
-    read_only = True
+    sibling: ManagedSession | None = None
+    """The write session of the unit."""
 
-    find_joined: Callable[[], Connection | None]
-    """Gives the writer's connection once the reads of the unit belong there."""
+    joins_always: bool = False
+    """Whether there is one connection for both, as with SQLite in memory."""
 
-    def joined(self) -> Connection | None:
-        """Give the writer's connection once this session reads there."""
-        return self.find_joined()
+    @property
+    def writer(self) -> ManagedSession | None:
+        """The write session while reads belong into its transaction: it is in use."""
+        sibling = self.sibling
+        if sibling is None or sibling.sealed is not None:
+            return None
+        return sibling if sibling.connections or self.joins_always else None
 
-    def get_bind(self, *args: object, **kwargs: object) -> Engine | Connection:
+    def get_bind(self, *args: object, **kwargs: object) -> sa.Engine | sa.Connection:
         """Read from the writer's transaction once the unit has used it."""
-        connection = self.joined()
-        if connection is not None:
-            return connection
+        writer = self.writer
+        if writer is not None:
+            return writer.own_connection()
         return super().get_bind(*args, **kwargs)  # type: ignore[arg-type]
+
+    def accept(self, connection: sa.Connection) -> None:
+        """Take a connection, unless it is the writer's."""
+        self.connections[connection] = connection.info.get(CANCEL_SQL)
+        if self.writer is None and self.connected is None:
+            self.connected = time.perf_counter()
+
+    def execute(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse DML."""
+        return super().execute(_no_dml(statement), *args, **kwargs)
+
+    def scalar(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse DML."""
+        return super().scalar(_no_dml(statement), *args, **kwargs)
+
+    def scalars(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse DML."""
+        return super().scalars(_no_dml(statement), *args, **kwargs)
+
+
+def _no_dml(statement: Any) -> Any:
+    if getattr(statement, "is_dml", False):
+        operation = str(getattr(statement, "__visit_name__", "DML")).upper()
+        raise ReadOnlySessionError(operation)
+    return statement
 
 
 @event.listens_for(ManagedSession, "after_begin", propagate=True)
-def _remember_connection(
-    session: ManagedSession,
-    transaction: SessionTransaction,  # noqa: ARG001
-    connection: Connection,
+def _accept_connection(
+    session: ManagedSession, _: SessionTransaction, connection: sa.Connection
 ) -> None:
     if connection not in session.connections:
-        session.connections.append(connection)
-        if session.connected is None and session.joined() is None:
-            session.connected = time.perf_counter()
-        session.kills.add(connection)
-        if not isinstance(session, ReadOnlySession):
-            _refuse_autocommit(connection)
-            _journal.attach(connection, session.journal)
+        session.accept(connection)
 
 
-def _refuse_autocommit(connection: Connection) -> None:
-    # SQLite's driver looks like AUTOCOMMIT always; there BEGIN is sent by hand.
+def _refuse_autocommit(connection: sa.Connection) -> None:
     raw = connection.connection.dbapi_connection
-    dialect = connection.dialect
-    if dialect.name != "sqlite" and raw and dialect.detect_autocommit_setting(raw):
+    if raw and connection.dialect.detect_autocommit_setting(raw):
         message = (
             "The engine, or the execution options of the connection, say AUTOCOMMIT: "
             "nothing could be rolled back. Leave the isolation level out."
@@ -169,38 +221,20 @@ def _refuse_autocommit(connection: Connection) -> None:
         raise ConfigurationError(message)
 
 
-@event.listens_for(ManagedSession, "after_commit", propagate=True, insert=True)
-def _note_commit(session: ManagedSession) -> None:
-    # First of the listeners: one of the application's that raises undoes no COMMIT.
-    # SQLAlchemy calls them for the RELEASE of a savepoint too.
+def _release_savepoint(session: ManagedSession) -> None:
+    # SQLAlchemy calls it for COMMIT too.
     savepoint = session.get_nested_transaction()
-    if savepoint is None:
-        session.committed = True
-    else:
-        session.hooks.keep(savepoint)
+    if savepoint is not None:
+        session.journal.savepoints.release(savepoint)
 
 
-@event.listens_for(ManagedSession, "after_transaction_create", propagate=True)
-def _open_savepoint(session: ManagedSession, transaction: SessionTransaction) -> None:
-    if transaction.nested:
-        session.hooks.open(transaction)
-
-
-@event.listens_for(ManagedSession, "after_transaction_end", propagate=True)
 def _end_savepoint(session: ManagedSession, transaction: SessionTransaction) -> None:
-    # A savepoint whose RELEASE was seen has been kept already; any other is gone.
+    # A savepoint whose RELEASE was seen has been released already.
     if transaction.nested:
-        session.hooks.undo(transaction, owner=session.journal)
+        session.journal.savepoints.roll_back(transaction, by=session.journal)
 
 
 @event.listens_for(ReadOnlySession, "before_flush", propagate=True)
 def _refuse_flush(*_: object) -> None:
     operation = "A flush"
     raise ReadOnlySessionError(operation)
-
-
-@event.listens_for(ReadOnlySession, "do_orm_execute", propagate=True)
-def _refuse_dml(state: ORMExecuteState) -> None:
-    if state.is_insert or state.is_update or state.is_delete:
-        operation = str(getattr(state.statement, "__visit_name__", "DML")).upper()
-        raise ReadOnlySessionError(operation)

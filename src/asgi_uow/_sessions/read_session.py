@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from asgi_uow._concurrency import run_to_completion
-from asgi_uow._databases.dialects import READ_ONLY_CODES, causes, code_of
-from asgi_uow._databases.drivers import driver_of
+from asgi_uow._databases.driver_errors import READ_ONLY_CODES, causes, code_of
 from asgi_uow._sessions.managed import ReadOnlySession
 from asgi_uow._sessions.session import Session
 from asgi_uow.errors import ReadOnlySessionError
@@ -17,11 +15,12 @@ from asgi_uow.errors import ReadOnlySessionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from sqlalchemy import Connection, orm
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from asgi_uow._reading.route import Route
     from asgi_uow._sessions.savepoint import Savepoint
+
+    Call: TypeAlias = Callable[..., Coroutine[object, object, object]]
 
 UNCONNECTED = frozenset({"flush", "close"})
 """Calls that need no connection."""
@@ -35,149 +34,132 @@ REPEATABLE = frozenset(
 class ReadSession(Session):
     """Reads from a replica or from the writer's server, or in its transaction."""
 
+    sync_session_class = ReadOnlySession
     # Narrower still.
     sync_session: ReadOnlySession  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(
-        self,
-        bind: AsyncEngine,
-        *,
-        writer: Callable[[], Session | None],
-        route: Route | None,
-        **options: Any,
-    ) -> None:
-        """Bind to `bind` unless `route` finds another server to read from.
+    route: Route | None = None
+    """Finds the replica to read from, where there is a choice."""
 
-        `writer` gives the write session once the unit is to read there. For the
-        `options` see `Session`.
-        """
-        self.writer = writer
-        self.route = route
-        super().__init__(bind, session_class=ReadOnlySession, **options)
-        self.sync_session.find_joined = self._joined
+    sibling: Session | None = None
+
+    def follow(self, writer: Session, *, always: bool) -> None:
+        """Read in the transaction of the unit's write session while that is in use."""
+        self.sibling = writer
+        self.sync_session.sibling = writer.sync_session
+        self.sync_session.joins_always = always
+
+    @property
+    def writer(self) -> Session | None:
+        """The write session while reads belong into its transaction."""
+        return None if self.sync_session.writer is None else self.sibling
 
     @property
     def host(self) -> Session:
         """The write session once the unit has used it: reads see its writes."""
-        return self.writer() or self
+        return self.writer or self
 
-    def _joined(self) -> Connection | None:
-        writer = self.writer()
-        return None if writer is None else writer.sync_session.own_connection()
+    @property
+    def is_plain(self) -> bool:  # type: ignore[override]
+        """Whether there is nowhere else to read."""
+        return self.route is None and self.sync_session.writer is None
 
-    async def perform(
-        self,
-        method: Callable[..., Coroutine[object, object, object]],
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
+    async def route_call(
+        self, operation: str, method: Call, args: tuple[object, ...], kwargs: Any
     ) -> object:
-        """Make one call; raises `ReadOnlySessionError` for what the server refuses."""
-        try:
-            if self.route is not None:
-                return await self._read(self.route, method, args, kwargs)
-            return await super().perform(method, args, kwargs)
-        except Exception as error:
-            named = isinstance(error, ReadOnlySessionError)
-            if named or code_of(error) not in READ_ONLY_CODES:
-                raise
-            operation = f"session.{method.__name__}()"
+        """Read in the writer's transaction, or from the server that the route finds."""
+        writer = self.writer
+        if writer is not None:
+            async with writer.own_lock:
+                writer.refuse_while_streaming(operation)
+                return await method(self, *args, **kwargs)
+        if self.route is None or method.__name__ in UNCONNECTED:
+            return await method(self, *args, **kwargs)
+        while True:
+            await self.route.connect(self)
+            try:
+                result = await method(self, *args, **kwargs)
+            except Exception as error:
+                again = method.__name__ in REPEATABLE
+                if not (again and await self.route.fail_over(self, error)):
+                    raise
+            else:
+                if self.sync_session.connections:
+                    self.route.has_read = True
+                return result
+
+    async def failed(self, error: BaseException, operation: str) -> None:
+        """Have the next read begin anew where nothing more can be read.
+
+        Raises `ReadOnlySessionError` for what the server has refused.
+        """
+        await super().failed(error, operation)
+        if self.writer is None and not isinstance(error, Exception):
+            await run_to_completion(self.release_connection())
+        elif self._must_reconnect(error):
+            await self.release_connection()
+        named = isinstance(error, ReadOnlySessionError)
+        if not named and code_of(error) in READ_ONLY_CODES:
             raise ReadOnlySessionError(operation) from error
 
-    async def failed(self, error: Exception) -> None:
-        """Note it; where nothing more can be read there, the next read begins anew."""
-        await super().failed(error)
-        if self._has_spoilt(error):
-            await self.let_go()
-
-    def _has_spoilt(self, error: Exception) -> bool:
+    def _must_reconnect(self, error: BaseException) -> bool:
         """Tell whether it has lost the connection, or ended a stream's transaction."""
-        if self.writer() is not None or self.sync_session.is_ending():
+        if self.writer is not None:
             return False
         connections = self.sync_session.connections
         if any(each.invalidated for each in connections):
             return True
-        held = [
-            (driver_of(each.dialect), each.connection.driver_connection)
-            for each in connections
-            if not each.closed
-        ]
+        held = [each for each in connections if not each.closed]
+        drivers_own = [each.connection.driver_connection for each in held]
         return any(
-            driver.in_transaction(raw) and driver.gave_up(raw, each)
-            for driver, raw in held
-            for each in causes(error)
+            self.driver.in_transaction(raw)
+            and any(self.driver.aborts_transaction(raw, each) for each in causes(error))
+            for raw in drivers_own
         )
 
-    async def _read(
-        self,
-        route: Route,
-        method: Callable[..., Coroutine[object, object, object]],
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> object:
-        """Read from the server that `route` finds; from another if that is lost."""
-        ending = self.sync_session.is_ending()
-        while True:
-            needed = method.__name__ not in UNCONNECTED and not ending
-            if needed and self.writer() is None:
-                await route.lead(self)
-            joined = self.writer() is not None
-            try:
-                result = await super().perform(method, args, kwargs)
-            except Exception as error:
-                again = method.__name__ in REPEATABLE and not (ending or joined)
-                if not (again and await route.moved(self, error)):
-                    raise
-            else:
-                if self.sync_session.connections:
-                    route.note_read()
-                return result
+    async def release_if_idle(self) -> None:
+        """Return the connection to the pool if no call or stream is using it."""
+        if self.writer is None and self.own_lock.is_free and not self.is_streaming:
+            async with self.own_lock:
+                await self.release_connection()
 
-    async def cancelled(self) -> None:
-        """Stop the statement and give the connection up; the next call reconnects."""
-        await super().cancelled()
-        if self.writer() is None:
-            await run_to_completion(self.let_go())
-
-    async def rest(self) -> None:
-        """Hold no connection until the next call, unless one is needed in between."""
-        streaming = any(stream.is_open for stream in self.streams)
-        if self.writer() is None and self.own_turn.is_free and not streaming:
-            async with self.own_turn:
-                await self.let_go()
-
-    async def let_go(self) -> None:
-        """Give the connection back; the next call takes another.
-
-        Objects stay loaded, which they would not after a rollback.
-        """
-
-        def let_go(session: orm.Session) -> None:
-            transaction = session.get_transaction()
-            if transaction is not None:
-                transaction.close()
-
-        sync = self.sync_session
+    async def release_connection(self) -> None:
+        """Give the connection back; the next call takes another."""
         await self.close_streams()
-        await AsyncSession.run_sync(self, let_go)
-        sync.connections.clear()
-        if sync.connected is not None:
-            sync.held += time.perf_counter() - sync.connected
-            sync.connected = None
+        await AsyncSession.run_sync(
+            self, lambda _: self.sync_session.release_connection()
+        )
+
+    # What the route asks for
+
+    def is_bound_to(self, engine: AsyncEngine) -> bool:
+        """Tell whether it reads from that server."""
+        return self.sync_session.bind is engine.sync_engine
+
+    def bind_to(self, engine: AsyncEngine) -> None:
+        """Read from that server."""
+        self.sync_session.bind = engine.sync_engine
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it holds a connection."""
+        return bool(self.sync_session.connections)
+
+    async def open_connection(self) -> AsyncConnection:
+        """Connect to the server that it is bound to."""
+        return await AsyncSession.connection(self)
 
     async def before_stream(self) -> None:
         """Begin a transaction for the cursor, if the driver needs one."""
-        if self.writer() is not None:
+        if self.writer is not None or not self.driver.cursor_needs_begin:
             return
         connection = await self.connection()
-        dialect = connection.dialect
-        driver = driver_of(dialect)
         raw = await connection.get_raw_connection()
         if (
-            driver.cursor_needs_begin
-            and not driver.in_transaction(raw.driver_connection)
+            not self.driver.in_transaction(raw.driver_connection)
             and raw.dbapi_connection is not None
-            # Or the driver begins one by itself.
-            and dialect.detect_autocommit_setting(raw.dbapi_connection)
+            # Otherwise the driver begins one by itself.
+            and connection.dialect.detect_autocommit_setting(raw.dbapi_connection)
         ):
             await connection.exec_driver_sql("BEGIN")
 
@@ -188,7 +170,8 @@ class ReadSession(Session):
 
     def refuse_changes(self) -> None:
         """Raise `ReadOnlySessionError` for changes that nobody would ever flush."""
-        changed = any(map(self.is_modified, self.dirty))
-        if changed or self.new or self.deleted:
+        if self.has_changes and (
+            any(map(self.is_modified, self.dirty)) or self.new or self.deleted
+        ):
             operation = "A change to an object"
             raise ReadOnlySessionError(operation)

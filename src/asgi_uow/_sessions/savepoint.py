@@ -32,27 +32,27 @@ class Savepoint(AsyncSessionTransaction):
 
     async def start(self, is_ctxmanager: bool = False) -> Savepoint:  # noqa: FBT001, FBT002
         """Send SAVEPOINT."""
-        async with self.session.turn:
+        async with self.session.lock:
             self.session.check("session.begin_nested()")
             self.ended = False
-            with self._noting():
+            with self._recording():
                 await super().start(is_ctxmanager)
         return self
 
     async def commit(self) -> None:
         """Send RELEASE SAVEPOINT."""
         self.ended = True
-        async with self.session.turn:
-            with self._noting():
+        async with self.session.lock:
+            with self._recording():
                 await super().commit()
 
     async def rollback(self) -> None:
         """Send ROLLBACK TO SAVEPOINT."""
         self.ended = True
-        async with self.session.turn:
-            with self._noting():
+        async with self.session.lock:
+            with self._recording():
                 await super().rollback()
-        await self.session.call_undone()
+        await self._call_due()
 
     async def __aexit__(
         self,
@@ -65,43 +65,47 @@ class Savepoint(AsyncSessionTransaction):
         Raises `ConcurrentUseError` if another task has ended it with one around it;
         then it is not known what this block has kept, and nothing will be.
         """
-        async with self._last_turn():
-            if not self.session.is_writable:
+        async with self._locked():
+            if self.session.sync_session.sealed is not None:
                 return  # the decision has ended it, as it ends all of them
             if not self.ended and not self._is_open():
                 error = ConcurrentUseError("A savepoint", "another task ended it")
-                self.session.sync_session.journal.give_up(error)
+                self.session.sync_session.journal.doom(error)
                 if value is None:
                     raise error
-            with self._noting(), fail_after(END_SECONDS, shield=True):
+            with self._recording(), fail_after(END_SECONDS, shield=True):
                 await super().__aexit__(type_, value, traceback)
-        await self.session.call_undone()
+        await self._call_due()
 
     @asynccontextmanager
-    async def _last_turn(self) -> AsyncGenerator[None]:
+    async def _locked(self) -> AsyncGenerator[None]:
         """Wait for the call in flight, in a cancelled scope too.
 
         A task that is cancelled in the meantime leaves the savepoint open.
         """
-        turn = self.session.turn
+        lock = self.session.lock
         try:
             with CancelScope(shield=True):
-                await turn.__aenter__()
+                await lock.__aenter__()
         except asyncio.CancelledError as error:
-            self.session.sync_session.journal.give_up(error)
+            self.session.sync_session.journal.doom(error)
             raise
         try:
             yield
         finally:
-            await turn.__aexit__()
+            await lock.__aexit__()
 
     @contextmanager
-    def _noting(self) -> Generator[None]:
+    def _recording(self) -> Generator[None]:
         try:
             yield
         except Exception as error:
-            self.session.note(error)
+            self.session.record_error(error)
             raise
+
+    async def _call_due(self) -> None:
+        if self.session.savepoints.due:
+            await self.session.call_due()
 
     def _is_open(self) -> bool:
         """Tell whether SQLAlchemy still has this savepoint among the open ones."""

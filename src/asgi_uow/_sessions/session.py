@@ -7,70 +7,69 @@ work may commit, roll back or close it.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from anyio import current_effective_deadline
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncResult, AsyncSession
 
-from asgi_uow._concurrency import Turn
-from asgi_uow._databases.drivers import driver_of
+from asgi_uow._concurrency import TaskLock, run_to_completion
+from asgi_uow._databases import known
+from asgi_uow._databases.driver_errors import is_unavailable
+from asgi_uow._databases.engines import execute_on_new_connection
 from asgi_uow._databases.journal import Journal
-from asgi_uow._sessions.kills import Kills, stop
+from asgi_uow._sessions.managed import ManagedSession
 from asgi_uow._sessions.savepoint import Savepoint
-from asgi_uow._sessions.statements import TextSession
-from asgi_uow._sessions.streams import take_turns
+from asgi_uow._sessions.statements import StatementSession, StreamResult, serialized
 from asgi_uow.errors import ConcurrentUseError, UnitOfWorkClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
 
-    from sqlalchemy import orm
     from sqlalchemy.engine import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.util.typing import TupleAny
 
-    from asgi_uow._sessions.managed import ManagedSession
-    from asgi_uow._sessions.streams import Fetch, StreamResult
-    from asgi_uow._unit.hooks import Hooks
+    from asgi_uow._databases.engines import Engines
+    from asgi_uow._databases.journal import Savepoints
+    from asgi_uow._sessions.statements import Fetch
 
-F = TypeVar("F", bound="Callable[..., Coroutine[object, object, object]]")
+    Call = Callable[..., Coroutine[object, object, object]]
+
+F = TypeVar("F", bound="Call")
 
 
-def _takes_turn(method: F) -> F:
+def _guarded(method: F) -> F:
     """Let a call wait for the one in flight, then check that the unit is open."""
+    operation = f"session.{method.__name__}()"
 
     @functools.wraps(method)
     async def call(self: Session, *args: object, **kwargs: object) -> object:
-        operation = f"session.{method.__name__}()"
-        # A read session takes its own turn, then the writer's if it reads there.
-        async with self.own_turn, self.turn:
+        task = asyncio.current_task()
+        lock = self.own_lock
+        if task is not None and not lock.take(task):
+            await lock.wait(task)
+        try:
             self.check(operation)
-            self.refuse_while_streaming(operation)
-            perform = functools.partial(self.perform, method, args, kwargs)
-            result = await self.attempt(perform)
-        await self.call_undone()
+            if self.is_plain:
+                result = await method(self, *args, **kwargs)
+            else:
+                result = await self.route_call(operation, method, args, kwargs)
+        except BaseException as error:
+            await self.failed(error, operation)
+            raise
+        finally:
+            lock.release()
+        if self.savepoints.due:
+            await self.call_due()
         return result
 
     return call  # type: ignore[return-value]  # the same signature, see wraps
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ties:
-    """What ties a session to its unit of work."""
-
-    check: Callable[[str], None]
-    """Raises when the unit is not open (any more)."""
-    note: Callable[[Exception], None]
-    """Is told of every error."""
-    hooks: Hooks
-    """Follow the savepoints of the session."""
-    call_undone: Callable[[object], Coroutine[object, object, None]]
-    """Calls the hooks of savepoints that were rolled back."""
-
-
-class Session(TextSession):
+class Session(StatementSession):
     """SQLAlchemy's `AsyncSession`, made by a unit of work and ended by it.
 
     Beside what `AsyncSession` offers it takes a plain string with named parameters:
@@ -83,60 +82,31 @@ class Session(TextSession):
     decided, every call on its write session raises `UnitOfWorkClosedError`.
     """
 
+    sync_session_class = ManagedSession
     # Narrower than SQLAlchemy's, which only reads it.
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    is_plain = True
+    """Whether calls need nothing but the session's own connection."""
+
     def __init__(
         self,
+        db: Engines,
         bind: AsyncEngine,
-        *,
-        session_class: type[ManagedSession],
-        ties: Ties,
-        run_aside: Callable[[Engine, str], Coroutine[object, object, None]],
-        **options: Any,
+        options: Mapping[str, Any],
+        savepoints: Savepoints,
+        outages: list[Exception],
     ) -> None:
-        """Bind to `bind`, as a session of the unit that `ties` leads to.
-
-        `run_aside` runs a statement on a connection of its own to a server.
-        """
-        self._check = ties.check
-        self._call_undone = ties.call_undone
-        self.note: Callable[[Exception], None] = ties.note
-        self.run_aside = run_aside
-        self.own_turn: Turn = Turn()
+        """Bind to `bind`, an engine of `db`; errors that are outages are appended."""
+        super().__init__(bind, close_resets_only=False, **options)
+        self.driver = db.driver
+        self.own_lock = TaskLock()
+        self.savepoints = savepoints
+        self.outages = outages
         self.streams: list[StreamResult] = []
-        super().__init__(
-            bind,
-            sync_session_class=session_class,
-            close_resets_only=False,
-            **options,
-        )
-        self.sync_session.connections = []
-        self.sync_session.kills = Kills()
-        self.sync_session.hooks = ties.hooks
-        self.sync_session.journal = Journal(self.sync_session.is_ending, ties.hooks)
-
-    async def attempt(
-        self, call: Callable[[], Coroutine[object, object, object]]
-    ) -> object:
-        """Make one call, or one fetch of a stream, whose turn it is."""
-        try:
-            return await call()
-        except Exception as error:
-            await self.failed(error)
-            raise
-        except asyncio.CancelledError:
-            await self.cancelled()
-            raise
-
-    async def perform(
-        self,
-        method: Callable[..., Coroutine[object, object, object]],
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> object:
-        """Make one call."""
-        return await method(self, *args, **kwargs)
+        sync = self.sync_session
+        sync.connections = {}
+        sync.journal = Journal(db.facts, db.driver, savepoints)
 
     @property
     def host(self) -> Session:
@@ -144,44 +114,52 @@ class Session(TextSession):
         return self
 
     @property
-    def turn(self) -> Turn:
+    def lock(self) -> TaskLock:
         """The lock to hold during a call."""
-        return self.host.own_turn
+        return self.host.own_lock
 
     def check(self, operation: str) -> None:
-        """Raise unless the unit of work is open, or is itself ending the session."""
-        if not self.sync_session.is_ending():
-            self._check(operation)
+        """Raise unless the unit of work is open and no stream is in the way."""
+        if self.sync_session.sealed is not None:
+            raise UnitOfWorkClosedError(operation, self.sync_session.sealed)
+        if self.streams:
+            self.refuse_while_streaming(operation)
 
-    def hand_over(self) -> None:
-        """Let the current task, and no other, commit, roll back and close."""
-        self.sync_session.finisher = asyncio.current_task()
-
-    async def failed(self, error: Exception) -> None:
-        """Note what was raised."""
-        self.note(error)
-
-    async def cancelled(self) -> None:
-        """Have the server stop the statement whose call was cancelled."""
-        await stop(self.sync_session.kills.take(), self.run_aside)
-
-    async def call_undone(self) -> None:
-        """Call the `after_rollback` hooks of savepoints, if the rollback is proven."""
-        sync = self.sync_session
-        if not sync.hooks.has_undone(sync.journal) or not self.is_writable:
-            return
-        # Not inside another call of this task: a hook may wait for its turn.
-        if not self.turn.is_mine and self.doomed_by is None:
-            await self._call_undone(sync.journal)
+    def refuse_while_streaming(self, operation: str) -> None:
+        """Raise `ConcurrentUseError` if a stream keeps the connection to itself."""
+        if self.driver.exclusive_streams and self.is_streaming:
+            raise ConcurrentUseError(operation, "a stream() is still being read")
 
     @property
-    def is_writable(self) -> bool:
-        """Whether the unit of work is not decided yet."""
-        try:
-            self._check("")
-        except UnitOfWorkClosedError:
-            return False
-        return True
+    def is_streaming(self) -> bool:
+        """Whether rows of a stream may still be on their way."""
+        return any(each.is_open for each in self.streams)
+
+    async def route_call(
+        self, operation: str, method: Call, args: tuple[object, ...], kwargs: Any
+    ) -> object:
+        """Make a call for which another session or server has to be looked for."""
+        raise NotImplementedError
+
+    async def failed(self, error: BaseException, operation: str) -> None:  # noqa: ARG002
+        """Remember an outage; have the server stop a statement that was cancelled."""
+        if isinstance(error, Exception):
+            self.record_error(error)
+        elif isinstance(error, asyncio.CancelledError):
+            await cancel_statements(self.sync_session.take_cancel_sql())
+
+    def record_error(self, error: Exception) -> None:
+        """Remember an error that means a database out of reach."""
+        if is_unavailable(error):
+            self.outages.append(error)
+
+    async def call_due(self) -> None:
+        """Call the `after_rollback` hooks of savepoints, if the rollback is proven."""
+        # Not inside another call of this task: a hook may wait for its turn.
+        sync = self.sync_session
+        if sync.sealed is None and not self.lock.is_mine and self.doomed_by is None:
+            for callback in self.savepoints.take_due(by=sync.journal):
+                await callback()
 
     @property
     def doomed_by(self) -> BaseException | None:
@@ -190,44 +168,25 @@ class Session(TextSession):
         A failed flush dooms too: SQLAlchemy has rolled the transaction back.
         """
         journal = self.sync_session.journal
-        if journal.doomed_by is None and not self.is_active:
+        if not journal.entries and not self.sync_session.is_active:
             return journal.last
         return journal.doomed_by
 
     @property
     def has_changes(self) -> bool:
         """Whether a flush would have something to do."""
-        return bool(self.new or self.dirty or self.deleted)
+        return not self.sync_session._is_clean()  # noqa: SLF001  # no other way
 
-    def refuse_while_streaming(self, operation: str) -> None:
-        """Raise `ConcurrentUseError` if a stream keeps the connection to itself."""
-        streams = {*self.streams, *self.host.streams}
-        if any(each.is_open for each in streams) and any(
-            driver_of(connection.dialect).streams_alone
-            for connection in self.sync_session.connections
-        ):
-            raise ConcurrentUseError(operation, "a stream() is still being read")
-
-    async def throw_away(self) -> None:
+    async def discard(self) -> None:
         """Close the connections for good, also under a statement in flight."""
-
-        def throw_away(session: orm.Session) -> None:
-            # A close() that failed may have forgotten its connections.
-            for connection in self.sync_session.connections:
-                if not connection.closed:
-                    connection.invalidate()
-                    connection.close()
-            session.close()
-
-        self.hand_over()
-        kills = self.sync_session.kills.take()
-        await AsyncSession.run_sync(self, throw_away)
-        await stop(kills, self.run_aside)
+        cancel_sql = self.sync_session.take_cancel_sql()
+        await AsyncSession.run_sync(self, lambda _: self.sync_session.discard())
+        await cancel_statements(cancel_sql)
 
     async def close_streams(self) -> None:
-        """Close the streams that nobody has read to their end."""
+        """Close the streams that nobody has read to their end; has the lock."""
         while self.streams:
-            await AsyncResult.close(self.streams.pop())  # whose turn it is
+            await AsyncResult.close(self.streams.pop())
 
     def begin_nested(self) -> Savepoint:
         """Open a SAVEPOINT; what fails inside is undone, the rest goes on."""
@@ -236,7 +195,7 @@ class Session(TextSession):
     def _check_add(self, operation: str) -> None:
         self.check(operation)
         # SQLAlchemy only warns, and may lose the object.
-        if self.sync_session._flushing and not self.turn.is_mine:  # noqa: SLF001
+        if self.sync_session._flushing and not self.lock.is_mine:  # noqa: SLF001
             raise ConcurrentUseError(operation, "another task is flushing")
 
     def add(self, instance: object, *, _warn: bool = True) -> None:
@@ -250,22 +209,37 @@ class Session(TextSession):
         super().add_all(instances)
 
     def watch(self, stream: AsyncResult[*TupleAny]) -> AsyncResult[*TupleAny]:
-        """Have the fetches of a stream take turns too."""
-        turn = self.turn
+        """Have the fetches of a stream wait for other calls too."""
+        lock = self.lock
 
-        async def in_turn(fetch: Fetch) -> object:
-            async with turn:
+        async def serialize(fetch: Fetch) -> object:
+            async with lock:
                 try:
-                    return await self.attempt(fetch)
-                except DBAPIError:
-                    await AsyncResult.close(watched)  # no more rows are on their way
+                    return await fetch()
+                except BaseException as error:
+                    await self.failed(error, "a fetch")
+                    if isinstance(error, DBAPIError):
+                        await AsyncResult.close(stream)  # no more rows are on their way
                     raise
 
-        watched = take_turns(stream, in_turn)
+        watched = serialized(stream, serialize)
         host = self.host
         host.streams = [each for each in host.streams if each.is_open]
         host.streams.append(watched)
         return watched
+
+
+async def cancel_statements(cancel_sql: list[tuple[Engine, str]]) -> None:
+    """Cancel statements in flight on their server, from other connections.
+
+    MySQL goes on with a statement that was cancelled, locks and all, although the
+    connection is gone. So does PostgreSQL if an anyio scope was cancelled: its drivers
+    send a cancel request, but need an await for it, which the scope cancels too.
+    """
+    in_cancelled_scope = current_effective_deadline() == -math.inf
+    for engine, statement in cancel_sql:
+        if in_cancelled_scope or not known.driver_of(engine.dialect).cancels_on_server:
+            await run_to_completion(execute_on_new_connection(engine, statement))
 
 
 # `delete_all`, `merge_all`: SQLAlchemy 2.1.
@@ -291,5 +265,5 @@ for _name in (
     "reset",
     "invalidate",
 ):
-    if hasattr(TextSession, _name):
-        setattr(Session, _name, _takes_turn(getattr(TextSession, _name)))
+    if hasattr(StatementSession, _name):
+        setattr(Session, _name, _guarded(getattr(StatementSession, _name)))

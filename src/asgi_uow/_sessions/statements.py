@@ -1,50 +1,59 @@
-"""Plain SQL with named parameters, wherever SQLAlchemy takes a statement.
+"""Plain SQL with named parameters, and streams that share their session with others.
 
 `Any` stands where SQLAlchemy's own signatures have it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+import functools
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.util import EMPTY_DICT
+from sqlalchemy.ext.asyncio import AsyncResult, AsyncScalarResult, AsyncSession
+from sqlalchemy.ext.asyncio.result import AsyncMappingResult
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+
     from sqlalchemy import Executable
     from sqlalchemy.engine import Result, ScalarResult
-    from sqlalchemy.engine.interfaces import _CoreAnyExecuteParams
-    from sqlalchemy.ext.asyncio import AsyncResult, AsyncScalarResult
-    from sqlalchemy.orm._typing import OrmExecuteOptionsParameter
-    from sqlalchemy.orm.session import _BindArguments
+    from sqlalchemy.engine.interfaces import _CoreAnyExecuteParams as Params
     from sqlalchemy.sql.selectable import TypedReturnsRows
     from sqlalchemy.util.typing import TupleAny
     from typing_extensions import TypeVarTuple
 
     Ts = TypeVarTuple("Ts")
 
+    Fetch: TypeAlias = Callable[[], Coroutine[object, object, object]]
+    Serialize: TypeAlias = Callable[[Fetch], Coroutine[object, object, object]]
+    """Makes a fetch once no other call is in flight."""
+
 T = TypeVar("T")
+S = TypeVar("S", bound="Stream")
+
+OPTIONS = frozenset({"execution_options", "bind_arguments"})
 
 
-def _executable(statement: Executable | str) -> Executable:
-    return text(statement) if isinstance(statement, str) else statement
-
-
-def _parameters(
-    params: _CoreAnyExecuteParams | None,
-    named: dict[str, object],
-) -> _CoreAnyExecuteParams | None:
-    if not named:
-        return params
-    if params is not None:
+def _coerce(
+    statement: Executable | str, params: Params | None, named: dict[str, Any]
+) -> tuple[Executable, Params | None, dict[str, Any]]:
+    """Give statement, parameters and options as SQLAlchemy takes them."""
+    if isinstance(statement, str):
+        statement = text(statement)
+    options: dict[str, Any] = {}
+    if named:
+        options = {key: named.pop(key) for key in OPTIONS & named.keys()}
+    if named and params is not None:
         message = "Pass the parameters as a mapping or by name, not both."
         raise TypeError(message)
-    return named
+    return statement, named or params, options
 
 
-class TextSession(AsyncSession):
-    """SQLAlchemy's `AsyncSession` that also takes strings."""
+class StatementSession(AsyncSession):
+    """SQLAlchemy's `AsyncSession` that also takes strings.
+
+    `execution_options` and `bind_arguments` go on to SQLAlchemy.
+    """
 
     async def before_stream(self) -> None:
         """Be told that `stream()` was called; for a subclass."""
@@ -57,196 +66,175 @@ class TextSession(AsyncSession):
     async def execute(
         self,
         statement: TypedReturnsRows[*Ts],
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
+        params: Params | None = None,
         **named: object,
     ) -> Result[*Ts]: ...
-
     @overload
     async def execute(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
+        self, statement: Executable | str, params: Params | None = None, **named: object
     ) -> Result[*TupleAny]: ...
-
     async def execute(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
+        self, statement: Executable | str, params: Params | None = None, **named: Any
     ) -> Result[*TupleAny]:
         """Execute a statement, or plain SQL with named parameters."""
-        return await super().execute(
-            _executable(statement),
-            _parameters(params, named),
-            execution_options=execution_options,
-            bind_arguments=bind_arguments,
-        )
+        statement, params, options = _coerce(statement, params, named)
+        return await super().execute(statement, params, **options)
 
     @overload
     async def scalar(
         self,
         statement: TypedReturnsRows[T],
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
+        params: Params | None = None,
         **named: object,
     ) -> T | None: ...
-
     @overload
     async def scalar(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
+        self, statement: Executable | str, params: Params | None = None, **named: object
     ) -> Any: ...
-
     # SQLAlchemy has one overload more, for a bug of mypy.
     async def scalar(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
+        self, statement: Executable | str, params: Params | None = None, **named: Any
     ) -> Any:
         """Give the first column of the first row, or None."""
-        return await super().scalar(
-            _executable(statement),
-            _parameters(params, named),
-            execution_options=execution_options,
-            bind_arguments=bind_arguments,
-        )
+        statement, params, options = _coerce(statement, params, named)
+        return await super().scalar(statement, params, **options)
 
     @overload
     async def scalars(
         self,
         statement: TypedReturnsRows[T],
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
+        params: Params | None = None,
         **named: object,
     ) -> ScalarResult[T]: ...
-
     @overload
     async def scalars(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
+        self, statement: Executable | str, params: Params | None = None, **named: object
     ) -> ScalarResult[Any]: ...
-
     async def scalars(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
+        self, statement: Executable | str, params: Params | None = None, **named: Any
     ) -> ScalarResult[Any]:
         """Give the first column of every row."""
-        return await super().scalars(
-            _executable(statement),
-            _parameters(params, named),
-            execution_options=execution_options,
-            bind_arguments=bind_arguments,
-        )
+        statement, params, options = _coerce(statement, params, named)
+        return await super().scalars(statement, params, **options)
 
     @overload
     async def stream(
         self,
         statement: TypedReturnsRows[*Ts],
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
+        params: Params | None = None,
         **named: object,
     ) -> AsyncResult[*Ts]: ...
-
     @overload
     async def stream(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
+        self, statement: Executable | str, params: Params | None = None, **named: object
     ) -> AsyncResult[*TupleAny]: ...
-
     async def stream(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
+        self, statement: Executable | str, params: Params | None = None, **named: Any
     ) -> AsyncResult[*TupleAny]:
         """Execute and stream the rows through a server-side cursor."""
+        statement, params, options = _coerce(statement, params, named)
         await self.before_stream()
-        stream = await super().stream(
-            _executable(statement),
-            _parameters(params, named),
-            execution_options=execution_options,
-            bind_arguments=bind_arguments,
-        )
-        return self.watch(stream)
+        return self.watch(await super().stream(statement, params, **options))
 
     @overload
     async def stream_scalars(
         self,
         statement: TypedReturnsRows[T],
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
+        params: Params | None = None,
         **named: object,
     ) -> AsyncScalarResult[T]: ...
-
     @overload
     async def stream_scalars(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = ...,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
+        self, statement: Executable | str, params: Params | None = None, **named: object
     ) -> AsyncScalarResult[Any]: ...
-
     async def stream_scalars(
-        self,
-        statement: Executable | str,
-        params: _CoreAnyExecuteParams | None = None,
-        *,
-        execution_options: OrmExecuteOptionsParameter = EMPTY_DICT,
-        bind_arguments: _BindArguments | None = None,
-        **named: object,
+        self, statement: Executable | str, params: Params | None = None, **named: Any
     ) -> AsyncScalarResult[Any]:
         """Stream the first column of every row."""
-        return await super().stream_scalars(
-            _executable(statement),
-            _parameters(params, named),
-            execution_options=execution_options,
-            bind_arguments=bind_arguments,
-        )
+        statement, params, options = _coerce(statement, params, named)
+        return await super().stream_scalars(statement, params, **options)
+
+
+class Stream:
+    """A mixin: every fetch waits for the call in flight on the session."""
+
+    _real_result: Any
+    fetchmany: Any
+    serialize: Serialize
+
+    @property
+    def is_open(self) -> bool:
+        """Whether rows may still be on their way; one read to its end is closed."""
+        closed: bool = self._real_result._soft_closed  # noqa: SLF001  # no other way
+        return not closed
+
+    async def partitions(self, size: int | None = None) -> AsyncIterator[Sequence[Any]]:
+        """Iterate through lists of `size` rows."""
+        while rows := await self.fetchmany(size):
+            yield rows
+
+
+class StreamResult(Stream, AsyncResult[Any]):
+    """What `Session.stream()` gives."""
+
+    def scalars(self, index: Any = 0) -> StreamScalarResult:
+        """Stream one column of every row."""
+        return _adopt(StreamScalarResult, super().scalars(index), self.serialize)
+
+    def mappings(self) -> StreamMappingResult:
+        """Stream the rows as mappings."""
+        return _adopt(StreamMappingResult, super().mappings(), self.serialize)
+
+
+class StreamScalarResult(Stream, AsyncScalarResult[Any]):
+    """What `Session.stream_scalars()` gives."""
+
+
+class StreamMappingResult(Stream, AsyncMappingResult):
+    """What `mappings()` of a stream gives."""
+
+
+def serialized(result: AsyncResult[Any], serialize: Serialize) -> StreamResult:
+    """Give a stream like `result` whose fetches wait for other calls."""
+    return _adopt(StreamResult, result, serialize)
+
+
+def _adopt(cls: type[S], plain: object, serialize: Serialize) -> S:
+    """Make a `cls` of SQLAlchemy's own result; constructors differ by version."""
+    stream = cls.__new__(cls)
+    for base in type(plain).__mro__:
+        for name in getattr(base, "__slots__", ()):
+            setattr(stream, name, getattr(plain, name))
+    stream.__dict__.update(getattr(plain, "__dict__", {}))
+    stream.serialize = serialize
+    return stream
+
+
+def _waits(
+    fetch: Callable[..., Coroutine[object, object, object]],
+) -> Callable[..., Coroutine[object, object, object]]:
+    @functools.wraps(fetch)
+    async def call(self: Stream, *args: object) -> object:
+        return await self.serialize(functools.partial(fetch, self, *args))
+
+    return call
+
+
+for _class in (StreamResult, StreamScalarResult, StreamMappingResult):
+    for _name in (
+        "__anext__",
+        "all",
+        "close",
+        "fetchall",
+        "fetchmany",
+        "fetchone",
+        "first",
+        "freeze",
+        "one",
+        "one_or_none",
+        "scalar",
+        "scalar_one",
+        "scalar_one_or_none",
+    ):
+        if hasattr(_class, _name):
+            setattr(_class, _name, _waits(getattr(_class, _name)))

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
+import asyncio
 import functools
 import inspect
-import itertools
+import time
+import types
+import warnings
 from contextlib import suppress
-from operator import attrgetter
-from typing import TYPE_CHECKING, TypeAlias
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
 from asgi_uow.errors import TooManyHooksError
+from asgi_uow.observers import HookFinished, HookStarted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    import contextvars
+    from collections.abc import Callable, Coroutine, Generator, Mapping
+
+    from asgi_uow._concurrency import TimeLimit
+    from asgi_uow._databases.journal import Frame
+    from asgi_uow.observers import Observers
 
 PHASES = ("before_commit", "after_commit", "after_rollback", "after_response")
 
@@ -23,22 +31,33 @@ MOST_BY_HOOKS = 100
 """How many hooks the hooks of one unit of work may register."""
 
 
-@dataclasses.dataclass(slots=True)
 class Hook:
     """One registered call."""
 
-    fn: Callable[..., object]
-    args: tuple[object, ...]
-    kwargs: Mapping[str, object]
-    number: int = dataclasses.field(default=0, compare=False)
-    """Its place among the hooks of the unit."""
-    dropped: bool = dataclasses.field(default=False, compare=False)
-    """Whether its savepoint was rolled back."""
+    __slots__ = ("args", "fn", "frame", "kwargs")
+
+    def __init__(
+        self,
+        fn: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        frame: Frame | None = None,
+    ) -> None:
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+        self.frame = frame
+        """The savepoint that it was registered in."""
 
     @property
     def name(self) -> str:
         """The qualified name of the callable; a partial shows what it wraps."""
         return name_of(self.fn)
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether its savepoint was rolled back."""
+        return self.frame is not None and self.frame.is_undone()
 
     async def call(self) -> None:
         """Await an async callable, run any other in a worker thread.
@@ -47,16 +66,13 @@ class Hook:
         `lambda: publish(event)` works. A thread that is still running when this is
         cancelled is left alone.
         """
-        bound = functools.partial(self.fn, *self.args, **self.kwargs)
         if is_async(self.fn):
-            result = bound()
+            result = self.fn(*self.args, **self.kwargs)
         else:
+            bound = functools.partial(self.fn, *self.args, **self.kwargs)
             result = await anyio.to_thread.run_sync(bound, abandon_on_cancel=True)
         if inspect.isawaitable(result):
             await result
-
-
-Queues: TypeAlias = "dict[str, list[Hook]]"
 
 
 class Quota:
@@ -65,8 +81,7 @@ class Quota:
     __slots__ = ("left",)
 
     def __init__(self) -> None:
-        """Start full."""
-        self.left: int = MOST_BY_HOOKS
+        self.left = MOST_BY_HOOKS
 
     def take(self, phase: str) -> None:
         """Take one; raises `TooManyHooksError` when there is none left."""
@@ -76,155 +91,135 @@ class Quota:
 
 
 class Hooks:
-    """The hooks of one unit of work: queues per phase, in frames per savepoint.
+    """The hooks of one unit of work, a queue per phase in order of registration."""
 
-    A hook belongs to the innermost savepoint that is open, on whichever database.
-    RELEASE hands it on to the savepoint around, keeping its place. Anything else
-    drops it, together with what belongs to savepoints opened since; of those only
-    the `after_rollback` hooks are left, to be called.
-    """
-
-    __slots__ = (
-        "_count",
-        "_frames",
-        "_undone",
-        "by_hook",
-        "inner",
-        "quota",
-    )
+    __slots__ = ("queues", "quota")
 
     def __init__(self, quota: Quota | None = None) -> None:
-        """Make empty queues; `quota` is that of the unit whose hook registers here."""
-        self.by_hook: bool = quota is not None
-        """Whether what registers now is a hook itself."""
-        self.quota: Quota = quota or Quota()
-        self.inner: list[Hooks] = []
-        """Those of the open units inside, which follow the same savepoints."""
-        self._undone: list[tuple[object, Hook]] = []
-        self._count = 0
-        self._frames: list[tuple[object, Queues]] = [(None, {})]
+        self.quota = quota or Quota()
+        """What these hooks may register, in all."""
+        self.queues: dict[str, list[Hook]] = {}
 
     def __bool__(self) -> bool:
         """Tell whether anything was registered."""
-        return bool(self._undone) or any(queues for _, queues in self._frames)
+        return any(self.queues.values())
 
-    def register(
-        self,
-        phase: str,
-        fn: object,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-    ) -> None:
-        """Append a call to the queue of `phase`; `TypeError` if not callable."""
-        if not callable(fn):
-            message = (
-                f"{phase}() takes a callable and its arguments, not {fn!r}. Did you "
-                f"call the function? Write {phase}(fn, arg), not {phase}(fn(arg))."
-            )
-            if inspect.iscoroutine(fn):
-                fn.close()  # or it warns that it was never awaited
-            raise TypeError(message)
-        if self.by_hook:
-            self.quota.take(phase)
-        self.extend(phase, [Hook(fn, args, kwargs)])
-
-    def extend(self, phase: str, hooks: Iterable[Hook]) -> None:
-        """Take what was registered, here or elsewhere, as the last."""
-        _, queues = self._frames[-1]
-        for hook in hooks:
-            self._count += 1
-            hook.number = self._count
-            queues.setdefault(phase, []).append(hook)
-
-    # Savepoints
-
-    def open(self, savepoint: object) -> None:
-        """Note that a savepoint was opened."""
-        self._frames.append((savepoint, {}))
-        for inner in self.inner:
-            inner.open(savepoint)
-
-    def keep(self, savepoint: object) -> None:
-        """Note that a savepoint was released: its hooks belong to the one around."""
-        place = self._find(savepoint)
-        if place:
-            _, queues = self._frames.pop(place)
-            _, around = self._frames[place - 1]
-            _add(queues, around)
-        for inner in self.inner:
-            inner.keep(savepoint)
-
-    def undo(self, savepoint: object, owner: object = None) -> None:
-        """Note that a savepoint of `owner` has ended in any other way."""
-        place = self._find(savepoint)
-        if place:
-            for _, queues in self._frames[place:]:
-                for hook in itertools.chain(*queues.values()):
-                    hook.dropped = True
-                undone = queues.get("after_rollback", ())
-                self._undone += [(owner, hook) for hook in undone]
-                queues.clear()
-            del self._frames[place]
-        for inner in self.inner:
-            inner.undo(savepoint, owner)
-
-    def leave_savepoints(self) -> None:
-        """Note that the decision has ended all savepoints."""
-        while len(self._frames) > 1:
-            _, queues = self._frames.pop()
-            _add(queues, self._frames[0][1])
-
-    def _find(self, savepoint: object) -> int:
-        """Give the place of its frame, 0 if it has none (any more)."""
-        places = range(len(self._frames) - 1, 0, -1)
-        return next((i for i in places if self._frames[i][0] == savepoint), 0)
-
-    # The end
-
-    def of(self, phase: str) -> list[Hook]:
-        """Give the hooks of a phase in order of registration, dropped ones left out."""
-        found = [hook for _, each in self._frames for hook in each.get(phase, ())]
-        return sorted(found, key=attrgetter("number"))
+    def queue(self, phase: str) -> list[Hook]:
+        """Give the queue of a phase; what is registered meanwhile is appended."""
+        return self.queues.setdefault(phase, [])
 
     def take(self, phase: str) -> list[Hook]:
-        """Give them and forget them."""
-        found = self.of(phase)
-        for _, queues in self._frames:
-            queues.pop(phase, None)
-        return found
+        """Give, once, the hooks of a phase that no rollback of a savepoint dropped."""
+        return [hook for hook in self.queues.pop(phase, ()) if not hook.is_dropped]
+
+    def take_undone(self) -> list[Hook]:
+        """Give, once, what savepoints that were rolled back call, last one first."""
+        found = self.queues.get("after_rollback", [])
+        undone = [hook for hook in found if hook.is_dropped]
+        self.queues["after_rollback"] = [each for each in found if not each.is_dropped]
+        return undone[::-1]
 
     def take_rolled_back(self) -> list[Hook]:
-        """Give what a rollback of the whole unit calls, last registered first."""
-        found = [*self.take("after_rollback"), *self.take_undone()]
-        return sorted(found, key=attrgetter("number"), reverse=True)
+        """Give, once, what a rollback of the whole unit calls, last one first."""
+        return self.queues.pop("after_rollback", [])[::-1]
 
-    def take_undone(self, owner: object = None) -> list[Hook]:
-        """Give what the rollback of savepoints calls, last registered first.
-
-        Of the savepoints of `owner`, or of all.
-        """
-        found = [hook for each, hook in self._undone if owner in {None, each}]
-        self._undone = [each for each in self._undone if owner not in {None, each[0]}]
-        return sorted(found, key=attrgetter("number"), reverse=True)
-
-    def has_undone(self, owner: object) -> bool:
-        """Tell whether savepoints of `owner` were rolled back that had such hooks.
-
-        Here or in a unit inside.
-        """
-        return any(each is owner for each, _ in self._undone) or any(
-            inner.has_undone(owner) for inner in self.inner
-        )
-
-    def clear(self) -> None:
-        """Forget everything that was registered."""
-        self._undone = []
-        self._frames = [(None, {})]
+    def __del__(self) -> None:
+        """Warn of hooks that never ran: their unit was dropped without an end."""
+        if self:
+            names = ", ".join(hook.name for hook in chain(*self.queues.values()))
+            warnings.warn(
+                f"a unit of work was collected with hooks that never ran: {names}",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
 
 
-def _add(queues: Queues, around: Queues) -> None:
-    for phase, hooks in queues.items():
-        around.setdefault(phase, []).extend(hooks)
+def check_callable(
+    phase: str, fn: object
+) -> None:
+    """Raise `TypeError`, with the likely mistake, for what cannot be called."""
+    if callable(fn):
+        return
+    message = (
+        f"{phase}() takes a callable and its arguments, not {fn!r}. Did you "
+        f"call the function? Write {phase}(fn, arg), not {phase}(fn(arg))."
+    )
+    if inspect.iscoroutine(fn):
+        fn.close()  # otherwise it warns that it was never awaited
+    raise TypeError(message)
+
+
+async def call_hook(
+    work: Coroutine[object, object, None],
+    context: contextvars.Context,
+    limit: TimeLimit,
+) -> BaseException | None:
+    """Run the `work` of one hook in a context of its own; give what it raised.
+
+    A hook that does not suspend costs no task. One that does suspends this task, which
+    is cancelled when its time is up, and left behind if the hook ignores that.
+    """
+    limit.restart()
+    error = await _run_in(context, work)
+    is_late = limit.is_over
+    limit.pause()
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        await _forget_cancellation(task)
+        if error is None:
+            return TimeoutError("it went on after its time")
+        if is_late and isinstance(error, asyncio.CancelledError):
+            return TimeoutError(f"no answer within {limit.seconds} seconds")
+    return error
+
+
+@types.coroutine
+def _run_in(
+    context: contextvars.Context, work: Coroutine[object, object, None]
+) -> Generator[object, object, BaseException | None]:
+    """Drive `work` in a context; give what it raised."""
+    resume: Callable[..., object] = work.send
+    value: object = None
+    while True:
+        try:
+            waits_for = context.run(resume, value)
+        except StopIteration:
+            return None
+        except BaseException as error:  # noqa: BLE001  # hook isolation
+            return error
+        try:
+            value = yield waits_for
+        except BaseException as error:  # noqa: BLE001  # the hook's to handle
+            resume, value = work.throw, error
+        else:
+            resume = work.send
+
+
+async def _forget_cancellation(task: asyncio.Task[object]) -> None:
+    """Have what cancelled one hook not cancel the next one."""
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(0)
+    while task.cancelling():
+        task.uncancel()
+
+
+async def told(
+    observers: Observers, phase: str, hook: Hook, unit: object, of: object
+) -> None:
+    """Call a hook and tell the observers, where it runs, of its beginning and end."""
+    observers.tell(HookStarted(phase, hook.name, unit=unit, of=of))
+    started = time.perf_counter()
+    error: BaseException | None = None
+    try:
+        await hook.call()
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        seconds = time.perf_counter() - started
+        finished = HookFinished(phase, hook.name, seconds, error, unit=unit, of=of)
+        observers.tell(finished)
 
 
 def name_of(fn: Callable[..., object]) -> str:
@@ -241,6 +236,8 @@ def is_async(fn: Callable[..., object]) -> bool:
     """Tell whether what it returns has to be awaited, as far as can be seen."""
     while isinstance(fn, functools.partial):
         fn = fn.func
+    if type(fn) is types.FunctionType and fn.__code__.co_flags & inspect.CO_COROUTINE:
+        return True  # the usual case, without inspect's many questions
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
         getattr(fn, "__call__", None),  # noqa: B004  # the method, not a test for it
     )

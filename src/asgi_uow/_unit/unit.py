@@ -1,31 +1,48 @@
-"""The unit of work: its sessions, its states, and `finish()`, which ends it."""
+"""The unit of work: what it serves, what was asked of it, where in its life it is."""
 
 from __future__ import annotations
 
-import warnings
+import dataclasses
+import time
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from asgi_uow._concurrency import run_to_completion
-from asgi_uow._decision import Cause, Decision, Outcome, State, rollback
-from asgi_uow._reading.causal import NOTHING, MustSee
-from asgi_uow._unit.after import call_all
-from asgi_uow._unit.before import prepare
-from asgi_uow._unit.end import End, Outages, Settings
-from asgi_uow._unit.hooks import Hooks
-from asgi_uow._unit.kin import Kin
-from asgi_uow._unit.life import Life
-from asgi_uow._unit.participant import Sessions
-from asgi_uow._unit.report import Report
-from asgi_uow.errors import CommitFailedError, DoomedError, UnknownDatabaseError
+from asgi_uow._decision import (
+    TRANSITIONS,
+    UNDECIDED,
+    WRITABLE,
+    Cause,
+    Outcome,
+    State,
+)
+from asgi_uow._reading.causal import NOTHING
+from asgi_uow._unit.hooks import Hook, Hooks, Quota, check_callable
+from asgi_uow._unit.participant import Participant, Shared
+from asgi_uow.errors import (
+    NestedUnitOfWorkError,
+    UnitOfWorkClosedError,
+    UnknownDatabaseError,
+)
+from asgi_uow.observers import Observers, UnitStarted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from asgi_uow._databases.engines import Engines
+    from asgi_uow._reading.causal import MustSee
     from asgi_uow._sessions.read_session import ReadSession
     from asgi_uow._sessions.session import Session
-    from asgi_uow._unit.hooks import Quota
     from asgi_uow.errors import UnitOfWorkFailedError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnitOptions:
+    """What a unit of work is told from outside; times in seconds, None is no limit."""
+
+    observers: Observers = dataclasses.field(default_factory=Observers)
+    commit_timeout: float | None = 30.0
+    hook_timeout: float | None = 5.0
 
 
 class UnitOfWork:
@@ -35,58 +52,55 @@ class UnitOfWork:
     nothing is, and what was registered for that end happens then.
     """
 
-    def __init__(
-        self,
-        databases: Sequence[Engines],
-        settings: Settings,
-        *,
-        parent: UnitOfWork | None = None,
-        hook_of: UnitOfWork | None = None,
-        attempt: int = 1,
-        must_see: MustSee = NOTHING,
-        quota: Quota | None = None,
-    ) -> None:
-        """Serve `databases`, the first being the default; opens nothing."""
-        self.databases: tuple[Engines, ...] = tuple(databases)
-        self.kin: Kin = Kin(parent, hook_of)
-        self.attempt = attempt
-        self.must_see = must_see
-        self.hooks: Hooks = Hooks(quota)
-        self.kin.join(self)
-        self.outcome: Outcome | None = None
-        self.cause: Cause | None = None
-        self.reason: str | None = None
-        self.forced: bool = False
-        self.kept: set[Engines] = set()  # also by hooks, and by units inside
-        self.settings = settings
-        self.life: Life = Life()
-        self.report: Report = Report(self, settings.observers)
-        self.outages: Outages = Outages()
-        self._sessions = Sessions(self)
-        self._end = End(self, self._sessions.writers, self.outages)
-        self._doomed_by: BaseException | None = None
+    # A request that touches nothing makes this object and sets the first two.
+    databases: tuple[Engines, ...]
+    options: UnitOptions
 
-    # What handlers use
+    state: State = State.NEW
+    """Where in its life the unit is."""
+    outcome: Outcome | None = None
+    cause: Cause | None = None
+    """Why it was not committed."""
+    reason: str | None = None
+    """What `set_rollback_only` was given."""
+    attempt: int = 1
+    failure: UnitOfWorkFailedError | None = None
+    """What is raised because a commit was wanted and the work was not kept."""
 
-    @property
-    def state(self) -> State:
-        """Where in its life the unit is."""
-        return self.life.state
+    around: UnitOfWork | None = None
+    """The unit that was current before, if it was not decided yet or this is a hook."""
+    is_nested: bool = False
+    """Whether it is inside `around`, whose savepoints and databases it shares."""
+    is_hook: bool = False
+    """Whether it serves a hook of `around`."""
+
+    is_used: bool = False
+    """Whether its end is more than a word: something was opened, registered or set."""
+    forced: bool = False
+    is_started: bool = False
+    """Whether anything was asked of it."""
+    must_see: MustSee = NOTHING
+    opened: float = 0.0
+    hooks: Hooks | None = None
+    quota: Quota | None = None
+    """How many hooks may be registered by what runs in this unit: hooks."""
+    participants: Mapping[Engines, Participant] = MappingProxyType({})
+    shared: Shared | None = None
+    doom: BaseException | None = None
 
     @property
     def doomed_by(self) -> BaseException | None:
-        """The first error for which the database gave the work up, if it did.
+        """The first error for which the database rolled the work back, if it did.
 
         Until the decision a ROLLBACK TO SAVEPOINT can still undo it.
         """
-        if self._doomed_by is not None:
-            return self._doomed_by
-        return self._sessions.doomed_by
+        if self.doom is None:
+            for each in self.participants.values():
+                if each.writer is not None and each.writer.doomed_by is not None:
+                    return each.writer.doomed_by
+        return self.doom
 
-    @property
-    def failure(self) -> UnitOfWorkFailedError | None:
-        """What is raised because a commit was wanted and the work was not kept."""
-        return self._end.failure
+    # What handlers use
 
     def session(self, db: Engines | None = None) -> Session:
         """Give the write session of `db`, of the first database by default.
@@ -97,43 +111,46 @@ class UnitOfWork:
         db = self.databases[0] if db is None else db
         if db not in self.databases:
             return self._around("session()", db).session(db)
-        return self._sessions.writer(db)
+        if self.state not in WRITABLE:
+            operation = "session()"
+            raise UnitOfWorkClosedError(operation, self.state)
+        participant = self.participants.get(db) or self._enlist(db)
+        if participant.writer is None:
+            # The enclosing unit cannot end before this one does: a deadlock.
+            if db.facts.SINGLE_WRITER and self.is_blocked_by_others(db):
+                raise NestedUnitOfWorkError(db)
+            participant.open_writer()
+            self.start()
+        return participant.open_writer()
 
     def read_session(self, db: Engines | None = None) -> Session:
         """Give the read-only session of `db`; open until the unit is closed."""
-        db = self.databases[0] if db is None else db
-        if db not in self.databases:
-            return self._around("read_session()", db).read_session(db)
-        return self._sessions.reader(db)
+        participant = self._reading("read_session()", db)
+        if participant.reader is None:
+            participant.open_reader()
+            self.start()
+        return participant.open_reader()
 
-    async def open_parallel(self, db: Engines | None = None) -> ReadSession:
+    async def open_parallel(
+        self, db: Engines | None = None
+    ) -> tuple[Participant, ReadSession]:
         """Give one more read session, for one task; see `parallel_read`."""
-        db = self.databases[0] if db is None else db
-        if db not in self.databases:
-            return await self._around("parallel_read()", db).open_parallel(db)
-        return await self._sessions.one_more_reader(db)
-
-    async def close_parallel(self, session: ReadSession) -> None:
-        """Give its connection back, whatever happens."""
-        db = self._sessions.parallel.pop(session, None)
-        if db is not None:
-            await run_to_completion(self._end.close_reader(db, session))
-        elif self.kin.parent is not None:
-            await self.kin.parent.close_parallel(session)
+        participant = self._reading("parallel_read()", db)
+        session = await participant.open_parallel()
+        self.start()
+        return participant, session
 
     def set_rollback_only(self, reason: str) -> None:
         """Have nothing kept, whatever the response; `reason` is for observers."""
-        self.life.check_undecided("set_rollback_only()")
-        self.reason = reason
+        self.check_undecided("set_rollback_only()")
+        self.reason, self.is_used = reason, True
         if self.state is not State.ROLLBACK_ONLY:
-            self.life.move(State.ROLLBACK_ONLY)
+            self.move(State.ROLLBACK_ONLY)
 
     def force_commit(self) -> None:
         """Have everything committed whatever the status of the response."""
-        self.life.check_undecided("force_commit()")
-        self.forced = True
-
-    # What the shells use
+        self.check_undecided("force_commit()")
+        self.forced = self.is_used = True
 
     def register(
         self,
@@ -141,158 +158,114 @@ class UnitOfWork:
         fn: object,
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
-    ) -> None:
+    ) -> Hook:
         """Register a hook; raises as `after_commit` says."""
-        self.life.check_writable(f"{phase}()")
-        self.hooks.register(phase, fn, args, kwargs)
-        self.report.start()
+        if self.state not in WRITABLE:
+            operation = f"{phase}()"
+            raise UnitOfWorkClosedError(operation, self.state)
+        check_callable(phase, fn)
+        if self.quota is not None:
+            self.quota.take(phase)
+        if self.hooks is None:
+            self.hooks = Hooks(self.quota)
+        hook = Hook(fn, args, kwargs, self.share().savepoints.innermost)
+        self.hooks.queue(phase).append(hook)
+        self.start()
+        return hook
 
-    def for_hook(self) -> UnitOfWork:
-        """Make the unit that one hook of this one gets for itself."""
-        databases = (*self.databases, *self.kin.databases())
-        return UnitOfWork(
-            tuple(dict.fromkeys(databases)),
-            self.settings,
-            hook_of=self,
-            must_see=self.must_see,
-            quota=self.hooks.quota,
-        )
+    # Its parts
 
-    def has_written(self, db: Engines) -> bool:
-        """Tell whether reads of `db` must see what this unit did, or one around it."""
-        mine = db in self.kept or self._sessions.has_written(db)
-        return mine or self.kin.have_written(db)
+    def share(self) -> Shared:
+        """Give what its sessions have in common; made at first use."""
+        if self.shared is None:
+            self.is_used = True
+            around = None if self.around is None else self.around.share()
+            nested, hook = self.is_nested, self.is_hook
+            self.shared = Shared(around, nested=nested, hook=hook)
+        return self.shared
 
-    def note_kept(self, db: Engines) -> None:
-        """Note that something was committed here, or in a unit inside."""
-        self.kept.add(db)
-        for unit in self.kin:
-            unit.note_kept(db)
+    def start(self) -> None:
+        """Tell, once and at once, that the unit was asked for something."""
+        if self.state is State.NEW:
+            self.move(State.ACTIVE)
+        if not self.is_started:
+            self.is_started = True
+            self.opened = self.opened or time.perf_counter()
+            if self.options.observers.are_detailed:
+                self.options.observers.tell(UnitStarted(unit=self))
+
+    def _enlist(self, db: Engines) -> Participant:
+        participant = Participant(db, self.share(), self.must_see)
+        self.participants = {**self.participants, db: participant}
+        return participant
+
+    def _reading(self, operation: str, db: Engines | None) -> Participant:
+        db = self.databases[0] if db is None else db
+        if db not in self.databases:
+            return self._around(operation, db)._reading(operation, db)  # noqa: SLF001
+        if self.state is State.CLOSED:
+            raise UnitOfWorkClosedError(operation, self.state)
+        if db.is_memory and self.state in WRITABLE:
+            self.session(db)  # there is one connection for both
+        return self.participants.get(db) or self._enlist(db)
+
+    def _around(self, operation: str, db: Engines) -> UnitOfWork:
+        if self.around is None or not self.is_nested:
+            raise UnknownDatabaseError(operation, db)
+        return self.around
+
+    # Its state
+
+    def move(self, state: State) -> None:
+        """Take a step; raises `UnitOfWorkClosedError` for one that does not exist."""
+        if state not in TRANSITIONS[self.state]:
+            operation = f"becoming {state.value}"
+            raise UnitOfWorkClosedError(operation, self.state)
+        self.state = state
+        if state not in WRITABLE:
+            for participant in self.participants.values():
+                participant.seal(state, readers=state is State.CLOSED)
+
+    def check_undecided(self, operation: str) -> None:
+        """Raise `UnitOfWorkClosedError` once the end has been decided."""
+        if self.state not in UNDECIDED:
+            raise UnitOfWorkClosedError(operation, self.state)
+
+    # Units around
+
+    def outwards(self) -> Iterator[UnitOfWork]:
+        """Give the units that enclose this one, the nearest first."""
+        unit = self.around
+        while unit is not None:
+            yield unit
+            unit = unit.around
 
     def serves(self, db: Engines) -> bool:
-        """Tell whether this unit, or one around it, serves `db`."""
-        return db in self.databases or self.kin.serve(db)
+        """Tell whether this unit, or one it is nested in, serves `db`."""
+        unit: UnitOfWork | None = self
+        while unit is not None and db not in unit.databases:
+            unit = unit.around if unit.is_nested else None
+        return unit is not None
 
     def holds(self, db: Engines) -> bool:
         """Tell whether this unit holds a connection that another would wait for."""
-        return self._sessions.holds(db)
+        participant = self.participants.get(db)
+        return participant is not None and participant.holds_connection
 
-    async def finish(
-        self, decision: Decision, because: Exception | None = None
-    ) -> None:
-        """Commit or roll back, release the write connections, run the hooks.
-
-        The only place that does. Raises the failure if a commit was wanted, or
-        claimed by the response, and the work was not kept. Until COMMIT is sent a
-        cancellation rolls back; from then on it is delivered after the last hook.
-        `because` is the error behind a decision that refuses the response.
-        """
-        cancelled: BaseException | None = None
-        self.report.end()
-        if decision.commit:
-            self.life.move(State.PREPARING)
-            try:
-                await prepare(self, self._sessions)
-            except Exception as error:  # noqa: BLE001  # raised below as the failure
-                decision = self._end.give_up(error)
-            except BaseException as error:  # noqa: BLE001  # raised below as it is
-                cancelled = error
-                decision = self._end.give_up(error)
-            else:
-                if self.doomed_by is not None:
-                    decision = rollback(Cause.DOOMED, refuse=True)
-        self._doomed_by = self.doomed_by
-        self.life.move(State.COMMITTING if decision.commit else State.ROLLING_BACK)
-        self.cause = decision.cause
-        if decision.refuse and decision.cause is not None:
-            kind = CommitFailedError if because else DoomedError
-            self._end.failure = self._end.fail(
-                kind, decision.cause, because or self.doomed_by
-            )
-        try:
-            if self._sessions.writers or self.hooks:
-                await run_to_completion(self._settle(decision))
-            else:
-                kept = decision.commit
-                self._conclude(Outcome.COMMITTED if kept else Outcome.ROLLED_BACK)
-        finally:
-            self.report.tell()
-        if cancelled is not None:
-            raise cancelled
-        if self.failure is not None:
-            raise self.failure
-
-    async def release(self) -> None:
-        """Close what is left open and run the `after_response` hooks."""
-        committed = self.outcome is Outcome.COMMITTED
-        self.life.move(State.CLOSED)
-        try:
-            hooks = committed and self.hooks.of("after_response")
-            if self._sessions or hooks:
-                await run_to_completion(self._release())
-        finally:
-            self.hooks.clear()
-            self.kin.leave(self)
-            self.report.tell()
-            self._sessions.forget()
-
-    def _around(self, operation: str, db: Engines) -> UnitOfWork:
-        if self.kin.parent is None:
-            raise UnknownDatabaseError(operation, db)
-        return self.kin.parent
-
-    async def call_undone(self, owner: object) -> None:
-        """Call the `after_rollback` hooks of savepoints that were rolled back."""
-        for inner in list(self.kin.inner):
-            await inner.call_undone(owner)
-        hooks = self.hooks.take_undone(owner)
-        await run_to_completion(call_all(self, "after_rollback", hooks))
-
-    async def _settle(self, decision: Decision) -> None:
-        """Commit or roll back, then run the hooks of the outcome."""
-        outcome = await self._end.run(commit=decision.commit, cause=decision.cause)
-        if self.failure is not None:
-            self.cause = self.failure.cause
-        self._conclude(outcome)
-        if self.hooks:
-            # A hook that reads must not wait for the connection of its own request.
-            for session in self._sessions.readers.values():
-                await self._end.rest(session)
-        if outcome is Outcome.COMMITTED:
-            await call_all(self, "after_rollback", self.hooks.take_undone())
-            await call_all(self, "after_commit", self.hooks.take("after_commit"))
-        elif outcome is Outcome.ROLLED_BACK:
-            await call_all(self, "after_rollback", self.hooks.take_rolled_back())
-
-    def _conclude(self, outcome: Outcome) -> None:
-        """Record the outcome and tell the observers."""
-        self.outcome = outcome
-        self.life.move(State[outcome.name])
-        self.hooks.leave_savepoints()
-        if self.failure is not None:
-            self.report.failed(self.failure, outcome)
-        used = filter(self._sessions.has_written, self._sessions.writers)
-        self.report.finished(outcome, self.cause, self.reason, used)
-
-    async def _release(self) -> None:
-        """Close the read sessions, then run the `after_response` hooks."""
-        for db, session in self._sessions.all_readers():
-            await self._end.close_reader(db, session)
-        if self.outcome is Outcome.COMMITTED:
-            hooks = self.hooks.take("after_response")
-            await call_all(self, "after_response", hooks)
-
-    def __del__(self) -> None:
-        """Warn of hooks that never ran: the unit was dropped without an end."""
-        if self.state is not State.CLOSED and self.hooks:
-            warnings.warn(
-                f"{self!r} was collected with hooks that never ran",
-                ResourceWarning,
-                stacklevel=2,
-                source=self,
-            )
+    def is_blocked_by_others(self, db: Engines) -> bool:
+        """Tell whether a unit that encloses this one holds such a connection."""
+        return any(unit.holds(db) for unit in self.outwards())
 
     def __repr__(self) -> str:
         """Show state and databases, without passwords."""
         names = ", ".join(db.name for db in self.databases)
         return f"<UnitOfWork {self.state.value} on {names}>"
+
+
+current: ContextVar[UnitOfWork | None] = ContextVar("asgi_uow.current", default=None)
+"""The unit of work of this request, block or hook.
+
+It holds the unit itself, never its parts: a framework that runs a handler in a child
+task or a thread hands it a copy of the context, and what is changed inside the object
+still arrives, while a value bound again would not.
+"""

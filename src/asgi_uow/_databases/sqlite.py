@@ -1,0 +1,137 @@
+"""Facts of SQLite, and of aiosqlite."""
+
+from __future__ import annotations
+
+import sqlite3
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy import URL
+
+DEFAULT_DRIVER: str = "aiosqlite"
+EXTRA: str = "sqlite"
+PACKAGES = frozenset({"aiosqlite", "sqlite3"})
+URL_QUERY: Mapping[str, str] = {}
+ENGINE_OPTIONS: Mapping[str, object] = {}
+SINGLE_WRITER: bool = True
+COMMITS_FOR_DDL: bool = False
+READ_ONLY_STATEMENT: str = "PRAGMA query_only = ON"
+IS_READ_ONLY: str = "SELECT 0"
+LAG: str | None = None
+TRANSACTION_ID: str | None = None
+QUESTION_BEFORE_COMMIT: str | None = None
+ENDS_TRANSACTIONS: bool = True
+"""After some errors SQLite rolls back by itself and goes on in autocommit mode."""
+TELLS_AUTOCOMMIT: bool = False
+BEGIN_WRITE: str | None = "BEGIN IMMEDIATE"
+BEGIN_SNAPSHOT: str | None = "BEGIN"
+
+BUSY_TIMEOUT = 5000
+"""Milliseconds a statement waits for a lock."""
+
+WAL_PAUSE = 50
+"""Milliseconds between two attempts to have a file keep a write-ahead log."""
+
+# https://www.sqlite.org/rescode.html
+CODES: Mapping[str, frozenset[int | str]] = {
+    "read_only": frozenset({"SQLITE_READONLY"}),
+    "conflict": frozenset({"SQLITE_BUSY"}),
+}
+
+TRANSACTION_CONTROL: str = r"END\b"
+IMPLICIT_COMMIT: str | None = None
+
+
+class Aiosqlite:
+    is_known = True
+    savepoints_survive = False
+    cursor_needs_begin = False
+    exclusive_streams = False
+    cancels_on_server = False
+    cancel_sql = None
+    in_transaction = attrgetter("in_transaction")
+
+    def is_dead(self, _: object) -> bool:
+        return False
+
+    def aborts_transaction(self, raw: Any, _: object) -> bool:
+        # SQLite rolls back by itself after some errors, and says so when asked.
+        return not raw.in_transaction
+
+    def reports_writable(self, _: object) -> bool:
+        return False
+
+
+DRIVERS = {"aiosqlite": Aiosqlite()}
+
+
+def code_of(error: BaseException) -> str | None:
+    """Return the name of the result code, such as SQLITE_BUSY."""
+    origin = getattr(error, "orig", None) or error
+    code: object = getattr(origin, "sqlite_errorname", None)
+    return code if isinstance(code, str) else None
+
+
+def is_memory(url: URL) -> bool:
+    """Tell whether the database lives in one connection."""
+    database = url.database or ":memory:"
+    return (
+        database.startswith((":memory:", "file::memory:"))
+        or "mode=memory" in database
+        or url.query.get("mode") == "memory"
+    )
+
+
+def set_up(dbapi_connection: Any, *, read_only: bool) -> Mapping[str, object]:  # noqa: ARG001
+    """Wait for locks, keep foreign keys, and leave BEGIN to asgi-uow."""
+    dbapi_connection.isolation_level = None
+    cursor = dbapi_connection.cursor()
+    cursor.execute("PRAGMA foreign_keys = ON")
+    _use_wal(dbapi_connection, cursor)
+    cursor.close()
+    return {}
+
+
+def _use_wal(dbapi_connection: Any, cursor: Any) -> None:
+    """Have the file keep a write-ahead log; other connections may be at it as well.
+
+    The change from another journal takes an exclusive lock and does not wait for it;
+    BEGIN EXCLUSIVE does, in its place. Once the file has changed, nothing is locked.
+    """
+    attempts = BUSY_TIMEOUT // WAL_PAUSE
+    cursor.execute(f"PRAGMA busy_timeout = {WAL_PAUSE}")
+    while _is_busy(cursor, "PRAGMA journal_mode = WAL", raises=not attempts):
+        attempts -= 1
+        if not _is_busy(cursor, "BEGIN EXCLUSIVE"):
+            dbapi_connection.rollback()
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+
+
+def _is_busy(cursor: Any, statement: str, *, raises: bool = False) -> bool:
+    try:
+        cursor.execute(statement)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname == "SQLITE_READONLY":
+            return False  # it keeps the journal it has
+        if raises or not error.sqlite_errorname.startswith("SQLITE_BUSY"):
+            raise
+        return True
+    return False
+
+
+async def position(_: object) -> str | None:
+    """Return None: there are no replicas."""
+    return None
+
+
+async def wait_for(*_: object) -> bool:
+    """Return False: there are no replicas."""
+    return False
+
+
+async def was_committed(*_: object) -> bool | None:
+    """Return None: no outcome of a transaction is kept."""
+    return None

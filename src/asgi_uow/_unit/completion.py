@@ -1,0 +1,269 @@
+"""The end of the transactions of one unit of work: the only lines that commit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from asgi_uow._concurrency import TimeLimit
+from asgi_uow._databases.driver_errors import is_in_doubt
+from asgi_uow._decision import Cause, Outcome
+from asgi_uow.errors import (
+    CommitFailedError,
+    DoomedError,
+    OutcomeUnknownError,
+    PartialCommitError,
+    TransactionGoneError,
+    UnitOfWorkFailedError,
+)
+from asgi_uow.observers import ReleaseFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable
+
+    from sqlalchemy import orm
+
+    from asgi_uow._concurrency import Shield
+    from asgi_uow._databases.engines import Engines
+    from asgi_uow._sessions.managed import ManagedSession
+    from asgi_uow._sessions.read_session import ReadSession
+    from asgi_uow._sessions.session import Session
+    from asgi_uow._unit.participant import Participant
+    from asgi_uow.observers import Event
+
+RESOLVE_SECONDS = 30.0
+"""Seconds for settling an unknown outcome where `commit_timeout` is None."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of the work, and what is to be raised if it was not kept."""
+
+    outcome: Outcome
+    kind: type[UnitOfWorkFailedError] = CommitFailedError
+    cause: Cause | None = None
+    error: BaseException | None = None
+    detail: str = ""
+
+
+COMMITTED = Ended(Outcome.COMMITTED)
+ROLLED_BACK = Ended(Outcome.ROLLED_BACK)
+
+
+class Commit:
+    """One COMMIT: may it have reached the server, and has the server answered?"""
+
+    __slots__ = ("db", "in_doubt", "sent", "session", "transaction_id")
+
+    def __init__(self, db: Engines, session: Session) -> None:
+        self.db = db
+        self.session = session
+        self.transaction_id: str | None = None
+        self.sent = False
+        self.in_doubt = False
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there was anything to keep, and this was its COMMIT."""
+        return self.sent and bool(self.session.sync_session.connections)
+
+    async def prepare(self) -> None:
+        """Have the server promise that it can commit."""
+        async with self.session.own_lock:
+            await self.session.close_streams()
+            await AsyncSession.run_sync(self.session, self._prepare)
+
+    def _prepare(self, _: orm.Session) -> None:
+        sync = self.session.sync_session
+        self._require_whole(sync)
+        sync.journal.is_ending = True
+        sync.prepare()
+
+    async def run(self) -> None:
+        """Commit, and give the connection back."""
+        session = self.session
+        async with session.own_lock:
+            if session.streams:
+                await session.close_streams()
+            if self.db.options.resolve_unknown and session.sync_session.connections:
+                question = text(self.db.facts.TRANSACTION_ID or "")
+                self.transaction_id = await AsyncSession.scalar(session, question)
+            await AsyncSession.run_sync(session, self._commit)
+
+    def _commit(self, _: orm.Session) -> None:
+        # Checked, flushed, committed and closed in one greenlet.
+        sync = self.session.sync_session
+        self._require_whole(sync)
+        sync.journal.is_ending = True
+        self.sent = True
+        sync.commit()
+        sync.close()
+
+    def _require_whole(self, sync: ManagedSession) -> None:
+        """Raise unless the transaction is there and whole, just before COMMIT.
+
+        `ConnectionError` if the driver knows that a connection is dead: this tells
+        "certainly not committed" from "nobody knows". `TransactionGoneError` if a
+        statement through the driver itself, which the journal does not see, has
+        ended it or has failed; PostgreSQL has to be asked for that.
+        """
+        facts, driver = self.db.facts, self.db.driver
+        for connection in sync.connections:
+            raw = connection.connection.driver_connection
+            if driver.is_dead(raw):
+                message = "the connection was lost before COMMIT was sent"
+                raise ConnectionError(message)
+            if facts.ENDS_TRANSACTIONS and not driver.in_transaction(raw):
+                raise sync.journal.doom(TransactionGoneError())
+            if facts.QUESTION_BEFORE_COMMIT is not None and sync.driver_exposed:
+                try:
+                    sync.scalar(text(facts.QUESTION_BEFORE_COMMIT))
+                except DBAPIError as error:
+                    raise TransactionGoneError from error
+
+
+class Completion:
+    """Ends the sessions of a unit of work, one after the other, each bounded."""
+
+    __slots__ = ("_events", "_is_stuck", "_participants", "_shield", "_timeout")
+
+    def __init__(
+        self,
+        participants: Iterable[Participant],
+        events: list[Event],
+        shield: Shield,
+        timeout: float | None,
+    ) -> None:
+        self._participants = [each for each in participants if each.writer is not None]
+        self._events = events
+        self._shield = shield
+        self._timeout = timeout
+        self._is_stuck = False
+
+    async def commit(self) -> Ended:
+        """COMMIT every session that executed something, in the order of first use.
+
+        Sessions with `twophase=True` are all prepared before the first COMMIT.
+        """
+        commits = [
+            Commit(each.db, each.writer) for each in self._participants if each.writer
+        ]
+        steps: list[tuple[Commit, Callable[[], Coroutine[object, object, None]]]] = [
+            (each, each.prepare)
+            for each in commits
+            if each.session.sync_session.twophase
+        ]
+        steps += [(each, each.run) for each in commits]
+        any_committed = False
+        for commit, step in steps:
+            try:
+                await self._run(step())
+            except Exception as error:  # noqa: BLE001  # becomes the failure
+                if not await self._was_kept(commit, error):
+                    return self._refused(commit, error, any_committed=any_committed)
+                await self.discard(commit.session, error)
+            any_committed = any_committed or commit.is_kept
+        return COMMITTED
+
+    async def _run(self, work: Coroutine[object, object, None]) -> None:
+        await self._shield.run(work, TimeLimit(self._timeout))
+
+    async def _was_kept(self, commit: Commit, error: Exception) -> bool:
+        """Tell whether the work is kept all the same; settles what was in doubt."""
+        if commit.session.sync_session.journal.committed:
+            return True
+        timed_out = isinstance(error, TimeoutError)
+        commit.in_doubt = commit.sent and (timed_out or is_in_doubt(error))
+        if not commit.in_doubt or commit.transaction_id is None:
+            return False
+        seconds = self._timeout or RESOLVE_SECONDS
+        settling = commit.db.was_committed(commit.transaction_id, seconds)
+        kept = await self._shield.run(settling)
+        commit.in_doubt = kept is None
+        return bool(kept)
+
+    def _refused(
+        self, commit: Commit, error: Exception, *, any_committed: bool
+    ) -> Ended:
+        """Tell what a failed COMMIT means."""
+        commit.session.record_error(error)
+        self._is_stuck = isinstance(error, TimeoutError)
+        cause = Cause.TIMEOUT if self._is_stuck else Cause.COMMIT_FAILED
+        if any_committed:
+            return Ended(Outcome.PARTIAL, PartialCommitError, cause, error)
+        if commit.in_doubt:
+            return Ended(Outcome.UNKNOWN, OutcomeUnknownError, cause, error)
+        doomed_by = commit.session.doomed_by
+        if isinstance(error, TransactionGoneError) and doomed_by is not None:
+            # A statement in flight at the decision failed before its COMMIT.
+            return Ended(Outcome.ROLLED_BACK, DoomedError, Cause.DOOMED, doomed_by)
+        return Ended(Outcome.ROLLED_BACK, CommitFailedError, cause, error)
+
+    async def roll_back(self, *, proven: bool, after_failure: bool) -> None:
+        """Roll back and give the connections back clean, or throw them away."""
+
+        def end(session: ManagedSession) -> None:
+            session.journal.is_ending = True
+            if not proven:
+                session.invalidate()
+            elif after_failure:
+                # After a failed COMMIT close() alone sends nothing.
+                session.rollback()
+            session.close()
+
+        for each in self._participants:
+            session = each.writer
+            if session is None:
+                continue
+            if self._is_stuck:
+                # What did not answer in time is not waited for again.
+                await self.discard(session)
+                continue
+            try:
+                await self._run(_in_lock(session, end))
+            except Exception as error:  # noqa: BLE001  # reported; the outcome stands
+                await self.discard(session, error)
+
+    async def close_reader(self, session: ReadSession) -> None:
+        """Give the connection of a read session back, or throw it away."""
+
+        def close(session: ManagedSession) -> None:
+            session.journal.is_ending = True
+            session.close()
+
+        try:
+            await self._run(_in_lock(session, close))
+        except Exception as error:  # noqa: BLE001  # reported; nothing depends on it
+            await self.discard(session, error)
+
+    async def release_reader(self, session: ReadSession) -> None:
+        """Have a read session that is idle hold no connection."""
+        try:
+            await self._run(session.release_if_idle())
+        except Exception as error:  # noqa: BLE001  # reported; nothing depends on it
+            self._report("giving a read connection back", error)
+
+    async def discard(self, session: Session, error: Exception | None = None) -> None:
+        """Give up a session that could not be closed; its connection is not reused."""
+        lost = getattr(error, "connection_invalidated", False)
+        if error is not None and not lost and session.doomed_by is None:
+            self._report("closing the session", error)
+        try:
+            await self._run(session.discard())
+        except Exception as again:  # noqa: BLE001  # reported; the outcome stands
+            self._report("throwing the connection away", again)
+
+    def _report(self, operation: str, error: Exception) -> None:
+        self._events.append(ReleaseFailed(operation, error))
+
+
+async def _in_lock(session: Session, end: Callable[[Any], None]) -> None:
+    """End a session in its greenlet, once no call is in flight."""
+    async with session.own_lock:
+        if session.streams:
+            await session.close_streams()
+        await AsyncSession.run_sync(session, lambda _: end(session.sync_session))
