@@ -34,7 +34,7 @@ from asgi_uow import (
     set_rollback_only,
     unit_of_work,
 )
-from asgi_uow._databases.dialects import code_of
+from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._databases.pool import IDLE_SINCE
 from asgi_uow.errors import (
     ConfigurationError,
@@ -517,7 +517,7 @@ async def test_a_file_that_stays_locked(
     sqlite: SQLiteBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader that does not end is an error when the time to wait is over."""
-    monkeypatch.setattr("asgi_uow._databases.dialects.SQLITE_BUSY_TIMEOUT", 100)
+    monkeypatch.setattr("asgi_uow._databases.sqlite.BUSY_TIMEOUT", 100)
     await sqlite.execute("CREATE TABLE items (id INTEGER)")
     await sqlite.execute("INSERT INTO items VALUES (1), (2)")
     db = Database.from_url(sqlite.url)

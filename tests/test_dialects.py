@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import pytest
 from sqlalchemy import exc as sa_exc
@@ -14,16 +14,16 @@ from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import Database
-from asgi_uow._databases.dialects import (
+from asgi_uow._databases import known
+from asgi_uow._databases.configuration import create_engine
+from asgi_uow._databases.driver_errors import (
     code_of,
-    engine_defaults,
     is_conflict,
     is_driver_disconnect,
     is_lost,
-    is_memory,
     is_unavailable,
 )
-from asgi_uow._databases.drivers import DRIVERS, UNKNOWN_DRIVER, driver_of
+from asgi_uow._databases.known import database_of, driver_of, is_memory
 from tests.servers import eventually
 from tests.servers.process import free_port
 
@@ -93,8 +93,21 @@ def test_is_memory(*, url: str, expected: bool) -> None:
 @pytest.mark.parametrize("scheme", ["mysql", "mariadb+asyncmy"])
 def test_mysql_connections_are_recycled(scheme: str) -> None:
     """Only the MySQL family ends connections that are idle for long."""
-    assert "pool_recycle" in engine_defaults(make_url(f"{scheme}://localhost/shop"))
-    assert "pool_recycle" not in engine_defaults(make_url("postgresql://localhost"))
+    assert 1800 == recycled_after(f"{scheme}://localhost/shop")
+    assert -1 == recycled_after("postgresql://localhost/shop")
+
+
+def recycled_after(url: str) -> int:
+    """The seconds after which the pool replaces a connection; -1 is never."""
+    return create_engine(url, {}).sync_engine.pool._recycle
+
+
+def test_tables_of_codes() -> None:
+    """A table of codes gives no meaning that nobody asks for."""
+    meanings = set(get_args(known.Meaning))
+    for database in known.DATABASES.values():
+        assert meanings >= database.CODES.keys()
+    assert all(map(known.codes, meanings))
 
 
 async def test_what_a_connection_tells(engine: AsyncEngine) -> None:
@@ -141,8 +154,9 @@ async def test_what_a_closed_connection_tells(engine: AsyncEngine) -> None:
 async def test_an_unknown_driver(sqlite: SQLiteBackend) -> None:
     """A driver nobody heard of is always rolled back, and works."""
     db = Database.from_url(f"sqlite+unheard_of:///{sqlite.path}")
-    assert UNKNOWN_DRIVER is driver_of(db.engine.dialect)
-    assert UNKNOWN_DRIVER not in DRIVERS.values()
+    assert not driver_of(db.engine.dialect).is_known
+    for database in known.DATABASES.values():
+        assert all(driver.is_known for driver in database.DRIVERS.values())
     async with db:
         await db.write.execute(CREATE)
     with contextlib.suppress(ZeroDivisionError):
@@ -153,6 +167,14 @@ async def test_an_unknown_driver(sqlite: SQLiteBackend) -> None:
         await db.write.execute("INSERT INTO t VALUES (2)")
     await db.dispose()
     assert [(2,)] == await sqlite.fetch("SELECT id FROM t")
+
+
+@pytest.mark.parametrize("any_driver", ["aiosqlite", "asyncmy"], indirect=True)
+async def test_a_transaction_that_nobody_remembers(engine: AsyncEngine) -> None:
+    """SQLite and MariaDB cannot be asked what became of a transaction."""
+    database = database_of(engine.dialect)
+    assert database.TRANSACTION_ID is None
+    assert await database.was_committed(engine, "1", 1) is None
 
 
 async def test_the_code_of_a_duplicate(engine: AsyncEngine) -> None:

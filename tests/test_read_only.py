@@ -12,7 +12,7 @@ from sqlalchemy import event, insert
 from sqlalchemy.exc import DBAPIError
 
 from asgi_uow import Database
-from asgi_uow._databases.dialects import READ_ONLY_CODES, code_of
+from asgi_uow._databases.driver_errors import READ_ONLY_CODES, code_of
 from asgi_uow.errors import ReadOnlySessionError
 from tests import shop
 from tests.servers import eventually

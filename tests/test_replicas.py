@@ -27,7 +27,7 @@ from asgi_uow import (
     force_commit,
     parallel_read,
 )
-from asgi_uow._databases.dialects import code_of
+from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._reading.causal import READ_FROM_WRITER
 from asgi_uow._reading.route import LONGEST_PAUSE, Replica, by_free_connections
 from asgi_uow.observers import (

@@ -6,18 +6,13 @@ import asyncio
 import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy import exc as sa_exc
-from sqlalchemy import make_url
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool
-
 from asgi_uow._databases import configuration as _config
-from asgi_uow._databases import dialects as _dialects
+from asgi_uow._databases import known
 from asgi_uow._databases.engines import Engines
 from asgi_uow._databases.health import check
 from asgi_uow._entrypoints.accessors import current_unit_of_work
 from asgi_uow._entrypoints.block import leave, unit_of_work
-from asgi_uow.errors import ConfigurationError, MissingDriverError, NoUnitOfWorkError
+from asgi_uow.errors import NoUnitOfWorkError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -95,16 +90,16 @@ class Database(Engines):
         """
         database = cls(
             None,
-            readers=[_create_engine(each, engine_options) for each in read_urls],
+            readers=[_config.create_engine(each, engine_options) for each in read_urls],
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
         )
-        writer = _create_engine(url, engine_options)
-        if _dialects.is_memory(writer.url):
+        writer = _config.create_engine(url, engine_options)
+        if known.is_memory(writer.url):
             database.use(writer)
         else:
-            database.use(writer, _create_engine(url, engine_options))
+            database.use(writer, _config.create_engine(url, engine_options))
         database._owned = True
         return database
 
@@ -182,74 +177,3 @@ class Database(Engines):
 
 def _task() -> Task:
     return asyncio.current_task()  # type: ignore[return-value]  # we are in a coroutine
-
-
-def _create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
-    parsed = _async_url(url)
-    defaults = _dialects.engine_defaults(parsed)
-    if parsed.drivername == "sqlite+aiosqlite":
-        options = _with_safe_connection(options)
-    if "poolclass" not in options:
-        defaults["pool_timeout"] = _dialects.POOL_TIMEOUT
-    forced: dict[str, Any] = {}
-    if _dialects.is_memory(parsed):
-        # The database is the connection: one, for one unit at a time, for good.
-        forced = {
-            "poolclass": AsyncAdaptedQueuePool,
-            "pool_size": 1,
-            "max_overflow": 0,
-            "pool_recycle": -1,
-        }
-    try:
-        _check_async(parsed)
-        return create_async_engine(parsed, **{**defaults, **options, **forced})
-    except ModuleNotFoundError as error:
-        driver = parsed.get_driver_name()
-        raise MissingDriverError(driver, _dialects.EXTRAS.get(driver)) from error
-    except sa_exc.NoSuchModuleError as error:
-        message = f"SQLAlchemy knows no database {parsed.drivername!r}."
-        raise ConfigurationError(message) from error
-    except (TypeError, sa_exc.ArgumentError) as error:
-        raise ConfigurationError(str(error)) from error
-
-
-def _check_async(url: URL) -> None:
-    # Before SQLAlchemy looks for the driver: to install it would not help.
-    if not url.get_dialect().get_async_dialect_cls(url).is_async:
-        message = (
-            f"{url.drivername!r} is not an async driver: leave the driver out "
-            "to get the usual one, or name an async one."
-        )
-        raise ConfigurationError(message)
-
-
-def _with_safe_connection(options: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        from asgi_uow._databases.sqlite_connection import connect  # noqa: PLC0415  # needs the extra
-    except ImportError:
-        return dict(options)  # SQLAlchemy says so below
-    theirs = options.get("connect_args", {})
-    return {**options, "connect_args": {"async_creator_fn": connect, **theirs}}
-
-
-def _async_url(url: str | URL) -> URL:
-    try:
-        parsed = make_url(url)
-    except (sa_exc.ArgumentError, ValueError):
-        # Not chained: SQLAlchemy 2.0 quotes the string, password and all.
-        message = (
-            "The database URL cannot be read; it should look like "
-            "postgresql://user:password@host/name or sqlite:///app.db. A password "
-            "with special characters has to be percent-encoded."
-        )
-        raise ConfigurationError(message) from None
-    if parsed.drivername == "postgres":
-        parsed = parsed.set(drivername="postgresql")
-    if "+" not in parsed.drivername and parsed.drivername in _dialects.ASYNC_DRIVERS:
-        driver = _dialects.ASYNC_DRIVERS[parsed.drivername]
-        parsed = parsed.set(drivername=f"{parsed.drivername}+{driver}")
-    if parsed.get_backend_name() in {"mysql", "mariadb"} and (
-        "charset" not in parsed.query
-    ):
-        parsed = parsed.update_query_dict({"charset": "utf8mb4"})
-    return parsed

@@ -13,8 +13,7 @@ from opentelemetry import context, metrics, trace
 from sqlalchemy import URL, make_url
 
 from asgi_uow import observers as of
-from asgi_uow._databases.dialects import code_of
-from asgi_uow._databases.driver_errors import Scrub, message_of, name_of
+from asgi_uow._databases.driver_errors import Redactor, code_of, message_of, name_of
 from asgi_uow._decision import Cause, Outcome
 from asgi_uow._unit.unit import UnitOfWork
 
@@ -141,11 +140,11 @@ class OpenTelemetryObserver:
 def _fail(span: trace.Span, error: BaseException) -> None:
     """Record what `Span.record_exception` does, without people's data."""
     if span.is_recording():
-        scrub = Scrub(error)
+        redact = Redactor(error)
         attributes = {
             "exception.type": name_of(type(error)),
-            "exception.message": scrub(message_of(error)),
-            "exception.stacktrace": scrub.stacktrace(),
+            "exception.message": redact(message_of(error)),
+            "exception.stacktrace": redact.stacktrace(),
         }
         span.add_event("exception", attributes)
         span.set_attribute("error.type", name_of(type(error)))

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import sentry_sdk
 from sentry_sdk.utils import event_from_exception, get_error_message
 
-from asgi_uow._databases.dialects import code_of
-from asgi_uow._databases.driver_errors import Scrub
+from asgi_uow._databases.driver_errors import Redactor, code_of
 from asgi_uow.observers import CommitFailed, HookFailed, ReleaseFailed
 
 if TYPE_CHECKING:
@@ -73,9 +72,9 @@ class SentryObserver:
             mechanism={"type": "asgi_uow", "handled": True},
         )
         if not client.should_send_default_pii():
-            scrub = Scrub(error, get_error_message)
+            redact = Redactor(error, get_error_message)
             for exception in event.get("exception", {}).get("values", ()):
-                exception["value"] = scrub(str(exception["value"] or ""))
+                exception["value"] = redact(str(exception["value"] or ""))
         event["fingerprint"] = ["{{ default }}", *group]
         with sentry_sdk.new_scope() as scope:
             scope.set_extra("code", code_of(error))

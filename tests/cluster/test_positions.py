@@ -13,13 +13,9 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from asgi_uow._databases.positions import (
-    _before_header,
-    _covers,
-    _kind,
-    position,
-    wait_for,
-)
+from asgi_uow._databases.known import database_of
+from asgi_uow._databases.mysql import _covers, _is_mariadb
+from asgi_uow._databases.postgresql import _before_header
 from asgi_uow.database import Database
 from tests.cluster.conftest import KINDS, on_cluster
 from tests.servers.backend import eventually
@@ -376,5 +372,16 @@ async def test_sqlite(sqlite: SQLiteBackend) -> None:
 
 def test_mysql() -> None:
     """MySQL is told from MariaDB, whatever the URL calls it."""
-    assert "mysql" == _kind(mysql.dialect())
-    assert "mariadb" == _kind(mysql.dialect(is_mariadb=True))
+    assert not _is_mariadb(mysql.dialect())
+    assert _is_mariadb(mysql.dialect(is_mariadb=True))
+
+
+async def position(connection: AsyncConnection) -> str | None:
+    """Where the server of a connection stands."""
+    return await database_of(connection.dialect).position(connection)
+
+
+async def wait_for(connection: AsyncConnection, position: str, seconds: float) -> bool:
+    """Whether the server of a connection gets there in time."""
+    database = database_of(connection.dialect)
+    return await database.wait_for(connection, position, seconds)

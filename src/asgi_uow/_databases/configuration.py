@@ -1,4 +1,4 @@
-"""Configuration keys such as `DATABASE_POOL_SIZE`, cast and checked."""
+"""Engines from URLs and options, and from keys such as `DATABASE_POOL_SIZE`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,34 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy.pool
-from sqlalchemy import URL
+from sqlalchemy import URL, make_url
+from sqlalchemy import exc as sa_exc
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from asgi_uow.errors import ConfigurationError
+from asgi_uow._databases import known
+from asgi_uow.errors import ConfigurationError, MissingDriverError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
 T = TypeVar("T")
+
+POOL_TIMEOUT = 10.0
+"""Seconds to wait for a free connection. SQLAlchemy's 30 are long for a client, and a
+pool does not wake those who wait when the server is back."""
+
+ONE_CONNECTION: Mapping[str, Any] = MappingProxyType(
+    {
+        "poolclass": AsyncAdaptedQueuePool,
+        "pool_size": 1,
+        "max_overflow": 0,
+        "pool_recycle": -1,
+    }
+)
+"""An in-memory database is its connection: one, for one unit at a time, for good."""
 
 TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})
 FALSE = frozenset({"0", "false", "f", "no", "n", "off", ""})
@@ -141,3 +161,88 @@ def _warn_if_misspelt(key: str, prefix: str) -> None:
             f"did you mean {prefix}{near[0]}?",
             stacklevel=4,
         )
+
+
+def create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
+    """Make an engine with defaults that suit the database; `options` win over them.
+
+    Raises `ConfigurationError` for what cannot work, never showing a password.
+    """
+    parsed = _async_url(url)
+    if parsed.drivername == "sqlite+aiosqlite":
+        options = _with_safe_connection(options)
+    forced = ONE_CONNECTION if known.is_memory(parsed) else {}
+    try:
+        _check_async(parsed)
+        defaults = _defaults(parsed, options)
+        return create_async_engine(parsed, **{**defaults, **options, **forced})
+    except ModuleNotFoundError as error:
+        driver = parsed.get_driver_name()
+        raise MissingDriverError(driver, _extra_of(parsed)) from error
+    except sa_exc.NoSuchModuleError as error:
+        message = f"SQLAlchemy knows no database {parsed.drivername!r}."
+        raise ConfigurationError(message) from error
+    except (TypeError, sa_exc.ArgumentError) as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _defaults(url: URL, options: Mapping[str, Any]) -> dict[str, object]:
+    defaults: dict[str, object] = {
+        # A listener sends ROLLBACK only where it is needed.
+        "pool_reset_on_return": None,
+        # Errors go to logs and error trackers, parameters are people's data.
+        "hide_parameters": True,
+    }
+    if "poolclass" not in options:
+        defaults["pool_timeout"] = POOL_TIMEOUT
+    database = known.DATABASES.get(url.get_backend_name())
+    return defaults | dict(database.ENGINE_OPTIONS if database else {})
+
+
+def _extra_of(url: URL) -> str | None:
+    database = known.DATABASES.get(url.get_backend_name())
+    if database is None or url.get_driver_name() != database.DEFAULT_DRIVER:
+        return None
+    return database.EXTRA
+
+
+def _check_async(url: URL) -> None:
+    # Before SQLAlchemy looks for the driver: to install it would not help.
+    if not url.get_dialect().get_async_dialect_cls(url).is_async:
+        message = (
+            f"{url.drivername!r} is not an async driver: leave the driver out "
+            "to get the usual one, or name an async one."
+        )
+        raise ConfigurationError(message)
+
+
+def _with_safe_connection(options: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        from asgi_uow._databases.sqlite_connection import connect  # noqa: PLC0415  # needs the extra
+    except ImportError:
+        return dict(options)  # SQLAlchemy says so below
+    theirs = options.get("connect_args", {})
+    return {**options, "connect_args": {"async_creator_fn": connect, **theirs}}
+
+
+def _async_url(url: str | URL) -> URL:
+    try:
+        parsed = make_url(url)
+    except (sa_exc.ArgumentError, ValueError):
+        # Not chained: SQLAlchemy 2.0 quotes the string, password and all.
+        message = (
+            "The database URL cannot be read; it should look like "
+            "postgresql://user:password@host/name or sqlite:///app.db. A password "
+            "with special characters has to be percent-encoded."
+        )
+        raise ConfigurationError(message) from None
+    if parsed.drivername == "postgres":
+        parsed = parsed.set(drivername="postgresql")
+    database = known.DATABASES.get(parsed.get_backend_name())
+    if database is None:
+        return parsed
+    if "+" not in parsed.drivername:
+        drivername = f"{parsed.drivername}+{database.DEFAULT_DRIVER}"
+        parsed = parsed.set(drivername=drivername)
+    missing = database.URL_QUERY.keys() - parsed.query.keys()
+    return parsed.update_query_dict({key: database.URL_QUERY[key] for key in missing})

@@ -1,7 +1,7 @@
-"""What may be told of errors outside this process: nothing that holds people's data.
+"""What exceptions mean, and what may be told of them outside this process.
 
-Drivers put values into their messages: `Key (email)=(ann@example.com) already exists`,
-`Duplicate entry 'ann@example.com' for key`.
+Drivers put people's data into their messages: `Key (email)=(ann@example.com) already
+exists`, `Duplicate entry 'ann@example.com' for key`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,82 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import exc as sa_exc
 
-from asgi_uow._databases.dialects import MYSQL_DRIVERS, code_of
-from asgi_uow._databases.drivers import DRIVERS
+from asgi_uow._databases import known, postgresql
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PACKAGES = (*DRIVERS, *MYSQL_DRIVERS, "sqlite3", "sqlalchemy.dialects")
+READ_ONLY_CODES = known.codes("read_only")
+UNAVAILABLE_CODES = known.codes("unavailable")
+CONFLICT_CODES = known.codes("conflict")
+IN_DOUBT_CODES = known.codes("in_doubt")
+DISCONNECT_CODES = known.codes("disconnect")
+RECOVERY_CONFLICT = postgresql.RECOVERY_CONFLICT
+
+PACKAGES = frozenset({"sqlalchemy.dialects"}).union(
+    *(database.PACKAGES for database in known.DATABASES.values())
+)
 """Where the errors of drivers, and SQLAlchemy's wrappers of them, are defined."""
 
 WRAPPERS = (sa_exc.StatementError, sa_exc.PendingRollbackError)
 """What SQLAlchemy raises with the message of a driver, or with parameters, inside."""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Give `error`, what it was raised from, and so on; each once."""
+    seen: list[BaseException] = []
+    while error is not None and not any(error is each for each in seen):
+        seen.append(error)
+        yield error
+        error = error.__cause__
+
+
+def code_of(error: BaseException | None) -> str | int | None:
+    """Find the driver's code: MySQL errno, SQLSTATE, or SQLite's error name.
+
+    MySQL's number comes first: asyncmy errors carry a SQLSTATE too, and 40000 or
+    HY000 says less than 1213.
+    """
+    for cause in causes(error):
+        for database in known.DATABASES.values():
+            code = database.code_of(cause)
+            if code is not None:
+                return code
+    return None
+
+
+def is_lost(error: BaseException) -> bool:
+    """Tell whether the connection is gone."""
+    return isinstance(error, OSError) or (
+        isinstance(error, sa_exc.DBAPIError) and error.connection_invalidated
+    )
+
+
+def is_in_doubt(error: BaseException) -> bool:
+    """Tell whether a COMMIT that ended with `error` may have been carried out."""
+    return is_lost(error) or code_of(error) in IN_DOUBT_CODES
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Tell whether the database could not be reached; trying again may help."""
+    if isinstance(error, sa_exc.TimeoutError) or is_lost(error):
+        return True
+    code = code_of(error)
+    if code is None:
+        # psycopg that could not connect: no server, so no SQLSTATE and no statement.
+        return isinstance(error, sa_exc.OperationalError) and error.statement is None
+    classes = {code[:2], code[:3]} if isinstance(code, str) else set()
+    return not UNAVAILABLE_CODES.isdisjoint({code, *classes})
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Tell whether another transaction was in the way; trying again may help."""
+    return code_of(error) in CONFLICT_CODES
+
+
+def is_driver_disconnect(error: BaseException) -> bool:
+    """Tell whether a connection is of no use, although SQLAlchemy does not know it."""
+    return code_of(error) in DISCONNECT_CODES
 
 
 def message_of(error: BaseException) -> str:
@@ -32,7 +97,7 @@ def message_of(error: BaseException) -> str:
     return "message cannot be read"
 
 
-class Scrub:
+class Redactor:
     """Takes the messages of database errors out of texts about one exception.
 
     Of such an error remain its class, the driver's code and the statement with its

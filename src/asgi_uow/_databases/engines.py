@@ -12,10 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
 from asgi_uow._concurrency import bounded
-from asgi_uow._databases import dialects as _dialects
+from asgi_uow._databases import known
 from asgi_uow._databases.pool import prepare
-from asgi_uow._databases.positions import position
-from asgi_uow._databases.settling import was_committed
 from asgi_uow._reading.causal import READ_FROM_WRITER
 from asgi_uow._reading.route import Replica
 from asgi_uow._sessions.managed import ManagedSession
@@ -93,7 +91,7 @@ class Engines:
         if self.resolve_unknown and engine.dialect.name != "postgresql":
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
-        self.is_memory = _dialects.is_memory(engine.url)
+        self.is_memory = known.is_memory(engine.url)
         if self.is_memory:
             self._read_engine = engine
         else:
@@ -124,7 +122,7 @@ class Engines:
     @property
     def name(self) -> str:
         """The writer's URL without its password."""
-        return _dialects.shown(self.engine.url)
+        return known.shown(self.engine.url)
 
     @property
     def one_writer(self) -> bool:
@@ -151,7 +149,8 @@ class Engines:
         try:
             with fail_after(seconds):
                 async with self.read_engine.connect() as connection:
-                    found = await position(connection)
+                    database = known.database_of(connection.dialect)
+                    found = await database.position(connection)
         except (sa_exc.SQLAlchemyError, OSError):
             logger.warning("the position of %s was not learnt", self.name)
             return READ_FROM_WRITER
@@ -209,7 +208,8 @@ class Engines:
         """Ask PostgreSQL what became of a transaction; see `asgi_uow._resolve`."""
         aside = _derive_engine(self.engine)
         try:
-            return await was_committed(aside, transaction, seconds)
+            database = known.database_of(aside.dialect)
+            return await database.was_committed(aside, transaction, seconds)
         finally:
             await aside.dispose()
 
@@ -245,10 +245,10 @@ def _check_engine(engine: object) -> None:
             "create_async_engine(...), or Database.from_url(url) for a URL."
         )
         raise ConfigurationError(message)
-    if engine.dialect.name not in _dialects.READ_ONLY_STATEMENT:
+    if not known.is_known(engine.dialect):
         message = (
             f"asgi-uow does not know the database {engine.dialect.name!r}; it knows "
-            f"{', '.join(_dialects.READ_ONLY_STATEMENT)}."
+            f"{', '.join(known.names())}."
         )
         raise ConfigurationError(message)
     if isinstance(engine.sync_engine.pool, StaticPool):

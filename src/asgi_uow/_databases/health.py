@@ -10,33 +10,13 @@ import anyio
 from sqlalchemy import exc as sa_exc
 from sqlalchemy import text
 
-from asgi_uow._databases import dialects as _dialects
+from asgi_uow._databases import driver_errors as _driver_errors
+from asgi_uow._databases import known
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from asgi_uow._databases.engines import Engines
-
-IS_READ_ONLY = {
-    "mysql": "SELECT @@global.read_only",
-    "mariadb": "SELECT @@global.read_only",
-    "postgresql": "SELECT pg_is_in_recovery()",
-    "sqlite": "SELECT 0",
-}
-"""Asks whether a server takes no writes, because it is (now) a replica."""
-
-LAG = {
-    "mysql": "SHOW SLAVE STATUS",
-    "mariadb": "SHOW SLAVE STATUS",
-    "postgresql": (
-        "SELECT CASE WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()"
-        " AND EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')"
-        " THEN 0"
-        " ELSE EXTRACT(EPOCH FROM clock_timestamp() - pg_last_xact_replay_timestamp())"
-        ' END AS "Seconds_Behind_Master"'
-    ),
-}
-"""Asks a replica how many seconds it is behind."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,7 +77,7 @@ async def _ask(
     try:
         with anyio.fail_after(seconds):
             async with engine.connect() as connection:
-                statement = IS_READ_ONLY[engine.dialect.name]
+                statement = known.database_of(engine.dialect).IS_READ_ONLY
                 read_only = (await connection.exec_driver_sql(statement)).scalar()
                 if role == "reader":
                     lag = await _lag(connection)
@@ -106,11 +86,11 @@ async def _ask(
     except TimeoutError:
         error = f"no answer within {seconds} seconds"
     except (sa_exc.SQLAlchemyError, OSError) as raised:
-        code = _dialects.code_of(raised)
+        code = _driver_errors.code_of(raised)
         error = type(raised).__name__ + (f" {code}" if code is not None else "")
     return ServerHealth(
         role,
-        _dialects.shown(engine.url),
+        known.shown(engine.url),
         error is None,
         time.perf_counter() - started,
         lag,
@@ -119,13 +99,13 @@ async def _ask(
 
 
 async def _lag(connection: AsyncConnection) -> float | None:
-    statement = LAG.get(connection.dialect.name)
+    statement = known.database_of(connection.dialect).LAG
     if statement is None:
         return None
     try:
         row = (await connection.execute(text(statement))).mappings().first()
     except sa_exc.DBAPIError as error:
-        if _dialects.is_lost(error):
+        if _driver_errors.is_lost(error):
             raise
         return None
     lag = None if row is None else row["Seconds_Behind_Master"]

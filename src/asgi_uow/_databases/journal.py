@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy import event
 
-from asgi_uow._databases import dialects as _dialects
-from asgi_uow._databases.drivers import driver_of
+from asgi_uow._databases import driver_errors as _driver_errors
+from asgi_uow._databases import known
 from asgi_uow._unit.hooks import Hooks
 from asgi_uow.errors import ManagedTransactionError, TransactionGoneError
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
     from sqlalchemy.engine.interfaces import ExceptionContext
 
-    from asgi_uow._databases.drivers import Driver
+    from asgi_uow._databases.known import Driver
 
 T = TypeVar("T", bound=BaseException)
 
@@ -78,18 +78,18 @@ class Journal:
         self.last = context.sqlalchemy_exception or error
         if context.is_disconnect or self._rolled_back_on_timeout(context):
             self.give_up(self.last)
-        elif driver.gave_up(raw, error):
+        elif driver.aborts_transaction(raw, error):
             depth = len(self._savepoints) if driver.savepoints_survive else 0
             self._entries.append(Entry(self.last, depth))
-        if _dialects.code_of(error) == _dialects.MYSQL_SYNTAX_ERROR:
+        if _driver_errors.code_of(error) in known.codes("syntax"):
             self._ddl = None
         self.executed()
 
     def _rolled_back_on_timeout(self, context: ExceptionContext) -> bool:
-        code = _dialects.code_of(context.original_exception)
+        code = _driver_errors.code_of(context.original_exception)
         connection = context.connection
         return (
-            code == _dialects.LOCK_WAIT_TIMEOUT
+            code in known.codes("lock_timeout")
             and connection is not None
             and bool(connection.info.get(ROLLBACK_ON_TIMEOUT))
         )
@@ -142,10 +142,11 @@ class Journal:
             return
         if not in_transaction and not mysql and self._entries:
             raise TransactionGoneError from self.doomed_by
-        if _dialects.TRANSACTION_CONTROL.match(statement):
+        kind = known.kind_of(statement)
+        if kind is known.Kind.TRANSACTION_CONTROL:
             operation = f"{statement!r}"
             raise ManagedTransactionError(operation)
-        if mysql and in_transaction and _dialects.IMPLICIT_COMMIT.match(statement):
+        if mysql and in_transaction and kind is known.Kind.IMPLICIT_COMMIT:
             self._ddl = statement
 
     def executed(self) -> None:
@@ -177,7 +178,7 @@ class _Writer:
     """Hands SQLAlchemy's events to the journal of the connection they are about."""
 
     def __init__(self, engine: Engine) -> None:
-        self.driver = driver_of(engine.dialect)
+        self.driver = known.driver_of(engine.dialect)
         self.is_mysql = engine.dialect.name in {"mysql", "mariadb"}
 
     def on_error(self, context: ExceptionContext) -> None:

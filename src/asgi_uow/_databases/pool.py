@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 from sqlalchemy import event
 from sqlalchemy import exc as sa_exc
 
-from asgi_uow._databases import dialects as _dialects
+from asgi_uow._databases import driver_errors as _errors
 from asgi_uow._databases import journal as _journal
-from asgi_uow._databases.drivers import UNKNOWN_DRIVER, driver_of
+from asgi_uow._databases import known, sqlite
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def prepare(
             event.listen(target, "begin", _sqlite_snapshot)
     if target.dialect.name in {"mysql", "mariadb"} and not read_only:
         event.listen(target, "connect", _ask_rollback_on_timeout)
-    if _dialects.is_memory(target.url):
+    if known.is_memory(target.url):
         event.listen(target, "handle_error", _keep_memory)
     if read_only:
         # In AUTOCOMMIT there is nothing to roll back when a connection is closed.
@@ -92,7 +92,7 @@ class _Reader:
         # Last of the connect listeners, so no isolation level set before survives.
         self.dialect.set_isolation_level(dbapi_connection, "AUTOCOMMIT")
         cursor = dbapi_connection.cursor()
-        cursor.execute(_dialects.READ_ONLY_STATEMENT[self.dialect.name])
+        cursor.execute(known.database_of(self.dialect).READ_ONLY_STATEMENT)
         cursor.close()
         if self.isolation is not None and self.dialect.name != "sqlite":
             self.dialect.set_isolation_level(dbapi_connection, self.isolation)
@@ -104,7 +104,7 @@ class _Care:
     def __init__(self, engine: Engine, *, read_only: bool) -> None:
         self.read_only = read_only
         self.dialect = engine.dialect
-        self.driver = driver_of(engine.dialect)
+        self.driver = known.driver_of(engine.dialect)
 
     def check_alive(
         self,
@@ -145,13 +145,13 @@ class _Care:
         """
         raw = self.dialect.get_driver_connection(dbapi_connection)
         changed = entry.info.pop(SETTINGS_CHANGED, False)
-        if changed or (self.read_only and self.driver.may_write(raw)):
+        if changed or (self.read_only and self.driver.reports_writable(raw)):
             entry.invalidate(soft=True)  # replaced before anybody else gets it
         if state.terminate_only or not state.asyncio_safe:
             return
         if entry.info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw):
             dbapi_connection.rollback()
-            if self.driver is UNKNOWN_DRIVER:
+            if not self.driver.is_known:
                 return
             if self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
@@ -161,7 +161,7 @@ class _Care:
 
 
 def _note_error(context: ExceptionContext) -> None:
-    if _dialects.is_driver_disconnect(context.original_exception):
+    if _errors.is_driver_disconnect(context.original_exception):
         context.is_disconnect = True
     connection = context.connection
     if connection is not None and not connection.invalidated and not connection.closed:
@@ -169,7 +169,7 @@ def _note_error(context: ExceptionContext) -> None:
 
 
 def _note_options(connection: Connection, options: Mapping[str, object]) -> None:
-    if not _dialects.CHANGING_OPTIONS.isdisjoint(options):
+    if not known.CHANGING_OPTIONS.isdisjoint(options):
         connection.info[SETTINGS_CHANGED] = True
 
 
@@ -177,7 +177,7 @@ def _note_settings(
     connection: Connection, _cursor: object, statement: str, *_: object
 ) -> None:
     # One of them may be what makes the connection read-only.
-    if _dialects.CHANGES_SETTINGS.search(statement):
+    if known.changes_settings(statement):
         connection.info[SETTINGS_CHANGED] = True
 
 
@@ -205,7 +205,7 @@ def _ask_rollback_on_timeout(
 
 def _name_read_only_error(context: ExceptionContext) -> None:
     error = context.sqlalchemy_exception
-    if error is not None and _dialects.code_of(error) in _dialects.READ_ONLY_CODES:
+    if error is not None and _errors.code_of(error) in _errors.READ_ONLY_CODES:
         operation = "A statement"
         raise ReadOnlySessionError(operation) from error
 
@@ -225,13 +225,13 @@ def _use_wal(dbapi_connection: DBAPIConnection, cursor: DBAPICursor) -> None:
     The change from another journal takes an exclusive lock and does not wait for it;
     BEGIN EXCLUSIVE does, in its place. Once the file has changed, nothing is locked.
     """
-    attempts = _dialects.SQLITE_BUSY_TIMEOUT // WAL_PAUSE
+    attempts = sqlite.BUSY_TIMEOUT // WAL_PAUSE
     cursor.execute(f"PRAGMA busy_timeout = {WAL_PAUSE}")
     while _is_busy(cursor, "PRAGMA journal_mode = WAL", raises=not attempts):
         attempts -= 1
         if not _is_busy(cursor, "BEGIN EXCLUSIVE"):
             dbapi_connection.rollback()
-    cursor.execute(f"PRAGMA busy_timeout = {_dialects.SQLITE_BUSY_TIMEOUT}")
+    cursor.execute(f"PRAGMA busy_timeout = {sqlite.BUSY_TIMEOUT}")
 
 
 def _is_busy(cursor: DBAPICursor, statement: str, *, raises: bool = False) -> bool:

@@ -14,9 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.pool import QueuePool
 
 from asgi_uow._concurrency import run_to_completion
-from asgi_uow._databases import dialects as _dialects
-from asgi_uow._databases.drivers import driver_of
-from asgi_uow._databases.positions import wait_for
+from asgi_uow._databases import driver_errors as _driver_errors
+from asgi_uow._databases import known
 from asgi_uow._reading.causal import READ_FROM_WRITER
 from asgi_uow.observers import ReaderBehind, ReaderFailed, ReaderRestored
 
@@ -58,7 +57,7 @@ class Replica:
     @property
     def name(self) -> str:
         """Its URL without the password."""
-        return _dialects.shown(self.engine.url)
+        return known.shown(self.engine.url)
 
     @property
     def is_healthy(self) -> bool:
@@ -155,8 +154,8 @@ class Route:
         elsewhere too.
         """
         replica = self._used_by(session)
-        lost = _dialects.is_lost(error) and not isinstance(error, TimeoutError)
-        conflict = _dialects.code_of(error) == _dialects.RECOVERY_CONFLICT
+        lost = _driver_errors.is_lost(error) and not isinstance(error, TimeoutError)
+        conflict = _driver_errors.code_of(error) == _driver_errors.RECOVERY_CONFLICT
         if replica is None or not (lost or conflict):
             return False
         if self._has_read and replica is self._choice:
@@ -199,7 +198,7 @@ class Route:
             await run_to_completion(session.let_go())
             if self._has_read or not isinstance(error, UNREACHABLE):
                 raise
-            if not _dialects.is_unavailable(error):
+            if not _driver_errors.is_unavailable(error):
                 raise
             # To wait in vain for a busy pool says nothing about the server.
             if not (busy and isinstance(error, TimeoutError | sa_exc.TimeoutError)):
@@ -225,12 +224,13 @@ class Route:
             return True
         seconds = self._left()
         with anyio.fail_after(seconds + ANSWER_SECONDS):
-            reached = await wait_for(connection, self._must_see, seconds)
+            database = known.database_of(connection.dialect)
+            reached = await database.wait_for(connection, self._must_see, seconds)
             await _end_snapshot(connection)
         return reached
 
     def _leave(self, replica: Replica, error: Exception) -> None:
-        conflict = _dialects.code_of(error) == _dialects.RECOVERY_CONFLICT
+        conflict = _driver_errors.code_of(error) == _driver_errors.RECOVERY_CONFLICT
         seconds = None if conflict else replica.failed()
         if seconds is not None:
             self._report(ReaderFailed(replica.name, error, seconds))
@@ -247,7 +247,7 @@ async def _end_snapshot(connection: AsyncConnection) -> None:
 
     Only where `read_isolation` has begun a transaction for the wait.
     """
-    driver = driver_of(connection.dialect)
+    driver = known.driver_of(connection.dialect)
     raw = await connection.get_raw_connection()
     if driver.in_transaction(raw.driver_connection):
         await connection.run_sync(lambda sync: sync.connection.rollback())

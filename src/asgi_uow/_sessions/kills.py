@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from anyio import current_effective_deadline
 
 from asgi_uow._concurrency import run_to_completion
-from asgi_uow._databases.drivers import driver_of
+from asgi_uow._databases.known import driver_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -33,7 +33,7 @@ class Kills:
 
     def add(self, connection: Connection) -> None:
         """Remember how a statement on `connection` can be stopped."""
-        kill = driver_of(connection.dialect).kill
+        kill = driver_of(connection.dialect).cancel_sql
         if kill is not None:
             statement = kill(connection.connection.driver_connection)
             self._found.append((connection, statement))
@@ -53,5 +53,5 @@ async def stop(
     """Stop those of which the driver does not tell the server; see `Kills`."""
     in_cancelled_scope = current_effective_deadline() == -math.inf
     for engine, statement in kills:
-        if in_cancelled_scope or not driver_of(engine.dialect).tells_the_server:
+        if in_cancelled_scope or not driver_of(engine.dialect).cancels_on_server:
             await run_to_completion(run_aside(engine, statement))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from asgi_uow._concurrency import run_to_completion
-from asgi_uow._databases.dialects import READ_ONLY_CODES, causes, code_of
-from asgi_uow._databases.drivers import driver_of
+from asgi_uow._databases.driver_errors import READ_ONLY_CODES, causes, code_of
+from asgi_uow._databases.known import driver_of
 from asgi_uow._sessions.managed import ReadOnlySession
 from asgi_uow._sessions.session import Session
 from asgi_uow.errors import ReadOnlySessionError
@@ -102,7 +102,7 @@ class ReadSession(Session):
             if not each.closed
         ]
         return any(
-            driver.in_transaction(raw) and driver.gave_up(raw, each)
+            driver.in_transaction(raw) and driver.aborts_transaction(raw, each)
             for driver, raw in held
             for each in causes(error)
         )

@@ -15,8 +15,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncResult, AsyncSession
 
 from asgi_uow._concurrency import Turn
-from asgi_uow._databases.drivers import driver_of
 from asgi_uow._databases.journal import Journal
+from asgi_uow._databases.known import driver_of
 from asgi_uow._sessions.kills import Kills, stop
 from asgi_uow._sessions.savepoint import Savepoint
 from asgi_uow._sessions.statements import TextSession
@@ -203,7 +203,7 @@ class Session(TextSession):
         """Raise `ConcurrentUseError` if a stream keeps the connection to itself."""
         streams = {*self.streams, *self.host.streams}
         if any(each.is_open for each in streams) and any(
-            driver_of(connection.dialect).streams_alone
+            driver_of(connection.dialect).exclusive_streams
             for connection in self.sync_session.connections
         ):
             raise ConcurrentUseError(operation, "a stream() is still being read")

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
 
-from asgi_uow._databases.drivers import driver_of
-from asgi_uow._databases.settling import TRANSACTION_ID
+from asgi_uow._databases.known import database_of, driver_of
 from asgi_uow.errors import TransactionGoneError
 
 if TYPE_CHECKING:
@@ -53,8 +52,10 @@ class Commit:
         session.hand_over()
         async with session.turn:
             await session.close_streams()
-            if self.db.resolve_unknown and session.sync_session.connections:
-                self.transaction_id = await session.scalar(TRANSACTION_ID)
+            statement = database_of(self.db.engine.dialect).TRANSACTION_ID
+            wanted = self.db.resolve_unknown and session.sync_session.connections
+            if wanted and statement is not None:
+                self.transaction_id = await session.scalar(statement)
             await _require_whole(session)
             self.sent = True
             await session.commit()

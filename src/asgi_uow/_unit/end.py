@@ -8,7 +8,7 @@ import weakref
 from typing import TYPE_CHECKING, Literal
 
 from asgi_uow._concurrency import bounded
-from asgi_uow._databases import dialects as _dialects
+from asgi_uow._databases import driver_errors as _errors
 from asgi_uow._decision import Cause, Outcome, rollback
 from asgi_uow._entrypoints.problem import RETRY_AFTER
 from asgi_uow._unit.before import HookStoppedError
@@ -61,7 +61,7 @@ class Outages:
 
     def note(self, error: Exception) -> None:
         """Remember `error` if it is one."""
-        if _dialects.is_unavailable(error):
+        if _errors.is_unavailable(error):
             self._errors.append(error)
 
     def behind(self, error: BaseException) -> bool:
@@ -112,7 +112,7 @@ class End:
         later = (
             outcome is Outcome.ROLLED_BACK
             and error is not None
-            and (self._outages.behind(error) or _dialects.is_conflict(error))
+            and (self._outages.behind(error) or _errors.is_conflict(error))
         )
         failure = kind(
             outcome,
@@ -203,7 +203,7 @@ class End:
         if commit.acknowledged:
             return True
         timed_out = isinstance(error, TimeoutError)
-        commit.in_doubt = commit.sent and (timed_out or _dialects.is_in_doubt(error))
+        commit.in_doubt = commit.sent and (timed_out or _errors.is_in_doubt(error))
         if not commit.in_doubt or commit.transaction_id is None:
             return False
         seconds = self._settings.commit_timeout or RESOLVE_SECONDS

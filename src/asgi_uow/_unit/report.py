@@ -7,7 +7,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING
 
-from asgi_uow._databases import dialects as _dialects
+from asgi_uow._databases import driver_errors as _driver_errors
 from asgi_uow.observers import CommitFailed, UnitFinished, UnitStarted, notify
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Report:
     def failed(self, failure: UnitOfWorkFailedError, outcome: Outcome) -> None:
         """Add a failed commit; that of a hook's own unit is the failure of the hook."""
         if not self._is_of_hook:
-            code = _dialects.code_of(failure.__cause__)
+            code = _driver_errors.code_of(failure.__cause__)
             self.add(CommitFailed(failure, outcome, failure.cause, code))
 
     def finished(

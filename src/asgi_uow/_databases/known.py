@@ -1,0 +1,243 @@
+"""Which databases and drivers there are.
+
+A new database is one file of facts, as `Database` describes them, and one row in
+`DATABASES`.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import re
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from asgi_uow._databases import mysql, postgresql, sqlite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sqlalchemy import URL, Dialect
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+Meaning: TypeAlias = Literal[
+    "read_only",  # refused, since nothing can be written there
+    "unavailable",  # not reached, or closed; trying again may help
+    "conflict",  # with another transaction; trying again may help
+    "in_doubt",  # COMMIT may have been carried out
+    "disconnect",  # the connection is of no use, and SQLAlchemy does not know
+    "lock_timeout",  # see ROLLBACK_ON_TIMEOUT
+    "syntax",  # not understood, so nothing was done
+]
+
+
+class Driver(Protocol):
+    """What a driver's connection can be asked without a round trip.
+
+    `raw` is that connection, of no type here: drivers are optional.
+    """
+
+    is_known: bool
+    """False: nothing is known, so its connections are always rolled back."""
+    savepoints_survive: bool
+    """An error aborts at most what the innermost open savepoint covers."""
+    cursor_needs_begin: bool
+    """A cursor can be declared only inside a transaction."""
+    exclusive_streams: bool
+    """While a stream is being read the connection can do nothing else."""
+    cancels_on_server: bool
+    """A cancelled statement makes the driver send a cancel request. It needs an await
+    for that, so a cancelled anyio scope suppresses it."""
+
+    def in_transaction(self, raw: Any, /) -> bool: ...
+    def is_dead(self, raw: Any, /) -> bool: ...
+    def aborts_transaction(self, raw: Any, error: BaseException, /) -> bool:
+        """Has the server rolled back more than the statement that failed?"""
+        ...
+
+    def reports_writable(self, raw: Any, /) -> bool:
+        """Has the server reported that the connection is not read-only (any more)?"""
+        ...
+
+    @property
+    def cancel_sql(self) -> Callable[[Any], str] | None:
+        """What stops its statement, sent from another connection."""
+        ...
+
+
+class Database(Protocol):
+    """What a file of facts says about its database. SQL that is None does not exist."""
+
+    DEFAULT_DRIVER: str  # of a URL that names none
+    EXTRA: str  # of asgi-uow, which installs that driver
+    PACKAGES: frozenset[str]  # where drivers, sync ones too, define their errors
+    URL_QUERY: Mapping[str, str]  # added to the URL, unless it says otherwise
+    ENGINE_OPTIONS: Mapping[str, object]
+    SINGLE_WRITER: bool  # only one transaction can write at a time
+    COMMITS_FOR_DDL: bool  # what matches IMPLICIT_COMMIT commits what came before
+    READ_ONLY_STATEMENT: str  # makes a connection read-only, for as long as it lives
+    IS_READ_ONLY: str  # does the server take no writes, being (now) a replica?
+    LAG: str | None  # how far a replica is behind: "Seconds_Behind_Master"
+    ROLLBACK_ON_TIMEOUT: str | None  # does a lock timeout undo the transaction?
+    TRANSACTION_ID: str | None  # asked before COMMIT, for `was_committed`
+    CODES: Mapping[
+        str, frozenset[int | str]
+    ]  # by `Meaning`; "57P" means all that begin so
+    TRANSACTION_CONTROL: str  # regular expression, beside that of the SQL standard
+    IMPLICIT_COMMIT: str | None  # regular expression
+
+    @property
+    def DRIVERS(self) -> Mapping[str, Driver]: ...  # noqa: N802  # read-only
+
+    def code_of(self, error: BaseException, /) -> int | str | None:
+        """Find the code in a driver's error, or in SQLAlchemy's around it."""
+        ...
+
+    async def position(self, connection: AsyncConnection, /) -> str | None:
+        """Tell how far a replica must be to have all commits the writer has answered.
+
+        Asked after COMMIT, on an AUTOCOMMIT connection to the writer's server; one
+        round trip. None where nothing can be waited for.
+        """
+        ...
+
+    async def wait_for(
+        self, connection: AsyncConnection, position: str, seconds: float, /
+    ) -> bool:
+        """Wait until the server has reached `position`; False if it has not in time.
+
+        Asked on a connection to a replica before anything is read, in AUTOCOMMIT or
+        in a transaction that ends with it; one round trip where the server is there
+        already. A writer (a promoted replica) is there. False also for what is no
+        position of this database, and the connection can be used on. `seconds`
+        bounds the waiting, not what the network takes.
+        """
+        ...
+
+    async def was_committed(
+        self, engine: AsyncEngine, transaction: str, seconds: float, /
+    ) -> bool | None:
+        """Ask what became of a transaction; None if it cannot be told.
+
+        `transaction` is what TRANSACTION_ID gave. Asks again for so many `seconds`
+        while the server is away or still at it.
+        """
+        ...
+
+
+DATABASES: Mapping[str, Database] = {
+    "mysql": mysql,
+    "mariadb": mysql,
+    "postgresql": postgresql,
+    "sqlite": sqlite,
+}
+"""By SQLAlchemy's name of the dialect."""
+
+
+class _UnknownDriver:
+    is_known = False
+    savepoints_survive = False
+    cursor_needs_begin = False
+    exclusive_streams = True
+    cancels_on_server = False
+    cancel_sql = None
+
+    def in_transaction(self, _: object) -> bool:
+        return True
+
+    def is_dead(self, _: object) -> bool:
+        return False
+
+    def aborts_transaction(self, _: object, error: BaseException) -> bool:
+        return mysql.code_of(error) in mysql.ABORTING_CODES
+
+    def reports_writable(self, _: object) -> bool:
+        return False
+
+
+_UNKNOWN = _UnknownDriver()
+_DRIVERS: Mapping[str, Driver] = {
+    name: driver
+    for database in DATABASES.values()
+    for name, driver in database.DRIVERS.items()
+}
+
+
+def driver_of(dialect: Dialect) -> Driver:
+    return _DRIVERS.get(dialect.driver, _UNKNOWN)
+
+
+def database_of(dialect: Dialect) -> Database:
+    """Raises `KeyError` unless `is_known(dialect)`."""
+    return DATABASES[dialect.name]
+
+
+def is_known(dialect: Dialect) -> bool:
+    return dialect.name in DATABASES
+
+
+def names() -> tuple[str, ...]:
+    return tuple(DATABASES)
+
+
+def codes(meaning: Meaning) -> frozenset[int | str]:
+    """Join what the databases call so."""
+    tables = (database.CODES for database in DATABASES.values())
+    return frozenset().union(*(table.get(meaning, ()) for table in tables))
+
+
+class Kind(enum.Enum):
+    """What a statement does to the transaction it is sent in."""
+
+    PLAIN = enum.auto()
+    TRANSACTION_CONTROL = enum.auto()
+    """Begins or ends it, behind the back of the unit of work."""
+    IMPLICIT_COMMIT = enum.auto()
+    """Commits it, where the database has `COMMITS_FOR_DDL`."""
+
+
+def _pattern(*statements: str | None) -> re.Pattern[str]:
+    comments = r"(?:\s|/\*.*?\*/|--[^\n]*\n|\#[^\n]*\n)*"
+    alternatives = "|".join(filter(None, statements))
+    return re.compile(f"{comments}(?:{alternatives})", re.IGNORECASE | re.DOTALL)
+
+
+_STANDARD = (
+    r"COMMIT\b|BEGIN\b|START\s+TRANSACTION\b|"
+    r"ROLLBACK\b(?!(?:\s+(?:WORK|TRANSACTION))?\s+TO\b)"
+)
+_CONTROL = _pattern(
+    _STANDARD, *(each.TRANSACTION_CONTROL for each in DATABASES.values())
+)
+_COMMITS = _pattern(*(each.IMPLICIT_COMMIT for each in DATABASES.values()))
+_SETTINGS = re.compile(
+    r"\b(?:CALL|SET|RESET|DISCARD|PRAGMA|set_config)\b", re.IGNORECASE
+)
+
+CHANGING_OPTIONS = frozenset(
+    {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
+)
+"""Execution options after which a connection is no longer what its pool made it."""
+
+
+@functools.lru_cache(maxsize=1024)
+def kind_of(statement: str) -> Kind:
+    if _CONTROL.match(statement):
+        return Kind.TRANSACTION_CONTROL
+    return Kind.IMPLICIT_COMMIT if _COMMITS.match(statement) else Kind.PLAIN
+
+
+@functools.lru_cache(maxsize=1024)
+def changes_settings(statement: str) -> bool:
+    """Tell whether the connection may no longer be what its pool made it."""
+    return _SETTINGS.search(statement) is not None
+
+
+def is_memory(url: URL) -> bool:
+    """Tell whether the database lives in its one connection."""
+    return DATABASES.get(url.get_backend_name()) is sqlite and sqlite.is_memory(url)
+
+
+def shown(url: URL) -> str:
+    """Show a URL without its passwords."""
+    hidden = {key: "hidden" for key in url.query if "pass" in key.lower()}
+    return url.update_query_dict(hidden).render_as_string(hide_password=True)

@@ -1,0 +1,160 @@
+"""Facts of MySQL and MariaDB, and of asyncmy."""
+
+from __future__ import annotations
+
+import re
+from operator import attrgetter, methodcaller
+from typing import TYPE_CHECKING, Any
+
+from anyio import current_time
+from sqlalchemy import exc as sa_exc
+from sqlalchemy import text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy import Dialect
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+DEFAULT_DRIVER: str = "asyncmy"
+EXTRA: str = "mysql"
+PACKAGES = frozenset({"asyncmy", "aiomysql", "pymysql", "MySQLdb"})
+URL_QUERY: Mapping[str, str] = {"charset": "utf8mb4"}
+ENGINE_OPTIONS: Mapping[str, object] = {"pool_recycle": 1800}
+"""The server closes a connection that is idle for wait_timeout, 28800 seconds."""
+
+SINGLE_WRITER: bool = False
+COMMITS_FOR_DDL: bool = True
+READ_ONLY_STATEMENT: str = "SET SESSION TRANSACTION READ ONLY"
+IS_READ_ONLY: str = "SELECT @@global.read_only"
+LAG: str | None = "SHOW SLAVE STATUS"
+ROLLBACK_ON_TIMEOUT: str | None = "SELECT @@innodb_rollback_on_timeout"
+TRANSACTION_ID: str | None = None
+
+# https://mariadb.com/kb/en/mariadb-error-code-reference/
+# https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
+CODES: Mapping[str, frozenset[int | str]] = {
+    "read_only": frozenset({1290, 1792, 1836}),
+    # Too many connections (1040, 1203, 1226), node not ready, shutting down, host
+    # blocked, not reached, lost.
+    "unavailable": frozenset(
+        {1040, 1047, 1053, 1129, 1203, 1226, 2002, 2003, 2006, 2013}
+    ),
+    "conflict": frozenset({1020, 1205, 1213, 3101}),
+    # asyncmy refuses with `InterfaceError(0, ...)` after a statement was cancelled.
+    "disconnect": frozenset({0}),
+    "lock_timeout": frozenset({1205}),
+    "syntax": frozenset({1064}),
+}
+
+ABORTING_CODES = frozenset({1020, 1180, 1181, 1206, 1213, 1402, 1613, 1614, 3101})
+"""The whole transaction is rolled back, whatever the savepoints: snapshot conflict,
+commit and rollback errors, lock table full, deadlock, XA, replication."""
+
+TRANSACTION_CONTROL: str = (
+    r"(?:UN)?LOCK\s+TABLES\b|"
+    r"SET\s+(?:SESSION\s+|GLOBAL\s+|@@(?:\w+\.)?)?AUTOCOMMIT\b"
+)
+IMPLICIT_COMMIT: str | None = (
+    r"(?:CREATE(?:\s+OR\s+REPLACE)?|DROP)\s+(?!TEMPORARY\b|OR\b)|ALTER\b|"
+    r"TRUNCATE\b|RENAME\b|GRANT\b|REVOKE\b|ANALYZE\b|OPTIMIZE\b|REPAIR\b|CHECK\b|"
+    r"FLUSH\b|INSTALL\b|UNINSTALL\b|CACHE\s+INDEX\b|LOAD\s+INDEX\b|SET\s+PASSWORD\b"
+)
+"""https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/"""
+
+GTID_WRITTEN = "SELECT @@gtid_binlog_pos"
+"""Not gtid_current_pos: that may name what is in no binary log of this server."""
+
+GTID_REACHED = "SELECT @@gtid_current_pos"
+"""What is visible here: what was applied, and what was written here as a primary."""
+
+GTID_WAIT = "SELECT MASTER_GTID_WAIT(:position, :seconds)"
+"""A statement of its own: what is read beside it may be older than its answer."""
+
+GTID = r"[0-9]{1,10}-[0-9]{1,10}-[0-9]{1,20}"
+GTID_LIST = re.compile(rf"{GTID}(?:,{GTID})*")
+
+GTID_NEVER_CODES = frozenset({1941, 1969})
+"""A number that is too large for a GTID; max_statement_time is over."""
+
+
+class Asyncmy:
+    is_known = True
+    savepoints_survive = False
+    cursor_needs_begin = False
+    exclusive_streams = True
+    cancels_on_server = False
+    in_transaction = methodcaller("get_transaction_status")
+    is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
+
+    def aborts_transaction(self, _: object, error: BaseException) -> bool:
+        return code_of(error) in ABORTING_CODES
+
+    def reports_writable(self, _: object) -> bool:
+        return False
+
+    def cancel_sql(self, raw: Any) -> str:
+        return f"KILL QUERY {raw.thread_id()}"
+
+
+DRIVERS = {"asyncmy": Asyncmy()}
+
+
+def code_of(error: BaseException) -> int | None:
+    """Return the number of the server or of the client library, such as 1213."""
+    origin = getattr(error, "orig", None) or error
+    number: object = origin.args[0] if origin.args else None
+    package = type(origin).__module__.partition(".")[0]
+    return number if isinstance(number, int) and package in PACKAGES else None
+
+
+async def position(connection: AsyncConnection) -> str | None:
+    """Return the last GTID in MariaDB's binary log; None on MySQL or without a log."""
+    if not _is_mariadb(connection.dialect):
+        return None
+    written: str | None = (await connection.execute(text(GTID_WRITTEN))).scalar()
+    return written or None
+
+
+async def wait_for(connection: AsyncConnection, position: str, seconds: float) -> bool:
+    """Wait for a list of GTIDs."""
+    if not (_is_mariadb(connection.dialect) and GTID_LIST.fullmatch(position)):
+        return False
+    # Not MASTER_GTID_WAIT alone: it counts only what was replicated, so a promoted
+    # server would seem late for ever.
+    end = current_time() + seconds
+    reached = (await connection.execute(text(GTID_REACHED))).scalar()
+    if _covers(str(reached), position):
+        return True
+    left = end - current_time()
+    if left <= 0:  # less than 0 would wait for ever
+        return False
+    parameters = {"position": position, "seconds": left}
+    try:
+        result = await connection.execute(text(GTID_WAIT), parameters)
+    except sa_exc.DBAPIError as error:
+        if code_of(error) not in GTID_NEVER_CODES:
+            raise
+        return False
+    return bool(result.scalar() == 0)
+
+
+async def was_committed(*_: object) -> bool | None:
+    """Return None: the server keeps no outcome of a transaction."""
+    return None
+
+
+def _is_mariadb(dialect: Dialect) -> bool:
+    """Return what the server said, not what the URL calls it."""
+    return bool(getattr(dialect, "is_mariadb", False))
+
+
+def _covers(reached: str, position: str) -> bool:
+    """Compare by sequence number in each domain; the server's id does not count."""
+    numbers = dict(_gtids(reached))
+    return all(numbers.get(domain, -1) >= number for domain, number in _gtids(position))
+
+
+def _gtids(position: str) -> list[tuple[int, int]]:
+    parts = [gtid.split("-") for gtid in position.split(",") if gtid]
+    return [(int(domain), int(number)) for domain, _, number in parts]
