@@ -41,10 +41,10 @@ from asgi_uow.errors import (
     UnitOfWorkClosedError,
 )
 from asgi_uow.observers import CommitFailed, HookFailed, ReleaseFailed
-from tests import shop
-from tests.asgi import BODY, START, endpoint, request, respond
+from tests.promises.test_promises import checked_out, shop_database
 from tests.servers.process import MariaDB
-from tests.test_promises import checked_out, shop_database
+from tests.support import shop
+from tests.support.asgi import BODY, START, endpoint, request, respond
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -52,13 +52,13 @@ if TYPE_CHECKING:
     from asgi_uow._asgi import Receive, Scope, Send
     from asgi_uow._sessions.managed import ManagedSession
     from asgi_uow.observers import Event
-    from tests.asgi import Response
     from tests.servers.backend import (
         Backend,
         MariaDBBackend,
         PostgreSQLBackend,
         SQLiteBackend,
     )
+    from tests.support.asgi import Response
 
 
 @pytest.fixture
