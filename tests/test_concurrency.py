@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from asgi_uow import _concurrency
-from asgi_uow._concurrency import bounded, run_to_completion
+from tests.support.private import bounded, concurrency, run_to_completion
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -205,7 +204,7 @@ async def test_bounded_work_that_ignores_cancellation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Work that does not react to its cancellation is waited for no longer."""
-    monkeypatch.setattr(_concurrency, "GRACE", 0.01)
+    monkeypatch.setattr(concurrency, "GRACE", 0.01)
     work = Stubborn(returns_in_time=False)
     with pytest.raises(TimeoutError, match="no answer"):
         await bounded(work.run(), 0.01)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asgi_uow._decision import (
+from tests.support.private import (
     COMMIT,
     TRANSITIONS,
     Cause,
@@ -22,7 +22,7 @@ from asgi_uow._decision import (
 
 if TYPE_CHECKING:
     from asgi_uow._asgi import Headers
-    from asgi_uow._decision import Decision
+    from tests.support.private import Decision
 
 EXPLICIT = rollback(Cause.EXPLICIT)
 DOOMED = rollback(Cause.DOOMED)

@@ -28,7 +28,6 @@ from asgi_uow import (
     savepoint,
     unit_of_work,
 )
-from asgi_uow._decision import Cause, rollback
 from asgi_uow.errors import (
     CommitFailedError,
     ConcurrentUseError,
@@ -45,12 +44,12 @@ from tests.promises.test_promises import checked_out, shop_database
 from tests.servers.process import MariaDB
 from tests.support import shop
 from tests.support.asgi import BODY, START, endpoint, request, respond
+from tests.support.private import Cause, concurrency, rollback
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from asgi_uow._asgi import Receive, Scope, Send
-    from asgi_uow._sessions.managed import ManagedSession
     from asgi_uow.observers import Event
     from tests.servers.backend import (
         Backend,
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
         SQLiteBackend,
     )
     from tests.support.asgi import Response
+    from tests.support.private import ManagedSession
 
 
 @pytest.fixture
@@ -654,7 +654,7 @@ async def test_hook_that_does_not_let_itself_be_cancelled(
 
     It is a success only if the hook was one for which it was too late to object.
     """
-    monkeypatch.setattr("asgi_uow._concurrency.GRACE", 0.01)
+    monkeypatch.setattr(concurrency, "GRACE", 0.01)
     over = asyncio.Event()
     events: list[Event] = []
     tasks: list[asyncio.Task[object] | None] = []

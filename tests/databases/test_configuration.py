@@ -10,8 +10,8 @@ from sqlalchemy import make_url
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from asgi_uow import Database
-from asgi_uow._databases.configuration import read
 from asgi_uow.errors import ConfigurationError
+from tests.support.private import read_configuration as read
 
 if TYPE_CHECKING:
     from tests.servers import SQLiteBackend

@@ -34,8 +34,6 @@ from asgi_uow import (
     set_rollback_only,
     unit_of_work,
 )
-from asgi_uow._databases.dialects import code_of
-from asgi_uow._databases.pool import IDLE_SINCE
 from asgi_uow.errors import (
     ConfigurationError,
     EngineNotInitialisedError,
@@ -45,6 +43,7 @@ from asgi_uow.errors import (
 )
 from tests.servers import ServerBackend, eventually
 from tests.servers.process import free_port
+from tests.support.private import IDLE_SINCE, SQLITE_CONNECTION, code_of, dialects
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -196,9 +195,7 @@ def test_a_usual_driver_that_is_not_installed(
     """The error names the extra that brings the driver."""
     for name in ("aiosqlite", "asyncmy", "asyncpg"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(
-        sys.modules, "asgi_uow._databases.sqlite_connection", raising=False
-    )
+    monkeypatch.delitem(sys.modules, SQLITE_CONNECTION, raising=False)
     with pytest.raises(MissingDriverError, match=rf"'asgi-uow\[{extra}\]'"):
         Database.from_url(f"{scheme}:///app")
 
@@ -517,7 +514,7 @@ async def test_a_file_that_stays_locked(
     sqlite: SQLiteBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader that does not end is an error when the time to wait is over."""
-    monkeypatch.setattr("asgi_uow._databases.dialects.SQLITE_BUSY_TIMEOUT", 100)
+    monkeypatch.setattr(dialects, "SQLITE_BUSY_TIMEOUT", 100)
     await sqlite.execute("CREATE TABLE items (id INTEGER)")
     await sqlite.execute("INSERT INTO items VALUES (1), (2)")
     db = Database.from_url(sqlite.url)

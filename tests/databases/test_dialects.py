@@ -14,8 +14,13 @@ from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import Database
-from asgi_uow._databases.dialects import (
+from tests.servers import eventually
+from tests.servers.process import free_port
+from tests.support.private import (
+    DRIVERS,
+    UNKNOWN_DRIVER,
     code_of,
+    driver_of,
     engine_defaults,
     is_conflict,
     is_driver_disconnect,
@@ -23,9 +28,6 @@ from asgi_uow._databases.dialects import (
     is_memory,
     is_unavailable,
 )
-from asgi_uow._databases.drivers import DRIVERS, UNKNOWN_DRIVER, driver_of
-from tests.servers import eventually
-from tests.servers.process import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

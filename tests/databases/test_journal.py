@@ -23,7 +23,6 @@ from asgi_uow import (
     current_unit_of_work,
     savepoint,
 )
-from asgi_uow._decision import Cause
 from asgi_uow.errors import (
     DoomedError,
     ManagedTransactionError,
@@ -35,6 +34,7 @@ from tests.promises.test_promises import shop_database
 from tests.servers.backend import MariaDBBackend
 from tests.support import shop
 from tests.support.asgi import endpoint, request
+from tests.support.private import Cause
 from tests.support.shop import Item
 
 if TYPE_CHECKING:

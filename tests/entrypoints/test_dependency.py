@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from httpx import Response
 
-    from asgi_uow._sessions.read_session import ReadSession
     from tests.servers import SQLiteBackend
+    from tests.support.private import ReadSession
 
 Writer = Annotated[AsyncSession, Depends(session_dependency)]
 Reader = Annotated[Session, Depends(read_session_dependency)]

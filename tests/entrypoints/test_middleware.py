@@ -27,7 +27,6 @@ from asgi_uow import (
     current_session,
     current_unit_of_work,
 )
-from asgi_uow._decision import Cause, State
 from asgi_uow.errors import (
     BeforeCommitError,
     CommitFailedError,
@@ -51,6 +50,7 @@ from tests.support.asgi import (
     respond,
     results,
 )
+from tests.support.private import Cause, State
 from tests.support.shop import Item
 
 if TYPE_CHECKING:

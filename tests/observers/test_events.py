@@ -23,7 +23,6 @@ from asgi_uow import (
     current_unit_of_work,
     savepoint,
 )
-from asgi_uow._decision import Cause
 from asgi_uow.errors import CommitFailedError
 from asgi_uow.observers import (
     CommitFailed,
@@ -40,6 +39,7 @@ from asgi_uow.observers import (
     UnitStarted,
 )
 from tests.integration.frameworks.driver import Server, answering
+from tests.support.private import Cause
 from tests.support.shop import TABLES, insert
 
 if TYPE_CHECKING:

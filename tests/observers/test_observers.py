@@ -22,7 +22,6 @@ from asgi_uow import (
     current_unit_of_work,
     set_rollback_only,
 )
-from asgi_uow._decision import Cause
 from asgi_uow.errors import CommitFailedError
 from asgi_uow.observers import (
     CommitFailed,
@@ -35,6 +34,7 @@ from asgi_uow.observers import (
     UnitFinished,
 )
 from tests.integration.frameworks.driver import Server, answering
+from tests.support.private import Cause
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

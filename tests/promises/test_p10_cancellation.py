@@ -29,12 +29,12 @@ from asgi_uow import (
     current_unit_of_work,
     parallel_read,
 )
-from asgi_uow._decision import State
 from tests.promises.test_promises import checked_out, shop_database
 from tests.servers import MariaDBBackend, PostgreSQLBackend, eventually
 from tests.servers.plugin import server_port
 from tests.support import shop
 from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.private import State
 
 if TYPE_CHECKING:
     from collections.abc import (

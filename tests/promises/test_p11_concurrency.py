@@ -31,7 +31,6 @@ from asgi_uow import (
     current_session,
     current_unit_of_work,
 )
-from asgi_uow._decision import State
 from asgi_uow.errors import (
     ConcurrentUseError,
     UnitOfWorkClosedError,
@@ -42,6 +41,7 @@ from tests.promises.test_promises import checked_out, shop_database
 from tests.servers import eventually
 from tests.support import shop
 from tests.support.asgi import BODY, endpoint, request, respond
+from tests.support.private import State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator

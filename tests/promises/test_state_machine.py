@@ -35,7 +35,6 @@ from asgi_uow import (
     savepoint,
     set_rollback_only,
 )
-from asgi_uow._decision import State
 from asgi_uow.errors import (
     DoomedError,
     NoUnitOfWorkError,
@@ -43,12 +42,13 @@ from asgi_uow.errors import (
     UnitOfWorkClosedError,
 )
 from tests.promises.test_promises import checked_out
+from tests.support.private import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from asgi_uow import Session
-    from asgi_uow._sessions.savepoint import Savepoint
+    from tests.support.private import Savepoint
 
 T = TypeVar("T")
 

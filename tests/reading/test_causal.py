@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgi_uow._reading.causal import LONGEST_TOKEN, READ_FROM_WRITER, CausalReads
+from asgi_uow import CausalReads
 from asgi_uow.errors import ConfigurationError
+from tests.support.private import LONGEST_TOKEN, READ_FROM_WRITER
 
 if TYPE_CHECKING:
     from asgi_uow._asgi import Headers

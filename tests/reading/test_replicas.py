@@ -27,9 +27,6 @@ from asgi_uow import (
     force_commit,
     parallel_read,
 )
-from asgi_uow._databases.dialects import code_of
-from asgi_uow._reading.causal import READ_FROM_WRITER
-from asgi_uow._reading.route import LONGEST_PAUSE, Replica, by_free_connections
 from asgi_uow.observers import (
     LoggingObserver,
     ReaderBehind,
@@ -40,6 +37,13 @@ from tests.promises.test_promises import checked_out
 from tests.servers.process import HOST, free_port
 from tests.support import shop
 from tests.support.asgi import BODY, START, endpoint, http_scope, request, respond
+from tests.support.private import (
+    LONGEST_PAUSE,
+    READ_FROM_WRITER,
+    Replica,
+    by_free_connections,
+    code_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable

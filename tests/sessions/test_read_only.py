@@ -11,10 +11,10 @@ from sqlalchemy import event, insert
 from sqlalchemy.exc import DBAPIError
 
 from asgi_uow import Database
-from asgi_uow._databases.dialects import READ_ONLY_CODES, code_of
 from asgi_uow.errors import ReadOnlySessionError
 from tests.servers import eventually
 from tests.support import ROOT, shop
+from tests.support.private import READ_ONLY_CODES, code_of
 from tests.support.writes import (
     BY_THE_SESSION,
     CALLS,

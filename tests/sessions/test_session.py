@@ -12,7 +12,6 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, NoResultFound
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from asgi_uow import Database, Outcome, set_rollback_only
-from asgi_uow._concurrency import Turn
 from asgi_uow.errors import (
     ManagedTransactionError,
     ReadOnlySessionError,
@@ -20,6 +19,7 @@ from asgi_uow.errors import (
     UnitOfWorkFailedError,
 )
 from tests.servers import ServerBackend, eventually
+from tests.support.private import Turn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

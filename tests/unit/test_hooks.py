@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asgi_uow._concurrency import bounded
-from asgi_uow._unit.hooks import PHASES, Hook, Hooks, name_of
+from tests.support.private import PHASES, Hook, Hooks, bounded, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

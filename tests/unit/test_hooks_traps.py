@@ -24,12 +24,12 @@ from asgi_uow import (
     savepoint,
     unit_of_work,
 )
-from asgi_uow._unit.current import current
 from asgi_uow.errors import NestedUnitOfWorkError, TooManyHooksError
 from asgi_uow.observers import ConnectionReleased, HookFailed, ReleaseFailed
 from tests.promises.test_promises import checked_out, shop_database
 from tests.support import shop
 from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.private import current
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

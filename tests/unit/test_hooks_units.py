@@ -25,7 +25,6 @@ from asgi_uow import (
     set_rollback_only,
     unit_of_work,
 )
-from asgi_uow._unit.hooks import MOST_BY_HOOKS
 from asgi_uow.errors import (
     CommitFailedError,
     DoomedError,
@@ -38,6 +37,7 @@ from asgi_uow.observers import CommitFailed, HookFailed
 from tests.promises.test_promises import checked_out, shop_database
 from tests.support import shop
 from tests.support.asgi import endpoint, request
+from tests.support.private import MOST_BY_HOOKS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

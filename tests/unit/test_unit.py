@@ -24,8 +24,6 @@ from asgi_uow import (
     set_rollback_only,
     unit_of_work,
 )
-from asgi_uow._decision import COMMIT, TRANSITIONS, Cause, State
-from asgi_uow._unit.end import Settings
 from asgi_uow.errors import (
     CommitFailedError,
     NestedUnitOfWorkError,
@@ -36,6 +34,7 @@ from asgi_uow.observers import CommitFailed, HookFailed, UnitFinished
 from tests.promises.test_promises import checked_out, shop_database
 from tests.support import shop
 from tests.support.asgi import endpoint, request
+from tests.support.private import COMMIT, TRANSITIONS, Cause, Settings, State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -13,17 +13,17 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from asgi_uow._databases.positions import (
+from asgi_uow.database import Database
+from tests.integration.cluster.conftest import KINDS, on_cluster
+from tests.servers.backend import eventually
+from tests.servers.plugin import server_port
+from tests.support.private import (
     _before_header,
     _covers,
     _kind,
     position,
     wait_for,
 )
-from asgi_uow.database import Database
-from tests.integration.cluster.conftest import KINDS, on_cluster
-from tests.servers.backend import eventually
-from tests.servers.plugin import server_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator

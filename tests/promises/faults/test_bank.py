@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from asgi_uow import Outcome, UnitOfWork
-from asgi_uow._decision import Cause
-from asgi_uow._unit.end import Settings
 from asgi_uow.errors import CommitFailedError, OutcomeUnknownError
 from tests.promises.faults.bank import TABLES, Attempt, Bank, Order, Plan, lies
 from tests.support.asgi import START
+from tests.support.private import Cause, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
