@@ -4,5 +4,5 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("tests.servers")
+pytest.register_assert_rewrite("tests.servers", "tests.support")
 pytest_plugins = ["tests.servers.plugin", "pytester"]

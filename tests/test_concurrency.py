@@ -1,569 +1,231 @@
-"""P11: several tasks of a request on one session take turns, or are refused."""
+"""Nothing interrupts an end, and nothing waits for one for ever."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import itertools
-import logging
-import os
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import anyio
 import pytest
-from litestar import Litestar, get
-from litestar.di import NamedDependency, Provide
-from quart import Quart
-from sqlalchemy import exc as sa_exc
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.responses import StreamingResponse
-from starlette.routing import Route
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    UnitOfWork,
-    UnitOfWorkMiddleware,
-    after_commit,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-)
-from asgi_uow._decision import State
-from asgi_uow.errors import (
-    ConcurrentUseError,
-    UnitOfWorkClosedError,
-    UnitOfWorkFailedError,
-)
-from tests import shop
-from tests.asgi import BODY, endpoint, request, respond
-from tests.frameworks.driver import Server
-from tests.servers import eventually
-from tests.test_promises import checked_out, shop_database
+from tests.support.private import bounded, concurrency, run_to_completion
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-
-    from starlette.middleware.base import RequestResponseEndpoint
-    from starlette.requests import Request
-    from starlette.responses import Response
-
-    from asgi_uow._asgi import Message, Receive, Scope, Send
-    from tests.servers import Backend, ServerBackend
-
-RUNS = min(100, int(os.environ.get("ASGI_UOW_RUNS", "10")))
-"""Of every test; the soak environment runs all 100."""
-
-SECONDS = 10.0
-"""For one request of a few milliseconds: whatever takes longer hangs."""
-
-TEN = range(10)
-THOUSAND = range(1, 1001)
-
-Given = NamedDependency[int]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_lost(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """No connection is left to the garbage collector."""
-    yield
-    gc.collect()
-    assert [] == [
-        record.getMessage()
-        for record in caplog.get_records("call")
-        if record.name.startswith("sqlalchemy") and record.levelno > logging.INFO
-    ]
-
-
-@pytest.fixture
-async def db(backend: Backend) -> AsyncIterator[Database]:
-    async with shop_database(backend) as db:
-        yield db
-
-
-@pytest.fixture
-async def numbers(any_driver: Backend) -> AsyncIterator[Database]:
-    """A database with a thousand rows."""
-    async with shop_database(any_driver) as db:
-        values = ", ".join(f"({number})" for number in THOUSAND)
-        await any_driver.execute(f"INSERT INTO items (id) VALUES {values}")
-        yield db
-
-
-async def many_times(db: Database, one: Callable[[int], Awaitable[None]]) -> None:
-    """Do `one` again and again; each has its time, and leaves nothing behind."""
-    for run in range(RUNS):
-        async with asyncio.timeout(SECONDS):
-            await one(run)
-        assert [0, 0] == checked_out(db)
-
-
-async def count() -> int:
-    found: int = await current_session().scalar("SELECT count(*) FROM items")
-    return found
-
-
-# Tasks of one request
-
-
-async def test_gather(db: Database, backend: Backend) -> None:
-    """Ten statements at once on one session, the first of which connects."""
-
-    async def one(run: int) -> None:
-        async def handler() -> None:
-            await asyncio.gather(*(shop.insert(10 * run + i) for i in TEN))
-
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-        assert response.error is None
-        assert 200 == response.status
-
-    await many_times(db, one)
-    assert list(range(10 * RUNS)) == await shop.items(backend)
-
-
-async def test_gather_on_the_read_session(db: Database) -> None:
-    """Ten reads at once have one session, one connection and the right answers."""
-
-    async def one(run: int) -> None:
-        sessions = set()
-
-        async def read(number: int) -> int:
-            session = current_read_session()
-            sessions.add(session)
-            answer = await session.scalar(f"SELECT {number}")
-            assert [0, 1] == checked_out(db)
-            return int(answer)
-
-        async def handler() -> None:
-            assert [*TEN] == await asyncio.gather(*map(read, TEN))
-
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-        assert response.error is None
-        assert 200 == response.status
-        assert 1 == len(sessions)
-
-    await many_times(db, one)
-
-
-async def test_reads_that_move_to_the_writer(db: Database, backend: Backend) -> None:
-    """Reads and writes at once: reads go to the writer's transaction meanwhile."""
-
-    async def one(run: int) -> None:
-        async def read() -> object:
-            return await current_read_session().scalar("SELECT count(*) FROM items")
-
-        async def write(number: int) -> object:
-            await shop.insert(10 * run + number)
-            return await read()
-
-        async def handler() -> None:
-            calls = (write(i) if i % 2 else read() for i in TEN)
-            answers = await asyncio.gather(*calls)
-            assert set(answers) <= {5 * run + i for i in range(6)}
-            assert 5 * run + 5 == await read()
-
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-        assert response.error is None
-        assert 200 == response.status
-
-    await many_times(db, one)
-    assert 5 * RUNS == len(await shop.items(backend))
-
-
-async def test_task_group(db: Database, backend: Backend) -> None:
-    """Ten children of a TaskGroup write and read what they wrote."""
-
-    async def one(run: int) -> None:
-        async def child(number: int) -> None:
-            await shop.insert(number)
-            found = await current_session().scalar(
-                "SELECT id FROM items WHERE id = :id", id=number
-            )
-            assert number == found
-
-        async def handler() -> None:
-            async with asyncio.TaskGroup() as group:
-                for i in TEN:
-                    group.create_task(child(10 * run + i))
-
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-        assert response.error is None
-        assert 200 == response.status
-
-    await many_times(db, one)
-    assert list(range(10 * RUNS)) == await shop.items(backend)
-
-
-async def test_gather_in_which_one_fails(db: Database, backend: Backend) -> None:
-    """The failure leaves the request; the others finish or hear why they cannot."""
-
-    async def one(run: int) -> None:
-        tasks: list[asyncio.Task[None]] = []
-
-        async def handler() -> None:
-            numbers = [1, 2, 3, 4, 4, 5, 6, 7, 8, 9]
-            tasks.extend(asyncio.create_task(shop.insert(each)) for each in numbers)
-            await asyncio.gather(*tasks)
-
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-        assert isinstance(response.error, sa_exc.IntegrityError)
-        assert [] == response.messages
-        await asyncio.wait(tasks)
-        errors = [task.exception() for task in tasks]
-        assert [None] * 4 == errors[:4]
-        assert errors[4] is response.error
-        for error in errors[5:]:
-            # PostgreSQL refuses what comes between the failure and the rollback.
-            assert isinstance(error, UnitOfWorkClosedError | sa_exc.DBAPIError | None)
-
-    await many_times(db, one)
-    assert [] == await shop.items(backend)
-    assert 0 == await backend.open_transactions()
-
-
-async def test_task_that_outlives_the_request(db: Database, backend: Backend) -> None:
-    """It may be in the middle of a statement at the end, and is then refused."""
-
-    async def one(run: int) -> None:
-        written: list[int] = []
-        busy = asyncio.Event()
-
-        async def write() -> None:
-            while True:
-                number = 100 * run + len(written)
-                await shop.insert(number)
-                written.append(number)
-                busy.set()
-
-        async def read() -> None:
-            while True:
-                await current_read_session().scalar("SELECT count(*) FROM items")
-
-        tasks: list[asyncio.Task[None]] = []
-
-        async def handler() -> None:
-            tasks.extend(map(asyncio.create_task, (write(), read())))
-            await busy.wait()
-
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-        assert response.error is None
-        assert 200 == response.status
-        for task in tasks:
-            with pytest.raises(UnitOfWorkClosedError, match="async with db:"):
-                await task
-        kept.extend(written)
-
-    kept: list[int] = []
-    await many_times(db, one)
-    assert kept == await shop.items(backend)
-
-
-# The end and a statement in flight
-
-
-@pytest.mark.parametrize("status", [200, 404])
-async def test_end_waits_for_the_statement_in_flight(
-    server_backend: ServerBackend, status: int
-) -> None:
-    """COMMIT, or ROLLBACK, comes after the answer to another task's statement."""
-    units: list[UnitOfWork] = []
-    inserts: list[asyncio.Task[None]] = []
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        units.append(current_unit_of_work())
-        await current_session().execute("SELECT 1")
-        inserts.append(asyncio.create_task(shop.insert(1)))
-        await hold.answered.wait()
-        await respond(send, status)
-
-    async def state() -> State:
-        return units[0].state
-
-    async with (
-        server_backend.proxy() as proxy,
-        shop_database(server_backend),
-    ):
-        db = Database.from_url(server_backend.through(proxy.port))
-        hold = proxy.hold_answer(lambda trip: trip.startswith("INSERT"))
-        task = asyncio.create_task(request(UnitOfWorkMiddleware(app, db)))
-        ending = State.COMMITTING if status == 200 else State.ROLLING_BACK
-        async with asyncio.timeout(SECONDS):
-            await hold.answered.wait()
-            await eventually(ending, state)
-        assert proxy.trips[-1].startswith("INSERT")
-        hold.release()
-        async with asyncio.timeout(SECONDS):
-            response = await task
-        await inserts[0]
-        assert status == response.status
-        assert ("COMMIT" if status == 200 else "ROLLBACK") == proxy.trips[-1]
-        assert ([1] if status == 200 else []) == await shop.items(server_backend)
-        assert [0, 0] == checked_out(db)
-        await db.dispose()
-
-
-async def test_statement_in_flight_that_fails(server_backend: ServerBackend) -> None:
-    """P2: it is not too late for an error to doom the unit when the end waits."""
-    fired: list[str] = []
-    units: list[UnitOfWork] = []
-    inserts: list[asyncio.Task[None]] = []
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        units.append(current_unit_of_work())
-        after_commit(fired.append, "hook")
-        await shop.insert(2)
-        inserts.append(asyncio.create_task(shop.insert(1)))
-        await hold.answered.wait()
-        await respond(send)
-
-    async def state() -> State:
-        return units[0].state
-
-    async with (
-        server_backend.proxy() as proxy,
-        shop_database(server_backend),
-    ):
-        await server_backend.execute("INSERT INTO items (id) VALUES (1)")
-        db = Database.from_url(server_backend.through(proxy.port))
-        seen: list[str] = []
-
-        def second_insert(trip: str) -> bool:
-            seen.extend([trip] * trip.startswith("INSERT"))
-            return len(seen) == 2
-
-        hold = proxy.hold_answer(second_insert)
-        task = asyncio.create_task(request(UnitOfWorkMiddleware(app, db)))
-        async with asyncio.timeout(SECONDS):
-            await hold.answered.wait()
-            await eventually(State.COMMITTING, state)
-        hold.release()
-        async with asyncio.timeout(SECONDS):
-            response = await task
-        with pytest.raises(sa_exc.IntegrityError):
-            await inserts[0]
-        kept = await shop.items(server_backend)
-        if server_backend.name == "postgresql":
-            assert isinstance(response.error, UnitOfWorkFailedError)
-            assert Outcome.ROLLED_BACK is units[0].outcome
-            assert [] == fired
-            assert [1] == kept
-        else:
-            assert response.error is None
-            assert 200 == response.status
-            assert ["hook"] == fired
-            assert [1, 2] == kept
-        await db.dispose()
-
-
-# Streams
-
-
-async def test_statement_beside_a_stream(
-    numbers: Database, any_driver: Backend
-) -> None:
-    """MariaDB can do nothing beside a stream and says so; the others can."""
-    alone = any_driver.name == "mariadb"
-
-    async def handler() -> None:
-        await shop.insert(1001)
-        session = current_session()
-        stream = await session.stream_scalars("SELECT id FROM items ORDER BY id")
-        assert 1 == await anext(stream)
-        if alone:
-            for use in (shop.insert(0), count(), session.flush()):
-                with pytest.raises(ConcurrentUseError, match="close"):
-                    await use
-        else:
-            await shop.insert(0)
-        assert [*range(2, 1002)] == [each async for each in stream]
-        assert 1001 + (not alone) == await count()
-
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), numbers))
-
-    assert response.error is None
-    assert 200 == response.status
-    assert 1001 + (not alone) == len(await shop.items(any_driver))
-    assert [0, 0] == checked_out(numbers)
-
-
-async def test_streams_read_by_several_tasks(numbers: Database) -> None:
-    """Right rows, or a clear error where only one stream can be open."""
-    rows = [*range(1, 101)]
-
-    async def one(run: int) -> None:
-        async def read() -> list[int]:
-            stream = await current_read_session().stream_scalars(
-                "SELECT id FROM items WHERE id <= 100 ORDER BY id"
-            )
-            return [each async for each in stream]
-
-        async def handler() -> None:
-            reads = (read() for _ in range(3))
-            answers = await asyncio.gather(*reads, return_exceptions=True)
-            for each in answers:
-                assert isinstance(each, ConcurrentUseError) or each == rows
-            assert rows in answers
-
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), numbers))
-        assert response.error is None
-        assert 200 == response.status
-
-    await many_times(numbers, one)
-
-
-@pytest.mark.parametrize("write", [False, True])
-async def test_stream_nobody_reads_to_its_end(
-    numbers: Database, any_driver: Backend, write: bool
-) -> None:
-    """What is left open when the response starts, or ends, poisons no connection."""
-
-    async def one(run: int) -> None:
-        async def handler() -> None:
-            if write:
-                await shop.insert(2000 + run)
-            session = current_session() if write else current_read_session()
-            stream = await session.stream("SELECT id FROM items")
-            assert await stream.fetchone()
-
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), numbers))
-        assert response.error is None
-        assert 200 == response.status
-
-    await many_times(numbers, one)
-    assert 1000 + RUNS * write == len(await shop.items(any_driver))
-    assert 0 == await any_driver.open_transactions()
-
-
-# Frameworks
-
-
-class PassOn(BaseHTTPMiddleware):
-    """Starlette's middleware base, which runs the application in another task."""
-
-    async def dispatch(
-        self, request: Request, call_next: RequestResponseEndpoint
-    ) -> Response:
-        return await call_next(request)
-
-
-@pytest.mark.parametrize("around", [False, True])
-async def test_base_http_middleware(
-    db: Database, backend: Backend, around: bool
-) -> None:
-    """A stream begins before, beside or after the commit; nothing is lost.
-
-    Inside of us BaseHTTPMiddleware runs the generator before the response starts:
-    what it writes then is committed, what it writes later is refused.
-    """
-    kept: list[int] = []
-
-    async def rows(run: int) -> AsyncIterator[str]:
-        for i in range(3):
+    from collections.abc import Callable
+
+
+class Work:
+    """Something that must not be interrupted; it ends when it is told to."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.started = asyncio.Event()
+        self.may_end = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.error = error
+
+    async def run(self) -> str:
+        self.started.set()
+        await self.may_end.wait()
+        self.ended.set()
+        if self.error is not None:
+            raise self.error
+        return "done"
+
+
+async def test_result() -> None:
+    """The result of the work is the result."""
+    work = Work()
+    work.may_end.set()
+    assert "done" == await run_to_completion(work.run())
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), asyncio.CancelledError("me")])
+async def test_error(error: BaseException) -> None:
+    """What the work raises comes out, its own cancellation too."""
+    work = Work(error)
+    work.may_end.set()
+    with pytest.raises(type(error), match=str(error)):
+        await run_to_completion(work.run())
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize(
+    "error", [None, ValueError("wrong"), asyncio.CancelledError()], ids=repr
+)
+async def test_native_cancellation(times: int, error: BaseException | None) -> None:
+    """However often a task is cancelled, the work ends first; then it is delivered."""
+    work = Work(error)
+    task = asyncio.create_task(run_to_completion(work.run()))
+    await work.started.wait()
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not task.done()
+    work.may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert work.ended.is_set()
+    assert times == task.cancelling()
+
+
+async def test_cancelled_before_it_starts() -> None:
+    """A cancellation that is already on its way does not keep the work from ending."""
+    work = Work()
+    work.may_end.set()
+
+    async def caller() -> None:
+        current = asyncio.current_task()
+        assert current is not None
+        current.cancel()
+        await run_to_completion(work.run())
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(caller())
+    assert work.ended.is_set()
+
+
+async def test_asyncio_timeout() -> None:
+    """A timeout around the end is still a timeout, after the end."""
+    work = Work()
+
+    async def caller() -> None:
+        async with asyncio.timeout(3600) as timeout:
+            loop = asyncio.get_running_loop()
+            timeout.reschedule(loop.time())
+            await run_to_completion(work.run())
+
+    task = asyncio.create_task(caller())
+    await work.started.wait()
+    loop_has_run_twice = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.call_later(0, loop.call_soon, loop_has_run_twice.set)
+    await loop_has_run_twice.wait()
+    work.may_end.set()
+    with pytest.raises(TimeoutError):
+        await task
+    assert work.ended.is_set()
+
+
+@pytest.mark.parametrize("native", [0, 3])
+async def test_cancel_scope(native: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A level-triggered cancel scope waits for the end, without a busy loop."""
+    loop = asyncio.get_running_loop()
+    iterations = 0
+    run_once: Callable[[], None] = getattr(loop, "_run_once")  # noqa: B009 # private
+
+    def count() -> None:
+        nonlocal iterations
+        iterations += 1
+        run_once()
+
+    work = Work()
+    monkeypatch.setattr(loop, "_run_once", count)
+    loop.call_later(0.05, work.may_end.set)
+
+    async def caller() -> None:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
             try:
-                await shop.insert(10 * run + i + 1)
-            except UnitOfWorkClosedError:
-                yield "refused "
-            else:
-                kept.append(10 * run + i + 1)
-                yield "written "
-            found = await current_read_session().scalar("SELECT count(*) FROM items")
-            yield f"{found >= len(kept)} "
+                await run_to_completion(work.run())
+            finally:
+                assert work.ended.is_set()
+            await asyncio.sleep(0)
+            raise AssertionError  # pragma: no cover
 
-    async def one(run: int) -> None:
-        async def handler(_: Request) -> StreamingResponse:
-            kept.append(10 * run)
-            await shop.insert(10 * run)
-            return StreamingResponse(rows(run))
-
-        ours = Middleware(UnitOfWorkMiddleware, db)
-        theirs = Middleware(PassOn)
-        app = Starlette(
-            routes=[Route("/", handler)],
-            middleware=[theirs, ours] if around else [ours, theirs],
-        )
-        exchange = await Server(app).request()
-        assert 200 == exchange.status
-        assert exchange.error is None
-        assert exchange.is_complete
-        assert ["True "] * 3 == exchange.chunks[1::2]
-
-    await many_times(db, one)
-    assert kept == await shop.items(backend)
+    task = asyncio.create_task(caller())
+    await work.started.wait()
+    for _ in range(native):
+        task.cancel()
+    await asyncio.wait((task,))
+    assert bool(native) == task.cancelled()
+    assert iterations < 50
 
 
-async def test_litestar_dependencies(db: Database, backend: Backend) -> None:
-    """Dependencies that Litestar resolves side by side share the session."""
-    numbers = iter(range(4 * RUNS))
+def test_the_end_of_asyncio_run() -> None:
+    """`asyncio.run()` cancels what it can see, and waits for the work all the same."""
 
-    def writer() -> Provide:
-        async def write() -> int:
-            number = next(numbers)
-            await shop.insert(number)
-            return number
+    async def main() -> Work:
+        work = Work()
+        asyncio.get_running_loop().call_later(0.01, work.may_end.set)
+        tasks.append(asyncio.create_task(run_to_completion(work.run())))
+        await work.started.wait()
+        return work
 
-        return Provide(write)
-
-    async def read() -> int:
-        return int(await current_read_session().scalar("SELECT 7"))
-
-    @get("/")
-    async def handler(a: Given, b: Given, c: Given, d: Given, e: Given) -> str:
-        assert e == 7
-        for number in (a, b, c, d):
-            assert number == await current_session().scalar(
-                "SELECT id FROM items WHERE id = :id", id=number
-            )
-        return "ok"
-
-    writers = {name: writer() for name in "abcd"}
-    dependencies = {**writers, "e": Provide(read)}
-    litestar = Litestar([handler], dependencies=dependencies, logging_config=None)
-    app = UnitOfWorkMiddleware(litestar, db)
-
-    async def one(run: int) -> None:
-        exchange = await Server(app).request()
-        assert 200 == exchange.status
-        assert exchange.error is None
-
-    await many_times(db, one)
-    assert [*range(4 * RUNS)] == await shop.items(backend)
+    tasks: list[asyncio.Task[str]] = []
+    work = asyncio.run(main())
+    assert work.ended.is_set()
+    assert [True] == [task.cancelled() for task in tasks]
 
 
-async def test_quart_background_task(db: Database, backend: Backend) -> None:
-    """It starts beside the handler; what it wrote is kept, then it hears of the end."""
-    kept: list[int] = []
-    refused: list[int] = []
-    quart = Quart(__name__)
+async def test_bounded_result() -> None:
+    """Work that ends in time gives its result or its error."""
+    for seconds in (None, 60):
+        work = Work()
+        work.may_end.set()
+        assert "done" == await bounded(work.run(), seconds)
+    failing = Work(ValueError("wrong"))
+    failing.may_end.set()
+    with pytest.raises(ValueError, match="wrong"):
+        await bounded(failing.run(), 60)
 
-    async def background(run: int) -> None:
-        with suppress(UnitOfWorkClosedError):
-            numbers = itertools.count(1000 * run + 1)
-            while True:
-                number = next(numbers)
-                # Whether one gets in before the decision is the machine's to say.
-                kept.extend(number for _ in await asyncio.gather(shop.insert(number)))
-        refused.append(run)
 
-    def is_end(message: Message) -> bool:
-        return message["type"] == BODY and not message["more_body"]
+async def test_bounded_timeout() -> None:
+    """Work that takes too long is cancelled."""
+    work = Work()
+    with pytest.raises(TimeoutError, match=r"^no answer within 0.01 seconds$"):
+        await bounded(work.run(), 0.01)
+    assert work.started.is_set()
+    assert not work.ended.is_set()
 
-    @quart.get("/<int:run>")
-    async def handler(run: int) -> str:
-        quart.add_background_task(background, run)
-        await shop.insert(1000 * run)
-        kept.append(1000 * run)
-        return "ok"
 
-    server = Server(UnitOfWorkMiddleware(quart, db))
+class Stubborn(Work):
+    """Goes on when it is cancelled, as a driver does that cleans up."""
 
-    async def one(run: int) -> None:
-        exchange = await server.request(f"/{run}", leave_after=is_end)
-        assert 200 == exchange.status
-        assert exchange.error is None
-        await asyncio.gather(*quart.background_tasks)
+    def __init__(self, *, returns_in_time: bool) -> None:
+        super().__init__()
+        self.returns_in_time = returns_in_time
 
-    await many_times(db, one)
-    assert sorted(kept) == await shop.items(backend)
-    assert [*range(RUNS)] == refused
+    async def run(self) -> str:
+        try:
+            return await super().run()
+        except asyncio.CancelledError:
+            if self.returns_in_time:
+                return "cleaned up"
+            return await super().run()
+
+
+async def test_bounded_work_that_cleans_up() -> None:
+    """What cancelled work still says within the grace period counts."""
+    assert "cleaned up" == await bounded(Stubborn(returns_in_time=True).run(), 0.01)
+
+
+async def test_bounded_work_that_ignores_cancellation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Work that does not react to its cancellation is waited for no longer."""
+    monkeypatch.setattr(concurrency, "GRACE", 0.01)
+    work = Stubborn(returns_in_time=False)
+    with pytest.raises(TimeoutError, match="no answer"):
+        await bounded(work.run(), 0.01)
+    work.may_end.set()
+    await work.ended.wait()
+
+
+async def test_bounded_work_cleans_up_in_a_cancelled_scope() -> None:
+    """A scope that goes on cancelling does not cut the cleaning up of work short."""
+    done: list[str] = []
+
+    async def work() -> None:
+        scope.cancel()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(10):
+                await asyncio.sleep(0)
+            done.append("cleaned up")
+
+    with anyio.CancelScope() as scope:
+        await bounded(work(), None)
+    assert ["cleaned up"] == done
+    assert scope.cancelled_caught

@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
 import httpx
@@ -21,9 +20,11 @@ from docs.examples.shop.__main__ import main
 from docs.examples.shop.app import create_app, new_order
 from docs.examples.shop.models import close_shop, open_shop
 from docs.examples.shop.steps import CUP, STEPS
+from tests.support import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
 
     from starlette.applications import Starlette
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-ROOT = Path(__file__).parents[1]
 DEMO = [sys.executable, "-W", "error", "-m", "docs.examples.shop"]
 
 

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,19 +15,21 @@ from httpx import ASGITransport, AsyncClient
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
+from tests.support import ROOT
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
+    from pathlib import Path
 
     from httpx import Response
 
     from asgi_uow._asgi import ASGIApp, Message
 
-ROOT = Path(__file__).parents[1]
 QUEUES = [
     ROOT / "docs" / "howto" / f"{name}.md"
     for name in ("celery", "pgqueuer", "procrastinate", "taskiq")
 ]
-"""They need servers: `tests.handoff.test_pages` runs them."""
+"""They need servers: `tests.integration.handoff.test_pages` runs them."""
 SANIC = ROOT / "docs" / "howto" / "sanic.md"
 """Sanic rewrites itself when it starts, once per process; it has one of its own."""
 PAGES = [

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from asgi_uow import Database, Outcome, errors
-from asgi_uow._decision import Cause, State
+from tests.support.private import Cause, State
 
 LINE = re.compile(
     r"^(?P<depth>[│├└─ ]*)(?P<name>\w+Error)(?: .*?(?:\((?P<mixin>\w+)\))?)?$"

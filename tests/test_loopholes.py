@@ -28,7 +28,6 @@ from asgi_uow import (
     savepoint,
     unit_of_work,
 )
-from asgi_uow._decision import Cause, rollback
 from asgi_uow.errors import (
     CommitFailedError,
     ConcurrentUseError,
@@ -41,24 +40,25 @@ from asgi_uow.errors import (
     UnitOfWorkClosedError,
 )
 from asgi_uow.observers import CommitFailed, HookFailed, ReleaseFailed
-from tests import shop
-from tests.asgi import BODY, START, endpoint, request, respond
+from tests.promises.test_promises import checked_out, shop_database
 from tests.servers.process import MariaDB
-from tests.test_promises import checked_out, shop_database
+from tests.support import shop
+from tests.support.asgi import BODY, START, endpoint, request, respond
+from tests.support.private import Cause, concurrency, rollback
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from asgi_uow._asgi import Receive, Scope, Send
-    from asgi_uow._sessions.managed import ManagedSession
     from asgi_uow.observers import Event
-    from tests.asgi import Response
     from tests.servers.backend import (
         Backend,
         MariaDBBackend,
         PostgreSQLBackend,
         SQLiteBackend,
     )
+    from tests.support.asgi import Response
+    from tests.support.private import ManagedSession
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ async def test_listener_that_dooms_before_commit(sqlite: SQLiteBackend) -> None:
     async with shop_database(sqlite) as db:
 
         def doom(session: ManagedSession) -> None:
-            connection = session.connections[0]
+            [connection] = session.connections
             with suppress(sa_exc.IntegrityError):
                 connection.exec_driver_sql(
                     "INSERT OR ROLLBACK INTO items (id) VALUES (1)"
@@ -654,7 +654,7 @@ async def test_hook_that_does_not_let_itself_be_cancelled(
 
     It is a success only if the hook was one for which it was too late to object.
     """
-    monkeypatch.setattr("asgi_uow._concurrency.GRACE", 0.01)
+    monkeypatch.setattr(concurrency, "GRACE", 0.01)
     over = asyncio.Event()
     events: list[Event] = []
     tasks: list[asyncio.Task[object] | None] = []
@@ -789,7 +789,7 @@ async def test_add_while_another_task_flushes(sqlite: SQLiteBackend) -> None:
             await flush
 
         async def add(session: Session) -> None:
-            async with current_session().turn:
+            async with current_session().lock:
                 await asyncio.create_task(late(session))
 
         async def late(session: Session) -> None:

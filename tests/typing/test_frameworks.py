@@ -83,7 +83,7 @@ def test_blacksheep(db: Database) -> None:
 
 def test_django(db: Database) -> None:
     """Django is wrapped; it ships no type hints."""
-    import_module("tests.frameworks.on_django")  # makes the settings
+    import_module("tests.integration.frameworks.on_django")  # makes the settings
     application: ASGIApp = UnitOfWorkMiddleware(django_asgi.get_asgi_application(), db)
     assert isinstance(application, UnitOfWorkMiddleware)
 

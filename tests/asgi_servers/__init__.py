@@ -1,7 +1,0 @@
-"""What a client sees over a socket, stated once and run over every ASGI server."""
-
-from __future__ import annotations
-
-import pytest
-
-pytest.register_assert_rewrite("tests.asgi_servers.case", "tests.asgi_servers.facts")

@@ -1,0 +1,1 @@
+"""Engines, pooled connections, and what each database does."""

@@ -1,0 +1,1 @@
+"""Where a unit begins: a request, a block, the root functions."""

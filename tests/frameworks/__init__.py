@@ -1,7 +1,0 @@
-"""What an application sees, stated once and run over every framework."""
-
-from __future__ import annotations
-
-import pytest
-
-pytest.register_assert_rewrite("tests.frameworks.case", "tests.frameworks.facts")

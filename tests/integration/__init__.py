@@ -1,0 +1,1 @@
+"""The library among others: frameworks, servers, job queues, clusters."""

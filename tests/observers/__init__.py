@@ -1,0 +1,1 @@
+"""What is told to observers, trackers and the log."""

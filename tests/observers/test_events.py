@@ -1,0 +1,439 @@
+"""When and where observers are told what, and about which unit of work."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, TypeVar
+
+import pytest
+
+from asgi_uow import (
+    Database,
+    Outcome,
+    UnitOfWorkMiddleware,
+    after_commit,
+    after_response,
+    after_rollback,
+    before_commit,
+    current_read_session,
+    current_session,
+    current_unit_of_work,
+    savepoint,
+)
+from asgi_uow.errors import CommitFailedError
+from asgi_uow.observers import (
+    CommitFailed,
+    ConnectionReleased,
+    Event,
+    HookFailed,
+    HookFinished,
+    HookStarted,
+    ImplicitCommit,
+    LoggingObserver,
+    ReleaseFailed,
+    RetryScheduled,
+    UnitFinished,
+    UnitStarted,
+)
+from tests.integration.frameworks.driver import Server, answering
+from tests.support.private import Cause
+from tests.support.shop import TABLES, insert
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from tests.servers import Backend, SQLiteBackend
+
+T = TypeVar("T")
+BROKEN = ZeroDivisionError("a bug")
+ALL: list[Event] = [
+    UnitStarted(),
+    UnitFinished(Outcome.COMMITTED, None, None, (), 2.0, 1.0),
+    CommitFailed(BROKEN, Outcome.ROLLED_BACK, Cause.COMMIT_FAILED, "23505"),
+    HookStarted("after_commit", "send_email"),
+    HookFinished("after_commit", "send_email", 1.0, None),
+    HookFailed("after_commit", "send_email", BROKEN),
+    ConnectionReleased("sqlite://", "read", 1.0),
+    ReleaseFailed("closing the session", BROKEN),
+    ImplicitCommit("CREATE TABLE other (id INTEGER)"),
+    RetryScheduled(2, 0.1, BROKEN),
+]
+PHASES = [
+    (before_commit, 200),
+    (after_commit, 200),
+    (after_response, 200),
+    (after_rollback, 404),
+]
+
+every_event = pytest.mark.parametrize("event", ALL, ids=lambda e: type(e).__name__)
+every_phase = pytest.mark.parametrize(
+    ("register", "status"), PHASES, ids=[register.__name__ for register, _ in PHASES]
+)
+
+
+class Recorder:
+    """Keeps the events, and the task in which each was told."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.tasks: list[asyncio.Task[object] | None] = []
+
+    def __call__(self, event: Event, /) -> None:
+        self.events.append(event)
+        self.tasks.append(asyncio.current_task())
+
+    @property
+    def kinds(self) -> list[str]:
+        return [type(each).__name__ for each in self.events]
+
+    def all_of(self, kind: type[T]) -> list[T]:
+        return [each for each in self.events if isinstance(each, kind)]
+
+    def tasks_of(self, *kinds: type) -> list[asyncio.Task[object] | None]:
+        told = zip(self.events, self.tasks, strict=True)
+        return [task for each, task in told if isinstance(each, kinds)]
+
+
+@pytest.fixture
+async def db(sqlite: SQLiteBackend) -> AsyncIterator[Database]:
+    await sqlite.execute(*TABLES)
+    db = Database.from_url(sqlite.url)
+    yield db
+    await db.dispose()
+
+
+async def request(
+    db: Database,
+    work: Callable[[], Awaitable[object]],
+    status: int = 200,
+    recorder: Callable[[Event], object] | None = None,
+) -> Recorder:
+    """Do some work as a request does, and give what was told."""
+    recorded = Recorder()
+    observers = (recorded,) if recorder is None else (recorder, recorded)
+    app = UnitOfWorkMiddleware(answering(work, status), db, observers=observers)
+    await Server(app).request()
+    return recorded
+
+
+async def insert_1() -> None:
+    await insert(1)
+
+
+async def break_commit() -> None:
+    await current_session().execute("INSERT INTO items VALUES (9, 404)")
+
+
+# The events themselves
+
+
+@every_event
+def test_frozen(event: Event) -> None:
+    """An event cannot be changed: all observers are given the same one."""
+    for field in dataclasses.fields(event):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(event, field.name, None)
+
+
+@every_event
+def test_equal(event: Event) -> None:
+    """Events are compared by what happened, not by the unit or the time."""
+    other = dataclasses.replace(event, unit=object(), at=0)
+    assert event == other
+    assert repr(event) == repr(other)
+
+
+# Order
+
+
+async def test_commit(db: Database) -> None:
+    """Beginnings are told at once, what became of it once the end is over."""
+
+    async def work() -> None:
+        await insert(1)
+        before_commit(insert, 2)
+        after_commit(insert, 3)
+        after_response(insert, 4)
+
+    recorded = await request(db, work)
+    hook = ["HookStarted", "HookFinished"]
+    own = ["HookStarted", "UnitStarted", "HookFinished"]
+    ended = ["ConnectionReleased", "UnitFinished"]
+    expected = ["UnitStarted", *hook, *own, *ended, *ended, *own, *ended]
+    assert expected == recorded.kinds
+
+
+async def test_rollback(db: Database) -> None:
+    """The same for a rollback."""
+
+    async def work() -> None:
+        await insert(1)
+        after_rollback(insert, 2)
+
+    recorded = await request(db, work, 404)
+    own = ["HookStarted", "UnitStarted", "HookFinished"]
+    ended = ["ConnectionReleased", "UnitFinished"]
+    assert ["UnitStarted", *own, *ended, *ended] == recorded.kinds
+
+
+async def test_times(db: Database) -> None:
+    """`at` is when it happened: the end of a unit is before its after_commit hooks."""
+
+    async def work() -> None:
+        await insert(1)
+        after_commit(insert, 2)
+
+    recorded = await request(db, work)
+    in_order = sorted(recorded.events, key=lambda event: event.at)
+    ended = ["ConnectionReleased", "UnitFinished"]
+    own = ["HookStarted", "UnitStarted", "HookFinished", *ended]
+    assert ["UnitStarted", *ended, *own] == [type(each).__name__ for each in in_order]
+
+
+@pytest.mark.parametrize(
+    ("work", "status"), [(insert_1, 200), (insert_1, 404), (break_commit, 200)]
+)
+async def test_ending(
+    db: Database, work: Callable[[], Awaitable[object]], status: int
+) -> None:
+    """`ending` is the last part of `seconds`."""
+    [end] = (await request(db, work, status)).all_of(UnitFinished)
+    assert 0 < end.ending < end.seconds
+
+
+# Task and context
+
+
+async def test_started_at_once(db: Database) -> None:
+    """UnitStarted is told at once, in the task that asks for a session or a hook."""
+    seen: list[str] = []
+    recorder = Recorder()
+
+    async def ask() -> asyncio.Task[object] | None:
+        current_read_session()
+        seen.extend(recorder.kinds)
+        return asyncio.current_task()
+
+    async def work() -> None:
+        task = asyncio.create_task(ask())
+        assert [await task] == recorder.tasks
+        current_session()
+        after_commit(print)
+
+    await request(db, work, 404, recorder)
+    assert ["UnitStarted"] == seen
+    assert ["UnitStarted", "UnitFinished"] == recorder.kinds
+
+
+@every_phase
+async def test_hook_is_told_of_where_it_runs(
+    db: Database, register: Callable[[Callable[[], object]], None], status: int
+) -> None:
+    """An observer can set a context variable for a hook, whatever its phase."""
+    span: ContextVar[str] = ContextVar("span", default="none")
+    seen: list[object] = []
+
+    def observer(event: Event, /) -> None:
+        if isinstance(event, HookStarted):
+            span.set(event.hook.rpartition(".")[2])
+
+    async def awaited() -> None:
+        seen.append((span.get(), asyncio.current_task()))
+
+    def threaded() -> None:
+        seen.append(span.get())
+
+    async def work() -> None:
+        register(awaited)
+
+    recorded = await request(db, work, status, observer)
+    [task] = recorded.tasks_of(HookStarted)
+    assert [task] == recorded.tasks_of(HookFinished)
+    assert [("awaited", task)] == seen
+    seen.clear()
+
+    async def work_threaded() -> None:
+        register(threaded)
+
+    await request(db, work_threaded, status, observer)
+    assert ["threaded"] == seen
+
+
+async def test_the_rest_is_told_in_the_request(db: Database) -> None:
+    """What became of a unit, and of its hooks, is told in the task of the request."""
+
+    def fail() -> None:
+        raise BROKEN
+
+    async def work() -> None:
+        await insert(1)
+        after_commit(fail)
+        after_response(fail)
+
+    recorded = await request(db, work)
+    told = (UnitFinished, ConnectionReleased, HookFailed)
+    assert [asyncio.current_task()] * 4 == recorded.tasks_of(*told)
+    recorded = await request(db, break_commit)
+    assert [asyncio.current_task()] == recorded.tasks_of(CommitFailed)
+
+
+# The unit
+
+
+async def test_unit(db: Database) -> None:
+    """All events of a unit name it; those of a hook name the hook's own unit."""
+    units: list[object] = []
+
+    async def hook() -> None:
+        units.append(current_unit_of_work())
+        await insert(2)
+
+    async def work() -> None:
+        units.append(current_unit_of_work())
+        before_commit(insert, 1)
+        after_commit(hook)
+
+    recorded = await request(db, work)
+    request_unit, hook_unit = units
+    by_unit = {request_unit: "request", hook_unit: "hook"}
+    told = [(type(e).__name__, by_unit[e.unit]) for e in recorded.events]
+    assert told == [
+        ("UnitStarted", "request"),
+        ("HookStarted", "request"),
+        ("HookFinished", "request"),
+        ("HookStarted", "hook"),
+        ("UnitStarted", "hook"),
+        ("HookFinished", "hook"),
+        ("ConnectionReleased", "request"),
+        ("UnitFinished", "request"),
+        ("ConnectionReleased", "hook"),
+        ("UnitFinished", "hook"),
+    ]
+
+
+async def test_two_requests(db: Database) -> None:
+    """Each request has a unit of its own."""
+    first = await request(db, insert_1)
+    second = await request(db, insert_1, 404)
+    assert 1 == len({id(each.unit) for each in first.events})
+    assert 1 == len({id(each.unit) for each in second.events})
+    assert first.events[0].unit is not second.events[0].unit
+
+
+# Hooks that fail
+
+
+async def test_hook_whose_commit_fails(db: Database) -> None:
+    """It is one HookFailed with the hook's name, about the unit that registered it.
+
+    No CommitFailed: the work of the request was kept.
+    """
+
+    async def work() -> None:
+        after_commit(break_commit)
+        after_commit(insert, 2)
+
+    recorded = await request(db, work)
+    [failed] = recorded.all_of(HookFailed)
+    assert ("after_commit", "break_commit") == (failed.phase, failed.hook)
+    assert isinstance(failed.error, CommitFailedError)
+    assert [None, None] == [each.error for each in recorded.all_of(HookFinished)]
+    assert [] == recorded.all_of(CommitFailed)
+    ends = recorded.all_of(UnitFinished)
+    assert [True, False, False] == [each.unit is failed.unit for each in ends]
+    kept, lost = Outcome.COMMITTED, Outcome.ROLLED_BACK
+    assert [kept, lost, kept] == [each.outcome for each in ends]
+
+
+async def test_one_event_per_failing_hook(db: Database) -> None:
+    """Every hook that raises is one HookFailed, in order."""
+
+    async def first() -> None:
+        raise BROKEN
+
+    async def second() -> None:
+        await break_commit()
+        raise BROKEN
+
+    async def work() -> None:
+        after_commit(first)
+        after_commit(second)
+
+    recorded = await request(db, work)
+    failed = recorded.all_of(HookFailed)
+    expected = [first.__qualname__, second.__qualname__]
+    assert expected == [each.hook for each in failed]
+    assert [BROKEN, BROKEN] == [each.error for each in failed]
+    assert [BROKEN, BROKEN] == [each.error for each in recorded.all_of(HookFinished)]
+
+
+# Connections
+
+
+async def test_released(any_driver: Backend) -> None:
+    """Each session that held a connection tells for how long, whatever the driver."""
+    db = Database.from_url(any_driver.url)
+
+    async def work() -> None:
+        await current_read_session().execute("SELECT 1")
+        await current_session().execute("SELECT 1")
+
+    released = (await request(db, work)).all_of(ConnectionReleased)
+    await db.dispose()
+    expected = [("write", db.name), ("read", db.name)]
+    assert expected == [(each.access, each.database) for each in released]
+    assert all(0 < each.seconds < 60 for each in released)
+
+
+async def test_released_by_reads_alone(db: Database) -> None:
+    """A write session that was never used held nothing."""
+
+    async def work() -> None:
+        current_session()
+        await current_read_session().execute("SELECT 1")
+
+    released = (await request(db, work)).all_of(ConnectionReleased)
+    assert ["read"] == [each.access for each in released]
+
+
+async def test_released_once_for_reads_of_the_writer(db: Database) -> None:
+    """Reads that joined the writer's connection held none of their own."""
+
+    async def work() -> None:
+        await insert(1)
+        async with savepoint():
+            await current_read_session().execute("SELECT 1")
+
+    released = (await request(db, work)).all_of(ConnectionReleased)
+    assert ["write"] == [each.access for each in released]
+
+
+# The logging observer
+
+
+def test_retry_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """It is one line at WARNING; the error's message, which may hold data, is not."""
+    LoggingObserver()(RetryScheduled(2, 0.25, ValueError("ann@example.com")))
+    [record] = caplog.records
+    assert logging.WARNING == record.levelno
+    assert "attempt 2 in 0.250 s, after ValueError" == record.getMessage()
+
+
+async def test_beginnings_are_not_logged(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a unit that went well only its end is logged."""
+    caplog.set_level(logging.DEBUG, "asgi_uow")
+
+    async def work() -> None:
+        await insert(1)
+        after_commit(insert, 2)
+
+    await request(db, work, recorder=LoggingObserver())
+    lines = [each.getMessage() for each in caplog.records if each.name == "asgi_uow"]
+    assert ["unit of work committed"] * 2 == [
+        line.partition(" in ")[0] for line in lines
+    ]

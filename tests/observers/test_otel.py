@@ -1,0 +1,283 @@
+"""What OpenTelemetry's SDK is really given: spans and metrics of units of work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.trace import StatusCode
+from sqlalchemy import event as sa_event
+from sqlalchemy import make_url
+
+from asgi_uow import (
+    Database,
+    UnitOfWorkMiddleware,
+    after_commit,
+    before_commit,
+    current_read_session,
+    current_session,
+    current_unit_of_work,
+    set_rollback_only,
+)
+from asgi_uow.otel import OpenTelemetryObserver
+from tests.integration.frameworks.driver import Server, answering
+from tests.support.shop import TABLES, create, insert
+from tests.support.telemetry import (
+    Telemetry,
+    break_commit,
+    exception_of,
+    fail,
+    insert_1,
+    request,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tests.servers import PostgreSQLBackend, ServerBackend, SQLiteBackend
+
+SECRET = "hunter2-of-ann"
+SECONDS = "db.client.connection.use_time"
+
+
+@pytest.fixture
+def telemetry() -> Iterator[Telemetry]:
+    telemetry = Telemetry()
+    yield telemetry
+    telemetry.shutdown()
+
+
+@pytest.fixture
+async def db(sqlite: SQLiteBackend) -> AsyncIterator[Database]:
+    await sqlite.execute(*TABLES)
+    db = Database.from_url(sqlite.url)
+    yield db
+    await db.dispose()
+
+
+# The ends of a unit
+
+
+async def test_committed(db: Database, telemetry: Telemetry) -> None:
+    """A unit is a span and its commit another, with the database's own attributes."""
+    await request(db, insert_1, telemetry.observer)
+    assert [(None, "unit of work"), ("unit of work", "commit")] == telemetry.tree
+    path = make_url(db.name).database
+    about = {
+        "asgi_uow.databases": (db.name,),
+        "db.namespace": path,
+        "db.system.name": "sqlite",
+    }
+    unit, commit = telemetry.spans
+    assert {**about, "asgi_uow.outcome": "committed"} == unit.attributes
+    assert about == commit.attributes
+    assert [StatusCode.UNSET] * 2 == [
+        each.status.status_code for each in (unit, commit)
+    ]
+    assert unit.end_time == commit.end_time
+    assert (unit.start_time or 0) <= (commit.start_time or 0)
+    expected = [({"asgi_uow.outcome": "committed"}, 1)]
+    assert expected == telemetry.metrics["asgi_uow.units"]
+
+
+async def test_rolled_back_for_the_status(db: Database, telemetry: Telemetry) -> None:
+    """An intended rollback is no error; its cause is named."""
+    await request(db, insert_1, telemetry.observer, status=404)
+    assert [(None, "unit of work"), ("unit of work", "rollback")] == telemetry.tree
+    ended = {"asgi_uow.outcome": "rolled back", "asgi_uow.cause": "status"}
+    unit, rollback = telemetry.spans
+    assert ended.items() <= dict(unit.attributes or {}).items()
+    assert StatusCode.UNSET is unit.status.status_code is rollback.status.status_code
+    assert [(ended, 1)] == telemetry.metrics["asgi_uow.units"]
+
+
+async def test_reason(db: Database, telemetry: Telemetry) -> None:
+    """What set_rollback_only() was told is an attribute, but none of the counter."""
+
+    async def dry_run() -> None:
+        set_rollback_only("dry run")
+        current_session()
+
+    await request(db, dry_run, telemetry.observer)
+    [unit] = telemetry.spans
+    ended = {"asgi_uow.outcome": "rolled back", "asgi_uow.cause": "explicit"}
+    expected = {**ended, "asgi_uow.databases": (), "asgi_uow.reason": "dry run"}
+    assert expected == unit.attributes
+    assert [(ended, 1)] == telemetry.metrics["asgi_uow.units"]
+
+
+async def test_failed_commit(db: Database, telemetry: Telemetry) -> None:
+    """A failed COMMIT is an error of both spans, with the exception and its code."""
+    await request(db, break_commit, telemetry.observer)
+    assert [(None, "unit of work"), ("unit of work", "commit")] == telemetry.tree
+    unit, commit = telemetry.spans
+    recorded = exception_of(unit)
+    assert "asgi_uow.errors.CommitFailedError" == recorded["exception.type"]
+    assert "cause: commit_failed" in str(recorded["exception.message"])
+    assert "sqlite3.IntegrityError: " in str(recorded["exception.stacktrace"])
+    attributes = dict(unit.attributes or {})
+    assert "asgi_uow.errors.CommitFailedError" == attributes["error.type"]
+    code = attributes["db.response.status_code"]
+    assert "SQLITE_CONSTRAINT_FOREIGNKEY" == code
+    assert StatusCode.ERROR is commit.status.status_code
+    assert () == commit.events
+    ended = {"asgi_uow.outcome": "rolled back", "asgi_uow.cause": "commit_failed"}
+    assert [(ended, 1)] == telemetry.metrics["asgi_uow.units"]
+
+
+async def test_untouched(db: Database, telemetry: Telemetry) -> None:
+    """A request that asks for no session and registers nothing leaves no trace."""
+
+    async def health() -> None:
+        current_unit_of_work()
+
+    await request(db, health, telemetry.observer)
+    assert [] == telemetry.spans
+    assert {} == telemetry.metrics
+
+
+async def test_untouched_and_failed(db: Database, telemetry: Telemetry) -> None:
+    """Nor does one that fails although it never asked for anything."""
+
+    async def health() -> None:
+        current_unit_of_work()
+
+    app = UnitOfWorkMiddleware(
+        answering(health),
+        db,
+        observers=[telemetry.observer],
+        commit_when=lambda status, headers: status // len(headers) > 0,
+    )
+    assert 500 == (await Server(app).request()).status
+    assert [] == telemetry.spans
+
+
+async def test_two_databases(
+    db: Database, postgresql: PostgreSQLBackend, telemetry: Telemetry
+) -> None:
+    """Several databases are only listed."""
+    await create(postgresql)
+    other = Database.from_url(postgresql.url)
+
+    async def work() -> None:
+        await insert(1)
+        await current_session(other).execute("INSERT INTO items VALUES (1)")
+
+    app = UnitOfWorkMiddleware(
+        answering(work), db, other, observers=[telemetry.observer]
+    )
+    await Server(app).request()
+    await other.dispose()
+    without_user = other.name.replace("postgres@", "")
+    expected = {"asgi_uow.databases": (db.name, without_user)}
+    assert expected == telemetry.span("commit").attributes
+
+
+# Connections
+
+
+async def test_connections(server_backend: ServerBackend, telemetry: Telemetry) -> None:
+    """How long connections were held is measured by database and access."""
+    url = make_url(server_backend.url)
+    db = Database.from_url(server_backend.url)
+
+    async def work() -> None:
+        await current_read_session().execute("SELECT 1")
+        await current_session().execute("SELECT 1")
+
+    await request(db, work, telemetry.observer)
+    await db.dispose()
+    scheme, _, address = server_backend.url.partition("://")
+    pool = f"{scheme}://{address.partition('@')[2]}"
+    about = {"db.client.connection.pool.name": pool}
+    assert telemetry.metrics[SECONDS] == [
+        ({**about, "asgi_uow.access": "write"}, 1),
+        ({**about, "asgi_uow.access": "read"}, 1),
+    ]
+    assert telemetry.span("commit").attributes == {
+        "asgi_uow.databases": (pool,),
+        "db.namespace": url.database,
+        "db.system.name": url.get_backend_name(),
+        "server.address": url.host,
+        "server.port": url.port,
+    }
+
+
+async def test_failed_release(db: Database, telemetry: Telemetry) -> None:
+    """A connection that was thrown away was held too."""
+
+    async def work() -> None:
+        await insert(1)
+        sa_event.listen(db.engine.sync_engine, "rollback", disk_fails, once=True)
+
+    def disk_fails(_: object) -> None:
+        message = "the disk is gone"
+        raise OSError(message)
+
+    await request(db, work, telemetry.observer, 404)
+    [(about, count)] = telemetry.metrics[SECONDS]
+    assert ("write", 1) == (about["asgi_uow.access"], count)
+
+
+# What is not recorded
+
+
+async def test_no_data(postgresql: PostgreSQLBackend, telemetry: Telemetry) -> None:
+    """No parameter, and no value that the server put into its message."""
+    await postgresql.execute(
+        "CREATE TABLE users (name text UNIQUE DEFERRABLE INITIALLY DEFERRED)",
+        f"INSERT INTO users VALUES ('{SECRET}')",
+    )
+    url = postgresql.url.replace("postgres@", f"postgres:{SECRET}@")
+    db = Database.from_url(url, hide_parameters=False)
+
+    async def work() -> None:
+        await current_session().execute("INSERT INTO users VALUES (:n)", n=SECRET)
+
+    async def hook() -> None:
+        await current_session().execute("INSERT INTO nowhere VALUES (:n)", n=SECRET)
+
+    async def work_in_hook() -> None:
+        after_commit(hook)
+
+    await request(db, work, telemetry.observer)
+    await request(db, work_in_hook, telemetry.observer)
+    await db.dispose()
+    recorded = [span.to_json() for span in telemetry.spans]
+    assert [] == [each for each in recorded if SECRET in each]
+    unit = exception_of(telemetry.spans[0])
+    assert "driver code 23505" in str(unit["exception.stacktrace"])
+    in_hook = exception_of(telemetry.span(f"after_commit {hook.__qualname__}"))
+    expected = "driver code 42P01\n[SQL: INSERT INTO nowhere VALUES ($1)]"
+    assert expected == in_hook["exception.message"]
+
+
+# Without an SDK
+
+
+async def test_no_provider(db: Database, sqlite: SQLiteBackend) -> None:
+    """With the API alone nothing is recorded and nothing fails."""
+    current: list[trace.Span] = []
+
+    async def work() -> None:
+        await insert(1)
+        before_commit(insert, 2)
+        after_commit(lambda: current.append(trace.get_current_span()))
+        after_commit(fail)
+
+    exchange = await request(db, work, OpenTelemetryObserver())
+    assert (200, None) == (exchange.status, exchange.error)
+    assert [False] == [span.is_recording() for span in current]
+    assert 2 == await sqlite.scalar("SELECT count(*) FROM items")
+
+
+def test_imports_the_api_alone() -> None:
+    """The SDK is the application's to choose."""
+    code = "import asgi_uow.otel, sys; print('opentelemetry.sdk' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, text=True
+    )
+    assert "False\n" == done.stdout

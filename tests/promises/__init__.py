@@ -1,0 +1,1 @@
+"""Facts about the whole: the promises P1 to P17."""

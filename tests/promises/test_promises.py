@@ -1,0 +1,638 @@
+"""The promises of the design, each on every database it speaks of."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from asgi_uow import (
+    Database,
+    Outcome,
+    UnitOfWork,
+    UnitOfWorkMiddleware,
+    after_commit,
+    after_response,
+    after_rollback,
+    current_read_session,
+    current_session,
+    current_unit_of_work,
+    force_commit,
+    savepoint,
+    set_rollback_only,
+)
+from asgi_uow.errors import (
+    CommitFailedError,
+    NoUnitOfWorkError,
+    UnitOfWorkClosedError,
+    UnitOfWorkFailedError,
+)
+from tests.servers.backend import MariaDBBackend
+from tests.support import shop
+from tests.support.asgi import BODY, START, endpoint, request, respond
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+    from asgi_uow._asgi import Receive, Scope, Send
+    from tests.servers.backend import Backend, PostgreSQLBackend
+
+
+@pytest.fixture
+async def db(backend: Backend) -> AsyncIterator[Database]:
+    """A database with an empty table."""
+    async with shop_database(backend) as db:
+        yield db
+
+
+@asynccontextmanager
+async def shop_database(backend: Backend, **options: Any) -> AsyncGenerator[Database]:
+    await shop.create(backend)
+    db = Database.from_url(backend.url, **options)
+    try:
+        yield db
+    finally:
+        await db.dispose()
+
+
+def checked_out(*databases: Database) -> list[int]:
+    """Count the connections in use, of writers and readers."""
+    return [
+        engine.sync_engine.pool.checkedout()  # type: ignore[attr-defined]
+        for db in databases
+        for engine in (db.engine, *db.readers)
+    ]
+
+
+# P1
+
+
+async def test_p1_committed_before_the_start_leaves(
+    db: Database, backend: Backend
+) -> None:
+    """P1: when the start of a success arrives, others already see the row."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+
+    app = UnitOfWorkMiddleware(endpoint(handler), db)
+
+    response = await request(app, probe=lambda: shop.items(backend))
+
+    assert [[1]] == response.seen
+    assert [START, BODY] == response.types
+
+
+# P2
+
+
+async def test_p2_failed_commit_is_an_error_response(
+    db: Database, backend: Backend
+) -> None:
+    """P2: a COMMIT that fails is one error response; nothing after it is sent."""
+    fired: list[str] = []
+    units: list[UnitOfWork] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        units.append(current_unit_of_work())
+        after_commit(fired.append, "hook")
+        after_response(fired.append, "response")
+        after_rollback(fired.append, "rollback")
+        await shop.insert_then_break_commit(backend, 1)
+        with pytest.raises(CommitFailedError) as caught:
+            await respond(send)
+        raise caught.value
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    lost = isinstance(backend, MariaDBBackend)
+    assert [START, BODY] == response.types
+    assert (503 if lost else 500) == response.status
+    assert lost == (b"retry-after" in response.headers)
+    assert isinstance(response.error, CommitFailedError)
+    assert Outcome.ROLLED_BACK is units[0].outcome
+    assert ["rollback"] == fired
+    assert [] == await shop.items(backend)
+    assert [0, 0] == checked_out(db)
+
+
+async def test_p2_next_request_does_not_commit_the_failed_one(
+    db: Database, backend: Backend
+) -> None:
+    """P2: after a failed COMMIT the pooled connection is clean."""
+
+    async def fail() -> None:
+        await shop.insert_then_break_commit(backend, 1)
+
+    async def succeed() -> None:
+        await shop.insert(2)
+
+    await request(UnitOfWorkMiddleware(endpoint(fail), db))
+    response = await request(UnitOfWorkMiddleware(endpoint(succeed), db))
+
+    assert 200 == response.status
+    assert [2] == await shop.items(backend)
+    assert 0 == await backend.open_transactions()
+
+
+async def test_p2_app_that_swallows_the_failure_cannot_hide_it(
+    db: Database, backend: Backend
+) -> None:
+    """P2: an app that catches what send() raised still answers an error."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert_then_break_commit(backend, 1)
+        for _ in range(3):
+            with pytest.raises(UnitOfWorkFailedError):
+                await respond(send)
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    assert [START, BODY] == response.types
+    assert response.status >= 500
+    assert isinstance(response.error, UnitOfWorkFailedError)
+
+
+async def test_p2_framework_may_answer_the_failure_itself(
+    db: Database, backend: Backend
+) -> None:
+    """P2: a second start passes if it is an error; then it was answered."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert_then_break_commit(backend, 1)
+        with pytest.raises(UnitOfWorkFailedError):
+            await respond(send)
+        await respond(send, 507, b"rendered by the framework")
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    assert [(START, 507), (BODY, None)] == [
+        (message["type"], message.get("status")) for message in response.messages
+    ]
+    assert response.error is None
+
+
+# P3
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(200, ["commit", "response"]), (404, ["rollback"])],
+)
+async def test_p3_hooks_run_for_the_proven_outcome(
+    db: Database, backend: Backend, status: int, expected: list[str]
+) -> None:
+    """P3: after_commit and after_rollback exclude each other."""
+    fired: list[str] = []
+
+    async def handler() -> None:
+        await shop.insert(1)
+        after_commit(fired.append, "commit")
+        after_response(fired.append, "response")
+        after_rollback(fired.append, "rollback")
+
+    await request(UnitOfWorkMiddleware(endpoint(handler, status), db))
+
+    assert expected == fired
+
+
+# P4
+
+
+@pytest.mark.parametrize(
+    ("status", "rollback_only", "forced", "kept"),
+    [
+        (200, False, False, True),
+        (302, False, False, True),
+        (404, False, False, False),
+        (500, False, False, False),
+        (403, False, True, True),
+        (200, True, False, False),
+        (200, True, True, False),
+    ],
+)
+async def test_p4_one_decision_at_the_first_start(
+    db: Database,
+    backend: Backend,
+    status: int,
+    rollback_only: bool,
+    forced: bool,
+    kept: bool,
+) -> None:
+    """P4: the first start decides; the response itself stays as it is."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        if rollback_only:
+            set_rollback_only("the owner asked")
+        if forced:
+            force_commit()
+
+    app = UnitOfWorkMiddleware(endpoint(handler, status), db)
+
+    response = await request(app, probe=lambda: shop.items(backend))
+
+    assert status == response.status
+    assert [[1] if kept else []] == response.seen
+    assert response.error is None
+
+
+async def test_p4_nothing_after_the_start_changes_the_decision(
+    db: Database, backend: Backend
+) -> None:
+    """P4: an exception after the start does not undo the commit."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert(1)
+        await send({"type": START, "status": 200, "headers": []})
+        with pytest.raises(UnitOfWorkClosedError):
+            set_rollback_only("too late")
+        with pytest.raises(UnitOfWorkClosedError):
+            force_commit()
+        message = "in the middle of the body"
+        raise LookupError(message)
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    assert [START] == response.types
+    assert isinstance(response.error, LookupError)
+    assert [1] == await shop.items(backend)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_p4_without_a_start_nothing_is_kept(
+    db: Database, backend: Backend, answers: bool
+) -> None:
+    """P4: an exception before any start, or no start at all, rolls back."""
+    failure = LookupError("before the start")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert(1)
+        if answers:
+            raise failure
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    assert [] == response.types
+    assert (failure if answers else None) is response.error
+    assert [] == await shop.items(backend)
+
+
+# P5
+
+
+async def test_p5_failing_hook_changes_nothing(db: Database, backend: Backend) -> None:
+    """P5: a hook that raises stops no other hook and leaves the response alone."""
+    fired: list[str] = []
+
+    async def broken() -> None:
+        message = "the mail server is down"
+        raise OSError(message)
+
+    async def handler() -> None:
+        await shop.insert(1)
+        after_commit(fired.append, "first")
+        after_commit(broken)
+        after_commit(fired.append, "last")
+
+    app = UnitOfWorkMiddleware(endpoint(handler), db, observers=())
+
+    response = await request(app)
+
+    assert 200 == response.status
+    assert response.error is None
+    assert ["first", "last"] == fired
+    assert [1] == await shop.items(backend)
+
+
+# P6 comes with the frames of savepoints; what the database keeps is right today.
+
+
+async def test_savepoint_undoes_only_what_is_inside(
+    db: Database, backend: Backend
+) -> None:
+    """What fails inside savepoint() is undone, the rest is committed."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        with pytest.raises(ZeroDivisionError):
+            async with savepoint():
+                await shop.insert(2)
+                raise ZeroDivisionError
+        async with current_session().begin_nested():
+            await shop.insert(3)
+
+    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+
+    assert 200 == response.status
+    assert [1, 3] == await shop.items(backend)
+
+
+# P7
+
+
+async def test_p7_write_connection_is_back_before_the_body_streams(
+    db: Database, backend: Backend
+) -> None:
+    """P7: no connection before the first statement, none of the writer after."""
+    counts: list[list[int]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session = current_session()
+        counts.append(checked_out(db))
+        await session.execute("SELECT 1")
+        counts.append(checked_out(db))
+        await send({"type": START, "status": 200, "headers": []})
+        counts.append(checked_out(db))
+        await current_read_session().execute("SELECT 1")
+        counts.append(checked_out(db))
+        await send({"type": BODY, "body": b""})
+
+    await request(UnitOfWorkMiddleware(app, db))
+
+    assert [[0, 0], [1, 0], [0, 0], [0, 1]] == counts
+    assert [0, 0] == checked_out(db)
+    assert 0 == await backend.open_transactions()
+
+
+@pytest.mark.parametrize("how", ["task", "scope"])
+@pytest.mark.parametrize("stage", ["handler", "body"])
+async def test_p7_cancelled_request_leaks_nothing(
+    db: Database, backend: Backend, how: str, stage: str
+) -> None:
+    """P7: every connection is back after a cancellation of either kind."""
+    reached = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await current_read_session().execute("SELECT 1")
+        await shop.insert(1)
+        if stage == "body":
+            await send({"type": START, "status": 200, "headers": []})
+        reached.set()
+        await asyncio.Event().wait()
+
+    wrapped = UnitOfWorkMiddleware(app, db)
+    if how == "task":
+        task = asyncio.create_task(request(wrapped))
+        await reached.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    else:
+        async with anyio.create_task_group() as group:
+            group.start_soon(request, wrapped)
+            await reached.wait()
+            group.cancel_scope.cancel()
+
+    assert [0, 0] == checked_out(db)
+    assert 0 == await backend.open_transactions()
+    assert ([1] if stage == "body" else []) == await shop.items(backend)
+
+
+# P8
+
+
+async def test_p8_write_session_is_closed_for_good(
+    db: Database, backend: Backend
+) -> None:
+    """P8: after the decision no call opens another transaction."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session = current_session()
+        await shop.insert(1)
+        await send({"type": START, "status": 200, "headers": []})
+        for attempt in (
+            lambda: session.execute("INSERT INTO items (id) VALUES (2)"),
+            lambda: session.run_sync(lambda sync: sync.execute("SELECT 1")),  # type: ignore[call-overload]
+            session.connection,
+            session.commit,
+            lambda: session.begin_nested().start(),
+        ):
+            with pytest.raises(UnitOfWorkClosedError, match="async with db:"):
+                await attempt()
+        with pytest.raises(UnitOfWorkClosedError, match="async with db:"):
+            session.add(object())
+        with pytest.raises(UnitOfWorkClosedError, match="async with db:"):
+            session.add_all([])
+        with pytest.raises(UnitOfWorkClosedError, match="async with db:"):
+            current_session()
+        async with db:
+            await shop.insert(3)
+        await send({"type": BODY, "body": b""})
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    assert response.error is None
+    assert [1, 3] == await shop.items(backend)
+    assert 0 == await backend.open_transactions()
+
+
+# P9
+
+
+async def test_p9_leaked_task_gets_no_service(db: Database, backend: Backend) -> None:
+    """P9: a task that outlives its request is refused, read and write."""
+    over = asyncio.Event()
+    tasks: list[asyncio.Task[list[str]]] = []
+
+    async def leak() -> list[str]:
+        read, write = current_read_session(), current_session()
+        await over.wait()
+        refused = []
+        for session in (read, write):
+            with pytest.raises(UnitOfWorkClosedError) as caught:
+                await session.execute("SELECT 1")
+            refused.append(str(caught.value))
+        for accessor in (current_session, current_read_session, current_unit_of_work):
+            with pytest.raises(UnitOfWorkClosedError) as caught:
+                accessor()
+            refused.append(str(caught.value))
+        return refused
+
+    async def handler() -> None:
+        task = asyncio.create_task(leak())
+        tasks.append(task)
+        await asyncio.wait((task,), timeout=0)
+        await shop.insert(1)
+
+    await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    over.set()
+
+    refused = await tasks[0]
+    assert 5 == len(refused)
+    assert all("async with db:" in message for message in refused)
+    assert [0, 0] == checked_out(db)
+
+
+async def test_p9_request_does_not_trust_the_context_it_starts_in(
+    db: Database, backend: Backend
+) -> None:
+    """P9: a pipelined request starts in the earlier one's context, on its own."""
+    units: list[UnitOfWork] = []
+
+    async def handler() -> None:
+        units.append(current_unit_of_work())
+        await shop.insert(len(units))
+
+    app = UnitOfWorkMiddleware(endpoint(handler), db)
+
+    async def first(scope: Scope, receive: Receive, send: Send) -> None:
+        await handler()
+        await send({"type": START, "status": 200, "headers": []})
+        # As uvicorn does: the next request's task is made inside send().
+        await asyncio.create_task(_discard(app))
+        await send({"type": BODY, "body": b""})
+
+    await request(UnitOfWorkMiddleware(first, db))
+
+    assert units[0] is not units[1]
+    assert [1, 2] == await shop.items(backend)
+    with pytest.raises(NoUnitOfWorkError):
+        current_unit_of_work()
+
+
+async def _discard(app: UnitOfWorkMiddleware) -> None:
+    await request(app)
+
+
+async def test_p9_two_databases_in_one_unit(sqlite: Backend, mariadb: Backend) -> None:
+    """P9: sessions of two databases do not get mixed up; both are committed."""
+    async with shop_database(sqlite) as first, shop_database(mariadb) as second:
+
+        async def handler() -> None:
+            await current_session().execute("INSERT INTO items (id) VALUES (1)")
+            await current_session(second).execute("INSERT INTO items (id) VALUES (2)")
+
+        app = UnitOfWorkMiddleware(endpoint(handler), first, second)
+        response = await request(app)
+
+        assert 200 == response.status
+        assert [1] == await shop.items(sqlite)
+        assert [2] == await shop.items(mariadb)
+        assert [0, 0, 0, 0] == checked_out(first, second)
+
+
+# P10
+
+
+@pytest.mark.parametrize("how", ["task", "scope"])
+async def test_p10_cancelled_commit_is_finished(
+    mariadb: MariaDBBackend, how: str
+) -> None:
+    """P10: a COMMIT in flight is finished, its hook runs, then comes the cancel."""
+    fired: list[str] = []
+    units: list[UnitOfWork] = []
+
+    async def handler() -> None:
+        units.append(current_unit_of_work())
+        await shop.insert(1)
+        after_commit(fired.append, "hook")
+
+    async with mariadb.proxy() as proxy:
+        await shop.create(mariadb)
+        db = Database.from_url(mariadb.through(proxy.port))
+        app = UnitOfWorkMiddleware(endpoint(handler), db)
+        hold = proxy.hold_answer(lambda trip: trip == "COMMIT")
+
+        async def release_after_cancel() -> None:
+            await asyncio.wait_for(hold.answered.wait(), 5)
+            hold.release()
+
+        if how == "task":
+            task = asyncio.create_task(request(app))
+            await hold.fired.wait()
+            task.cancel()
+            task.cancel()
+            await release_after_cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            async with anyio.create_task_group() as group:
+                group.start_soon(request, app)
+                await hold.fired.wait()
+                group.cancel_scope.cancel()
+                with anyio.CancelScope(shield=True):
+                    await release_after_cancel()
+
+        assert Outcome.COMMITTED is units[0].outcome
+        assert ["hook"] == fired
+        assert [1] == await shop.items(mariadb)
+        assert [0, 0] == checked_out(db)
+        await db.dispose()
+
+
+# P12
+
+
+async def test_p12_untouched_request_opens_nothing(
+    db: Database, backend: Backend
+) -> None:
+    """P12: a request that touches no session connects to nothing."""
+
+    async def handler() -> None:
+        current_session()
+        current_read_session()
+
+    await request(UnitOfWorkMiddleware(endpoint(handler), db))
+
+    pools = [engine.sync_engine.pool for engine in (db.engine, *db.readers)]
+    assert [0, 0] == [pool.checkedin() for pool in pools]  # type: ignore[attr-defined]
+
+
+# Budgets, section 11
+
+
+async def count_trips(
+    backend: MariaDBBackend | PostgreSQLBackend, statement: str, *, read: bool
+) -> list[list[str]]:
+    """Give the round trips of two warm requests: one statement, and none at all."""
+    await shop.create(backend)
+    trips = []
+    async with backend.proxy() as proxy:
+        db = Database.from_url(backend.through(proxy.port))
+
+        async def one_statement() -> None:
+            session = current_read_session() if read else current_session()
+            await session.execute(statement)
+
+        async def none_at_all() -> None:
+            pass
+
+        warm = UnitOfWorkMiddleware(endpoint(one_statement, 404), db)
+        await request(warm)
+        for handler in (one_statement, none_at_all):
+            proxy.clear()
+            response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+            assert 200 == response.status
+            trips.append(list(proxy.trips))
+        await db.dispose()
+    return trips
+
+
+INSERT = "INSERT INTO items (id) VALUES (1)"
+SELECT = "SELECT id FROM items"
+
+
+async def test_budget_mariadb(mariadb: MariaDBBackend) -> None:
+    """Section 11 on MariaDB: 0 untouched, 2 for an INSERT."""
+    assert [[INSERT, "COMMIT"], []] == await count_trips(mariadb, INSERT, read=False)
+
+
+async def test_budget_mariadb_read(mariadb: MariaDBBackend) -> None:
+    """Section 11 on MariaDB: 1 for a SELECT on the read session."""
+    assert [[SELECT], []] == await count_trips(mariadb, SELECT, read=True)
+
+
+async def test_budget_postgresql(postgresql: PostgreSQLBackend) -> None:
+    """Section 11 on PostgreSQL: 3 for an INSERT."""
+    assert [["BEGIN", INSERT, "COMMIT"], []] == await count_trips(
+        postgresql, INSERT, read=False
+    )
+
+
+async def test_budget_postgresql_read(postgresql: PostgreSQLBackend) -> None:
+    """Section 11 on PostgreSQL: 1 for a SELECT on the read session."""
+    assert [[SELECT], []] == await count_trips(postgresql, SELECT, read=True)

@@ -1,0 +1,1 @@
+"""Which server answers a read."""

@@ -1,0 +1,234 @@
+"""Tasks of one request that read at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from asgi_uow import (
+    Database,
+    Session,
+    UnitOfWorkMiddleware,
+    current_read_session,
+    current_session,
+    parallel_read,
+    unit_of_work,
+)
+from asgi_uow.errors import (
+    NoUnitOfWorkError,
+    ReadOnlySessionError,
+    UnitOfWorkClosedError,
+    UnknownDatabaseError,
+)
+from asgi_uow.observers import ConnectionReleased
+from tests.promises.test_promises import checked_out, shop_database
+from tests.support import shop
+from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.shop import Item
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from asgi_uow._asgi import Receive, Scope, Send
+    from asgi_uow.observers import Event
+    from tests.servers.backend import Backend, ServerBackend, SQLiteBackend
+
+COUNT = "SELECT count(*) FROM items"
+
+
+@pytest.fixture
+async def db(backend: Backend) -> AsyncIterator[Database]:
+    async with shop_database(backend) as db:
+        yield db
+
+
+async def test_at_the_same_time(db: Database) -> None:
+    """Each task has a connection of its own while all of them are reading."""
+    everybody = asyncio.Barrier(3)
+    held: list[int] = []
+
+    async def read() -> object:
+        async with parallel_read() as session:
+            found = await session.scalar(COUNT)
+            await everybody.wait()
+            held.append(checked_out(db)[1])
+            await everybody.wait()
+            return found
+
+    async with db:
+        assert [0, 0, 0] == list(await asyncio.gather(read(), read(), read()))
+        assert [3, 3, 3] == held
+        assert [0, 0] == checked_out(db)
+
+
+async def test_cannot_write(db: Database) -> None:
+    """It refuses what the read session refuses."""
+    async with db:
+        async with parallel_read() as session:
+            with pytest.raises(ReadOnlySessionError):
+                await session.execute("INSERT INTO items (id) VALUES (1)")
+        with pytest.raises(ReadOnlySessionError):
+            async with parallel_read() as session:
+                session.add(Item(id=1))
+                await session.flush()
+
+
+async def test_objects_stay_loaded(db: Database, backend: Backend) -> None:
+    """The read session of the request lends its connection; its objects stay."""
+    await backend.execute("INSERT INTO items (id) VALUES (1)")
+    async with db:
+        item = await current_read_session().get_one(Item, 1)
+        async with parallel_read() as session:
+            assert 1 == await session.scalar(COUNT)
+            assert 1 == checked_out(db)[1]
+        assert 1 == item.id
+        assert item is await current_read_session().get(Item, 1)
+        assert 1 == await current_read_session().scalar(COUNT)
+
+
+async def test_stream_keeps_its_connection(db: Database, backend: Backend) -> None:
+    """A stream that is being read goes on beside parallel reads."""
+    await backend.execute("INSERT INTO items (id) VALUES (1), (2)")
+    async with db:
+        rows = await current_read_session().stream("SELECT id FROM items ORDER BY id")
+        first = await rows.fetchone()
+        async with parallel_read() as session:
+            assert 2 == await session.scalar(COUNT)
+        assert [(1,), (2,)] == [first, await rows.fetchone()]
+
+
+async def test_after_a_write(db: Database) -> None:
+    """Once the unit has written, the tasks read in its transaction, taking turns."""
+
+    async def count() -> object:
+        async with parallel_read() as session:
+            return await session.scalar(COUNT)
+
+    async with db:
+        await shop.insert(1)
+        assert [1, 1, 1] == list(await asyncio.gather(count(), count(), count()))
+        assert [1, 0] == checked_out(db)
+
+
+async def test_pool_of_one(server_backend: ServerBackend) -> None:
+    """20 requests with 3 parallel reads each share one connection; none hangs."""
+    async with shop_database(
+        server_backend, pool_size=1, max_overflow=0, pool_timeout=20
+    ) as db:
+
+        async def count() -> object:
+            async with parallel_read() as session:
+                return await session.scalar(COUNT)
+
+        async def handler() -> None:
+            await current_read_session().scalar(COUNT)
+            assert [0] * 3 == list(await asyncio.gather(count(), count(), count()))
+            await current_read_session().scalar(COUNT)
+
+        app = UnitOfWorkMiddleware(endpoint(handler), db)
+        responses = await asyncio.gather(*(request(app) for _ in range(20)))
+
+        assert {200} == {response.status for response in responses}
+        assert [0, 0] == checked_out(db)
+
+
+async def test_after_the_response_has_started(db: Database) -> None:
+    """Generators may read in parallel too."""
+    found: list[object] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": START, "status": 200, "headers": []})
+        async with parallel_read() as session:
+            found.append(await session.scalar(COUNT))
+        await send({"type": BODY, "body": b""})
+
+    await request(UnitOfWorkMiddleware(app, db))
+    assert [0] == found
+
+
+async def test_left_open(db: Database) -> None:
+    """P7: a block that a task never left is closed with the request."""
+    events: list[Event] = []
+    sessions: list[Session] = []
+    forever = asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def leak(reading: asyncio.Event) -> None:
+        async with parallel_read() as session:
+            sessions.append(session)
+            await session.scalar(COUNT)
+            reading.set()
+            await forever.wait()
+
+    async def handler() -> None:
+        reading = asyncio.Event()
+        tasks.append(asyncio.create_task(leak(reading)))
+        await reading.wait()
+
+    app = UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
+    await request(app)
+
+    assert [0, 0] == checked_out(db)
+    with pytest.raises(UnitOfWorkClosedError):
+        await sessions[0].scalar(COUNT)
+    assert 1 == sum(isinstance(event, ConnectionReleased) for event in events)
+    forever.set()
+    await tasks[0]
+
+
+async def test_cancelled(db: Database) -> None:
+    """P10: a block whose task is cancelled gives its connection back."""
+    reading = asyncio.Event()
+
+    async def read() -> None:
+        async with parallel_read() as session:
+            await session.scalar(COUNT)
+            reading.set()
+            await asyncio.Event().wait()
+
+    async with db:
+        task = asyncio.create_task(read())
+        await reading.wait()
+        task.cancel()
+        await asyncio.wait((task,))
+        assert [0, 0] == checked_out(db)
+
+
+async def test_several_databases(
+    sqlite: SQLiteBackend, server_backend: ServerBackend
+) -> None:
+    """The database can be named, also one of the unit around."""
+    async with (
+        shop_database(sqlite) as one,
+        shop_database(server_backend) as two,
+        unit_of_work(one),
+    ):
+        with pytest.raises(UnknownDatabaseError):
+            await parallel_read(two).__aenter__()
+        async with unit_of_work(two), parallel_read(one) as session:
+            assert 0 == await session.scalar(COUNT)
+        assert [0, 0] == checked_out(one)
+
+
+async def test_without_a_unit() -> None:
+    """Outside a unit of work it says what is missing."""
+    with pytest.raises(NoUnitOfWorkError):
+        await parallel_read().__aenter__()
+
+
+async def test_in_memory() -> None:
+    """In memory there is one connection, and tasks take turns on it."""
+    db = Database.from_url("sqlite://", pool_timeout=5)
+
+    async def count() -> object:
+        async with parallel_read() as session:
+            return await session.scalar(COUNT)
+
+    async with db:
+        await current_session().execute("CREATE TABLE items (id INTEGER)")
+        assert [0, 0] == list(await asyncio.gather(count(), count()))
+    async with db:
+        assert [0, 0] == list(await asyncio.gather(count(), count()))
+    await db.dispose()

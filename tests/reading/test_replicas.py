@@ -1,0 +1,630 @@
+"""Replicas as an application sees them; the servers here only play their part.
+
+What needs servers that replicate is in tests/integration/cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy import exc as sa_exc
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
+
+from asgi_uow import (
+    CausalReads,
+    Database,
+    UnitOfWorkMiddleware,
+    after_commit,
+    current_read_session,
+    current_session,
+    force_commit,
+    parallel_read,
+)
+from asgi_uow.observers import (
+    LoggingObserver,
+    ReaderBehind,
+    ReaderFailed,
+    ReaderRestored,
+)
+from tests.promises.test_promises import checked_out
+from tests.servers.process import HOST, free_port
+from tests.support import shop
+from tests.support.asgi import BODY, START, endpoint, http_scope, request, respond
+from tests.support.private import (
+    LONGEST_PAUSE,
+    READ_FROM_WRITER,
+    Replica,
+    by_free_connections,
+    code_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    from sqlalchemy import Connection
+
+    from asgi_uow._asgi import ASGIApp, Receive, Scope, Send
+    from asgi_uow.observers import Event
+    from tests.servers.backend import (
+        Backend,
+        MariaDBBackend,
+        PostgreSQLBackend,
+        ServerBackend,
+        SQLiteBackend,
+    )
+    from tests.support.asgi import Response
+
+COUNT = "SELECT count(*) FROM items"
+CAUSAL = CausalReads("a secret of the tests, long enough")
+
+
+class Site:
+    """A database with readers, and the requests that it gets."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self.events: list[Event] = []
+        self.found: list[object] = []
+
+    async def read(self) -> None:
+        self.found.append(await current_read_session().scalar(COUNT))
+
+    def app(self, handler: Callable[[], Awaitable[object]]) -> ASGIApp:
+        return self.wrap(endpoint(handler))
+
+    def wrap(self, app: ASGIApp, causal_reads: CausalReads | None = None) -> ASGIApp:
+        return UnitOfWorkMiddleware(
+            app, self.db, observers=[self.events.append], causal_reads=causal_reads
+        )
+
+    async def get(self) -> Response:
+        return await request(self.app(self.read))
+
+    def told(self, kind: type[Event]) -> int:
+        return sum(isinstance(each, kind) for each in self.events)
+
+    def used(self) -> list[bool]:
+        """Has each reader connected ever?"""
+        return [
+            bool(reader.sync_engine.pool.checkedin())  # type: ignore[attr-defined]
+            for reader in self.db.readers
+        ]
+
+
+def down(backend: Backend) -> str:
+    """The URL of a server that is not there."""
+    if backend.name == "sqlite":
+        return "sqlite:////nowhere/at/all.db"
+    return backend.through(free_port())
+
+
+@asynccontextmanager
+async def site_with(
+    backend: Backend, *urls: str, **options: Any
+) -> AsyncGenerator[Site]:
+    await shop.create(backend)
+    db = Database.from_url(backend.url, read_urls=urls, **options)
+    site = Site(db)
+    yield site
+    await db.dispose()
+
+
+async def test_reads_from_a_reader(any_driver: Backend) -> None:
+    """The read session uses the reader, and not the read engine of the writer."""
+    async with site_with(any_driver, any_driver.url) as site:
+        assert 200 == (await site.get()).status
+        assert [0] == site.found
+        assert [True] == site.used()
+        assert 0 == site.db.read_engine.sync_engine.pool.checkedin()  # type: ignore[attr-defined]
+        assert [0, 0] == checked_out(site.db)
+
+
+async def test_moves_on_when_a_reader_is_down(server_backend: ServerBackend) -> None:
+    """A reader that cannot be reached is done without, and left alone for a while."""
+    async with site_with(
+        server_backend, down(server_backend), server_backend.url
+    ) as site:
+        for _ in range(8):
+            assert 200 == (await site.get()).status
+            prolong_pauses(site.db)
+        assert 1 >= site.told(ReaderFailed)
+        assert [0, 0, 0] == checked_out(site.db)
+
+
+@pytest.mark.parametrize(
+    "options", [{"poolclass": NullPool}, {"pool_size": 1, "max_overflow": 0}]
+)
+async def test_a_reader_that_does_not_answer(
+    server_backend: ServerBackend, options: dict[str, Any]
+) -> None:
+    """It is waited for once, whatever its pool, and then left alone."""
+    with socket.create_server((HOST, 0)) as silent:
+        url = server_backend.through(silent.getsockname()[1])
+        async with site_with(server_backend, url, **options) as site:
+            assert 200 == (await site.get()).status
+            assert 1 == site.told(ReaderFailed)
+            assert [0] == site.found
+
+
+async def test_no_reader_is_up(server_backend: ServerBackend) -> None:
+    """Without a reader the writer's server is read, by all sessions of the unit."""
+    async with site_with(server_backend, down(server_backend)) as site:
+
+        async def handler() -> None:
+            await site.read()
+            await site.read()
+            async with parallel_read() as session:
+                site.found.append(await session.scalar(COUNT))
+
+        assert 200 == (await request(site.app(handler))).status
+        assert 1 == site.told(ReaderFailed)
+        assert [0, 0, 0] == site.found
+        # The next request does not even try.
+        prolong_pauses(site.db)
+        assert 200 == (await site.get()).status
+        assert 1 == site.told(ReaderFailed)
+
+
+def prolong_pauses(db: Database) -> None:
+    """Let none end during the test, however slow the machine is."""
+    for replica in db.replicas:
+        replica.open_until += 3600 * replica.failures
+
+
+async def test_tried_by_one_request(server_backend: ServerBackend) -> None:
+    """When the pause is over one request tries; a cancelled one lets the next try."""
+    with socket.create_server((HOST, 0)) as silent:
+        url = server_backend.through(silent.getsockname()[1])
+        async with site_with(server_backend, url) as site:
+            [replica] = site.db.replicas
+            replica.failures = 1
+            trying = asyncio.Event()
+
+            def note(*_: object) -> None:
+                trying.set()
+
+            event.listen(replica.engine.sync_engine, "do_connect", note)
+            task = asyncio.create_task(site.get())
+            await trying.wait()
+            assert 200 == (await site.get()).status
+            assert not task.done()
+            task.cancel()
+            await asyncio.wait((task,))
+            assert replica.is_healthy
+            assert [0] == site.found
+            assert 0 == site.told(ReaderFailed)
+            assert [0, 0] == checked_out(site.db)
+
+
+async def test_used_again(any_driver: Backend) -> None:
+    """A reader that is up again when its pause is over is used, and that is told."""
+    async with site_with(any_driver, any_driver.url) as site:
+        [replica] = site.db.replicas
+        assert replica.failed() is not None
+        assert replica.failed() is None
+        await site.get()
+        assert [False] == site.used()
+        replica.open_until = 0.0
+        await site.get()
+        assert [True] == site.used()
+        assert 1 == site.told(ReaderRestored)
+        assert 0 == replica.failures
+
+
+async def test_pauses(any_driver: Backend) -> None:
+    """Each pause may be twice as long as the one before, up to half a minute."""
+    replica = Replica(create_async_engine(any_driver.url, poolclass=NullPool))
+    assert 0 == replica.free
+    pauses = set()
+    for longest in (0.5, 1, 2, 4, 8, 16, *[LONGEST_PAUSE] * 2000):
+        replica.open_until = 0.0
+        seconds = replica.failed()
+        assert seconds is not None
+        assert longest / 2 <= seconds <= longest
+        pauses.add(seconds)
+    assert len(pauses) > 1000  # no two processes come back at the same moment
+
+
+async def test_the_least_busy_first(sqlite: SQLiteBackend) -> None:
+    """Readers are tried in the order of the connections they have to give."""
+    busy, idle, open_ended = (
+        Replica(create_async_engine(sqlite.url, pool_size=2, max_overflow=more))
+        for more in (0, 0, -1)
+    )
+    async with busy.engine.connect():
+        assert [open_ended, idle, busy] == by_free_connections([busy, idle, open_ended])
+        open_ended.failed()
+        assert [idle, busy] == by_free_connections([busy, idle, open_ended])
+    for replica in (busy, idle, open_ended):
+        await replica.engine.dispose()
+
+
+async def test_errors_of_statements_are_no_outage(any_driver: Backend) -> None:
+    """What the server says about a statement is the handler's to see."""
+    async with site_with(any_driver, any_driver.url) as site:
+
+        async def handler() -> None:
+            await current_read_session().execute("SELECT nothing FROM nowhere")
+
+        response = await request(site.app(handler))
+        assert response.error is not None
+        assert 0 == site.told(ReaderFailed)
+
+
+async def test_wrong_password(postgresql: PostgreSQLBackend) -> None:
+    """A reader that refuses the login is a mistake, not an outage: it is raised."""
+    url = postgresql.url.replace("postgres@", "nobody_knows_me@")
+    async with site_with(postgresql, url) as site:
+        response = await site.get()
+    assert response.error is not None
+    assert 0 == site.told(ReaderFailed)
+
+
+async def test_lost_during_the_first_read(any_driver: Backend) -> None:
+    """A reader that is lost before it has answered is done without."""
+    async with site_with(any_driver, any_driver.url) as site:
+        engine = site.db.readers[0].sync_engine
+        lost = any_driver.name != "sqlite"
+        statements: list[str] = []
+
+        def lose(*args: Any) -> None:
+            statements.append(args[2])
+            raise ConnectionResetError
+
+        event.listen(engine, "before_cursor_execute", lose)
+        response = await site.get()
+
+    assert 200 == response.status
+    assert [COUNT] == statements
+    assert 1 == site.told(ReaderFailed)
+    assert lost or [0] == site.found
+
+
+async def test_lost_after_a_read(any_driver: Backend) -> None:
+    """Once something was read nobody else is asked: it might not go together."""
+    async with site_with(any_driver, any_driver.url) as site:
+        engine = site.db.readers[0].sync_engine
+
+        async def handler() -> None:
+            await site.read()
+
+            def lose(*_: object) -> None:
+                raise ConnectionResetError
+
+            event.listen(engine, "before_cursor_execute", lose)
+            await site.read()
+
+        response = await request(site.app(handler))
+
+    assert 503 == response.status
+    assert 0 == site.told(ReaderFailed)
+
+
+async def test_lost_by_two_tasks(any_driver: Backend) -> None:
+    """A task that is late to lose the reader goes where the other one has read."""
+    async with site_with(any_driver, any_driver.url) as site:
+        both, one_has_read = asyncio.Event(), asyncio.Event()
+        order = iter((both, one_has_read))
+
+        def lose(*_: object) -> None:
+            awaited = next(order)
+            if awaited is one_has_read:
+                both.set()
+            await_only(awaited.wait())
+            raise ConnectionResetError
+
+        async def read() -> None:
+            async with parallel_read() as session:
+                site.found.append(await session.scalar(COUNT))
+                prolong_pauses(site.db)
+                one_has_read.set()
+
+        async def handler() -> None:
+            await asyncio.gather(read(), read())
+
+        event.listen(site.db.readers[0].sync_engine, "before_cursor_execute", lose)
+        response = await request(site.app(handler))
+
+    assert 200 == response.status
+    assert [0, 0] == site.found
+    assert 1 == site.told(ReaderFailed)
+    assert 0 == site.told(ReaderRestored)
+
+
+async def test_in_the_way_everywhere(postgresql: PostgreSQLBackend) -> None:
+    """A read that each replica stops ends on the writer; none is tried twice."""
+    await postgresql.execute(
+        "CREATE FUNCTION conflict() RETURNS integer LANGUAGE plpgsql"
+        " AS $$ BEGIN RAISE EXCEPTION SQLSTATE '40001'; END $$"
+    )
+    async with site_with(postgresql, postgresql.url, postgresql.url) as site:
+        asked: list[str] = []
+
+        def note(connection: Connection, *_: object) -> None:
+            asked.append(names[connection.engine])
+
+        engines = (site.db.read_engine, *site.db.readers)
+        servers = zip(engines, ("writer", "a", "b"), strict=True)
+        names = {engine.sync_engine: name for engine, name in servers}
+        for engine in names:
+            event.listen(engine, "before_cursor_execute", note)
+
+        async def handler() -> None:
+            await current_read_session().execute("SELECT conflict()")
+
+        response = await request(site.app(handler))
+
+    assert "40001" == code_of(response.error)
+    assert ["a", "b", "writer"] == [*sorted(asked[:2]), *asked[2:]]
+    assert 0 == site.told(ReaderFailed)
+
+
+async def test_after_a_write(any_driver: Backend) -> None:
+    """Reads after a write are the writer's, in the transaction and after it."""
+    async with site_with(any_driver, any_driver.url) as site:
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await shop.insert(1)
+            await site.read()
+            after_commit(site.read)
+            await send({"type": START, "status": 200, "headers": []})
+            await site.read()
+            await send({"type": BODY, "body": b""})
+
+        response = await request(site.wrap(app))
+        assert response.error is None
+        assert [1, 1, 1] == site.found
+        assert [False] == site.used()
+
+
+# Causal reads
+
+
+async def cookie_of(
+    site: Site, handler: Callable[[], Awaitable[object]], status: int = 200
+) -> bytes:
+    """Give the cookie that a response sets, without its attributes."""
+    app = site.wrap(endpoint(handler, status), CAUSAL)
+    response = await request(app, scope=http_scope(scheme="https"))
+    return response.headers.get(b"set-cookie", b"")
+
+
+async def insert_one() -> None:
+    await shop.insert(1)
+
+
+async def test_stamped(any_driver: Backend) -> None:
+    """The response to a write carries a token, on https a secure one."""
+    async with site_with(any_driver, any_driver.url) as site:
+        cookie = await cookie_of(site, insert_one)
+    assert cookie.startswith(b"asgi_uow=")
+    assert b"Secure" in cookie
+
+
+async def test_what_was_known_before(sqlite: SQLiteBackend) -> None:
+    """A new token keeps what the client's last one says of other databases."""
+    async with site_with(sqlite, sqlite.url) as site:
+        header = CAUSAL.response_header({"another": "0/1"}, secure=False)
+        scope = http_scope(headers=[(b"cookie", header[1].partition(b";")[0])])
+        app = site.wrap(endpoint(insert_one), CAUSAL)
+        response = await request(app, scope=scope)
+    cookie = response.headers[b"set-cookie"].partition(b";")[0]
+    expected = {"another": "0/1", site.db.key: READ_FROM_WRITER}
+    assert expected == CAUSAL.positions([(b"cookie", cookie)])
+
+
+async def test_not_stamped(any_driver: Backend) -> None:
+    """Neither a read nor work that was not kept is stamped; forced work is."""
+
+    async def insert_by_force() -> None:
+        await shop.insert(2)
+        force_commit()
+
+    async with site_with(any_driver, any_driver.url) as site:
+        assert b"" == await cookie_of(site, site.read)
+        assert b"" == await cookie_of(site, insert_one, 409)
+        assert b"" != await cookie_of(site, insert_by_force, 403)
+
+
+async def test_nothing_to_wait_for(any_driver: Backend) -> None:
+    """Without replicas there is no token, and no connection that one waits for."""
+    options = {"pool_size": 1, "max_overflow": 0}
+    async with (
+        site_with(any_driver, **options) as site,
+        site.db.read_engine.connect(),
+    ):
+        assert b"" == await cookie_of(site, insert_one)
+
+
+async def test_read_with_a_token(any_driver: Backend) -> None:
+    """The next read waits for the position, or goes to the writer's server."""
+    async with site_with(any_driver, any_driver.url) as site:
+        cookie = (await cookie_of(site, insert_one)).partition(b";")[0]
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await site.read()
+            await site.read()
+            await respond(send)
+
+        scope = http_scope(headers=[(b"cookie", cookie)])
+        response = await request(site.wrap(app, CAUSAL), scope=scope)
+
+        assert 200 == response.status
+        assert [1, 1] == site.found
+        # A PostgreSQL that is no replica has what it has; the others give no position.
+        assert [any_driver.name == "postgresql"] == site.used()
+
+
+async def test_too_far_behind(postgresql: PostgreSQLBackend) -> None:
+    """A reader that does not get there in time is done without, and that is told."""
+    async with site_with(postgresql, postgresql.url) as site:
+        header = CAUSAL.response_header({site.db.key: "nonsense"}, secure=False)
+        cookie = header[1].partition(b";")[0]
+        scope = http_scope(headers=[(b"cookie", cookie)])
+        app = site.wrap(endpoint(site.read), CAUSAL)
+        assert 200 == (await request(app, scope=scope)).status
+    assert 1 == site.told(ReaderBehind)
+    assert [0] == site.found
+
+
+async def test_hooks_see_what_their_request_must_see(
+    postgresql: PostgreSQLBackend,
+) -> None:
+    """A hook that reads waits for what the client has written before."""
+    async with site_with(postgresql, postgresql.url) as site:
+
+        async def handler() -> None:
+            after_commit(site.read)
+
+        header = CAUSAL.response_header({site.db.key: "nonsense"}, secure=False)
+        cookie = header[1].partition(b";")[0]
+        scope = http_scope(headers=[(b"cookie", cookie)])
+        app = site.wrap(endpoint(handler), CAUSAL)
+        assert 200 == (await request(app, scope=scope)).status
+    assert 1 == site.told(ReaderBehind)
+    assert [0] == site.found
+
+
+async def test_one_wait_for_all_readers(mariadb: MariaDBBackend) -> None:
+    """The seconds are for all readers together: the second is only asked."""
+    causal = CausalReads("a secret of the tests, long enough", wait=0.05)
+    waits: list[str] = []
+
+    def note(*args: Any) -> None:
+        waits.extend(["wait"] * ("GTID_WAIT" in args[2]))
+
+    async with site_with(mariadb, mariadb.url, mariadb.url) as site:
+        for reader in site.db.readers:
+            event.listen(reader.sync_engine, "before_cursor_execute", note)
+        header = causal.response_header({site.db.key: "0-1-99999999"}, secure=False)
+        cookie = header[1].partition(b";")[0]
+        scope = http_scope(headers=[(b"cookie", cookie)])
+        app = site.wrap(endpoint(site.read), causal)
+        assert 200 == (await request(app, scope=scope)).status
+    assert 2 == site.told(ReaderBehind)
+    assert ["wait"] == waits
+    assert [0] == site.found
+
+
+async def test_position_that_cannot_be_learnt(
+    any_driver: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A write stays a success; the client then reads from the writer's server."""
+    async with site_with(any_driver, any_driver.url) as site:
+        engine = site.db.read_engine.sync_engine
+
+        def refuse(*_: object) -> None:
+            raise ConnectionRefusedError
+
+        event.listen(engine, "do_connect", refuse)
+        cookie = (await cookie_of(site, insert_one)).partition(b";")[0]
+        event.remove(engine, "do_connect", refuse)
+        scope = http_scope(headers=[(b"cookie", cookie)])
+        app = site.wrap(endpoint(site.read), CAUSAL)
+        assert 200 == (await request(app, scope=scope)).status
+        assert [1] == site.found
+        assert [False] == site.used()
+    assert "was not learnt" in caplog.text
+
+
+# Health
+
+
+async def test_check(any_driver: Backend) -> None:
+    """The report tells of the writer and of each reader."""
+    async with site_with(any_driver, any_driver.url, down(any_driver)) as site:
+        report = await site.db.check(timeout=30)
+        assert report.ok
+        assert report.writer.ok
+        assert [True, False] == [reader.ok for reader in report.readers]
+        assert report.readers[0].error is None
+        assert report.readers[1].error is not None
+        assert [0, 0, 0] == checked_out(site.db)
+
+
+async def test_check_in_time(any_driver: Backend) -> None:
+    """A server whose connections are all in use is reported when time is up."""
+    options = {"pool_size": 1, "max_overflow": 0}
+    async with site_with(any_driver, **options) as site:
+        async with site.db.read_engine.connect():
+            report = await site.db.check(timeout=0.05)
+        assert not report.ok
+        assert "no answer within 0.05 seconds" == report.writer.error
+        assert (await site.db.check(timeout=30)).ok
+
+
+@pytest.mark.parametrize("any_driver", ["asyncmy", "asyncpg", "psycopg"], indirect=True)
+async def test_check_of_a_replica_that_is_lost(any_driver: ServerBackend) -> None:
+    """A reader that is lost while it is asked for its lag is not well."""
+    async with (
+        any_driver.proxy() as proxy,
+        site_with(any_driver, any_driver.through(proxy.port)) as site,
+    ):
+        lost = proxy.cut_before(lambda trip: trip.startswith(("SHOW", "SELECT CASE")))
+        report = await site.db.check(timeout=30)
+        assert lost.fired.is_set()
+        assert report.ok
+        assert not report.readers[0].ok
+        assert [0, 0] == checked_out(site.db)
+
+
+async def test_check_of_a_replica_that_does_not_tell(any_driver: Backend) -> None:
+    """Who may not ask how far a reader is behind finds the reader well."""
+    async with site_with(any_driver, any_driver.url) as site:
+
+        def refuse(*args: Any) -> None:
+            if args[2].startswith(("SHOW", "SELECT CASE")):
+                raise sa_exc.OperationalError(args[2], (), Exception())
+
+        event.listen(site.db.readers[0].sync_engine, "before_cursor_execute", refuse)
+        report = await site.db.check(timeout=30)
+        assert report.readers[0].ok
+        assert report.readers[0].lag is None
+
+
+async def test_concurrent_choices(any_driver: Backend) -> None:
+    """Requests at once share out the readers' connections; none is left in use."""
+    async with site_with(any_driver, any_driver.url, any_driver.url) as site:
+        responses = await asyncio.gather(*(site.get() for _ in range(10)))
+        assert {200} == {response.status for response in responses}
+        assert [True, True] == site.used()
+        assert [0, 0, 0] == checked_out(site.db)
+
+
+async def test_the_write_session_has_no_route(any_driver: Backend) -> None:
+    """What is written goes to the writer whatever the readers are."""
+    async with site_with(any_driver, down(any_driver)) as site:
+
+        async def handler() -> None:
+            await current_session().execute("INSERT INTO items (id) VALUES (1)")
+
+        assert 200 == (await request(site.app(handler))).status
+        assert 0 == site.told(ReaderFailed)
+    assert [1] == await shop.items(any_driver)
+
+
+@pytest.mark.parametrize(
+    ("told", "level", "words"),
+    [
+        (ReaderFailed("replica", OSError("s3cret"), 0.5), "WARNING", "left alone"),
+        (ReaderRestored("replica"), "INFO", "used again"),
+        (ReaderBehind("replica", 1.0), "DEBUG", "was behind"),
+    ],
+)
+def test_logged(
+    told: Event, level: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What becomes of readers is in the log, and no message of the driver is."""
+    caplog.set_level("DEBUG", "asgi_uow")
+    LoggingObserver()(told)
+    [record] = caplog.records
+    assert level == record.levelname
+    assert words in record.getMessage()
+    assert "s3cret" not in caplog.text

@@ -1,0 +1,1 @@
+"""What a handler holds: the write session and the read session."""

@@ -1,0 +1,313 @@
+"""What the read session refuses: the table of docs/read-and-write.md, measured."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import event, insert
+from sqlalchemy.exc import DBAPIError
+
+from asgi_uow import Database
+from asgi_uow.errors import ReadOnlySessionError
+from tests.servers import eventually
+from tests.support import ROOT, shop
+from tests.support.private import READ_ONLY_CODES, code_of
+from tests.support.writes import (
+    BY_THE_SESSION,
+    CALLS,
+    DRIVERS,
+    INSERT,
+    ROUTINES,
+    SELECT,
+    driver_connection,
+)
+
+if TYPE_CHECKING:
+    from asgi_uow import Session
+    from tests.servers import Backend, ServerBackend
+    from tests.support.writes import Call
+
+PAGE = ROOT / "docs" / "read-and-write.md"
+JOINED = "After `db.write` was used"
+HEAD = ["On the read session", *DRIVERS, JOINED]
+OUTSIDE = "-"
+"""There is no such statement, or nothing to switch off."""
+LATE = "INSERT INTO items (id) VALUES (77)"
+LEAK = ", and the next unit can write"
+
+
+def documented(column: str) -> dict[str, str]:
+    """The rows of the table whose head is ours, and one of its columns."""
+    lines = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in re.findall(r"^\|.+\|$", PAGE.read_text("utf-8"), re.MULTILINE)
+    ]
+    start = lines.index(HEAD) + 2
+    rows = lines[start : start + len(CALLS)]
+    return {row[0]: row[HEAD.index(column)] for row in rows}
+
+
+# What comes of them
+
+
+async def attempt(session: Session, row: str, call: Call) -> str:
+    """Say as the table does what came of it."""
+    try:
+        await call(session)
+    except Exception as error:  # noqa: BLE001  # each driver has errors of its own
+        outcome: Exception | None = error
+    else:
+        outcome = None
+    if not isinstance(outcome, ReadOnlySessionError):
+        return "error" if outcome else "allowed"
+    assert "current_session()" in str(outcome)
+    if row in BY_THE_SESSION:
+        assert outcome.__cause__ is None
+    else:
+        assert code_of(outcome.__cause__) in READ_ONLY_CODES
+    return "refused"
+
+
+async def next_unit(db: Database) -> str:
+    """Write on the read session first, then read and write as one should."""
+    async with db:
+        refused = await attempt(db.read, "", lambda session: session.execute(LATE))
+        assert [1] == (await db.read.scalars(f"{SELECT} LIMIT 1")).all()
+        await db.write.execute("INSERT INTO items (id) VALUES (5)")
+    return "" if refused == "refused" else LEAK
+
+
+@pytest.fixture
+async def backend(any_driver: Backend) -> Backend:
+    """A shop with one item, and routines that would add another."""
+    await shop.create(any_driver)
+    await any_driver.execute(
+        "INSERT INTO items (id) VALUES (1)", *ROUTINES[any_driver.driver]
+    )
+    return any_driver
+
+
+def small(backend: Backend) -> Database:
+    """A database with one connection to read and one to write."""
+    return Database.from_url(backend.url, pool_size=1, max_overflow=0)
+
+
+async def test_read_session_cannot_write(backend: Backend) -> None:
+    """What the table says is refused is, and no setting reaches the next unit."""
+    measured = dict.fromkeys(CALLS, OUTSIDE)
+    for row, calls in CALLS.items():
+        if backend.driver in calls:
+            db = small(backend)
+            async with db:
+                measured[row] = await attempt(db.read, row, calls[backend.driver])
+            assert [1] == await shop.items(backend)
+            measured[row] += await next_unit(db)
+            await db.dispose()
+            await backend.execute("DELETE FROM items WHERE id > 1")
+    assert documented(backend.driver) == measured
+
+
+async def test_reads_in_the_writers_transaction(backend: Backend) -> None:
+    """After the unit has used its write session, the session alone refuses."""
+    measured = {
+        row: outcome
+        for row, outcome in documented(JOINED).items()
+        if outcome == OUTSIDE or backend.driver not in CALLS[row]
+    }
+    for row in CALLS.keys() - measured.keys():
+        db = small(backend)
+        async with db:
+            await db.write.execute("SELECT 1")
+            measured[row] = await attempt(db.read, row, CALLS[row][backend.driver])
+            await db.write.execute("INSERT INTO items (id) VALUES (10)")
+        assert 10 in await shop.items(backend)
+        await db.dispose()
+        await backend.execute(
+            "DELETE FROM items",
+            "DROP TABLE IF EXISTS other",
+            "INSERT INTO items (id) VALUES (1)",
+        )
+    assert documented(JOINED) == measured
+
+
+@pytest.mark.parametrize("any_driver", DRIVERS[:3], indirect=True)
+async def test_stream_that_writes(backend: Backend) -> None:
+    """`stream()` is refused as `execute()` is; psycopg has no cursor for it at all."""
+    db = small(backend)
+    async with db:
+        with pytest.raises(ReadOnlySessionError):
+            await db.read.stream(f"{INSERT} RETURNING id")
+    assert "" == await next_unit(db)
+    assert [1, 5] == await shop.items(backend)
+    await db.dispose()
+
+
+async def test_memory_is_one_connection() -> None:
+    """In memory reads share the writer's connection: text that writes is kept."""
+    db = Database.from_url("sqlite://")
+    async with db:
+        await db.write.execute("CREATE TABLE items (id INTEGER)")
+    async with db:
+        await db.read.execute(INSERT)
+        with pytest.raises(ReadOnlySessionError):
+            await db.read.execute(insert(shop.Item).values(id=3))
+    async with db:
+        assert [2] == (await db.read.scalars(SELECT)).all()
+    await db.dispose()
+
+
+# The connection afterwards
+
+
+async def test_refusal_costs_no_connection(backend: Backend) -> None:
+    """After a refusal the very same connection serves the next unit."""
+    db = small(backend)
+    used = []
+    for _ in range(2):
+        async with db:
+            with pytest.raises(ReadOnlySessionError):
+                await db.read.execute(INSERT)
+            used.append(await driver_connection(db.read))
+    assert used[0] is used[1]
+    assert "" == await next_unit(db)
+    await db.dispose()
+
+
+async def test_reading_goes_on_after_a_refusal(backend: Backend) -> None:
+    """In the unit itself both sessions go on too, and its work is kept."""
+    db = small(backend)
+    async with db:
+        with pytest.raises(ReadOnlySessionError):
+            await db.read.execute(INSERT)
+        assert [1] == (await db.read.scalars(SELECT)).all()
+        await db.write.execute(INSERT)
+        assert [1, 2] == (await db.read.scalars(SELECT)).all()
+    assert [1, 2] == await shop.items(backend)
+    await db.dispose()
+
+
+async def test_read_only_after_an_error(backend: Backend) -> None:
+    """A statement that fails leaves a connection that reads, and only reads."""
+    db = small(backend)
+    async with db:
+        with pytest.raises(DBAPIError):
+            await db.read.execute("SELECT nothing FROM nowhere")
+        with pytest.raises(ReadOnlySessionError):
+            await db.read.execute(INSERT)
+    assert "" == await next_unit(db)
+    await db.dispose()
+
+
+@pytest.mark.parametrize(
+    "options", [{"isolation_level": "SERIALIZABLE"}, {"postgresql_readonly": False}]
+)
+@pytest.mark.parametrize("any_driver", DRIVERS[1:], indirect=True)
+async def test_options_of_one_unit(
+    backend: ServerBackend, options: dict[str, object]
+) -> None:
+    """What one unit asks of its connection costs the next no round trip."""
+    async with backend.proxy() as proxy:
+        url = backend.through(proxy.port)
+        db = Database.from_url(url, pool_size=1, max_overflow=0)
+        for asked in ({}, options, {}):  # asyncpg prepares again after a change
+            async with db:
+                await db.read.connection(execution_options=asked)
+                await db.read.execute(SELECT)
+        proxy.clear()
+        async with db:
+            await db.read.execute(SELECT)
+        assert [SELECT] == proxy.trips
+        assert "" == await next_unit(db)
+        await db.dispose()
+
+
+@pytest.mark.parametrize("any_driver", DRIVERS[2:], indirect=True)
+async def test_options_that_allow_writes(backend: ServerBackend) -> None:
+    """A transaction that a unit may write in leaves nothing to the next unit."""
+    options = {"isolation_level": "SERIALIZABLE", "postgresql_readonly": False}
+    db = small(backend)
+    async with db:
+        await db.read.connection(execution_options=options)
+        await db.read.execute(SELECT)
+    assert "" == await next_unit(db)
+    assert [1, 5] == await shop.items(backend)
+    await db.dispose()
+
+
+RUNNING = (
+    "SELECT count(*) FROM pg_stat_activity WHERE query = :slow AND state = 'active'"
+)
+SLOW = {
+    "asyncmy": (
+        "SELECT sleep(3600)",
+        "SELECT count(*) FROM information_schema.processlist WHERE info = :slow",
+    ),
+    "asyncpg": ("SELECT pg_sleep(3600)", RUNNING),
+    "psycopg": ("SELECT pg_sleep(3600)", RUNNING),
+}
+
+
+@pytest.mark.parametrize("any_driver", SLOW, indirect=True)
+async def test_read_only_after_a_cancellation(backend: ServerBackend) -> None:
+    """The connection that replaces a cancelled one is read-only from the start."""
+    slow, running = SLOW[backend.driver]
+
+    async def count() -> int:
+        return int(str(await backend.scalar(running, slow=slow)))
+
+    db = small(backend)
+    async with db:
+        statement = asyncio.create_task(db.read.execute(slow))
+        await eventually(1, count)
+        statement.cancel()
+        await asyncio.wait((statement,))
+        assert statement.cancelled()
+    assert "" == await next_unit(db)
+    assert 0 == await count()
+    await db.dispose()
+
+
+@pytest.mark.parametrize("any_driver", ["aiosqlite"], indirect=True)
+async def test_read_only_after_a_cancellation_of_sqlite(backend: Backend) -> None:
+    """The same on SQLite, where the statement is stopped and the connection closed."""
+    loop, running = asyncio.get_running_loop(), asyncio.Event()
+
+    def note() -> int:
+        loop.call_soon_threadsafe(running.set)
+        return 1
+
+    endless = "WITH RECURSIVE n(i) AS (SELECT note() UNION ALL SELECT i + 1 FROM n)"
+    db = small(backend)
+    async with db:
+        raw = await driver_connection(db.read)
+        await raw.create_function("note", 0, note)
+        statement = asyncio.create_task(
+            db.read.execute(f"{endless} SELECT count(*) FROM n")
+        )
+        await running.wait()
+        statement.cancel()
+        await asyncio.wait((statement,))
+        assert statement.cancelled()
+    assert "" == await next_unit(db)
+    await db.dispose()
+
+
+async def test_other_options_change_nothing(any_driver: Backend) -> None:
+    """Execution options that leave the connection as it is cost no reconnect."""
+    await shop.create(any_driver)
+    db = Database.from_url(any_driver.url)
+    made: list[object] = []
+
+    def note(connection: object, _: object) -> None:
+        made.append(connection)
+
+    event.listen(db.read_engine.sync_engine, "connect", note)
+    for _ in range(2):
+        async with db:
+            await db.read.connection(execution_options={"logging_token": "mine"})
+            await db.read.scalar("SELECT count(*) FROM items")
+    await db.dispose()
+    assert 1 == len(made)

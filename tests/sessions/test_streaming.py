@@ -1,0 +1,339 @@
+"""Rows that are still being read when the response has begun to leave."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy.exc import ResourceClosedError
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
+
+from asgi_uow import Database, UnitOfWorkMiddleware, current_read_session
+from asgi_uow.errors import ReadOnlySessionError
+from tests.servers import eventually
+from tests.support.asgi import request
+from tests.support.streams import ROWS, SELECT, Client, checked_out, fill
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncResult
+
+    from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
+    from tests.servers import Backend, MariaDBBackend, ServerBackend
+    from tests.servers.backend import SQLiteBackend
+
+
+@pytest.fixture
+async def shop_backend(any_driver: Backend) -> Backend:
+    """A shop with 300 items."""
+    await fill(any_driver)
+    return any_driver
+
+
+# The connection of a stream, whatever ends it
+
+
+async def generate(request: Request) -> AsyncGenerator[str]:
+    rows = await current_read_session().stream_scalars(SELECT)
+    async for number in rows:
+        yield f"{number}\n"
+        if request.url.path == "/broken":
+            message = "in the middle of the rows"
+            raise LookupError(message)
+
+
+async def rows_as_text(request: Request) -> StreamingResponse:
+    return StreamingResponse(generate(request))
+
+
+ROUTES = [Route("/", rows_as_text), Route("/broken", rows_as_text)]
+
+
+class Leaving(Client):
+    """Stops reading after the first piece, and goes away when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_piece = asyncio.Event()
+
+    async def take(self, _: int, /) -> None:
+        self.has_piece.set()
+        await asyncio.Event().wait()
+
+
+class Announcing(Leaving):
+    """Has `receive` say that it is gone, as servers before spec 2.4 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scope["asgi"] = {"version": "3.0", "spec_version": "2.0"}
+
+    async def receive(self) -> Message:
+        await self.has_piece.wait()
+        return {"type": "http.disconnect"}
+
+
+class Failing(Client):
+    """Has `send` raise when it is gone, as servers since spec 2.4 do."""
+
+    async def take(self, _: int, /) -> None:
+        message = "the client has gone"
+        raise OSError(message)
+
+
+async def read_all(app: ASGIApp) -> int:
+    client = Client()
+    assert 200 == await client.call(app)
+    return client.pieces
+
+
+async def raise_inside(app: ASGIApp) -> int:
+    client = Client(path="/broken")
+    with pytest.raises(LookupError):
+        await client.call(app)
+    return client.pieces
+
+
+async def cancel(app: ASGIApp) -> int:
+    client = Leaving()
+    task = asyncio.create_task(client.call(app))
+    await client.has_piece.wait()
+    task.cancel()
+    await asyncio.wait((task,))
+    assert task.cancelled()
+    return client.pieces
+
+
+async def announce(app: ASGIApp) -> int:
+    client = Announcing()
+    assert 200 == await client.call(app)
+    return client.pieces
+
+
+async def fail_to_send(app: ASGIApp) -> int:
+    client = Failing()
+    with pytest.raises(ClientDisconnect):
+        await client.call(app)
+    return client.pieces
+
+
+@pytest.mark.parametrize(
+    ("end", "pieces"),
+    [
+        (read_all, ROWS),
+        (raise_inside, 1),
+        (cancel, 1),
+        (announce, 1),
+        (fail_to_send, 1),
+    ],
+)
+async def test_connection_of_a_stream_comes_back(
+    shop_backend: Backend, end: Callable[[ASGIApp], Awaitable[int]], pieces: int
+) -> None:
+    """A generator that began after the start reads; its connection is then free."""
+    db = Database.from_url(shop_backend.url, pool_size=1, max_overflow=0)
+    app = UnitOfWorkMiddleware(Starlette(routes=ROUTES), db)
+
+    assert pieces == await end(app)
+
+    assert [0, 0] == checked_out(db)
+    await eventually(0, shop_backend.open_transactions)
+    assert ROWS == await read_all(app)
+    assert [0, 0] == checked_out(db)
+    await db.dispose()
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+async def test_reads_go_on_after_an_error_beside_a_stream(
+    shop_backend: Backend, is_read: bool
+) -> None:
+    """PostgreSQL ends the transaction of the cursor; the next read begins anew."""
+    db = Database.from_url(shop_backend.url, pool_size=1, max_overflow=0)
+    async with db:
+        rows = await db.read.stream_scalars(SELECT)
+        if is_read or shop_backend.name == "mariadb":
+            assert ROWS == len(await rows.all())
+        with pytest.raises(ReadOnlySessionError):
+            await db.read.execute("DELETE FROM items")
+        assert ROWS == await db.read.scalar("SELECT count(*) FROM items")
+    assert [0, 0] == checked_out(db)
+    await db.dispose()
+
+
+@pytest.mark.parametrize("any_driver", ["asyncmy", "asyncpg", "psycopg"], indirect=True)
+async def test_reads_go_on_after_an_error_among_the_rows(shop_backend: Backend) -> None:
+    """The error is that of the stream alone; the next read does not meet it."""
+    too_many = "SELECT other.id FROM items AS other WHERE other.id >= items.id - 200"
+    db = Database.from_url(shop_backend.url, pool_size=1, max_overflow=0)
+    async with db:
+        rows = await db.read.stream_scalars(
+            f"SELECT CASE WHEN id = 250 THEN ({too_many}) END FROM items ORDER BY id"
+        )
+        with pytest.raises(Exception, match=r"more than (one|1) row"):
+            await rows.all()
+        assert ROWS == await db.read.scalar("SELECT count(*) FROM items")
+    assert [0, 0] == checked_out(db)
+    await db.dispose()
+
+
+# Pieces
+
+
+GATES = {
+    "asyncmy": (
+        "SELECT GET_LOCK('gate', 0)",
+        "SELECT RELEASE_LOCK('gate')",
+        (
+            "SELECT IF(seq = 900, GET_LOCK('gate', 60), seq), REPEAT('x', 1000)"
+            " FROM seq_1_to_1000"
+        ),
+    ),
+    "asyncpg": (
+        "SELECT pg_advisory_lock(1)",
+        "SELECT pg_advisory_unlock(1)",
+        (
+            "SELECT CASE WHEN i = 900 THEN CAST(pg_advisory_lock(1) AS text) END"
+            " FROM generate_series(1, 1000) AS i"
+        ),
+    ),
+}
+GATES["psycopg"] = GATES["asyncpg"]
+
+SLOW = {
+    "asyncmy": GATES["asyncmy"][2].replace("GET_LOCK('gate', 60)", "SLEEP(60)"),
+    "asyncpg": GATES["asyncpg"][2].replace("pg_advisory_lock(1)", "pg_sleep(60)"),
+}
+SLOW["psycopg"] = SLOW["asyncpg"]
+
+
+@pytest.mark.parametrize("any_driver", GATES, indirect=True)
+async def test_first_rows_before_the_last(any_driver: ServerBackend) -> None:
+    """The first rows are there while the server cannot go on to the last."""
+    close, open_, select = GATES[any_driver.driver]
+    db = Database.from_url(any_driver.url)
+    keeper = Database.from_url(any_driver.url)
+    async with keeper, db:
+        await keeper.write.execute(close)
+        rows = await db.read.stream(select)
+        assert 100 == len(await rows.fetchmany(100))
+        await keeper.write.execute(open_)
+        assert 900 == len(await rows.all())
+    await keeper.dispose()
+    await db.dispose()
+
+
+async def rest_of(rows: AsyncResult[Any]) -> asyncio.Task[Sequence[Any]]:
+    """A task that is waiting for the server to go on with the rows."""
+    begun = asyncio.Event()
+
+    async def read() -> Sequence[Any]:
+        begun.set()
+        return await rows.all()
+
+    task = asyncio.create_task(read())
+    await begun.wait()
+    return task
+
+
+@pytest.mark.parametrize("any_driver", GATES, indirect=True)
+async def test_reads_go_on_after_a_cancellation_among_the_rows(
+    any_driver: ServerBackend,
+) -> None:
+    """A cancelled fetch ends its stream; the next read has another connection."""
+    close, _, select = GATES[any_driver.driver]
+    db = Database.from_url(any_driver.url)
+    keeper = Database.from_url(any_driver.url)
+    async with keeper, db:
+        await keeper.write.execute(close)
+        rows = await db.read.stream(select)
+        assert 100 == len(await rows.fetchmany(100))
+        rest = await rest_of(rows)
+        rest.cancel()
+        await asyncio.wait((rest,))
+        assert rest.cancelled()
+        assert 1 == await db.read.scalar("SELECT 1")
+        with pytest.raises(ResourceClosedError):
+            await rows.fetchone()
+    assert [0, 0] == checked_out(db)
+    await keeper.dispose()
+    await db.dispose()
+
+
+@pytest.mark.parametrize("any_driver", GATES, indirect=True)
+async def test_connection_lost_among_the_rows_is_answered_503(
+    any_driver: ServerBackend,
+) -> None:
+    """As one that is lost under any other statement."""
+    db = Database.from_url(any_driver.url)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        rows = await db.read.stream(SLOW[any_driver.driver])
+        rest = await rest_of(rows)
+        await any_driver.kill_connections()
+        await rest
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    assert 503 == response.status
+    assert [0, 0] == checked_out(db)
+    await db.dispose()
+
+
+@pytest.mark.parametrize("any_driver", ["asyncpg", "psycopg"], indirect=True)
+async def test_postgresql_sends_what_is_read(any_driver: ServerBackend) -> None:
+    """PostgreSQL sends a piece when asked, so nothing piles up in this process."""
+    async with any_driver.proxy() as proxy:
+        db = Database.from_url(any_driver.through(proxy.port))
+        async with db:
+            rows = await db.read.stream_scalars("SELECT generate_series(1, 5000)")
+            assert 1 == await anext(rows)
+            asked = [len(proxy.trips)]
+            async for parts in rows.partitions(1000):
+                assert parts
+                asked.append(len(proxy.trips))
+        await db.dispose()
+    assert all(before < after for before, after in itertools.pairwise(asked))
+
+
+async def test_sqlite_computes_what_is_read(sqlite: SQLiteBackend) -> None:
+    """SQLite computes a row when it is about to be read."""
+    computed = itertools.count(1)
+    db = Database.from_url(sqlite.url)
+    async with db:
+        connection = await (await db.read.connection()).get_raw_connection()
+        raw = connection.driver_connection
+        assert raw is not None
+        await raw.create_function("compute", 0, lambda: next(computed))
+        rows = await db.read.stream_scalars(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n"
+            " LIMIT 5000) SELECT compute() FROM n"
+        )
+        assert 1 == await anext(rows)
+        assert next(computed) < 100
+    await db.dispose()
+
+
+async def test_mariadb_sends_it_all(mariadb: MariaDBBackend) -> None:
+    """MariaDB does not wait for the reader: asyncmy keeps what comes too early."""
+    db = Database.from_url(mariadb.url)
+
+    async def running() -> int:
+        rows = await mariadb.fetch(
+            "SELECT id FROM information_schema.processlist"
+            " WHERE db = :name AND user = 'app' AND command = 'Query'",
+            name=mariadb.database,
+        )
+        return len(rows)
+
+    async with db:
+        rows = await db.read.stream("SELECT REPEAT('x', 1000) FROM seq_1_to_20000")
+        assert await rows.fetchone()
+        await eventually(0, running, within=30)
+        assert 19_999 == len(await rows.all())
+    await db.dispose()

@@ -1,0 +1,92 @@
+"""The private names that tests use, in one place: to rename one is a change here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from asgi_uow import UnitOfWork
+from asgi_uow import _concurrency as concurrency
+from asgi_uow._concurrency import TaskLock, bounded, run_to_completion
+from asgi_uow._databases.configuration import read as read_configuration
+from asgi_uow._databases.driver_errors import READ_ONLY_CODES, code_of
+from asgi_uow._databases.health import LONGEST_PAUSE, Replica, by_free_connections
+from asgi_uow._databases.pool import IDLE_SINCE
+from asgi_uow._decision import (
+    COMMIT,
+    TRANSITIONS,
+    Cause,
+    Decision,
+    State,
+    commit_below_400,
+    decide_exit,
+    decide_response,
+    exception_cause,
+    rollback,
+)
+from asgi_uow._reading.causal import LONGEST_TOKEN, READ_FROM_WRITER
+from asgi_uow._sessions.managed import ManagedSession
+from asgi_uow._sessions.read_session import ReadSession
+from asgi_uow._sessions.savepoint import Savepoint
+from asgi_uow._unit.finish import finish, release
+from asgi_uow._unit.hooks import (
+    MOST_BY_HOOKS,
+    PHASES,
+    Hook,
+    Hooks,
+    check_callable,
+    name_of,
+)
+from asgi_uow._unit.unit import UnitOptions, current
+
+if TYPE_CHECKING:
+    from asgi_uow import Database
+
+__all__ = [
+    "COMMIT",
+    "IDLE_SINCE",
+    "LONGEST_PAUSE",
+    "LONGEST_TOKEN",
+    "MOST_BY_HOOKS",
+    "PHASES",
+    "READ_FROM_WRITER",
+    "READ_ONLY_CODES",
+    "SQLITE_CONNECTION",
+    "TRANSITIONS",
+    "Cause",
+    "Decision",
+    "Hook",
+    "Hooks",
+    "ManagedSession",
+    "ReadSession",
+    "Replica",
+    "Savepoint",
+    "State",
+    "TaskLock",
+    "bounded",
+    "by_free_connections",
+    "check_callable",
+    "code_of",
+    "commit_below_400",
+    "concurrency",
+    "current",
+    "decide_exit",
+    "decide_response",
+    "exception_cause",
+    "finish",
+    "name_of",
+    "new_unit",
+    "read_configuration",
+    "release",
+    "rollback",
+    "run_to_completion",
+]
+
+SQLITE_CONNECTION = "asgi_uow._databases.sqlite_connection"
+"""The module that imports aiosqlite."""
+
+
+def new_unit(*databases: Database) -> UnitOfWork:
+    """Make a unit of work that nobody has entered."""
+    unit = UnitOfWork()
+    unit.databases, unit.options = databases, UnitOptions()
+    return unit

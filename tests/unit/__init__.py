@@ -1,0 +1,1 @@
+"""The unit of work: its states, its end, its hooks."""

@@ -1,0 +1,499 @@
+"""Hooks in places where they could wait for themselves, get lost or never end."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+from sqlalchemy import event
+from sqlalchemy import exc as sa_exc
+
+from asgi_uow import (
+    Database,
+    UnitOfWorkMiddleware,
+    after_commit,
+    after_response,
+    after_rollback,
+    before_commit,
+    current_read_session,
+    current_session,
+    current_unit_of_work,
+    savepoint,
+    unit_of_work,
+)
+from asgi_uow.errors import NestedUnitOfWorkError, TooManyHooksError
+from asgi_uow.observers import ConnectionReleased, HookFailed, ReleaseFailed
+from tests.promises.test_promises import checked_out, shop_database
+from tests.support import shop
+from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.private import current
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from asgi_uow._asgi import Receive, Scope, Send
+    from asgi_uow.observers import Event
+    from tests.servers.backend import Backend, MariaDBBackend, SQLiteBackend
+
+COUNT = "SELECT count(*) FROM items"
+
+
+@pytest.fixture
+async def db(backend: Backend) -> AsyncIterator[Database]:
+    async with shop_database(backend) as db:
+        yield db
+
+
+async def failures(
+    handler: Callable[[], Awaitable[object]], *databases: Database
+) -> list[BaseException]:
+    """Send a request; what did its hooks raise?"""
+    events: list[Event] = []
+    app = UnitOfWorkMiddleware(
+        endpoint(handler), *databases, observers=[events.append], hook_timeout=30
+    )
+    response = await request(app)
+    assert (200, None) == (response.status, response.error)
+    return [each.error for each in events if isinstance(each, HookFailed)]
+
+
+# Connections
+
+
+@pytest.mark.parametrize("register", [after_commit, after_response])
+async def test_hook_reads_with_a_pool_of_one(
+    register: Callable[..., None], backend: Backend
+) -> None:
+    """P7: a hook that reads gets the connection that its request has read with."""
+    found: list[object] = []
+
+    async def read() -> None:
+        found.append(await current_read_session().scalar(COUNT))
+
+    async def handler() -> None:
+        await read()
+        await shop.insert(1)
+        register(read)
+        register(read)
+
+    async with shop_database(
+        backend, pool_size=1, max_overflow=0, pool_timeout=5
+    ) as db:
+        assert [] == await failures(handler, db)
+        assert [0, 1, 1] == found
+        assert [0, 0] == checked_out(db)
+
+
+@pytest.mark.parametrize("register", [after_commit, after_response])
+async def test_hook_after_a_read_in_memory(register: Callable[..., None]) -> None:
+    """In memory a request that has read leaves the connection to its hooks."""
+    db = Database.from_url("sqlite://", pool_timeout=5)
+    async with db:
+        await db.write.execute("CREATE TABLE items (id INTEGER PRIMARY KEY)")
+
+    async def handler() -> None:
+        await current_read_session().scalar(COUNT)
+        register(shop.insert, 1)
+
+    assert [] == await failures(handler, db)
+    async with db:
+        assert 1 == await db.read.scalar(COUNT)
+    await db.dispose()
+
+
+async def test_a_stream_goes_on_beside_hooks(db: Database, backend: Backend) -> None:
+    """P7: a stream that is read after the response keeps its connection."""
+    await backend.execute("INSERT INTO items (id) VALUES (1), (2)")
+    rows: list[object] = []
+    events: list[Event] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        stream = await current_read_session().stream("SELECT id FROM items ORDER BY id")
+        rows.append(await stream.fetchone())
+        after_commit(rows.append, "hook")
+        await send({"type": START, "status": 200, "headers": []})
+        rows.append(await stream.fetchone())
+        await send({"type": BODY, "body": b""})
+
+    await request(UnitOfWorkMiddleware(app, db, observers=[events.append]))
+
+    assert [(1,), "hook", (2,)] == rows
+    assert not {HookFailed, ReleaseFailed} & set(map(type, events))
+    assert [0, 0] == checked_out(db)
+
+
+async def test_held_seconds_of_a_connection_lent(db: Database) -> None:
+    """The time for which a read session held connections is told once, in all."""
+    events: list[Event] = []
+
+    async def handler() -> None:
+        await current_read_session().scalar(COUNT)
+        after_commit(print)
+
+    await request(
+        UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
+    )
+    [released] = [each for each in events if isinstance(each, ConnectionReleased)]
+    assert "read" == released.access
+    assert 0 < released.seconds < 60
+
+
+# Units around
+
+
+async def test_savepoint_of_the_unit_around(
+    sqlite: SQLiteBackend, backend: Backend
+) -> None:
+    """P6: a hook of an inner unit follows the savepoints of the unit around it too."""
+    called: list[str] = []
+    other = Database.from_url("sqlite://")
+    async with shop_database(backend) as db:
+
+        async def handler() -> None:
+            await current_session(db).execute("SELECT 1")
+            with suppress(LookupError):
+                async with savepoint(db):
+                    after_commit(called.append, "undone")
+                    after_rollback(called.append, "rolled back")
+                    raise LookupError
+            assert ["rolled back"] == called
+            async with savepoint(db):
+                after_commit(called.append, "kept")
+
+        app = UnitOfWorkMiddleware(endpoint(handler), other)
+        response = await request(UnitOfWorkMiddleware(app, db))
+
+        assert response.error is None
+        assert ["rolled back", "kept"] == called
+    await other.dispose()
+
+
+async def test_waiting_for_oneself_is_refused(sqlite: SQLiteBackend) -> None:
+    """On SQLite a hook of a hook is refused what its request still holds."""
+    seen: list[type[BaseException]] = []
+    other = Database.from_url("sqlite://")
+
+    async def block() -> None:
+        try:
+            async with other, mine:
+                raise NotImplementedError
+        except NestedUnitOfWorkError as error:
+            seen.append(type(error))
+
+    async def session() -> None:
+        try:
+            current_session()
+        except NestedUnitOfWorkError as error:
+            seen.append(type(error))
+
+    async def compensate() -> None:
+        after_commit(session)
+        await block()
+
+    async with shop_database(sqlite) as mine:
+
+        async def handler() -> None:
+            await shop.insert(1)
+            with suppress(LookupError):
+                async with savepoint():
+                    after_rollback(compensate)
+                    raise LookupError
+
+        assert [] == await failures(handler, mine)
+    assert [NestedUnitOfWorkError] * 2 == seen
+    await other.dispose()
+
+
+async def test_unproven_on_one_of_two_databases(
+    mariadb: MariaDBBackend, sqlite: SQLiteBackend
+) -> None:
+    """P3: a call on another database proves no rollback."""
+    called: list[str] = []
+    async with shop_database(mariadb) as one, shop_database(sqlite) as two:
+        with pytest.raises(Exception, match="already given this transaction up"):
+            async with unit_of_work(one, two):
+                await shop.insert(1)
+                with suppress(sa_exc.DBAPIError, LookupError):
+                    async with savepoint(one):
+                        await shop.insert(2)
+                        after_rollback(called.append, "rolled back")
+                        await mariadb.kill_connections()
+                        raise LookupError
+                await current_session(two).execute("SELECT 1")
+                assert [] == called
+    assert ["rolled back"] == called
+
+
+# Ends
+
+
+async def test_block_around_the_response(db: Database, backend: Backend) -> None:
+    """A savepoint that is open at the decision ends with it; so does its block."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async with savepoint():
+            await shop.insert(1)
+            await send({"type": START, "status": 200, "headers": []})
+        await send({"type": BODY, "body": b""})
+
+    response = await request(UnitOfWorkMiddleware(app, db))
+
+    assert (200, None) == (response.status, response.error)
+    assert [1] == await shop.items(backend)
+
+
+async def test_savepoint_in_a_cancelled_scope(any_driver: Backend) -> None:
+    """P10: a scope that is cancelled in a savepoint undoes that and no more."""
+    async with shop_database(any_driver) as db:
+
+        async def handler() -> None:
+            await shop.insert(1)
+            with anyio.CancelScope() as scope:
+                async with savepoint():
+                    await shop.insert(2)
+                    after_commit(called.append, "undone")
+                    scope.cancel()
+                    await anyio.sleep_forever()
+            await shop.insert(3)
+
+        called: list[str] = []
+        assert [] == await failures(handler, db)
+
+    assert [1, 3] == await shop.items(any_driver)
+    assert [] == called
+
+
+@pytest.mark.parametrize("natively", [False, True])
+async def test_cancelled_savepoint_waits_for_its_turn(
+    natively: bool, db: Database, backend: Backend
+) -> None:
+    """P10: a savepoint cancelled during another task's call is never kept.
+
+    A scope waits until it is undone. A task that does not wait has all undone.
+    """
+    called: list[str] = []
+    inside, using = asyncio.Event(), asyncio.Event()
+
+    async def part() -> None:
+        with anyio.CancelScope() as scope:
+            async with savepoint():
+                await shop.insert(2)
+                after_commit(called.append, "undone")
+                inside.set()
+                await using.wait()
+                if not natively:
+                    scope.cancel()
+                await anyio.sleep_forever()
+
+    async def handler() -> None:
+        session = current_session()
+        await shop.insert(1)
+        after_commit(called.append, "kept")
+        task = asyncio.create_task(part())
+        await inside.wait()
+        async with session.lock:
+            using.set()
+            for _ in range(10):
+                await asyncio.sleep(0)
+                if natively:
+                    task.cancel()
+        await asyncio.wait([task])
+        await shop.insert(3)
+
+    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+
+    assert (500 if natively else 200) == response.status
+    assert ([] if natively else [1, 3]) == await shop.items(backend)
+    assert ([] if natively else ["kept"]) == called
+
+
+async def test_pending_hook_inside_another_call(db: Database, backend: Backend) -> None:
+    """A hook that waits for the session of its request is called when that is free."""
+    await backend.execute("INSERT INTO items (id) VALUES (1)")
+    found: list[object] = []
+
+    async def handler() -> None:
+        session = current_session()
+
+        async def compensate() -> None:
+            found.append(await session.scalar(COUNT))
+
+        connection = await session.connection()
+        nested = await connection.begin_nested()
+        after_rollback(compensate)
+        await nested.rollback()
+        rows = await session.stream_scalars("SELECT id FROM items")
+        found.append(await rows.all())
+        await rows.close()
+
+    errors = await failures(handler, db)  # some drivers refuse it beside a stream
+    assert TimeoutError not in map(type, errors)
+    assert [1] in found
+
+
+async def test_block_that_registers_itself(sqlite: SQLiteBackend) -> None:
+    """A hook that goes on in blocks of its own comes to an end as well."""
+    calls: list[int] = []
+    errors: list[BaseException] = []
+
+    async def again() -> None:
+        calls.append(len(calls))
+        try:
+            async with mine:
+                after_commit(again)
+        except TooManyHooksError as error:
+            errors.append(error)
+
+    async with shop_database(sqlite) as mine:
+
+        async def handler() -> None:
+            after_commit(again)
+
+        assert [] == await failures(handler, mine)
+    assert 101 == len(calls)
+    assert 1 == len(errors)
+
+
+async def test_hook_whose_name_cannot_be_read(sqlite: SQLiteBackend) -> None:
+    """P5: a callable that refuses its name fails like any other hook."""
+    called: list[str] = []
+
+    class Proxy:
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError(name)
+
+        def __call__(self) -> None:
+            raise NotImplementedError
+
+    async def handler() -> None:
+        after_commit(Proxy())
+        after_commit(called.append, "second")
+
+    async with shop_database(sqlite) as db:
+        errors = await failures(handler, db)
+    assert 1 == len(errors)
+    assert ["second"] == called
+
+
+async def test_many_before_commit_hooks(sqlite: SQLiteBackend) -> None:
+    """Hooks are looked through once, not once per hook."""
+    called: list[int] = []
+
+    async def note(number: int) -> None:
+        called.append(number)
+
+    async with shop_database(sqlite) as db:
+
+        async def handler() -> None:
+            for number in range(3000):
+                before_commit(note, number)
+
+        assert [] == await failures(handler, db)
+    assert list(range(3000)) == called
+
+
+async def test_before_commit_hook_dropped_on_the_way(sqlite: SQLiteBackend) -> None:
+    """P6: a savepoint undone by a before_commit hook takes the next ones with it."""
+    called: list[str] = []
+
+    async with shop_database(sqlite) as db:
+
+        async def handler() -> None:
+            opened = await current_session().begin_nested()
+
+            async def undo() -> None:
+                await opened.rollback()
+
+            before_commit(undo)
+            before_commit(called.append, "dropped")
+
+        await failures(handler, db)
+    assert [] == called
+
+
+async def test_nothing_is_current_after_a_hook(db: Database) -> None:
+    """P9: hooks leave nothing behind in the context of the request."""
+    seen: list[object] = []
+
+    async def handler() -> None:
+        after_commit(shop.insert, 1)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        unit = current_unit_of_work()
+        await handler()
+        await send({"type": START, "status": 200, "headers": []})
+        seen.append(current.get() is unit)
+        await send({"type": BODY, "body": b""})
+
+    await request(UnitOfWorkMiddleware(app, db))
+    assert [True] == seen
+    assert current.get() is None
+
+
+async def test_read_connection_that_cannot_be_given_back(
+    mariadb: MariaDBBackend,
+) -> None:
+    """A read connection that is lost before the hooks is no harm to them."""
+    called: list[str] = []
+    async with shop_database(mariadb) as db:
+
+        async def handler() -> None:
+            await current_read_session().scalar(COUNT)
+            after_commit(called.append, "hook")
+            await mariadb.kill_connections()
+
+        await failures(handler, db)
+        assert ["hook"] == called
+        assert [0, 0] == checked_out(db)
+
+
+async def test_task_that_reads_while_hooks_run(db: Database) -> None:
+    """A read in flight at the decision keeps its connection and is not waited for."""
+    go_on = asyncio.Event()
+    reading = asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def read() -> None:
+        session = current_read_session()
+        async with session.own_lock:
+            await session.scalar(COUNT)
+            reading.set()
+            await go_on.wait()
+
+    async def handler() -> None:
+        tasks.append(asyncio.create_task(read()))
+        await reading.wait()
+        after_commit(go_on.set)
+
+    errors = await failures(handler, db)
+    assert [] == errors
+    await tasks[0]
+    assert [0, 0] == checked_out(db)
+
+
+async def test_listener_that_breaks_giving_back(sqlite: SQLiteBackend) -> None:
+    """P5: a listener that fails when a read connection is given back stops no hook."""
+    called: list[str] = []
+    events: list[Event] = []
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async with shop_database(sqlite) as db:
+
+        async def handler() -> None:
+            session = current_read_session()
+            await session.scalar(COUNT)
+            event.listen(session.sync_session, "after_transaction_end", fail, once=True)
+            after_commit(called.append, "hook")
+
+        app = UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
+        response = await request(app)
+
+    assert 200 == response.status
+    assert ["hook"] == called
+    [failed] = [each for each in events if isinstance(each, ReleaseFailed)]
+    assert "giving a read connection back" == failed.operation

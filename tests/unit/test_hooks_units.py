@@ -1,0 +1,636 @@
+"""The unit of work that a hook has for itself, and what hooks register."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+
+from asgi_uow import (
+    Database,
+    UnitOfWorkMiddleware,
+    after_commit,
+    after_response,
+    after_rollback,
+    before_commit,
+    current_read_session,
+    current_session,
+    current_unit_of_work,
+    force_commit,
+    savepoint,
+    set_rollback_only,
+    unit_of_work,
+)
+from asgi_uow.errors import (
+    CommitFailedError,
+    DoomedError,
+    ManagedTransactionError,
+    NestedUnitOfWorkError,
+    TooManyHooksError,
+    UnitOfWorkClosedError,
+)
+from asgi_uow.observers import CommitFailed, HookFailed
+from tests.promises.test_promises import checked_out, shop_database
+from tests.support import shop
+from tests.support.asgi import endpoint, request
+from tests.support.private import MOST_BY_HOOKS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from asgi_uow import UnitOfWork
+    from asgi_uow.observers import Event
+    from tests.servers.backend import Backend, SQLiteBackend
+    from tests.support.asgi import Response
+
+    Register = Callable[..., None]
+    Work = Callable[[], Awaitable[object]]
+
+
+@pytest.fixture
+async def db(backend: Backend) -> AsyncIterator[Database]:
+    # One connection of each kind: a hook gets the one that its request gave back.
+    options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
+    async with shop_database(backend, **options) as db:
+        yield db
+
+
+class Sent:
+    """A request, what it came to, and what was told about its hooks."""
+
+    def __init__(
+        self,
+        db: Database,
+        handler: Callable[[], object],
+        status: int = 200,
+        hook_timeout: float | None = 30.0,
+    ) -> None:
+        self.events: list[Event] = []
+
+        async def call() -> None:
+            handler()
+
+        self._app = UnitOfWorkMiddleware(
+            endpoint(call, status),
+            db,
+            observers=[self.events.append],
+            hook_timeout=hook_timeout,
+        )
+
+    async def send(self) -> Response:
+        return await request(self._app)
+
+    @property
+    def failures(self) -> list[HookFailed]:
+        return [each for each in self.events if isinstance(each, HookFailed)]
+
+    @property
+    def reports(self) -> list[tuple[str, str, str]]:
+        """Phase, name and kind of error of every failure."""
+        return [(f.phase, f.hook, type(f.error).__name__) for f in self.failures]
+
+
+REGISTER = [(after_commit, 200), (after_response, 200), (after_rollback, 404)]
+
+
+@pytest.mark.parametrize(("register", "status"), REGISTER)
+async def test_own_unit(
+    register: Register, status: int, db: Database, backend: Backend
+) -> None:
+    """Each hook has a session of its own, committed when the hook returns."""
+    units: list[UnitOfWork] = []
+    inserted: list[object] = []
+
+    async def hook(number: int) -> None:
+        units.append(current_unit_of_work())
+        await shop.insert(number)
+        found = await current_read_session().scalars("SELECT id FROM items")
+        inserted.append(set(found))
+
+    def handler() -> None:
+        units.append(current_unit_of_work())
+        register(hook, 1)
+        register(hook, 2)
+
+    sent = Sent(db, handler, status)
+    response = await sent.send()
+
+    assert status == response.status
+    assert [] == sent.failures
+    assert [1, 2] == await shop.items(backend)
+    assert {1, 2} in inserted
+    assert 3 == len(set(units))
+    assert [0, 0] == checked_out(db)
+
+
+@pytest.mark.parametrize(("register", "status"), REGISTER)
+async def test_own_unit_rolled_back(
+    register: Register, status: int, db: Database, backend: Backend
+) -> None:
+    """What a hook did is rolled back when it raises, and nobody else's work is."""
+
+    async def fails() -> None:
+        await shop.insert(1)
+        raise LookupError
+
+    def handler() -> None:
+        register(shop.insert, 2)
+        register(fails)
+        register(shop.insert, 3)
+
+    sent = Sent(db, handler, status)
+    response = await sent.send()
+
+    assert status == response.status
+    assert [2, 3] == await shop.items(backend)
+    name = "test_own_unit_rolled_back.<locals>.fails"
+    assert [(register.__name__, name, "LookupError")] == sent.reports
+    assert [0, 0] == checked_out(db)
+
+
+async def test_own_unit_rollback_only(db: Database, backend: Backend) -> None:
+    """A hook can have its own work rolled back without failing."""
+
+    async def dry_run() -> None:
+        await shop.insert(1)
+        set_rollback_only("dry run")
+
+    sent = Sent(db, functools.partial(after_commit, dry_run))
+    await sent.send()
+
+    assert [] == await shop.items(backend)
+    assert [] == sent.failures
+
+
+async def test_own_unit_force(db: Database, backend: Backend) -> None:
+    """To force what is committed anyway changes nothing."""
+
+    async def hook() -> None:
+        force_commit()
+        await shop.insert(1)
+
+    await Sent(db, functools.partial(after_commit, hook)).send()
+    assert [1] == await shop.items(backend)
+
+
+async def test_own_commit_fails(db: Database, backend: Backend) -> None:
+    """P5: when the commit of a hook's work fails, that is reported once, by name."""
+
+    def handler() -> None:
+        after_commit(shop.insert_then_break_commit, backend, 1)
+        after_commit(shop.insert, 2)
+
+    sent = Sent(db, handler)
+    response = await sent.send()
+
+    assert (200, None) == (response.status, response.error)
+    assert [2] == await shop.items(backend)
+    [failure] = sent.failures
+    assert "insert_then_break_commit" == failure.hook
+    assert isinstance(failure.error, CommitFailedError)
+    assert CommitFailed not in map(type, sent.events)
+    assert [0, 0] == checked_out(db)
+
+
+async def test_own_unit_doomed(db: Database, backend: Backend) -> None:
+    """P2: a hook that swallows what dooms its work is reported; nothing is kept."""
+
+    async def hook() -> None:
+        await shop.insert(1)
+        connection = await current_session().connection()
+        with suppress(ManagedTransactionError):
+            await connection.commit()
+
+    sent = Sent(db, functools.partial(after_commit, hook))
+    await sent.send()
+
+    [failure] = sent.failures
+    assert isinstance(failure.error, DoomedError)
+    assert isinstance(failure.error.__cause__, ManagedTransactionError)
+    assert [] == await shop.items(backend)
+
+
+async def test_block_in_a_hook(db: Database, backend: Backend) -> None:
+    """A hook may open a unit with `async with db:` as code outside requests does."""
+    called: list[str] = []
+
+    async def hook() -> None:
+        async with db:
+            await shop.insert(1)
+            after_commit(called.append, "inner")
+        assert ["inner"] == called
+        await shop.insert(2)
+
+    sent = Sent(db, functools.partial(after_commit, hook))
+    await sent.send()
+
+    assert [] == sent.failures
+    assert [1, 2] == await shop.items(backend)
+
+
+async def test_block_in_a_hook_that_uses_its_session(
+    db: Database, backend: Backend
+) -> None:
+    """Once a hook has used its own session, a block is a unit inside a unit."""
+
+    async def hook() -> None:
+        await shop.insert(1)
+        with pytest.raises(NestedUnitOfWorkError):
+            async with db:
+                raise NotImplementedError
+
+    sent = Sent(db, functools.partial(after_commit, hook))
+    await sent.send()
+
+    assert [] == sent.failures
+    assert [1] == await shop.items(backend)
+
+
+async def test_independent_block_in_a_hook(server_backend: Backend) -> None:
+    """An independent block beside the hook's own work has an outcome of its own."""
+    async with shop_database(server_backend) as db:
+
+        async def hook() -> None:
+            await shop.insert(1)
+            async with unit_of_work(db, independent=True):
+                await shop.insert(2)
+            raise LookupError
+
+        await Sent(db, functools.partial(after_commit, hook)).send()
+
+    assert [2] == await shop.items(server_backend)
+
+
+async def test_databases_of_the_unit_around(
+    sqlite: SQLiteBackend, server_backend: Backend
+) -> None:
+    """A hook reaches every database that its request reaches, in its own unit."""
+    async with shop_database(sqlite) as outer, shop_database(server_backend) as inner:
+
+        async def hook() -> None:
+            await shop.insert(1)
+            await current_session(outer).execute("INSERT INTO items (id) VALUES (2)")
+
+        async def handler() -> None:
+            after_commit(hook)
+
+        app = UnitOfWorkMiddleware(endpoint(handler), inner)
+        await request(UnitOfWorkMiddleware(app, outer))
+
+    assert [1] == await shop.items(server_backend)
+    assert [2] == await shop.items(sqlite)
+
+
+async def test_after_the_hook(db: Database) -> None:
+    """P9: a task that outlives its hook is refused the hook's unit."""
+    go_on = asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def leaked() -> None:
+        await go_on.wait()
+        current_session()
+
+    async def hook() -> None:
+        tasks.append(asyncio.create_task(leaked()))
+
+    await Sent(db, functools.partial(after_commit, hook)).send()
+    go_on.set()
+    with pytest.raises(UnitOfWorkClosedError):
+        await tasks[0]
+
+
+async def test_in_memory() -> None:
+    """In memory, where there is one connection, hooks have their turn on it."""
+    db = Database.from_url("sqlite://", pool_timeout=5)
+    async with db:
+        await db.write.execute("CREATE TABLE items (id INTEGER PRIMARY KEY)")
+    found: list[object] = []
+
+    async def read() -> None:
+        found.append(await current_read_session().scalar("SELECT id FROM items"))
+
+    def handler() -> None:
+        after_commit(shop.insert, 1)
+        after_response(read)
+
+    sent = Sent(db, handler)
+    await sent.send()
+    assert [] == sent.failures
+    assert [1] == found
+    await db.dispose()
+
+
+# What hooks register
+
+
+@pytest.mark.parametrize("register", [before_commit, after_commit, after_response])
+@pytest.mark.parametrize("fails", [False, True])
+async def test_registering_in_hooks(
+    register: Register, fails: bool, sqlite: SQLiteBackend
+) -> None:
+    """What a hook registers comes last, and also when that hook then fails."""
+    called: list[str] = []
+
+    async def hook() -> None:
+        called.append("first")
+        register(called.append, "registered")
+        if fails and register is not before_commit:
+            raise LookupError
+
+    def handler() -> None:
+        register(hook)
+        register(called.append, "second")
+
+    async with shop_database(sqlite) as db:
+        response = await Sent(db, handler).send()
+
+    assert 200 == response.status
+    assert ["first", "second", "registered"] == called
+
+
+async def test_registering_for_a_later_phase(sqlite: SQLiteBackend) -> None:
+    """Hooks register for later phases, and for one that has passed for at once."""
+    called: list[str] = []
+
+    async def last() -> None:
+        called.append("last")
+        after_commit(called.append, "the commit is proven still")
+
+    async def middle() -> None:
+        called.append("middle")
+        after_response(last)
+
+    async def first() -> None:
+        called.append("first")
+        after_commit(middle)
+
+    async with shop_database(sqlite) as db:
+        await Sent(db, functools.partial(before_commit, first)).send()
+
+    assert ["first", "middle", "last", "the commit is proven still"] == called
+
+
+async def test_registering_after_a_rollback(sqlite: SQLiteBackend) -> None:
+    """After a rollback a hook may add to it; a commit is then that of its own unit."""
+    called: list[str] = []
+
+    async def compensate() -> None:
+        await shop.insert(1)
+        after_rollback(called.append, "rolled back too")
+        after_commit(called.append, "compensated")
+        after_response(called.append, "and released")
+
+    async with shop_database(sqlite) as db:
+        await Sent(db, functools.partial(after_rollback, compensate), 404).send()
+
+    assert ["compensated", "and released", "rolled back too"] == called
+    assert [1] == await shop.items(sqlite)
+
+
+async def test_rollback_of_a_hook(sqlite: SQLiteBackend) -> None:
+    """What a hook registers for a rollback is called if its own work is undone."""
+    called: list[str] = []
+
+    async def hook(*, fails: bool) -> None:
+        after_rollback(called.append, f"fails: {fails}")
+        await shop.insert(1)
+        if fails:
+            raise LookupError
+
+    def handler() -> None:
+        after_commit(hook, fails=True)
+        after_commit(hook, fails=False)
+
+    async with shop_database(sqlite) as db:
+        await Sent(db, handler).send()
+
+    assert ["fails: True"] == called
+    assert [1] == await shop.items(sqlite)
+
+
+async def test_savepoint_in_a_hook(db: Database, backend: Backend) -> None:
+    """P6: hooks that a hook registers follow its savepoints."""
+    called: list[str] = []
+
+    async def hook() -> None:
+        with suppress(LookupError):
+            async with savepoint():
+                await shop.insert(1)
+                after_commit(called.append, "undone")
+                raise LookupError
+        async with savepoint():
+            await shop.insert(2)
+            after_commit(called.append, "kept")
+
+    await Sent(db, functools.partial(after_commit, hook)).send()
+
+    assert ["kept"] == called
+    assert [2] == await shop.items(backend)
+
+
+@pytest.mark.parametrize(("register", "status"), REGISTER)
+async def test_too_many(register: Register, status: int, sqlite: SQLiteBackend) -> None:
+    """Hooks may register 100 others: one that registers itself comes to an end."""
+    calls: list[int] = []
+
+    async def again() -> None:
+        calls.append(len(calls))
+        register(again)
+
+    async with shop_database(sqlite) as db:
+        sent = Sent(db, functools.partial(register, again), status)
+        response = await sent.send()
+
+    assert status == response.status
+    assert MOST_BY_HOOKS + 1 == len(calls)
+    [failure] = sent.failures
+    assert isinstance(failure.error, TooManyHooksError)
+    assert "register itself again" in str(failure.error)
+
+
+async def test_too_many_before_commit(sqlite: SQLiteBackend) -> None:
+    """In the transaction the 101st has everything rolled back."""
+
+    async def again() -> None:
+        before_commit(again)
+
+    async with shop_database(sqlite) as db:
+
+        async def handler() -> None:
+            await shop.insert(1)
+            before_commit(again)
+
+        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+
+    assert 500 == response.status
+    assert response.error is not None
+    assert isinstance(response.error.__cause__, TooManyHooksError)
+    assert [] == await shop.items(sqlite)
+
+
+async def test_no_limit_for_handlers(sqlite: SQLiteBackend) -> None:
+    """The limit is on hooks that register hooks, not on handlers."""
+    called: list[int] = []
+
+    def handler() -> None:
+        for number in range(3 * MOST_BY_HOOKS):
+            after_commit(called.append, number)
+
+    async with shop_database(sqlite) as db:
+        await Sent(db, handler).send()
+
+    assert list(range(300)) == called
+
+
+# Failures
+
+
+class Broken(BaseException):
+    """Not an Exception."""
+
+
+def sync(error: BaseException) -> None:
+    raise error
+
+
+async def coroutine(error: BaseException) -> None:
+    raise error
+
+
+class Caller:
+    """Has methods, and can be called."""
+
+    def method(self, error: BaseException) -> None:
+        raise error
+
+    async def bound(self, error: BaseException) -> None:
+        raise error
+
+    async def __call__(self, error: BaseException) -> None:
+        raise error
+
+
+async def swallow() -> None:
+    with suppress(asyncio.CancelledError):
+        await asyncio.Event().wait()
+
+
+async def hang() -> None:
+    await asyncio.Event().wait()
+
+
+ERRORS = [
+    ZeroDivisionError("wrong"),
+    StopIteration("wrong"),
+    Broken("wrong"),
+    asyncio.CancelledError("wrong"),
+    GeneratorExit("wrong"),
+    SystemExit(1),
+    KeyboardInterrupt("wrong"),
+    ExceptionGroup("wrong", [OSError("wrong")]),
+]
+FORMS: dict[str, Callable[[BaseException], Callable[[], object]]] = {
+    "sync": lambda error: functools.partial(sync, error),
+    "coroutine": lambda error: functools.partial(coroutine, error),
+    "test_p5_failures.<locals>.<lambda>": lambda error: lambda: coroutine(error),
+    "Caller.method": lambda error: functools.partial(Caller().method, error),
+    "Caller.bound": lambda error: functools.partial(Caller().bound, error),
+    "Caller": lambda error: functools.partial(functools.partial(Caller()), error),
+}
+
+
+@pytest.mark.parametrize(("register", "status"), REGISTER)
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("form", FORMS)
+async def test_p5_failures(
+    form: str,
+    error: BaseException,
+    register: Register,
+    status: int,
+    sqlite: SQLiteBackend,
+) -> None:
+    """P5: whatever fails in whatever way, the others run and the response leaves."""
+    called: list[str] = []
+    fails = FORMS[form](error)
+
+    def handler() -> None:
+        register(called.append, "before")
+        register(fails)
+        register(called.append, "after")
+
+    async with shop_database(sqlite) as db:
+        sent = Sent(db, handler, status)
+        response = await sent.send()
+
+    assert (status, None) == (response.status, response.error)
+    assert {"before", "after"} == set(called)
+    [failure] = sent.failures
+    assert form.rpartition(".")[2] == failure.hook.rpartition(".")[2]
+    # A StopIteration cannot leave a coroutine as it is.
+    assert error in {failure.error, failure.error.__cause__}
+
+
+@pytest.mark.parametrize(("register", "status"), REGISTER)
+@pytest.mark.parametrize("hangs", [hang, swallow, lambda: hang()])
+async def test_p5_hanging(
+    hangs: Callable[[], object],
+    register: Register,
+    status: int,
+    sqlite: SQLiteBackend,
+) -> None:
+    """P5: a hook past its time is cancelled and reported, even if it ignores that."""
+    called: list[str] = []
+
+    def handler() -> None:
+        register(called.append, "before")
+        register(hangs)
+        register(called.append, "after")
+
+    async with shop_database(sqlite) as db:
+        sent = Sent(db, handler, status, hook_timeout=0.5)
+        response = await sent.send()
+
+    assert (status, None) == (response.status, response.error)
+    assert {"before", "after"} == set(called)
+    [failure] = sent.failures
+    assert isinstance(failure.error, TimeoutError)
+
+
+async def test_p5_hanging_thread(sqlite: SQLiteBackend) -> None:
+    """P5: a sync hook past its time is reported and left to its thread."""
+    go_on = threading.Event()
+    called: list[str] = []
+
+    def handler() -> None:
+        after_commit(go_on.wait, 60)
+        after_commit(called.append, "after")
+
+    async with shop_database(sqlite) as db:
+        sent = Sent(db, handler, hook_timeout=0.5)
+        response = await sent.send()
+
+    go_on.set()
+    assert 200 == response.status
+    assert ["after"] == called
+    assert [("after_commit", "Event.wait", "TimeoutError")] == sent.reports
+
+
+async def test_p5_hanging_with_a_session(db: Database, backend: Backend) -> None:
+    """P5: what a hook did before it was stopped is rolled back; nothing is held."""
+
+    async def work() -> None:
+        await shop.insert(1)
+        await hang()
+
+    sent = Sent(db, functools.partial(after_commit, work), hook_timeout=1.0)
+    response = await sent.send()
+
+    assert 200 == response.status
+    assert ["TimeoutError"] == [kind for _, _, kind in sent.reports]
+    assert [] == await shop.items(backend)
+    assert [0, 0] == checked_out(db)
+    assert 0 == await backend.open_transactions()

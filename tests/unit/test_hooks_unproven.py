@@ -1,0 +1,117 @@
+"""P3: in every case in which the work is not known to be kept, no hook says it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+
+from asgi_uow import (
+    Database,
+    Outcome,
+    UnitOfWorkMiddleware,
+    after_commit,
+    after_response,
+    after_rollback,
+    before_commit,
+    current_session,
+    current_unit_of_work,
+    set_rollback_only,
+)
+from asgi_uow.errors import ManagedTransactionError
+from tests.support import shop
+from tests.support.asgi import endpoint, request
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.servers import ServerBackend
+
+
+async def nothing() -> None:
+    pass
+
+
+async def fail() -> None:
+    raise LookupError
+
+
+async def rollback_only() -> None:
+    set_rollback_only("a dry run")
+
+
+async def doom() -> None:
+    """What gives the transaction up on every database, swallowed."""
+    connection = await current_session().connection()
+    with suppress(ManagedTransactionError):
+        await connection.commit()
+
+
+async def refuse() -> None:
+    before_commit(fail)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How a request ends."""
+
+    status: int
+    handler: Callable[[], Awaitable[None]] = nothing
+    cut: bool = False
+    outcome: Outcome = Outcome.ROLLED_BACK
+
+
+CASES = {
+    "redirect": Case(303, outcome=Outcome.COMMITTED),
+    "4xx": Case(404),
+    "5xx": Case(503),
+    "exception": Case(200, fail),
+    "rollback-only": Case(200, rollback_only),
+    "doomed": Case(200, doom),
+    "before_commit hook fails": Case(200, refuse),
+    "answer to COMMIT lost": Case(200, cut=True, outcome=Outcome.UNKNOWN),
+}
+
+
+def is_commit(trip: str) -> bool:
+    return trip == "COMMIT"
+
+
+@pytest.mark.parametrize("case", CASES)
+async def test_p3_no_hook_without_a_commit(
+    case: str, server_backend: ServerBackend
+) -> None:
+    """P3: after_commit and after_response are called after a proven COMMIT alone.
+
+    After a proven rollback after_rollback is, and while nobody knows none of them.
+    """
+    await shop.create(server_backend)
+    end = CASES[case]
+    called: list[str] = []
+    outcomes: list[Callable[[], Outcome | None]] = []
+
+    async def handler() -> None:
+        unit = current_unit_of_work()
+        outcomes.append(lambda: unit.outcome)
+        await shop.insert(1)
+        for register in (after_commit, after_response, after_rollback):
+            register(called.append, register.__name__)
+        await end.handler()
+
+    async with server_backend.proxy() as proxy:
+        db = Database.from_url(server_backend.through(proxy.port))
+        if end.cut:
+            proxy.cut_after(is_commit)
+        app = UnitOfWorkMiddleware(endpoint(handler, end.status), db)
+        await request(app)
+        await db.dispose()
+
+    expected = {
+        Outcome.COMMITTED: ["after_commit", "after_response"],
+        Outcome.ROLLED_BACK: ["after_rollback"],
+        Outcome.UNKNOWN: [],
+    }
+    assert end.outcome is outcomes[0]()
+    assert expected[end.outcome] == called
