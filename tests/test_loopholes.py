@@ -44,7 +44,7 @@ from tests.promises.test_promises import checked_out, shop_database
 from tests.servers.process import MariaDB
 from tests.support import shop
 from tests.support.asgi import BODY, START, endpoint, request, respond
-from tests.support.private import Cause, concurrency, rollback
+from tests.support.private import Cause, concurrency, finish, rollback
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -761,7 +761,7 @@ async def test_finishing_by_hand_hangs_nothing(sqlite: SQLiteBackend) -> None:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             units.append(current_unit_of_work())
             await shop.insert(1)
-            await units[0].finish(rollback(Cause.EXPLICIT))
+            await finish(units[0], rollback(Cause.EXPLICIT))
             await respond(send)
 
         response = await asyncio.wait_for(request(UnitOfWorkMiddleware(app, db)), 5)

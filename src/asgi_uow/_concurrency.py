@@ -23,7 +23,7 @@ GRACE = 7.0
 """Seconds a timed-out operation gets to close its connection; psycopg takes 5."""
 
 # A task that never has to wait costs no turn of the event loop.
-_start = (
+_start_at_once = (
     functools.partial(asyncio.Task, eager_start=True)
     if sys.version_info >= (3, 12)
     else asyncio.Task
@@ -71,15 +71,21 @@ class Shield:
         self.forwards = forwards
 
     async def run(
-        self, work: Coroutine[object, object, T], limit: TimeLimit | None = None
+        self,
+        work: Coroutine[object, object, T],
+        limit: TimeLimit | None = None,
+        *,
+        at_once: bool = True,
     ) -> T:
         """Await `work`; past its limit it is cancelled, and left `GRACE` later.
 
         Raises `TimeoutError` in both cases, unless it still gave a result. It also
         returns when `work` ignores its cancellation, as a driver may that waits for
-        a server which stopped answering.
+        a server which stopped answering. What may start the like of itself in turn,
+        as hooks do, does not start `at_once`: that is a call in this call.
         """
-        task = _start(work, loop=asyncio.get_running_loop())
+        start = _start_at_once if at_once else asyncio.Task
+        task = start(work, loop=asyncio.get_running_loop())
         if not task.done():
             asyncio._unregister_task(task)  # noqa: SLF001  # public in the link above
             await self._wait(_Waiting(task, limit))

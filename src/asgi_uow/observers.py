@@ -314,29 +314,3 @@ def notify(observers: Iterable[Observer], event: Event) -> None:
             observer(event)
         except Exception:
             logger.exception("observer %r failed on %s", observer, type(event).__name__)
-
-
-class Observers:
-    """The observers of one application, and whether what goes well interests them."""
-
-    __slots__ = ("_all", "are_detailed")
-
-    def __init__(self, observers: Iterable[Observer] = (LoggingObserver(),)) -> None:
-        self._all = tuple(observers)
-        self.are_detailed: bool = any(
-            type(each) is not LoggingObserver for each in self._all
-        )
-        """Whether one wants beginnings and successes, which nobody logs."""
-
-    @property
-    def want_outcomes(self) -> bool:
-        """Whether one wants `UnitFinished`."""
-        return self.are_detailed or any(
-            each.log.isEnabledFor(logging.DEBUG)
-            for each in self._all
-            if isinstance(each, LoggingObserver)
-        )
-
-    def tell(self, event: Event) -> None:
-        """Call every observer."""
-        notify(self._all, event)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from httpx import Response
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from tests.servers import SQLiteBackend
-    from tests.support.private import ReadSession
 
 Writer = Annotated[AsyncSession, Depends(session_dependency)]
 Reader = Annotated[Session, Depends(read_session_dependency)]
@@ -48,17 +48,19 @@ def place() -> tuple[int, asyncio.Task[Any] | None]:
 
 
 class WatchedDatabase(Database):
-    """Notes in which thread and task its sessions are made."""
+    """Notes in which thread and task its engines are asked for, by sessions."""
 
     places: list[tuple[int, asyncio.Task[Any] | None]]
 
-    def write_session(self, *args: Any, **kwargs: Any) -> Session:
+    @property
+    def engine(self) -> AsyncEngine:
         self.places.append(place())
-        return super().write_session(*args, **kwargs)
+        return super().engine
 
-    def make_read_session(self, *args: Any, **kwargs: Any) -> ReadSession:
+    @property
+    def read_engine(self) -> AsyncEngine:
         self.places.append(place())
-        return super().make_read_session(*args, **kwargs)
+        return super().read_engine
 
 
 @pytest.fixture

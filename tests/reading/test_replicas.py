@@ -207,8 +207,8 @@ async def test_used_again(any_driver: Backend) -> None:
     """A reader that is up again when its pause is over is used, and that is told."""
     async with site_with(any_driver, any_driver.url) as site:
         [replica] = site.db.replicas
-        assert replica.failed() is not None
-        assert replica.failed() is None
+        assert replica.trip() is not None
+        assert replica.trip() is None
         await site.get()
         assert [False] == site.used()
         replica.open_until = 0.0
@@ -225,7 +225,7 @@ async def test_pauses(any_driver: Backend) -> None:
     pauses = set()
     for longest in (0.5, 1, 2, 4, 8, 16, *[LONGEST_PAUSE] * 2000):
         replica.open_until = 0.0
-        seconds = replica.failed()
+        seconds = replica.trip()
         assert seconds is not None
         assert longest / 2 <= seconds <= longest
         pauses.add(seconds)
@@ -240,7 +240,7 @@ async def test_the_least_busy_first(sqlite: SQLiteBackend) -> None:
     )
     async with busy.engine.connect():
         assert [open_ended, idle, busy] == by_free_connections([busy, idle, open_ended])
-        open_ended.failed()
+        open_ended.trip()
         assert [idle, busy] == by_free_connections([busy, idle, open_ended])
     for replica in (busy, idle, open_ended):
         await replica.engine.dispose()

@@ -193,7 +193,7 @@ class _Policy:
     def on_connect(
         self, dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry
     ) -> None:
-        """Set up a connection; last of the listeners, so nothing set before survives."""
+        """Set up a connection; as the last listener, so nothing set before survives."""
         entry.info.update(
             self.database.set_up(dbapi_connection, read_only=self.read_only)
         )

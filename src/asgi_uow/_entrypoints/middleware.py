@@ -27,7 +27,7 @@ from asgi_uow._reading.route import written_position
 from asgi_uow._unit.finish import conclude_unused, finish, is_outage, release
 from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current
 from asgi_uow.errors import UnitOfWorkClosedError
-from asgi_uow.observers import LoggingObserver, Observers
+from asgi_uow.observers import LoggingObserver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,7 +112,7 @@ class UnitOfWorkMiddleware:
         self.causal_reads = causal_reads
         self.error_app = error_app
         self.options: UnitOptions = UnitOptions(
-            Observers(observers), commit_timeout, hook_timeout
+            tuple(observers), commit_timeout, hook_timeout
         )
         self.has_default_rule: bool = commit_when is commit_below_400
 
@@ -245,6 +245,8 @@ class _Exchange:
             await self._settle()
         if message["type"] == START:
             is_error = message["status"] >= ERROR_STATUS
+            if self.stage is Stage.OPEN and self.unit.state not in UNDECIDED:
+                self.stage = Stage.OVER
             if self.stage is Stage.OPEN:
                 message = await self._decide(message)
             elif self.stage is Stage.REFUSED and is_error:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from asgi_uow._concurrency import run_to_completion
+from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import READ_ONLY_CODES, causes, code_of
 from asgi_uow._sessions.managed import ReadOnlySession
 from asgi_uow._sessions.session import Session
@@ -109,12 +110,15 @@ class ReadSession(Session):
         connections = self.sync_session.connections
         if any(each.invalidated for each in connections):
             return True
-        held = [each for each in connections if not each.closed]
-        drivers_own = [each.connection.driver_connection for each in held]
+        held = [
+            (known.driver_of(each.dialect), each.connection.driver_connection)
+            for each in connections
+            if not each.closed
+        ]
         return any(
-            self.driver.in_transaction(raw)
-            and any(self.driver.aborts_transaction(raw, each) for each in causes(error))
-            for raw in drivers_own
+            driver.in_transaction(raw)
+            and any(driver.aborts_transaction(raw, each) for each in causes(error))
+            for driver, raw in held
         )
 
     async def release_if_idle(self) -> None:
@@ -151,12 +155,14 @@ class ReadSession(Session):
 
     async def before_stream(self) -> None:
         """Begin a transaction for the cursor, if the driver needs one."""
-        if self.writer is not None or not self.driver.cursor_needs_begin:
+        if self.writer is not None:
             return
         connection = await self.connection()
+        driver = known.driver_of(connection.dialect)
         raw = await connection.get_raw_connection()
         if (
-            not self.driver.in_transaction(raw.driver_connection)
+            driver.cursor_needs_begin
+            and not driver.in_transaction(raw.driver_connection)
             and raw.dbapi_connection is not None
             # Otherwise the driver begins one by itself.
             and connection.dialect.detect_autocommit_setting(raw.dbapi_connection)

@@ -99,7 +99,6 @@ class Session(StatementSession):
     ) -> None:
         """Bind to `bind`, an engine of `db`; errors that are outages are appended."""
         super().__init__(bind, close_resets_only=False, **options)
-        self.driver = db.driver
         self.own_lock = TaskLock()
         self.savepoints = savepoints
         self.outages = outages
@@ -127,7 +126,10 @@ class Session(StatementSession):
 
     def refuse_while_streaming(self, operation: str) -> None:
         """Raise `ConcurrentUseError` if a stream keeps the connection to itself."""
-        if self.driver.exclusive_streams and self.is_streaming:
+        if self.is_streaming and any(
+            known.driver_of(connection.dialect).exclusive_streams
+            for connection in self.sync_session.connections
+        ):
             raise ConcurrentUseError(operation, "a stream() is still being read")
 
     @property

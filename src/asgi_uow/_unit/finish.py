@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from asgi_uow._unit.hooks import Hook
     from asgi_uow._unit.participant import Participant
     from asgi_uow.errors import UnitOfWorkFailedError
+    from asgi_uow.observers import Event
 
 
 class HookStoppedError(Exception):
@@ -141,7 +142,7 @@ def _conclude(
         unit.failure = _failure_of(unit, ended, ended.cause)
     unit.move(State[ended.outcome.name])
     events = unit.share().events
-    detailed = unit.options.observers.are_detailed
+    detailed = unit.options.wants_details
     for participant in unit.participants.values():
         writer = participant.writer
         if writer is not None:
@@ -157,7 +158,7 @@ def _conclude(
         events.append(
             CommitFailed(unit.failure, ended.outcome, unit.failure.cause, code)
         )
-    if unit.is_started and unit.options.observers.want_outcomes:
+    if unit.is_started and unit.options.wants_outcomes:
         now = time.perf_counter()
         names = tuple(
             db.name for db, each in unit.participants.items() if each.has_written
@@ -166,6 +167,7 @@ def _conclude(
         events.append(
             UnitFinished(ended.outcome, unit.cause, unit.reason, names, *seconds)
         )
+    _stamp(unit, events)
 
 
 def _partial_for_ddl(unit: UnitOfWork, decision: Decision, ended: Ended) -> Ended:
@@ -278,7 +280,7 @@ async def _call_before_commit(unit: UnitOfWork, done: int) -> int:
 
     shield = Shield(forwards=True)
     try:
-        await shield.run(call_all(), limit)
+        await shield.run(call_all(), limit, at_once=False)
     except TimeoutError as late:
         error = late
     finally:
@@ -325,7 +327,7 @@ async def run_hooks(
     while run.waiting:
         limit = TimeLimit(unit.options.hook_timeout)
         try:
-            await shield.run(run.call_all(limit), limit)
+            await shield.run(run.call_all(limit), limit, at_once=False)
         except TimeoutError as error:
             await shield.run(run.leave_behind(error))
 
@@ -349,9 +351,13 @@ class _HookRun:
             context.run(current.set, own)
             work = _watched(own, self.phase, hook, of=self.unit)
             error = await call_hook(work, context, limit)
-            if self.running is None or self.running[1] is not own:
+            if not self.is_running(own):
                 return
             await self.end(hook, own, error)
+
+    def is_running(self, own: UnitOfWork) -> bool:
+        """Tell whether the hook of that unit was not left behind."""
+        return self.running is not None and self.running[1] is own
 
     async def leave_behind(self, error: TimeoutError) -> None:
         """Go on without the hook that is running."""
@@ -373,7 +379,7 @@ class _HookRun:
         try:
             await finish(own, _decide_hook(own, error))
         except BaseException as failure:  # noqa: BLE001  # hook isolation
-            error = error or failure
+            error = failure if error is None else error
         finally:
             await release(own)
         if error is not None:
@@ -388,8 +394,8 @@ def _queue(unit: UnitOfWork, phase: str) -> list[Hook]:
 def _watched(
     own: UnitOfWork, phase: str, hook: Hook, of: UnitOfWork
 ) -> Coroutine[object, object, None]:
-    if own.options.observers.are_detailed:
-        return told(own.options.observers, phase, hook, own, of)
+    if own.options.wants_details:
+        return told(own.options.tell, phase, hook, own, of)
     return hook.call()
 
 
@@ -471,7 +477,7 @@ async def _close_reader(
     events = participant.shared.events
     completion = Completion((), events, shield, unit.options.commit_timeout)
     await completion.close_reader(session)
-    if unit.options.observers.are_detailed:
+    if unit.options.wants_details:
         participant.report_release(session, "read")
 
 
@@ -510,13 +516,17 @@ def tell(unit: UnitOfWork) -> None:
     shared = unit.shared
     if shared is None or not shared.events:
         return
-    events = [
-        each if each.unit is not None else dataclasses.replace(each, unit=unit)
-        for each in shared.events
-    ]
-    if unit.is_hook:
-        shared.events[:] = events
-    else:
+    _stamp(unit, shared.events)
+    if not unit.is_hook:
+        events = list(shared.events)
         shared.events.clear()
         for each in events:
-            unit.options.observers.tell(each)
+            unit.options.tell(each)
+
+
+def _stamp(unit: UnitOfWork, events: list[Event]) -> None:
+    """Say of events that their unit has not told yet whose they are."""
+    events[:] = [
+        each if each.unit is not None else dataclasses.replace(each, unit=unit)
+        for each in events
+    ]

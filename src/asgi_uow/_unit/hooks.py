@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from asgi_uow._concurrency import TimeLimit
     from asgi_uow._databases.journal import Frame
-    from asgi_uow.observers import Observers
+    from asgi_uow.observers import Event
 
 PHASES = ("before_commit", "after_commit", "after_rollback", "after_response")
 
@@ -70,9 +70,22 @@ class Hook:
             result = self.fn(*self.args, **self.kwargs)
         else:
             bound = functools.partial(self.fn, *self.args, **self.kwargs)
-            result = await anyio.to_thread.run_sync(bound, abandon_on_cancel=True)
+            result, error = await anyio.to_thread.run_sync(
+                _call_in_thread, bound, abandon_on_cancel=True
+            )
+            if error is not None:
+                raise error
         if inspect.isawaitable(result):
             await result
+
+
+def _call_in_thread(
+    fn: Callable[[], object],
+) -> tuple[object, BaseException | None]:
+    try:
+        return fn(), None
+    except BaseException as error:  # noqa: BLE001  # GeneratorExit would close the task
+        return None, error
 
 
 class Quota:
@@ -135,12 +148,10 @@ class Hooks:
             )
 
 
-def check_callable(
-    phase: str, fn: object
-) -> None:
-    """Raise `TypeError`, with the likely mistake, for what cannot be called."""
+def check_callable(phase: str, fn: object) -> Callable[..., object]:
+    """Give `fn` back; raises `TypeError`, with the likely mistake, if not callable."""
     if callable(fn):
-        return
+        return fn
     message = (
         f"{phase}() takes a callable and its arguments, not {fn!r}. Did you "
         f"call the function? Write {phase}(fn, arg), not {phase}(fn(arg))."
@@ -205,10 +216,10 @@ async def _forget_cancellation(task: asyncio.Task[object]) -> None:
 
 
 async def told(
-    observers: Observers, phase: str, hook: Hook, unit: object, of: object
+    tell: Callable[[Event], None], phase: str, hook: Hook, unit: object, of: object
 ) -> None:
     """Call a hook and tell the observers, where it runs, of its beginning and end."""
-    observers.tell(HookStarted(phase, hook.name, unit=unit, of=of))
+    tell(HookStarted(phase, hook.name, unit=unit, of=of))
     started = time.perf_counter()
     error: BaseException | None = None
     try:
@@ -219,7 +230,7 @@ async def told(
     finally:
         seconds = time.perf_counter() - started
         finished = HookFinished(phase, hook.name, seconds, error, unit=unit, of=of)
-        observers.tell(finished)
+        tell(finished)
 
 
 def name_of(fn: Callable[..., object]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -24,7 +25,7 @@ from asgi_uow.errors import (
     UnitOfWorkClosedError,
     UnknownDatabaseError,
 )
-from asgi_uow.observers import Observers, UnitStarted
+from asgi_uow.observers import LoggingObserver, UnitStarted, notify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,15 +35,35 @@ if TYPE_CHECKING:
     from asgi_uow._sessions.read_session import ReadSession
     from asgi_uow._sessions.session import Session
     from asgi_uow.errors import UnitOfWorkFailedError
+    from asgi_uow.observers import Event, Observer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UnitOptions:
     """What a unit of work is told from outside; times in seconds, None is no limit."""
 
-    observers: Observers = dataclasses.field(default_factory=Observers)
+    observers: tuple[Observer, ...] = (LoggingObserver(),)
     commit_timeout: float | None = 30.0
     hook_timeout: float | None = 5.0
+    wants_details: bool = dataclasses.field(init=False)
+    """Whether an observer wants beginnings and successes, which nobody logs."""
+
+    def __post_init__(self) -> None:
+        details = any(type(each) is not LoggingObserver for each in self.observers)
+        object.__setattr__(self, "wants_details", details)
+
+    @property
+    def wants_outcomes(self) -> bool:
+        """Whether one wants `UnitFinished`."""
+        return self.wants_details or any(
+            each.log.isEnabledFor(logging.DEBUG)
+            for each in self.observers
+            if isinstance(each, LoggingObserver)
+        )
+
+    def tell(self, event: Event) -> None:
+        """Call every observer."""
+        notify(self.observers, event)
 
 
 class UnitOfWork:
@@ -163,12 +184,12 @@ class UnitOfWork:
         if self.state not in WRITABLE:
             operation = f"{phase}()"
             raise UnitOfWorkClosedError(operation, self.state)
-        check_callable(phase, fn)
+        call = check_callable(phase, fn)
         if self.quota is not None:
             self.quota.take(phase)
         if self.hooks is None:
             self.hooks = Hooks(self.quota)
-        hook = Hook(fn, args, kwargs, self.share().savepoints.innermost)
+        hook = Hook(call, args, kwargs, self.share().savepoints.innermost)
         self.hooks.queue(phase).append(hook)
         self.start()
         return hook
@@ -191,8 +212,8 @@ class UnitOfWork:
         if not self.is_started:
             self.is_started = True
             self.opened = self.opened or time.perf_counter()
-            if self.options.observers.are_detailed:
-                self.options.observers.tell(UnitStarted(unit=self))
+            if self.options.wants_details:
+                self.options.tell(UnitStarted(unit=self))
 
     def _enlist(self, db: Engines) -> Participant:
         participant = Participant(db, self.share(), self.must_see)
