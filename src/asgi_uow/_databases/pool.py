@@ -252,9 +252,17 @@ def _sqlite_begin(connection: Connection) -> None:
     A SAVEPOINT opened before any DML needs the explicit BEGIN too, or its RELEASE
     commits. https://www.sqlite.org/lang_savepoint.html
     """
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    _send_begin(connection, "BEGIN IMMEDIATE")
 
 
 def _sqlite_snapshot(connection: Connection) -> None:
     """Keep what the first read finds; in WAL that stops no writer."""
-    connection.exec_driver_sql("BEGIN")
+    _send_begin(connection, "BEGIN")
+
+
+def _send_begin(connection: Connection, statement: str) -> None:
+    begin = getattr(connection.connection.driver_connection, "begin", None)
+    if begin is None:  # a foreign engine's connection is aiosqlite's own
+        connection.exec_driver_sql(statement)
+    else:
+        begin(statement)
