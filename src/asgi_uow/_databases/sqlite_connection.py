@@ -1,4 +1,4 @@
-"""A SQLite connection that calls its thread once a statement and can be cancelled.
+"""A SQLite connection that calls its thread once per statement and can be cancelled.
 
 A cancelled statement of plain aiosqlite goes on in its thread. SQLAlchemy closes the
 connection meanwhile, SQLite keeps a "zombie" with its locks as long as a cursor is
@@ -28,15 +28,12 @@ T = TypeVar("T")
 CHUNK = 64
 """Rows fetched ahead; aiosqlite's own default."""
 
-ALL = 2**31 - 1
-"""The most rows that sqlite3 can be asked for."""
-
 
 class Cursor(aiosqlite.Cursor):
-    """Executes and fetches the first rows in one call; all else may need none.
+    """Executes a statement and fetches its first rows in one call into the thread.
 
-    The cursor of sqlite3 is closed with its last row: what was fetched ahead keeps
-    neither a lock nor a statement open.
+    The cursor of sqlite3 is made for the statement and closed with the last row, so
+    rows that were fetched ahead keep no lock. A `row_factory` is to be set before.
     """
 
     _conn: Connection
@@ -72,7 +69,7 @@ class Cursor(aiosqlite.Cursor):
         return await self._take(self.arraysize if size is None else size)
 
     async def fetchall(self) -> list[Any]:
-        return await self._take(ALL)
+        return await self._take(2**31 - 1)  # the most that sqlite3 can be asked for
 
     async def close(self) -> None:
         self._closed, self._rows = True, []
@@ -130,11 +127,11 @@ class Connection(aiosqlite.Connection):
         """Connect with `connector`, in the connection's own thread."""
         super().__init__(connector, CHUNK)
         self.cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
-        self._stopped = False
         self._begin: str | None = None
+        self._stopped = False
 
     def begin(self, statement: str) -> None:
-        """Send `statement` together with the next one."""
+        """Begin a transaction with `statement`, just before the next statement."""
         self._begin = statement
 
     def _take_begin(self) -> str | None:
@@ -189,7 +186,7 @@ class Connection(aiosqlite.Connection):
         raw = self._conn
         steps = [fn] if begin is None else [fn, partial(raw.execute, begin)]
         try:
-            result: T = await super()._execute(_work_off, steps)  # type: ignore[no-untyped-call]
+            result: T = await super()._execute(_take_steps, steps)  # type: ignore[no-untyped-call]
         except asyncio.CancelledError:
             steps.clear()
             with suppress(ValueError, sqlite3.ProgrammingError):  # closed meanwhile
@@ -198,7 +195,7 @@ class Connection(aiosqlite.Connection):
         return result
 
     async def _undo(self) -> None:
-        # The thread takes one call after the other: this one comes after the cancelled.
+        # The thread makes one call after the other: this comes after the cancelled one.
         ended = asyncio.get_running_loop().create_future()
         self._tx.put_nowait((ended, bool))
         while not ended.done():
@@ -213,8 +210,8 @@ class Connection(aiosqlite.Connection):
         self._conn.rollback()
 
 
-def _work_off(steps: list[Callable[[], T]]) -> T | None:
-    """Take the last step first; until its next call the thread refers to the rest."""
+def _take_steps(steps: list[Callable[[], T]]) -> T | None:
+    """Take the last step first; the thread refers to the list until its next call."""
     result = None
     while steps:
         result = steps.pop()()
