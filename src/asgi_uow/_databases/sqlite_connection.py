@@ -1,4 +1,4 @@
-"""A SQLite connection that survives the cancellation of a statement.
+"""A SQLite connection that calls its thread once per statement and can be cancelled.
 
 A cancelled statement of plain aiosqlite goes on in its thread. SQLAlchemy closes the
 connection meanwhile, SQLite keeps a "zombie" with its locks as long as a cursor is
@@ -11,19 +11,113 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import weakref
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import suppress
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import aiosqlite
 
 from asgi_uow._concurrency import run_to_completion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
 T = TypeVar("T")
 
 CHUNK = 64
-"""Rows fetched per hop into the thread; aiosqlite's own default."""
+"""Rows fetched ahead; aiosqlite's own default."""
+
+
+class Cursor(aiosqlite.Cursor):
+    """Executes a statement and fetches its first rows in one call into the thread.
+
+    The cursor of sqlite3 is made for the statement and closed with the last row, so
+    rows that were fetched ahead keep no lock. A `row_factory` is to be set before.
+    """
+
+    _conn: Connection
+
+    def __init__(self, connection: Connection) -> None:
+        raw: Any = connection._connection  # noqa: SLF001  # aiosqlite's own
+        factory = getattr(raw, "row_factory", None)
+        blank: Any = SimpleNamespace(connection=raw, row_factory=factory, arraysize=1)
+        blank.description, blank.rowcount, blank.lastrowid = None, -1, None
+        super().__init__(connection, blank)
+        self._rows: list[Any] = []
+        self._has_more = self._closed = False
+
+    def __await__(self) -> Generator[None, None, Self]:
+        yield from ()
+        return self
+
+    async def execute(self, sql: str, parameters: Any = None) -> Self:
+        given = () if parameters is None else parameters
+        return await self._start("execute", sql, given)
+
+    async def executemany(self, sql: str, parameters: Any) -> Self:
+        return await self._start("executemany", sql, parameters)
+
+    async def executescript(self, sql_script: str) -> Self:
+        return await self._start("executescript", sql_script)
+
+    async def fetchone(self) -> Any:
+        rows = await self._take(1)
+        return rows[0] if rows else None
+
+    async def fetchmany(self, size: int | None = None) -> list[Any]:
+        return await self._take(self.arraysize if size is None else size)
+
+    async def fetchall(self) -> list[Any]:
+        return await self._take(2**31 - 1)  # the most that sqlite3 can be asked for
+
+    async def close(self) -> None:
+        self._closed, self._rows = True, []
+        if self._has_more:
+            await self._conn.call(self._cursor.close)
+
+    async def _start(self, method: str, *args: object) -> Self:
+        self._check()
+        self._rows = []
+        await self._conn._execute(self._run, method, args)  # noqa: SLF001
+        return self
+
+    async def _take(self, size: int) -> list[Any]:
+        self._check()
+        missing = size - len(self._rows)
+        if self._has_more and missing > 0:
+            await self._conn.call(partial(self._read, max(missing, CHUNK)))
+        rows = self._rows[:size]
+        del self._rows[:size]
+        return rows
+
+    def _check(self) -> None:
+        if self._closed:
+            message = "Cannot operate on a closed cursor."
+            raise sqlite3.ProgrammingError(message)
+
+    def _run(self, method: str, args: tuple[object, ...]) -> None:
+        if self._has_more:
+            self._cursor.close()
+        cursor: Any = self.connection.cursor()
+        cursor.arraysize, cursor.row_factory = self.arraysize, self.row_factory
+        self._cursor, self._has_more = cursor, False
+        getattr(cursor, method)(*args)
+        self._read(CHUNK)
+
+    def _read(self, size: int) -> None:
+        rows: list[Any] = []
+        try:
+            rows = self._cursor.fetchmany(size)
+        finally:
+            # Closed after an error, too: a row that cannot be decoded keeps its lock.
+            self._has_more = len(rows) == size
+            if self._has_more:
+                self._conn.cursors.add(self._cursor)
+            else:
+                self._cursor.close()
+        # Not returned: the thread refers to a result until its next call.
+        self._rows += rows
 
 
 class Connection(aiosqlite.Connection):
@@ -32,8 +126,37 @@ class Connection(aiosqlite.Connection):
     def __init__(self, connector: Callable[[], sqlite3.Connection]) -> None:
         """Connect with `connector`, in the connection's own thread."""
         super().__init__(connector, CHUNK)
+        self.cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
+        self._begin: str | None = None
         self._stopped = False
-        self._cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
+
+    def begin(self, statement: str) -> None:
+        """Begin a transaction with `statement`, just before the next statement."""
+        self._begin = statement
+
+    def _take_begin(self) -> str | None:
+        begin, self._begin = self._begin, None
+        return begin
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open, or will be with the next statement."""
+        return self._begin is not None or super().in_transaction
+
+    def cursor(self) -> Cursor:  # type: ignore[override]  # awaited or entered alike
+        return Cursor(self)
+
+    async def commit(self) -> None:
+        if self._take_begin() is None:
+            await super().commit()
+
+    async def rollback(self) -> None:
+        if self._take_begin() is None:
+            await super().rollback()
+
+    async def close(self) -> None:
+        self._take_begin()
+        await super().close()
 
     def stop(self) -> asyncio.Future[None] | None:
         """Stop the thread, once: a second request would wait for its answer forever."""
@@ -52,28 +175,47 @@ class Connection(aiosqlite.Connection):
             raise
         return self
 
-    async def _execute(
-        self,
-        fn: Callable[..., T],
-        *args: Any,
-        **kwargs: Any,
-    ) -> T:
-        """Run `fn` in the thread; when cancelled, interrupt, clean up, then go on."""
-        try:
-            result: T = await super()._execute(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        except asyncio.CancelledError:
-            self._conn.interrupt()
-            # The thread takes one call after the other: this one comes after `fn`.
-            await run_to_completion(super()._execute(self._clean_up))  # type: ignore[no-untyped-call]
-            raise
+    async def _execute(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        result = await self.call(partial(fn, *args, **kwargs), self._take_begin())
         if isinstance(result, sqlite3.Cursor):
-            self._cursors.add(result)
+            self.cursors.add(result)
         return result
 
+    async def call(self, fn: Callable[[], T], begin: str | None = None) -> T:
+        """Run `fn` in the thread; when cancelled, interrupt, clean up, then go on."""
+        raw = self._conn
+        steps = [fn] if begin is None else [fn, partial(raw.execute, begin)]
+        try:
+            result: T = await super()._execute(_take_steps, steps)  # type: ignore[no-untyped-call]
+        except asyncio.CancelledError:
+            steps.clear()
+            with suppress(ValueError, sqlite3.ProgrammingError):  # closed meanwhile
+                await run_to_completion(self._undo())
+            raise
+        return result
+
+    async def _undo(self) -> None:
+        # The thread makes one call after the other: this comes after the cancelled one.
+        ended = asyncio.get_running_loop().create_future()
+        self._tx.put_nowait((ended, bool))
+        while not ended.done():
+            # Once is not enough: SQLite forgets it when nothing is running just then.
+            self._conn.interrupt()
+            await asyncio.wait((ended,), timeout=0.05)
+        await super()._execute(self._clean_up)  # type: ignore[no-untyped-call]
+
     def _clean_up(self) -> None:
-        for cursor in list(self._cursors):
+        for cursor in list(self.cursors):
             cursor.close()
         self._conn.rollback()
+
+
+def _take_steps(steps: list[Callable[[], T]]) -> T | None:
+    """Take the last step first; the thread refers to the list until its next call."""
+    result = None
+    while steps:
+        result = steps.pop()()
+    return result
 
 
 def connect(database: str, **options: Any) -> Connection:
