@@ -103,6 +103,8 @@ class HookStarted(_About):
     """`before_commit`, `after_commit`, `after_rollback` or `after_response`."""
     hook: str
     """The qualified name of the callable."""
+    of: object = dataclasses.field(default=None, compare=False, repr=False)
+    """The unit of work that it was registered for; `unit` is the one it runs in."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ class HookFinished(_About):
     seconds: float
     error: BaseException | None
     """What it raised; a `CancelledError` when it took too long."""
+    of: object = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from sqlalchemy import URL, make_url
 from asgi_uow import observers as of
 from asgi_uow._databases.driver_errors import Redactor, code_of, message_of, name_of
 from asgi_uow._decision import Cause, Outcome
-from asgi_uow._unit.unit import UnitOfWork
 
 if TYPE_CHECKING:
     from contextvars import Token
@@ -114,12 +113,9 @@ class OpenTelemetryObserver:
             each.end(event.at)
 
     def _start_hook(self, event: of.HookStarted) -> None:
-        unit = event.unit
-        if isinstance(unit, UnitOfWork) and unit.kin.hook_of is not None:
-            unit = unit.kin.hook_of
         span = self._tracer.start_span(
             f"{event.phase} {event.hook}",
-            trace.set_span_in_context(self._spans[unit]),
+            trace.set_span_in_context(self._spans[event.of]),
             attributes=_hook(event),
             start_time=event.at,
         )

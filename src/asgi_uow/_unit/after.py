@@ -94,7 +94,8 @@ def _decide(own: UnitOfWork, error: BaseException | None) -> Decision:
 def _watched(unit: UnitOfWork, phase: str, hook: Hook) -> Generator[None]:
     """Tell the observers of the beginning and the end of a hook, where it runs."""
     observers = unit.settings.observers
-    notify(observers, HookStarted(phase, hook.name, unit=unit))
+    of = unit.kin.hook_of or unit
+    notify(observers, HookStarted(phase, hook.name, of, unit=unit))
     started = time.perf_counter()
     error: BaseException | None = None
     try:
@@ -104,4 +105,5 @@ def _watched(unit: UnitOfWork, phase: str, hook: Hook) -> Generator[None]:
         raise
     finally:
         seconds = time.perf_counter() - started
-        notify(observers, HookFinished(phase, hook.name, seconds, error, unit=unit))
+        finished = HookFinished(phase, hook.name, seconds, error, of, unit=unit)
+        notify(observers, finished)
