@@ -68,7 +68,7 @@ class Database(Protocol):
     """What a file of facts says about its database. SQL that is None does not exist."""
 
     DEFAULT_DRIVER: str  # of a URL that names none
-    EXTRA: str  # of asgi-uow, which installs that driver
+    EXTRAS: Mapping[str, str]  # of asgi-uow, by the driver that they install
     PACKAGES: frozenset[str]  # where drivers, sync ones too, define their errors
     URL_QUERY: Mapping[str, str]  # added to the URL, unless it says otherwise
     ENGINE_OPTIONS: Mapping[str, object]
