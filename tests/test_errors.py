@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import inspect
 import re
 
@@ -101,6 +102,14 @@ def test_remedies(error: errors.AsgiUowError, remedy: str) -> None:
     """Every message says what to do, or what is certain; never the password."""
     assert remedy in str(error)
     assert "s3cret" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "error", [error for error, _ in REMEDIES], ids=lambda error: type(error).__name__
+)
+def test_copies(error: errors.AsgiUowError) -> None:
+    """A copy of an error, made for another process for example, says the same."""
+    assert str(error) == str(copy.copy(error))
 
 
 def test_every_error_has_a_message() -> None:

@@ -32,11 +32,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from asgi_uow._decision import Cause, Outcome, State
+    from asgi_uow._decision import Cause, Outcome
 
 
 class AsgiUowError(Exception):
     """The base of every error of this package."""
+
+    # Not "message": Sentry would report an attribute of that name.
+    template = "{}"
+
+    def __str__(self) -> str:
+        return self.template.format(*self.args)
 
 
 class ConfigurationError(AsgiUowError, ValueError):
@@ -46,131 +52,108 @@ class ConfigurationError(AsgiUowError, ValueError):
 class MissingDriverError(ConfigurationError, ImportError):
     """The database driver of the URL is not installed."""
 
-    def __init__(self, driver: str, extra: str | None) -> None:
-        """Name the driver and, where there is one, the extra that brings it."""
+    def __str__(self) -> str:
+        driver, extra = self.args
         remedy = f"pip install 'asgi-uow[{extra}]'" if extra else f"install {driver}"
-        super().__init__(f"The database driver {driver!r} is not installed: {remedy}.")
+        return f"The database driver {driver!r} is not installed: {remedy}."
 
 
 class EngineNotInitialisedError(AsgiUowError, RuntimeError):
     """A `Database` that has no engine yet was used."""
 
-    def __init__(self) -> None:
-        """Say how a database gets its engine."""
-        super().__init__(
-            "This Database has no engine: create it with Database(engine), "
-            "Database.from_url(...) or Database.from_config(...), or assign "
-            "db.engine before its first use.",
-        )
+    template = (
+        "This Database has no engine: create it with Database(engine), "
+        "Database.from_url(...) or Database.from_config(...), or assign db.engine "
+        "before its first use."
+    )
 
 
 class NoUnitOfWorkError(AsgiUowError, LookupError):
     """There is no unit of work in this context."""
 
-    def __init__(self, operation: str) -> None:
-        """Name what was asked for."""
-        super().__init__(
-            f"{operation} needs a unit of work and there is none here: add "
-            "UnitOfWorkMiddleware to the application, or use `async with db:` "
-            "outside a request (and in websocket handlers, once per message).",
-        )
+    template = (
+        "{} needs a unit of work and there is none here: add UnitOfWorkMiddleware to "
+        "the application, or use `async with db:` outside a request (and in websocket "
+        "handlers, once per message)."
+    )
 
 
 class UnknownDatabaseError(NoUnitOfWorkError):
     """The current unit of work does not serve the database that was asked for."""
 
-    def __init__(self, operation: str, database: object) -> None:
-        """Name the database; its repr hides the password."""
-        AsgiUowError.__init__(
-            self,
-            f"{operation}: the current unit of work does not serve {database!r}. "
-            "Pass it to UnitOfWorkMiddleware(app, ...) or unit_of_work(...) too.",
-        )
+    template = (
+        "{}: the current unit of work does not serve {!r}. Pass it to "
+        "UnitOfWorkMiddleware(app, ...) or unit_of_work(...) too."
+    )
 
 
 class NestedUnitOfWorkError(AsgiUowError, RuntimeError):
     """A unit of work was opened inside one of the same database."""
 
-    def __init__(self, database: object) -> None:
-        """Name the database and the two ways out."""
-        super().__init__(
-            f"A unit of work for {database!r} is already open here. Use savepoint() "
-            "for a part that may fail, or unit_of_work(db, independent=True) for a "
-            "separate connection with an outcome of its own.",
-        )
+    template = (
+        "A unit of work for {!r} is already open here. Use savepoint() for a part that "
+        "may fail, or unit_of_work(db, independent=True) for a separate connection "
+        "with an outcome of its own."
+    )
 
 
 class UnitOfWorkClosedError(AsgiUowError, RuntimeError):
     """The unit of work has ended and refuses the operation."""
 
-    def __init__(self, operation: str, state: State) -> None:
-        """Name the operation and the state."""
-        super().__init__(
-            f"{operation}: this unit of work is {state.value}; its response was "
-            "decided and its write session is closed for good. For work after the "
-            "response (background tasks, generators, hooks) open a unit of work of "
-            "its own with `async with db:`.",
-        )
+    template = (
+        "{}: this unit of work is {.value}; its response was decided and its write "
+        "session is closed for good. For work after the response (background tasks, "
+        "generators, hooks) open a unit of work of its own with `async with db:`."
+    )
 
 
 class ManagedTransactionError(AsgiUowError, RuntimeError):
     """The transaction of a unit of work was ended by hand."""
 
-    def __init__(self, operation: str) -> None:
-        """Name the call and what to use in its place."""
-        super().__init__(
-            f"{operation} was called by hand inside a unit of work, which commits or "
-            "rolls back by itself when the response starts. Use "
-            "set_rollback_only(reason) to have nothing kept, savepoint() for a part "
-            "that may fail, or flush() to send pending changes now.",
-        )
+    template = (
+        "{} was called by hand inside a unit of work, which commits or rolls back by "
+        "itself when the response starts. Use set_rollback_only(reason) to have "
+        "nothing kept, savepoint() for a part that may fail, or flush() to send "
+        "pending changes now."
+    )
 
 
 class ReadOnlySessionError(AsgiUowError, RuntimeError):
     """Something was written on the read session; nothing was changed."""
 
-    def __init__(self, operation: str) -> None:
-        """Name what was refused."""
-        super().__init__(
-            f"{operation} was refused on the read session, which cannot write. "
-            "Write with current_session() (or db.write).",
-        )
+    template = (
+        "{} was refused on the read session, which cannot write. Write with "
+        "current_session() (or db.write)."
+    )
 
 
 class TransactionGoneError(AsgiUowError, RuntimeError):
     """The database has ended the transaction; another statement would be kept alone."""
 
-    def __init__(self) -> None:
-        """Say what can still be done."""
-        super().__init__(
-            "The database has rolled this transaction back by itself after an error, "
-            "and nothing of this unit of work will be kept. Let that error leave the "
-            "handler instead of going on.",
-        )
+    template = (
+        "The database has rolled this transaction back by itself after an error, and "
+        "nothing of this unit of work will be kept. Let that error leave the handler "
+        "instead of going on."
+    )
 
 
 class ConcurrentUseError(AsgiUowError, RuntimeError):
     """A call came in between that the session cannot serve at the same time."""
 
-    def __init__(self, operation: str, busy: str) -> None:
-        """Name the call and what keeps the session busy."""
-        super().__init__(
-            f"{operation} came in between: on the same session {busy}. Let that end "
-            "first (a stream: read it to its end, or `await result.close()`), or "
-            "await the two one after the other.",
-        )
+    template = (
+        "{} came in between: on the same session {}. Let that end first (a stream: "
+        "read it to its end, or `await result.close()`), or await the two one after "
+        "the other."
+    )
 
 
 class TooManyHooksError(AsgiUowError, RuntimeError):
     """The hooks of one unit of work have registered too many others."""
 
-    def __init__(self, phase: str, most: int) -> None:
-        """Name the call and the number that is allowed."""
-        super().__init__(
-            f"{phase}(): hooks of this unit of work have registered {most} others, "
-            "which is the most. Does a hook register itself again? Hand long work "
-            "to a job queue.",
-        )
+    template = (
+        "{}(): hooks of this unit of work have registered {} others, which is the "
+        "most. Does a hook register itself again? Hand long work to a job queue."
+    )
 
 
 class UnitOfWorkFailedError(AsgiUowError, RuntimeError):
@@ -191,14 +174,15 @@ class UnitOfWorkFailedError(AsgiUowError, RuntimeError):
         detail: str = "",
         retry_after: int | None = None,
     ) -> None:
-        """Remember outcome and cause; `detail` is appended to the message."""
+        super().__init__(outcome, cause)
         self.outcome = outcome
         self.cause = cause
         self.retry_after = retry_after
-        super().__init__(
-            f"{self.what} (outcome: {outcome.value}, cause: {cause.value})"
-            f"{': ' if detail else '.'}{detail}",
-        )
+        self._end = f": {detail}" if detail else "."
+
+    def __str__(self) -> str:
+        outcome, cause = self.outcome.value, self.cause.value
+        return f"{self.what} (outcome: {outcome}, cause: {cause}){self._end}"
 
 
 class BeforeCommitError(UnitOfWorkFailedError):

@@ -104,7 +104,7 @@ class HookStarted(_About):
     hook: str
     """The qualified name of the callable."""
     of: object = dataclasses.field(default=None, compare=False, repr=False)
-    """The unit of work whose hook it is; `unit` is the one the hook has for itself."""
+    """The unit of work that it was registered for; `unit` is the one it runs in."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,7 +117,6 @@ class HookFinished(_About):
     error: BaseException | None
     """What it raised; a `CancelledError` when it took too long."""
     of: object = dataclasses.field(default=None, compare=False, repr=False)
-    """The unit of work whose hook it is."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -46,7 +46,6 @@ class OpenTelemetryObserver:
         tracer_provider: trace.TracerProvider | None = None,
         meter_provider: metrics.MeterProvider | None = None,
     ) -> None:
-        """Record with these providers."""
         self._tracer = trace.get_tracer("asgi_uow", tracer_provider=tracer_provider)
         meter = metrics.get_meter("asgi_uow", meter_provider=meter_provider)
         self._units = meter.create_counter("asgi_uow.units", "{unit}")
@@ -62,7 +61,6 @@ class OpenTelemetryObserver:
         ] = WeakKeyDictionary()
 
     def __call__(self, event: of.Event, /) -> None:
-        """Record what the event tells."""
         match event:
             case of.UnitStarted():
                 span = self._tracer.start_span("unit of work", start_time=event.at)
@@ -81,9 +79,8 @@ class OpenTelemetryObserver:
             case of.ConnectionReleased():
                 pool = _without_user(event.database).render_as_string()
                 about = {"db.client.connection.pool.name": pool}
-                self._held.record(
-                    event.seconds, {**about, "asgi_uow.access": event.access}
-                )
+                about["asgi_uow.access"] = event.access
+                self._held.record(event.seconds, about)
             case _:  # what is logged
                 pass
 
@@ -94,9 +91,8 @@ class OpenTelemetryObserver:
         self._units.add(1, ended)
         failed = event.outcome in NOT_PROVEN or event.cause in NOT_KEPT
         databases = _databases(event.databases)
-        span.set_attributes({**ended, **databases})
-        if event.reason is not None:
-            span.set_attribute("asgi_uow.reason", event.reason)
+        reason = {} if event.reason is None else {"asgi_uow.reason": event.reason}
+        span.set_attributes({**ended, **databases, **reason})
         spans = [span]
         if event.databases:
             wanted = failed or event.outcome is Outcome.COMMITTED
@@ -136,14 +132,14 @@ class OpenTelemetryObserver:
 def _fail(span: trace.Span, error: BaseException) -> None:
     """Record what `Span.record_exception` does, without people's data."""
     if span.is_recording():
-        redact = Redactor(error)
+        redact, kind = Redactor(error), name_of(type(error))
         attributes = {
-            "exception.type": name_of(type(error)),
+            "exception.type": kind,
             "exception.message": redact(message_of(error)),
             "exception.stacktrace": redact.stacktrace(),
         }
         span.add_event("exception", attributes)
-        span.set_attribute("error.type", name_of(type(error)))
+        span.set_attribute("error.type", kind)
         if (code := code_of(error)) is not None:
             span.set_attribute("db.response.status_code", str(code))
         span.set_status(trace.StatusCode.ERROR)
@@ -161,11 +157,13 @@ def _without_user(name: str) -> URL:
 def _databases(names: tuple[str, ...]) -> dict[str, AttributeValue]:
     """Name the databases; one alone also as the semantic conventions want it."""
     urls = [_without_user(name) for name in names]
-    known: dict[str, AttributeValue | None] = {}
+    known: dict[str, AttributeValue | None] = {
+        "asgi_uow.databases": tuple(url.render_as_string() for url in urls)
+    }
     if len(urls) == 1:
-        known["db.system.name"] = urls[0].get_backend_name()
-        known["db.namespace"] = urls[0].database
-        known["server.address"] = urls[0].host
-        known["server.port"] = urls[0].port
-    known["asgi_uow.databases"] = tuple(url.render_as_string() for url in urls)
+        [url] = urls
+        known["db.system.name"] = url.get_backend_name()
+        known["db.namespace"] = url.database
+        known["server.address"] = url.host
+        known["server.port"] = url.port
     return {name: value for name, value in known.items() if value is not None}

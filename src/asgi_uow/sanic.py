@@ -7,6 +7,7 @@ the application in `UnitOfWorkMiddleware`.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import os
 from contextlib import suppress
@@ -94,6 +95,7 @@ def setup(
     return databases[0]
 
 
+@dataclasses.dataclass(eq=False)
 class _Server:
     """Has the middleware serve the requests of Sanic's own server.
 
@@ -101,25 +103,18 @@ class _Server:
     whose `http.response.start` is the first write of the response.
     """
 
-    def __init__(
-        self,
-        databases: Sequence[Database],
-        middleware: UnitOfWorkMiddleware,
-        commit_timeout: float | None,
-    ) -> None:
-        self._databases = databases
-        self._middleware = middleware
-        self._commit_timeout = commit_timeout
-        self._process = os.getpid()
-        self._serving: set[asyncio.Task[Any]] = set()
+    databases: Sequence[Database]
+    middleware: UnitOfWorkMiddleware
+    commit_timeout: float | None
+    process: int = dataclasses.field(default_factory=os.getpid)
+    serving: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
 
     async def start(self, app: Sanic[Any, Any]) -> None:
-        """Get ready in a worker process, or refuse a server that cannot work."""
         _refuse_other_servers(app)
-        if self._process != os.getpid():
+        if self.process != os.getpid():
             # Forked: connections of the parent are the parent's.
             # https://docs.sqlalchemy.org/en/20/core/pooling.html#pooling-multiprocessing
-            for db in self._databases:
+            for db in self.databases:
                 for engine in {db.engine, db.read_engine, *db.readers}:
                     await engine.dispose(close=False)
         with suppress(ServerError):  # the application has a handler for everything
@@ -127,9 +122,9 @@ class _Server:
 
     async def stop(self, _: Sanic[Any, Any]) -> None:
         """Let units whose client has gone reach their end, then close the engines."""
-        if self._serving:
-            await asyncio.wait(self._serving, timeout=self._commit_timeout)
-        for db in self._databases:
+        if self.serving:
+            await asyncio.wait(self.serving, timeout=self.commit_timeout)
+        for db in self.databases:
             await db.dispose_owned()
 
     async def take(self, request: Request[Any, Any]) -> None:
@@ -139,25 +134,23 @@ class _Server:
 
     async def _serve(self, request: Request[Any, Any]) -> None:
         task: Any = asyncio.current_task()
-        upgrade = request.headers.getone("upgrade", "").lower()
-        kind = "websocket" if upgrade == "websocket" else "http"
-        scope: Scope = {"type": kind, REQUEST: request}
-        if self._middleware.causal_reads is not None:
+        upgrade = request.headers.getone("upgrade", "").lower() == "websocket"
+        scope: Scope = {"type": "websocket" if upgrade else "http", REQUEST: request}
+        if self.middleware.causal_reads is not None:
             scope["headers"] = _encoded(request)
             scope["scheme"] = request.scheme
-        self._serving.add(task)
+        self.serving.add(task)
         try:
-            await self._middleware(scope, _receive, _send)
+            await self.middleware(scope, _receive, _send)
         finally:
-            self._serving.discard(task)
+            self.serving.discard(task)
 
 
 def _encoded(request: Request[Any, Any]) -> Headers:
-    escape = "surrogateescape"  # as Sanic decodes them
-    return [
-        (name.encode(errors=escape), value.encode(errors=escape))
-        for name, value in request.headers.items()
-    ]
+    def encode(text: str) -> bytes:
+        return text.encode(errors="surrogateescape")  # as Sanic decodes them
+
+    return [(encode(name), encode(value)) for name, value in request.headers.items()]
 
 
 def _refuse_other_servers(app: Sanic[Any, Any]) -> None:
@@ -174,7 +167,6 @@ def _refuse_other_servers(app: Sanic[Any, Any]) -> None:
 
 
 async def _application(scope: Scope, _: Receive, send: Send) -> None:
-    """Handle a request as Sanic does, its response passing through `send`."""
     request: Request[Any, Any] = scope[REQUEST]
     if scope["type"] == "http":
         stream: Any = request.stream
@@ -185,11 +177,10 @@ async def _application(scope: Scope, _: Receive, send: Send) -> None:
 def _gate(
     request: Request[Any, Any], stream: Any, send: Send
 ) -> Callable[[bytes, bool], Awaitable[None]]:
-    """Make a function to stand in for the one that writes status line and headers.
+    """Make a function to replace the one that writes status line and headers.
 
-    That one puts another in its own place for the rest of the body. A response
-    middleware would be too early, its errors are logged and the response is sent;
-    the signal `http.lifecycle.response` is too late for a stream.
+    A response middleware would be too early: its errors are logged and the response
+    is sent. The signal `http.lifecycle.response` is too late for a stream.
     https://github.com/sanic-org/sanic/blob/v25.12.1/sanic/http/http1.py#L92
     """
     write_head = stream.response_func
@@ -245,9 +236,8 @@ def asgi_uow_answer(
     """Answer what the middleware would; None leaves it to Sanic's own pages."""
     unit = current.get()
     outage = unit is not None and is_outage(unit, error)
-    if outage or isinstance(error, UnitOfWorkFailedError):
-        return _problem(request, error)
-    return None
+    is_ours = outage or isinstance(error, UnitOfWorkFailedError)
+    return _problem(request, error) if is_ours else None
 
 
 async def _problem(request: Request[Any, Any], error: Exception) -> HTTPResponse:

@@ -34,50 +34,44 @@ class SentryObserver:
     """
 
     def __call__(self, event: Event, /) -> None:
-        """Capture the exception of a failure; ignore everything else."""
         match event:
             case CommitFailed():
                 outcome, cause = event.outcome.value, event.cause.value
-                self._capture(
-                    event.error,
-                    [outcome, cause, str(event.code)],
-                    comment=f"unit of work not kept: {outcome}",
-                    handler=None,
-                    outcome=outcome,
-                    cause=cause,
-                )
+                comment = f"unit of work not kept: {outcome}"
+                group = [outcome, cause, str(event.code)]
+                _capture(event.error, comment, group, outcome=outcome, cause=cause)
             case HookFailed():
-                self._capture(
-                    event.error,
-                    [event.phase, event.hook],
-                    comment=f"{event.phase} hook failed",
-                    handler=event.hook,
-                )
+                comment = f"{event.phase} hook failed"
+                group = [event.phase, event.hook]
+                _capture(event.error, comment, group, handler=event.hook)
             case ReleaseFailed():
                 comment = f"{event.operation} failed"
-                self._capture(event.error, [comment], comment=comment, handler=None)
+                _capture(event.error, comment, [comment])
             case _:  # nothing was raised, or it is told of again
                 pass
 
-    @staticmethod
-    def _capture(
-        error: BaseException,
-        group: list[str],
-        **extras: str | None,
-    ) -> None:
-        client = sentry_sdk.get_client()
-        event, hint = event_from_exception(
-            error,
-            client_options={**client.options, "include_local_variables": False},
-            mechanism={"type": "asgi_uow", "handled": True},
-        )
-        if not client.should_send_default_pii():
-            redact = Redactor(error, get_error_message)
-            for exception in event.get("exception", {}).get("values", ()):
-                exception["value"] = redact(str(exception["value"] or ""))
-        event["fingerprint"] = ["{{ default }}", *group]
-        with sentry_sdk.new_scope() as scope:
-            scope.set_extra("code", code_of(error))
-            for name, value in extras.items():
-                scope.set_extra(name, value)
-            scope.capture_event(event, hint=hint)
+
+def _capture(
+    error: BaseException,
+    comment: str,
+    group: list[str],
+    *,
+    handler: str | None = None,
+    **extras: str,
+) -> None:
+    client = sentry_sdk.get_client()
+    event, hint = event_from_exception(
+        error,
+        client_options={**client.options, "include_local_variables": False},
+        mechanism={"type": "asgi_uow", "handled": True},
+    )
+    if not client.should_send_default_pii():
+        redact = Redactor(error, get_error_message)
+        for exception in event.get("exception", {}).get("values", ()):
+            exception["value"] = redact(str(exception["value"] or ""))
+    event["fingerprint"] = ["{{ default }}", *group]
+    with sentry_sdk.new_scope() as scope:
+        about = {"comment": comment, "handler": handler, "code": code_of(error)}
+        for name, value in {**about, **extras}.items():
+            scope.set_extra(name, value)
+        scope.capture_event(event, hint=hint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from types import MappingProxyType
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy.pool
@@ -28,14 +28,19 @@ POOL_TIMEOUT = 10.0
 """Seconds to wait for a free connection. SQLAlchemy's 30 are long for a client, and a
 pool does not wake those who wait when the server is back."""
 
-ONE_CONNECTION: Mapping[str, Any] = MappingProxyType(
-    {
-        "poolclass": AsyncAdaptedQueuePool,
-        "pool_size": 1,
-        "max_overflow": 0,
-        "pool_recycle": -1,
-    }
-)
+DEFAULTS: Mapping[str, object] = {
+    # A listener sends ROLLBACK only where it is needed.
+    "pool_reset_on_return": None,
+    # Errors go to logs and error trackers, parameters are people's data.
+    "hide_parameters": True,
+}
+
+ONE_CONNECTION: Mapping[str, object] = {
+    "poolclass": AsyncAdaptedQueuePool,
+    "pool_size": 1,
+    "max_overflow": 0,
+    "pool_recycle": -1,
+}
 """An in-memory database is its connection: one, for one unit at a time, for good."""
 
 TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})
@@ -55,16 +60,10 @@ def _echo(value: object) -> bool | str:
     return "debug" if str(value).strip().lower() == "debug" else _boolean(value)
 
 
-def _integer(value: object) -> int:
+def _number(kind: Callable[[str], T], value: object) -> T:
     if isinstance(value, bool):
         raise TypeError(value)
-    return int(str(value).strip())
-
-
-def _seconds(value: object) -> float:
-    if isinstance(value, bool):
-        raise TypeError(value)
-    return float(str(value).strip())
+    return kind(str(value).strip())
 
 
 def _url(value: object) -> str:
@@ -87,21 +86,19 @@ def _pool_class(value: object) -> type[sqlalchemy.pool.Pool]:
     raise ValueError(value)
 
 
-_ENGINE_OPTIONS: Mapping[str, tuple[str, Callable[[object], object], str]] = (
-    MappingProxyType(
-        {
-            "ECHO": ("echo", _echo, "a boolean or 'debug'"),
-            "ECHO_POOL": ("echo_pool", _echo, "a boolean or 'debug'"),
-            "POOL_SIZE": ("pool_size", _integer, "an integer"),
-            "MAX_OVERFLOW": ("max_overflow", _integer, "an integer"),
-            "POOL_PRE_PING": ("pool_pre_ping", _boolean, "a boolean"),
-            "POOL_RECYCLE": ("pool_recycle", _integer, "a whole number of seconds"),
-            "POOL_TIMEOUT": ("pool_timeout", _seconds, "a number of seconds"),
-            "POOL_CLASS": ("poolclass", _pool_class, "a class name of sqlalchemy.pool"),
-        },
-    )
-)
-_KEYS = ("URL", "READ_URLS", *_ENGINE_OPTIONS)
+_integer, _seconds = partial(_number, int), partial(_number, float)
+_KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
+    "URL": ("url", _url, "a URL"),
+    "READ_URLS": ("read_urls", _urls, "a list of URLs, or URLs with commas between"),
+    "ECHO": ("echo", _echo, "a boolean or 'debug'"),
+    "ECHO_POOL": ("echo_pool", _echo, "a boolean or 'debug'"),
+    "POOL_SIZE": ("pool_size", _integer, "an integer"),
+    "MAX_OVERFLOW": ("max_overflow", _integer, "an integer"),
+    "POOL_PRE_PING": ("pool_pre_ping", _boolean, "a boolean"),
+    "POOL_RECYCLE": ("pool_recycle", _integer, "a whole number of seconds"),
+    "POOL_TIMEOUT": ("pool_timeout", _seconds, "a number of seconds"),
+    "POOL_CLASS": ("poolclass", _pool_class, "a class name of sqlalchemy.pool"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,45 +116,38 @@ def read(mapping: Mapping[str, object], prefix: str) -> Config:
     Raises `ConfigurationError` naming key and expected kind, never the value.
     Warns of a key that looks like a misspelt one.
     """
-    for key in mapping:
-        if key.startswith(prefix):
-            _warn_if_misspelt(key, prefix)
-    url = mapping.get(f"{prefix}URL")
-    if not url:
+    values = {
+        key.removeprefix(prefix): value
+        for key, value in mapping.items()
+        if key.startswith(prefix)
+    }
+    for name in values:
+        _warn_if_misspelt(name, prefix)
+    if not values.get("URL"):
         message = f"{prefix}URL is missing: set it to a URL such as sqlite:///app.db."
         raise ConfigurationError(message)
-    options = {
-        option: _cast(mapping, prefix + key, cast, kind)
-        for key, (option, cast, kind) in _ENGINE_OPTIONS.items()
-        if mapping.get(prefix + key) is not None
+    found: dict[str, Any] = {
+        option: _cast(prefix + name, values[name], cast, kind)
+        for name, (option, cast, kind) in _KEYS.items()
+        if values.get(name) is not None
     }
-    read_urls: tuple[str, ...] = ()
-    if mapping.get(f"{prefix}READ_URLS") is not None:
-        kind = "a list of URLs, or URLs with commas between"
-        read_urls = _cast(mapping, f"{prefix}READ_URLS", _urls, kind)
-    return Config(_url(url), read_urls, options)
+    return Config(found.pop("url"), found.pop("read_urls", ()), found)
 
 
-def _cast(
-    mapping: Mapping[str, object],
-    key: str,
-    cast: Callable[[object], T],
-    kind: str,
-) -> T:
+def _cast(key: str, value: object, cast: Callable[[object], T], kind: str) -> T:
     try:
-        return cast(mapping[key])
+        return cast(value)
     except (TypeError, ValueError):
         message = f"{key} must be {kind}; what it is set to cannot be read as that."
         raise ConfigurationError(message) from None
 
 
-def _warn_if_misspelt(key: str, prefix: str) -> None:
+def _warn_if_misspelt(name: str, prefix: str) -> None:
     # Without the prefix: DATABASE_USER is nearer to DATABASE_URL than USER to URL.
-    name = key.removeprefix(prefix)
     near = difflib.get_close_matches(name, _KEYS, n=1, cutoff=0.8)
     if near and name not in _KEYS:
         warnings.warn(
-            f"{key} is not a configuration key of asgi-uow; "
+            f"{prefix}{name} is not a configuration key of asgi-uow; "
             f"did you mean {prefix}{near[0]}?",
             stacklevel=4,
         )
@@ -169,41 +159,25 @@ def create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
     Raises `ConfigurationError` for what cannot work, never showing a password.
     """
     parsed = _async_url(url)
+    database = known.DATABASES.get(parsed.get_backend_name())
+    defaults = {**DEFAULTS, **(database.ENGINE_OPTIONS if database else {})}
+    if "poolclass" not in options:
+        defaults["pool_timeout"] = POOL_TIMEOUT
     if parsed.drivername == "sqlite+aiosqlite":
         options = _with_safe_connection(options)
     forced = ONE_CONNECTION if known.is_memory(parsed) else {}
     try:
         _check_async(parsed)
-        defaults = _defaults(parsed, options)
         return create_async_engine(parsed, **{**defaults, **options, **forced})
     except ModuleNotFoundError as error:
         driver = parsed.get_driver_name()
-        raise MissingDriverError(driver, _extra_of(parsed)) from error
+        extra = database.EXTRAS.get(driver) if database else None
+        raise MissingDriverError(driver, extra) from error
     except sa_exc.NoSuchModuleError as error:
         message = f"SQLAlchemy knows no database {parsed.drivername!r}."
         raise ConfigurationError(message) from error
     except (TypeError, sa_exc.ArgumentError) as error:
         raise ConfigurationError(str(error)) from error
-
-
-def _defaults(url: URL, options: Mapping[str, Any]) -> dict[str, object]:
-    defaults: dict[str, object] = {
-        # A listener sends ROLLBACK only where it is needed.
-        "pool_reset_on_return": None,
-        # Errors go to logs and error trackers, parameters are people's data.
-        "hide_parameters": True,
-    }
-    if "poolclass" not in options:
-        defaults["pool_timeout"] = POOL_TIMEOUT
-    database = known.DATABASES.get(url.get_backend_name())
-    return defaults | dict(database.ENGINE_OPTIONS if database else {})
-
-
-def _extra_of(url: URL) -> str | None:
-    database = known.DATABASES.get(url.get_backend_name())
-    if database is None or url.get_driver_name() != database.DEFAULT_DRIVER:
-        return None
-    return database.EXTRA
 
 
 def _check_async(url: URL) -> None:

@@ -76,6 +76,7 @@ def is_unavailable(error: BaseException) -> bool:
     if code is None:
         # psycopg that could not connect: no server, so no SQLSTATE and no statement.
         return isinstance(error, sa_exc.OperationalError) and error.statement is None
+    # "57P" stands for 57P01 and all others that begin so.
     classes = {code[:2], code[:3]} if isinstance(code, str) else set()
     return not UNAVAILABLE_CODES.isdisjoint({code, *classes})
 

@@ -33,42 +33,47 @@ Meaning: TypeAlias = Literal[
 class Driver(Protocol):
     """What a driver's connection can be asked without a round trip.
 
-    `raw` is that connection, of no type here: drivers are optional.
+    The connection has no type here, since drivers are optional. What the methods
+    return here is right, if slow, for a driver that nobody knows.
     """
 
-    is_known: bool
-    """False: nothing is known, so its connections are always rolled back."""
-    savepoints_survive: bool
-    """An error aborts at most what the innermost open savepoint covers."""
-    cursor_needs_begin: bool
-    """A cursor can be declared only inside a transaction."""
-    exclusive_streams: bool
-    """While a stream is being read the connection can do nothing else."""
-    cancels_on_server: bool
-    """A cancelled statement makes the driver send a cancel request. It needs an await
-    for that, so a cancelled anyio scope suppresses it."""
+    is_known: bool = False  # if not, its connections are always rolled back
+    savepoints_survive: bool = False  # an error aborts at most the innermost of them
+    cursor_needs_begin: bool = False  # a cursor exists only inside a transaction
+    exclusive_streams: bool = True  # the connection can do nothing beside a stream
+    # Sends a cancel request for a cancelled statement. It needs an await for that, so
+    # a cancelled anyio scope suppresses it.
+    cancels_on_server: bool = False
 
-    def in_transaction(self, raw: Any, /) -> bool: ...
-    def is_dead(self, raw: Any, /) -> bool: ...
-    def aborts_transaction(self, raw: Any, error: BaseException, /) -> bool:
+    def in_transaction(self, _: Any, /) -> bool:
+        return True
+
+    def is_dead(self, _: Any, /) -> bool:
+        return False
+
+    def aborts_transaction(self, _: Any, error: BaseException, /) -> bool:
         """Has the server rolled back more than the statement that failed?"""
-        ...
+        return mysql.code_of(error) in mysql.ABORTING_CODES
 
-    def reports_writable(self, raw: Any, /) -> bool:
+    def reports_writable(self, _: Any, /) -> bool:
         """Has the server reported that the connection is not read-only (any more)?"""
-        ...
+        return False
 
     @property
     def cancel_sql(self) -> Callable[[Any], str] | None:
         """What stops its statement, sent from another connection."""
-        ...
+        return None
+
+
+class _UnknownDriver(Driver):
+    pass
 
 
 class Database(Protocol):
     """What a file of facts says about its database. SQL that is None does not exist."""
 
     DEFAULT_DRIVER: str  # of a URL that names none
-    EXTRA: str  # of asgi-uow, which installs that driver
+    EXTRAS: Mapping[str, str]  # of asgi-uow, by the driver that they install
     PACKAGES: frozenset[str]  # where drivers, sync ones too, define their errors
     URL_QUERY: Mapping[str, str]  # added to the URL, unless it says otherwise
     ENGINE_OPTIONS: Mapping[str, object]
@@ -105,8 +110,8 @@ class Database(Protocol):
     async def position(self, connection: AsyncConnection, /) -> str | None:
         """Tell how far a replica must be to have all commits the writer has answered.
 
-        Asked after COMMIT, on an AUTOCOMMIT connection to the writer's server; one
-        round trip. None where nothing can be waited for.
+        Asked after COMMIT on an AUTOCOMMIT connection to the writer; one round trip.
+        None where nothing can be waited for.
         """
         ...
 
@@ -141,27 +146,6 @@ DATABASES: Mapping[str, Database] = {
     "sqlite": sqlite,
 }
 """By SQLAlchemy's name of the dialect."""
-
-
-class _UnknownDriver:
-    is_known = False
-    savepoints_survive = False
-    cursor_needs_begin = False
-    exclusive_streams = True
-    cancels_on_server = False
-    cancel_sql = None
-
-    def in_transaction(self, _: object) -> bool:
-        return True
-
-    def is_dead(self, _: object) -> bool:
-        return False
-
-    def aborts_transaction(self, _: object, error: BaseException) -> bool:
-        return mysql.code_of(error) in mysql.ABORTING_CODES
-
-    def reports_writable(self, _: object) -> bool:
-        return False
 
 
 _UNKNOWN = _UnknownDriver()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 DEFAULT_DRIVER: str = "asyncmy"
-EXTRA: str = "mysql"
+EXTRAS: Mapping[str, str] = {"asyncmy": "mysql"}
 PACKAGES = frozenset({"asyncmy", "aiomysql", "pymysql", "MySQLdb"})
 URL_QUERY: Mapping[str, str] = {"charset": "utf8mb4"}
 ENGINE_OPTIONS: Mapping[str, object] = {"pool_recycle": 1800}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 DEFAULT_DRIVER: str = "asyncpg"
-EXTRA: str = "postgresql"
+EXTRAS: Mapping[str, str] = {"asyncpg": "postgresql"}
 PACKAGES = frozenset({"asyncpg", "psycopg"})
 URL_QUERY: Mapping[str, str] = {}
 ENGINE_OPTIONS: Mapping[str, object] = {}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
 DEFAULT_DRIVER: str = "aiosqlite"
-EXTRA: str = "sqlite"
+EXTRAS: Mapping[str, str] = {"aiosqlite": "sqlite"}
 PACKAGES = frozenset({"aiosqlite", "sqlite3"})
 URL_QUERY: Mapping[str, str] = {}
 ENGINE_OPTIONS: Mapping[str, object] = {}

@@ -62,7 +62,6 @@ class CausalReads:
     _keys: tuple[bytes, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self, secret: str | bytes | Sequence[str | bytes]) -> None:
-        """Check the options."""
         object.__setattr__(self, "_keys", _keys(secret))
         _check_seconds("wait", self.wait, least=0)
         _check_seconds("max_age", self.max_age, least=1)
@@ -75,9 +74,9 @@ class CausalReads:
 
         Empty where there is no token, or none that is genuine and of our time.
         """
-        tokens = [self._open(token) for token in self._tokens(headers)]
+        tokens = filter(None, map(self._open, self._tokens(headers)))
         found: dict[str, str] = {}
-        for _, positions in sorted(filter(None, tokens), key=lambda token: token[0]):
+        for _, positions in sorted(tokens, key=lambda token: token[0]):
             found = self.merge(found, positions)
         return found
 
@@ -100,9 +99,7 @@ class CausalReads:
         if self.header is not None:
             return self._name, token
         attributes = f"; Max-Age={math.ceil(self.max_age)}; Path=/"
-        attributes += "; HttpOnly; SameSite=Lax"
-        if secure:
-            attributes += "; Secure"
+        attributes += "; HttpOnly; SameSite=Lax" + "; Secure" * secure
         return b"set-cookie", self._name + b"=" + token + attributes.encode()
 
     @property
@@ -110,7 +107,7 @@ class CausalReads:
         return (self.header.lower() if self.header else self.cookie).encode()
 
     def _tokens(self, headers: Headers) -> Iterator[bytes]:
-        """Find our tokens: there may be several headers, and other cookies."""
+        # There may be several headers, and other cookies.
         for name, value in headers:
             if self.header is not None and name.lower() == self._name:
                 yield from (token.strip() for token in value.split(b","))
@@ -129,18 +126,14 @@ class CausalReads:
     def _open(self, token: bytes) -> tuple[float, dict[str, str]] | None:
         """Give time and positions of a token; only what we signed is decoded."""
         payload, _, signature = token.partition(b".")
-        if not self._fits(token) or not self._is_genuine(payload, signature):
+        signatures = (self._sign(key, payload) for key in self._keys)
+        if not self._fits(token) or not any(
+            hmac.compare_digest(each, signature) for each in signatures
+        ):
             return None
         issued, positions = json.loads(_decode(payload))
-        if -CLOCK_SKEW <= self.clock() - issued <= self.max_age:
-            return issued, positions
-        return None
-
-    def _is_genuine(self, payload: bytes, signature: bytes) -> bool:
-        return any(
-            hmac.compare_digest(self._sign(key, payload), signature)
-            for key in self._keys
-        )
+        is_current = -CLOCK_SKEW <= self.clock() - issued <= self.max_age
+        return (issued, positions) if is_current else None
 
     def _sign(self, key: bytes, payload: bytes) -> bytes:
         # The prefix keeps apart what else is signed with the secret, and would
@@ -156,9 +149,7 @@ class Keyed(Protocol):
     """A database, as tokens know it."""
 
     @property
-    def key(self) -> str:
-        """The same in every process."""
-        ...
+    def key(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -178,7 +169,7 @@ NOTHING = MustSee()
 
 def _keys(secret: object) -> tuple[bytes, ...]:
     secrets = secret if isinstance(secret, (list, tuple)) else [secret]
-    keys = tuple(_key(one) for one in secrets)
+    keys = tuple(map(_key, secrets))
     if not keys or min(map(len, keys)) < SHORTEST_SECRET:
         message = (
             f"CausalReads(secret): pass a str or bytes of at least {SHORTEST_SECRET} "
@@ -189,10 +180,9 @@ def _keys(secret: object) -> tuple[bytes, ...]:
 
 
 def _key(secret: object) -> bytes:
-    """Give the bytes of a secret; what cannot be one is too short to be one."""
     if isinstance(secret, str):
         return secret.encode(errors="surrogatepass")
-    return secret if isinstance(secret, bytes) else b""
+    return secret if isinstance(secret, bytes) else b""  # too short to be one
 
 
 def _check_seconds(option: str, value: object, *, least: float) -> None:

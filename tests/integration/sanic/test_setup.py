@@ -297,7 +297,7 @@ async def test_connections_of_the_parent_are_left_alone(
         parents = [await engine.connect() for engine in engines]
         for idle in [await engine.connect() for engine in engines]:
             await idle.close()
-        app.ctx.asgi_uow._process = os.getpid() + 1  # as if that had been the parent
+        app.ctx.asgi_uow.process = os.getpid() + 1  # as if that had been the parent
 
         async with serving(app):
             assert seen == [engine.sync_engine.pool for engine in engines]
