@@ -39,13 +39,16 @@ from asgi_uow.observers import (
     UnitStarted,
 )
 from tests.integration.frameworks.driver import Server, answering
+from tests.support.databases import DRIVERS, on
 from tests.support.private import Cause
-from tests.support.shop import TABLES, insert
+from tests.support.shop import insert
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
-    from tests.servers import Backend, SQLiteBackend
+    from tests.servers import Backend
+
+pytestmark = on("aiosqlite")
 
 T = TypeVar("T")
 BROKEN = ZeroDivisionError("a bug")
@@ -95,14 +98,6 @@ class Recorder:
     def tasks_of(self, *kinds: type) -> list[asyncio.Task[object] | None]:
         told = zip(self.events, self.tasks, strict=True)
         return [task for each, task in told if isinstance(each, kinds)]
-
-
-@pytest.fixture
-async def db(sqlite: SQLiteBackend) -> AsyncIterator[Database]:
-    await sqlite.execute(*TABLES)
-    db = Database.from_url(sqlite.url)
-    yield db
-    await db.dispose()
 
 
 async def request(
@@ -373,9 +368,10 @@ async def test_one_event_per_failing_hook(db: Database) -> None:
 # Connections
 
 
-async def test_released(any_driver: Backend) -> None:
+@on(*DRIVERS)
+async def test_released(backend: Backend) -> None:
     """Each session that held a connection tells for how long, whatever the driver."""
-    db = Database.from_url(any_driver.url)
+    db = Database.from_url(backend.url)
 
     async def work() -> None:
         await current_read_session().execute("SELECT 1")

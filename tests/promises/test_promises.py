@@ -35,17 +35,10 @@ from tests.support import shop
 from tests.support.asgi import BODY, START, endpoint, request, respond
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from asgi_uow._asgi import Receive, Scope, Send
     from tests.servers.backend import Backend, PostgreSQLBackend
-
-
-@pytest.fixture
-async def db(backend: Backend) -> AsyncIterator[Database]:
-    """A database with an empty table."""
-    async with shop_database(backend) as db:
-        yield db
 
 
 @asynccontextmanager

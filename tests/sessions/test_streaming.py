@@ -17,6 +17,7 @@ from asgi_uow import Database, UnitOfWorkMiddleware, current_read_session
 from asgi_uow.errors import ReadOnlySessionError
 from tests.servers import eventually
 from tests.support.asgi import request
+from tests.support.databases import DRIVERS, on
 from tests.support.streams import ROWS, SELECT, Client, checked_out, fill
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
     from tests.servers import Backend, MariaDBBackend, ServerBackend
     from tests.servers.backend import SQLiteBackend
 
+pytestmark = on(*DRIVERS)
+
 
 @pytest.fixture
-async def shop_backend(any_driver: Backend) -> Backend:
+async def stocked(backend: Backend) -> Backend:
     """A shop with 300 items."""
-    await fill(any_driver)
-    return any_driver
+    await fill(backend)
+    return backend
 
 
 # The connection of a stream, whatever ends it
@@ -134,16 +137,16 @@ async def fail_to_send(app: ASGIApp) -> int:
     ],
 )
 async def test_connection_of_a_stream_comes_back(
-    shop_backend: Backend, end: Callable[[ASGIApp], Awaitable[int]], pieces: int
+    stocked: Backend, end: Callable[[ASGIApp], Awaitable[int]], pieces: int
 ) -> None:
     """A generator that began after the start reads; its connection is then free."""
-    db = Database.from_url(shop_backend.url, pool_size=1, max_overflow=0)
+    db = Database.from_url(stocked.url, pool_size=1, max_overflow=0)
     app = UnitOfWorkMiddleware(Starlette(routes=ROUTES), db)
 
     assert pieces == await end(app)
 
     assert [0, 0] == checked_out(db)
-    await eventually(0, shop_backend.open_transactions)
+    await eventually(0, stocked.open_transactions)
     assert ROWS == await read_all(app)
     assert [0, 0] == checked_out(db)
     await db.dispose()
@@ -151,13 +154,13 @@ async def test_connection_of_a_stream_comes_back(
 
 @pytest.mark.parametrize("is_read", [True, False])
 async def test_reads_go_on_after_an_error_beside_a_stream(
-    shop_backend: Backend, is_read: bool
+    stocked: Backend, is_read: bool
 ) -> None:
     """PostgreSQL ends the transaction of the cursor; the next read begins anew."""
-    db = Database.from_url(shop_backend.url, pool_size=1, max_overflow=0)
+    db = Database.from_url(stocked.url, pool_size=1, max_overflow=0)
     async with db:
         rows = await db.read.stream_scalars(SELECT)
-        if is_read or shop_backend.name == "mariadb":
+        if is_read or stocked.name == "mariadb":
             assert ROWS == len(await rows.all())
         with pytest.raises(ReadOnlySessionError):
             await db.read.execute("DELETE FROM items")
@@ -166,11 +169,11 @@ async def test_reads_go_on_after_an_error_beside_a_stream(
     await db.dispose()
 
 
-@pytest.mark.parametrize("any_driver", ["asyncmy", "asyncpg", "psycopg"], indirect=True)
-async def test_reads_go_on_after_an_error_among_the_rows(shop_backend: Backend) -> None:
+@on("asyncmy", "asyncpg", "psycopg")
+async def test_reads_go_on_after_an_error_among_the_rows(stocked: Backend) -> None:
     """The error is that of the stream alone; the next read does not meet it."""
     too_many = "SELECT other.id FROM items AS other WHERE other.id >= items.id - 200"
-    db = Database.from_url(shop_backend.url, pool_size=1, max_overflow=0)
+    db = Database.from_url(stocked.url, pool_size=1, max_overflow=0)
     async with db:
         rows = await db.read.stream_scalars(
             f"SELECT CASE WHEN id = 250 THEN ({too_many}) END FROM items ORDER BY id"
@@ -212,12 +215,12 @@ SLOW = {
 SLOW["psycopg"] = SLOW["asyncpg"]
 
 
-@pytest.mark.parametrize("any_driver", GATES, indirect=True)
-async def test_first_rows_before_the_last(any_driver: ServerBackend) -> None:
+@on(*GATES)
+async def test_first_rows_before_the_last(backend: ServerBackend) -> None:
     """The first rows are there while the server cannot go on to the last."""
-    close, open_, select = GATES[any_driver.driver]
-    db = Database.from_url(any_driver.url)
-    keeper = Database.from_url(any_driver.url)
+    close, open_, select = GATES[backend.driver]
+    db = Database.from_url(backend.url)
+    keeper = Database.from_url(backend.url)
     async with keeper, db:
         await keeper.write.execute(close)
         rows = await db.read.stream(select)
@@ -241,14 +244,14 @@ async def rest_of(rows: AsyncResult[Any]) -> asyncio.Task[Sequence[Any]]:
     return task
 
 
-@pytest.mark.parametrize("any_driver", GATES, indirect=True)
+@on(*GATES)
 async def test_reads_go_on_after_a_cancellation_among_the_rows(
-    any_driver: ServerBackend,
+    backend: ServerBackend,
 ) -> None:
     """A cancelled fetch ends its stream; the next read has another connection."""
-    close, _, select = GATES[any_driver.driver]
-    db = Database.from_url(any_driver.url)
-    keeper = Database.from_url(any_driver.url)
+    close, _, select = GATES[backend.driver]
+    db = Database.from_url(backend.url)
+    keeper = Database.from_url(backend.url)
     async with keeper, db:
         await keeper.write.execute(close)
         rows = await db.read.stream(select)
@@ -265,17 +268,17 @@ async def test_reads_go_on_after_a_cancellation_among_the_rows(
     await db.dispose()
 
 
-@pytest.mark.parametrize("any_driver", GATES, indirect=True)
+@on(*GATES)
 async def test_connection_lost_among_the_rows_is_answered_503(
-    any_driver: ServerBackend,
+    backend: ServerBackend,
 ) -> None:
     """As one that is lost under any other statement."""
-    db = Database.from_url(any_driver.url)
+    db = Database.from_url(backend.url)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        rows = await db.read.stream(SLOW[any_driver.driver])
+        rows = await db.read.stream(SLOW[backend.driver])
         rest = await rest_of(rows)
-        await any_driver.kill_connections()
+        await backend.kill_connections()
         await rest
 
     response = await request(UnitOfWorkMiddleware(app, db))
@@ -285,11 +288,11 @@ async def test_connection_lost_among_the_rows_is_answered_503(
     await db.dispose()
 
 
-@pytest.mark.parametrize("any_driver", ["asyncpg", "psycopg"], indirect=True)
-async def test_postgresql_sends_what_is_read(any_driver: ServerBackend) -> None:
+@on("asyncpg", "psycopg")
+async def test_postgresql_sends_what_is_read(backend: ServerBackend) -> None:
     """PostgreSQL sends a piece when asked, so nothing piles up in this process."""
-    async with any_driver.proxy() as proxy:
-        db = Database.from_url(any_driver.through(proxy.port))
+    async with backend.proxy() as proxy:
+        db = Database.from_url(backend.through(proxy.port))
         async with db:
             rows = await db.read.stream_scalars("SELECT generate_series(1, 5000)")
             assert 1 == await anext(rows)

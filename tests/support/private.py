@@ -16,7 +16,8 @@ from asgi_uow._databases.dialects import (
     is_memory,
     is_unavailable,
 )
-from asgi_uow._databases.drivers import DRIVERS, UNKNOWN_DRIVER, driver_of
+from asgi_uow._databases.drivers import DRIVERS as KNOWN_DRIVERS
+from asgi_uow._databases.drivers import UNKNOWN_DRIVER, driver_of
 from asgi_uow._databases.pool import IDLE_SINCE
 from asgi_uow._databases.positions import (
     _before_header,
@@ -48,8 +49,8 @@ from asgi_uow._unit.hooks import MOST_BY_HOOKS, PHASES, Hook, Hooks, name_of
 
 __all__ = [
     "COMMIT",
-    "DRIVERS",
     "IDLE_SINCE",
+    "KNOWN_DRIVERS",
     "LONGEST_PAUSE",
     "LONGEST_TOKEN",
     "MOST_BY_HOOKS",
