@@ -47,9 +47,9 @@ from tests.support.asgi import (
     no_body,
     request,
     respond,
-    results,
 )
 from tests.support.databases import SERVERS, checked_out, on, shop_database
+from tests.support.observer import Events
 from tests.support.private import Cause, State
 from tests.support.shop import Item
 
@@ -257,8 +257,8 @@ async def test_default_answer_is_problem_json(db: Database, backend: Backend) ->
     response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
 
     body = response.messages[1]["body"]
-    assert b"application/problem+json" == response.headers[b"content-type"]
-    assert str(len(body)).encode() == response.headers[b"content-length"]
+    assert "application/problem+json" == response.headers["content-type"]
+    assert str(len(body)) == response.headers["content-length"]
     assert {
         "type": "about:blank",
         "title": "Internal Server Error",
@@ -428,7 +428,7 @@ async def test_pool_timeout_is_answered_503(mariadb: MariaDBBackend) -> None:
             response = await request(app)
 
         assert 503 == response.status
-        assert b"1" == response.headers[b"retry-after"]
+        assert "1" == response.headers["retry-after"]
         assert isinstance(response.error, sa_exc.TimeoutError)
         assert 200 == (await request(app)).status
 
@@ -451,7 +451,7 @@ async def test_connection_lost_in_the_handler_is_answered_503(
         )
 
         assert 503 == response.status
-        assert b"1" == response.headers[b"retry-after"]
+        assert "1" == response.headers["retry-after"]
         assert isinstance(response.error, sa_exc.DBAPIError)
         assert 200 == after.status
         assert [3] == await shop.items(backend)
@@ -473,7 +473,7 @@ async def test_database_down_is_answered_503(url: str) -> None:
     response = await request(app)
 
     assert 503 == response.status
-    assert b"1" == response.headers[b"retry-after"]
+    assert "1" == response.headers["retry-after"]
     assert "secret" not in f"{response.error!r} {response.error}"
     await db.dispose()
 
@@ -629,7 +629,7 @@ async def test_before_commit_stops_the_commit(
     assert "refuse" in str(response.error)
     assert ["rollback"] == fired
     assert [] == await shop.items(backend)
-    failed, finished = results(events)
+    failed, finished = Events(events).results
     assert isinstance(failed, CommitFailed)
     assert isinstance(finished, UnitFinished)
     assert (Outcome.ROLLED_BACK, cause) == (finished.outcome, finished.cause)
@@ -811,7 +811,7 @@ async def test_resolved_commit_is_seen_by_the_next_request(
         )
 
         assert 200 == response.status
-        assert b"set-cookie" in response.headers
+        assert "set-cookie" in response.headers
         await db.dispose()
 
 
@@ -868,7 +868,7 @@ async def test_listener_that_raises_after_commit(
     assert 200 == response.status
     assert ["commit"] == fired
     assert [1] == await shop.items(backend)
-    kinds = [type(each) for each in results(events)]
+    kinds = [type(each) for each in Events(events).results]
     assert [ReleaseFailed, UnitFinished] == kinds
     assert [0, 0] == checked_out(db)
 
@@ -917,7 +917,7 @@ async def test_lost_answer_to_commit_is_unknown(
         response = await request(app)
 
         assert 500 == response.status
-        assert b"retry-after" not in response.headers
+        assert "retry-after" not in response.headers
         assert isinstance(response.error, OutcomeUnknownError)
         assert Outcome.UNKNOWN is units[0].outcome
         assert [] == fired
@@ -925,7 +925,7 @@ async def test_lost_answer_to_commit_is_unknown(
         assert ([] if how == "cut_before" else [1]) == await shop.items(backend)
         assert [CommitFailed, UnitFinished] == [
             type(each)
-            for each in results(events)
+            for each in Events(events).results
             if not isinstance(each, ReleaseFailed)
         ]
         await db.dispose()

@@ -38,7 +38,8 @@ from asgi_uow.observers import (
     UnitFinished,
     UnitStarted,
 )
-from tests.integration.frameworks.driver import Server, answering
+from tests.integration.frameworks.driver import Server
+from tests.support.asgi import endpoint
 from tests.support.databases import DRIVERS, on
 from tests.support.private import Cause
 from tests.support.shop import insert
@@ -109,7 +110,7 @@ async def request(
     """Do some work as a request does, and give what was told."""
     recorded = Recorder()
     observers = (recorded,) if recorder is None else (recorder, recorded)
-    app = UnitOfWorkMiddleware(answering(work, status), db, observers=observers)
+    app = UnitOfWorkMiddleware(endpoint(work, status), db, observers=observers)
     await Server(app).request()
     return recorded
 

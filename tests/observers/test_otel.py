@@ -23,7 +23,8 @@ from asgi_uow import (
     set_rollback_only,
 )
 from asgi_uow.otel import OpenTelemetryObserver
-from tests.integration.frameworks.driver import Server, answering
+from tests.integration.frameworks.driver import Server
+from tests.support.asgi import endpoint
 from tests.support.databases import SERVERS, on
 from tests.support.shop import create, insert
 from tests.support.telemetry import (
@@ -141,7 +142,7 @@ async def test_untouched_and_failed(db: Database, telemetry: Telemetry) -> None:
         current_unit_of_work()
 
     app = UnitOfWorkMiddleware(
-        answering(health),
+        endpoint(health),
         db,
         observers=[telemetry.observer],
         commit_when=lambda status, headers: status // len(headers) > 0,
@@ -162,7 +163,7 @@ async def test_two_databases(
         await current_session(other).execute("INSERT INTO items VALUES (1)")
 
     app = UnitOfWorkMiddleware(
-        answering(work), db, other, observers=[telemetry.observer]
+        endpoint(work), db, other, observers=[telemetry.observer]
     )
     await Server(app).request()
     await other.dispose()

@@ -13,7 +13,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from asgi_uow import Database, UnitOfWorkMiddleware, after_commit, current_session
 from asgi_uow.observers import LoggingObserver, RetryScheduled
 from asgi_uow.sentry import SentryObserver
-from tests.integration.frameworks.driver import Server, answering
+from tests.integration.frameworks.driver import Server
+from tests.support.asgi import endpoint
 from tests.support.databases import DRIVERS, SERVERS, on
 from tests.support.tracker import exceptions, sentry
 
@@ -77,7 +78,7 @@ async def send(
 ) -> RecordingTransport:
     """Give what Sentry was sent for some work of a request."""
     observers = (SentryObserver(), LoggingObserver())
-    app = UnitOfWorkMiddleware(answering(work), db, observers=observers)
+    app = UnitOfWorkMiddleware(endpoint(work), db, observers=observers)
     with sentry(**options) as transport:
         await Server(app).request()
     return transport

@@ -35,7 +35,7 @@ from asgi_uow.observers import (
 )
 from tests.servers.process import HOST, free_port
 from tests.support import shop
-from tests.support.asgi import BODY, START, endpoint, http_scope, request, respond
+from tests.support.asgi import BODY, START, endpoint, http_scope, request
 from tests.support.databases import DRIVERS, SERVERS, checked_out, on
 from tests.support.private import (
     LONGEST_PAUSE,
@@ -391,13 +391,24 @@ async def test_after_a_write(backend: Backend) -> None:
 # Causal reads
 
 
-async def cookie_of(
-    site: Site, handler: Callable[[], Awaitable[object]], status: int = 200
-) -> bytes:
-    """Give the cookie that a response sets, without its attributes."""
-    app = site.wrap(endpoint(handler, status), CAUSAL)
-    response = await request(app, scope=http_scope(scheme="https"))
-    return response.headers.get(b"set-cookie", b"")
+async def sent(
+    site: Site,
+    handler: Callable[[], Awaitable[object]],
+    status: int = 200,
+    *,
+    cookie: bytes = b"",
+    causal_reads: CausalReads = CAUSAL,
+) -> Response:
+    """Have a handler answer a client that has a cookie."""
+    app = site.wrap(endpoint(handler, status), causal_reads)
+    headers = [(b"cookie", cookie)] if cookie else []
+    return await request(app, scope=http_scope(scheme="https", headers=headers))
+
+
+def cookie(positions: dict[str, str], causal_reads: CausalReads = CAUSAL) -> bytes:
+    """Make a cookie as a response would set it."""
+    _, value = causal_reads.response_header(positions, secure=False)
+    return value.partition(b";")[0]
 
 
 async def insert_one() -> None:
@@ -407,21 +418,17 @@ async def insert_one() -> None:
 async def test_stamped(backend: Backend) -> None:
     """The response to a write carries a token, on https a secure one."""
     async with site_with(backend, backend.url) as site:
-        cookie = await cookie_of(site, insert_one)
-    assert cookie.startswith(b"asgi_uow=")
-    assert b"Secure" in cookie
+        response = await sent(site, insert_one)
+    assert response.cookie.startswith(b"asgi_uow=")
+    assert "Secure" in response.headers["set-cookie"]
 
 
 async def test_what_was_known_before(sqlite: SQLiteBackend) -> None:
     """A new token keeps what the client's last one says of other databases."""
     async with site_with(sqlite, sqlite.url) as site:
-        header = CAUSAL.response_header({"another": "0/1"}, secure=False)
-        scope = http_scope(headers=[(b"cookie", header[1].partition(b";")[0])])
-        app = site.wrap(endpoint(insert_one), CAUSAL)
-        response = await request(app, scope=scope)
-    cookie = response.headers[b"set-cookie"].partition(b";")[0]
+        response = await sent(site, insert_one, cookie=cookie({"another": "0/1"}))
     expected = {"another": "0/1", site.db.key: READ_FROM_WRITER}
-    assert expected == CAUSAL.positions([(b"cookie", cookie)])
+    assert expected == CAUSAL.positions([(b"cookie", response.cookie)])
 
 
 async def test_not_stamped(backend: Backend) -> None:
@@ -432,9 +439,9 @@ async def test_not_stamped(backend: Backend) -> None:
         force_commit()
 
     async with site_with(backend, backend.url) as site:
-        assert b"" == await cookie_of(site, site.read)
-        assert b"" == await cookie_of(site, insert_one, 409)
-        assert b"" != await cookie_of(site, insert_by_force, 403)
+        assert b"" == (await sent(site, site.read)).cookie
+        assert b"" == (await sent(site, insert_one, 409)).cookie
+        assert b"" != (await sent(site, insert_by_force, 403)).cookie
 
 
 async def test_nothing_to_wait_for(backend: Backend) -> None:
@@ -444,21 +451,19 @@ async def test_nothing_to_wait_for(backend: Backend) -> None:
         site_with(backend, **options) as site,
         site.db.read_engine.connect(),
     ):
-        assert b"" == await cookie_of(site, insert_one)
+        assert b"" == (await sent(site, insert_one)).cookie
 
 
 async def test_read_with_a_token(backend: Backend) -> None:
     """The next read waits for the position, or goes to the writer's server."""
     async with site_with(backend, backend.url) as site:
-        cookie = (await cookie_of(site, insert_one)).partition(b";")[0]
+        token = (await sent(site, insert_one)).cookie
 
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def read_twice() -> None:
             await site.read()
             await site.read()
-            await respond(send)
 
-        scope = http_scope(headers=[(b"cookie", cookie)])
-        response = await request(site.wrap(app, CAUSAL), scope=scope)
+        response = await sent(site, read_twice, cookie=token)
 
         assert 200 == response.status
         assert [1, 1] == site.found
@@ -469,11 +474,8 @@ async def test_read_with_a_token(backend: Backend) -> None:
 async def test_too_far_behind(postgresql: PostgreSQLBackend) -> None:
     """A reader that does not get there in time is done without, and that is told."""
     async with site_with(postgresql, postgresql.url) as site:
-        header = CAUSAL.response_header({site.db.key: "nonsense"}, secure=False)
-        cookie = header[1].partition(b";")[0]
-        scope = http_scope(headers=[(b"cookie", cookie)])
-        app = site.wrap(endpoint(site.read), CAUSAL)
-        assert 200 == (await request(app, scope=scope)).status
+        nonsense = cookie({site.db.key: "nonsense"})
+        assert 200 == (await sent(site, site.read, cookie=nonsense)).status
     assert 1 == site.told(ReaderBehind)
     assert [0] == site.found
 
@@ -487,11 +489,8 @@ async def test_hooks_see_what_their_request_must_see(
         async def handler() -> None:
             after_commit(site.read)
 
-        header = CAUSAL.response_header({site.db.key: "nonsense"}, secure=False)
-        cookie = header[1].partition(b";")[0]
-        scope = http_scope(headers=[(b"cookie", cookie)])
-        app = site.wrap(endpoint(handler), CAUSAL)
-        assert 200 == (await request(app, scope=scope)).status
+        nonsense = cookie({site.db.key: "nonsense"})
+        assert 200 == (await sent(site, handler, cookie=nonsense)).status
     assert 1 == site.told(ReaderBehind)
     assert [0] == site.found
 
@@ -507,11 +506,9 @@ async def test_one_wait_for_all_readers(mariadb: MariaDBBackend) -> None:
     async with site_with(mariadb, mariadb.url, mariadb.url) as site:
         for reader in site.db.readers:
             event.listen(reader.sync_engine, "before_cursor_execute", note)
-        header = causal.response_header({site.db.key: "0-1-99999999"}, secure=False)
-        cookie = header[1].partition(b";")[0]
-        scope = http_scope(headers=[(b"cookie", cookie)])
-        app = site.wrap(endpoint(site.read), causal)
-        assert 200 == (await request(app, scope=scope)).status
+        far = cookie({site.db.key: "0-1-99999999"})
+        response = await sent(site, site.read, cookie=far, causal_reads=causal)
+        assert 200 == response.status
     assert 2 == site.told(ReaderBehind)
     assert ["wait"] == waits
     assert [0] == site.found
@@ -528,11 +525,9 @@ async def test_position_that_cannot_be_learnt(
             raise ConnectionRefusedError
 
         event.listen(engine, "do_connect", refuse)
-        cookie = (await cookie_of(site, insert_one)).partition(b";")[0]
+        token = (await sent(site, insert_one)).cookie
         event.remove(engine, "do_connect", refuse)
-        scope = http_scope(headers=[(b"cookie", cookie)])
-        app = site.wrap(endpoint(site.read), CAUSAL)
-        assert 200 == (await request(app, scope=scope)).status
+        assert 200 == (await sent(site, site.read, cookie=token)).status
         assert [1] == site.found
         assert [False] == site.used()
     assert "was not learnt" in caplog.text

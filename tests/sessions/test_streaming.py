@@ -16,9 +16,9 @@ from starlette.routing import Route
 from asgi_uow import Database, UnitOfWorkMiddleware, current_read_session
 from asgi_uow.errors import ReadOnlySessionError
 from tests.servers import eventually
-from tests.support.asgi import request
-from tests.support.databases import DRIVERS, on
-from tests.support.streams import ROWS, SELECT, Client, checked_out, fill
+from tests.support.asgi import Client, Response, request
+from tests.support.databases import DRIVERS, checked_out, on
+from tests.support.streams import ROWS, SELECT, fill
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -58,72 +58,61 @@ async def rows_as_text(request: Request) -> StreamingResponse:
 ROUTES = [Route("/", rows_as_text), Route("/broken", rows_as_text)]
 
 
-class Leaving(Client):
-    """Stops reading after the first piece, and goes away when told to."""
+class Stalled(Client):
+    """Stops reading after the first piece."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(app)
         self.has_piece = asyncio.Event()
 
-    async def take(self, _: int, /) -> None:
-        self.has_piece.set()
-        await asyncio.Event().wait()
+    async def take(self, message: Message, /) -> None:
+        if is_piece(message):
+            self.has_piece.set()
+            await asyncio.Event().wait()
 
 
-class Announcing(Leaving):
-    """Has `receive` say that it is gone, as servers before spec 2.4 do."""
+class Old(Client):
+    """Has `receive` say that the client is gone, as servers before spec 2.4 do."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.scope["asgi"] = {"version": "3.0", "spec_version": "2.0"}
-
-    async def receive(self) -> Message:
-        await self.has_piece.wait()
-        return {"type": "http.disconnect"}
+    spec_version = "2.0"
 
 
-class Failing(Client):
-    """Has `send` raise when it is gone, as servers since spec 2.4 do."""
-
-    async def take(self, _: int, /) -> None:
-        message = "the client has gone"
-        raise OSError(message)
+def is_piece(message: Message) -> bool:
+    return bool(message.get("more_body"))
 
 
-async def read_all(app: ASGIApp) -> int:
-    client = Client()
-    assert 200 == await client.call(app)
-    return client.pieces
+async def read_all(app: ASGIApp) -> Response:
+    response = await Client(app).request()
+    assert (200, None) == (response.status, response.error)
+    return response
 
 
-async def raise_inside(app: ASGIApp) -> int:
-    client = Client(path="/broken")
-    with pytest.raises(LookupError):
-        await client.call(app)
-    return client.pieces
+async def raise_inside(app: ASGIApp) -> Response:
+    response = await Client(app).request("/broken")
+    assert isinstance(response.error, LookupError)
+    return response
 
 
-async def cancel(app: ASGIApp) -> int:
-    client = Leaving()
-    task = asyncio.create_task(client.call(app))
+async def cancel(app: ASGIApp) -> Response:
+    client, response = Stalled(app), Response()
+    task = asyncio.create_task(client.request(into=response))
     await client.has_piece.wait()
     task.cancel()
     await asyncio.wait((task,))
     assert task.cancelled()
-    return client.pieces
+    return response
 
 
-async def announce(app: ASGIApp) -> int:
-    client = Announcing()
-    assert 200 == await client.call(app)
-    return client.pieces
+async def announce(app: ASGIApp) -> Response:
+    response = await Old(app).request(leave_after=is_piece)
+    assert (200, None) == (response.status, response.error)
+    return response
 
 
-async def fail_to_send(app: ASGIApp) -> int:
-    client = Failing()
-    with pytest.raises(ClientDisconnect):
-        await client.call(app)
-    return client.pieces
+async def fail_to_send(app: ASGIApp) -> Response:
+    response = await Client(app).request(leave_after=is_piece)
+    assert isinstance(response.error, ClientDisconnect)
+    return response
 
 
 @pytest.mark.parametrize(
@@ -137,17 +126,17 @@ async def fail_to_send(app: ASGIApp) -> int:
     ],
 )
 async def test_connection_of_a_stream_comes_back(
-    stocked: Backend, end: Callable[[ASGIApp], Awaitable[int]], pieces: int
+    stocked: Backend, end: Callable[[ASGIApp], Awaitable[Response]], pieces: int
 ) -> None:
     """A generator that began after the start reads; its connection is then free."""
     db = Database.from_url(stocked.url, pool_size=1, max_overflow=0)
     app = UnitOfWorkMiddleware(Starlette(routes=ROUTES), db)
 
-    assert pieces == await end(app)
+    assert pieces == len((await end(app)).chunks)
 
     assert [0, 0] == checked_out(db)
     await eventually(0, stocked.open_transactions)
-    assert ROWS == await read_all(app)
+    assert ROWS == len((await read_all(app)).chunks)
     assert [0, 0] == checked_out(db)
     await db.dispose()
 

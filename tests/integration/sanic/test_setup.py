@@ -31,15 +31,14 @@ from asgi_uow.observers import UnitFinished
 from asgi_uow.sanic import setup
 from tests.servers.process import HOST, free_port
 from tests.support import shop
-from tests.support.asgi import results
 from tests.support.databases import checked_out, on, shop_database
+from tests.support.observer import Events
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from sanic import HTTPResponse
 
-    from asgi_uow.observers import Event
     from tests.servers import Backend, MariaDBBackend, PostgreSQLBackend
 
 pytestmark = on("aiosqlite")
@@ -106,7 +105,7 @@ async def test_several_databases(
 async def test_options(db: Database, backend: Backend, app: Sanic[Any, Any]) -> None:
     """`commit_when` sees the response as the middleware's does; observers are told."""
     seen: list[object] = []
-    events: list[Event] = []
+    events = Events()
 
     def commit_when(status: int, headers: list[tuple[bytes, bytes]]) -> bool:
         seen.append((status, sorted(headers)))
@@ -122,7 +121,7 @@ async def test_options(db: Database, backend: Backend, app: Sanic[Any, Any]) -> 
         app,
         db,
         commit_when=commit_when,
-        observers=[events.append],
+        observers=[events],
         commit_timeout=1.0,
         hook_timeout=2.0,
     )
@@ -131,7 +130,7 @@ async def test_options(db: Database, backend: Backend, app: Sanic[Any, Any]) -> 
 
     type_ = (b"content-type", b"text/plain; charset=utf-8")
     assert [(1.0, 2.0), (200, [type_, (b"x-mine", b"yes")])] == seen
-    assert [UnitFinished] == [type(event) for event in results(events)]
+    assert [UnitFinished] == list(map(type, events.results))
     assert [] == await shop.items(backend)
 
 
