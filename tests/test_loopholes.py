@@ -40,10 +40,10 @@ from asgi_uow.errors import (
     UnitOfWorkClosedError,
 )
 from asgi_uow.observers import CommitFailed, HookFailed, ReleaseFailed
-from tests.promises.test_promises import checked_out, shop_database
 from tests.servers.process import MariaDB
 from tests.support import shop
 from tests.support.asgi import BODY, START, endpoint, request, respond
+from tests.support.databases import DRIVERS, SERVERS, checked_out, on, shop_database
 from tests.support.private import Cause, concurrency, finish, rollback
 
 if TYPE_CHECKING:
@@ -60,11 +60,7 @@ if TYPE_CHECKING:
     from tests.support.asgi import Response
     from tests.support.private import ManagedSession
 
-
-@pytest.fixture
-async def db(any_driver: Backend) -> AsyncIterator[Database]:
-    async with shop_database(any_driver) as db:
-        yield db
+pytestmark = on(*DRIVERS)
 
 
 class Sent:
@@ -144,7 +140,7 @@ async def test_listener_that_dooms_before_commit(sqlite: SQLiteBackend) -> None:
 
 @pytest.mark.parametrize("outer_fails", [True, False])
 async def test_overlapping_savepoints(
-    db: Database, any_driver: Backend, outer_fails: bool
+    db: Database, backend: Backend, outer_fails: bool
 ) -> None:
     """The one that was ended by the other's end dooms the unit."""
     inside, ended = asyncio.Event(), asyncio.Event()
@@ -181,10 +177,10 @@ async def test_overlapping_savepoints(
     assert isinstance(response.error, DoomedError)
     assert isinstance(response.error.__cause__, ConcurrentUseError)
     assert ["rollback"] == sent.fired
-    assert [] == await shop.items(any_driver)
+    assert [] == await shop.items(backend)
 
 
-async def test_savepoint_ended_by_hand(db: Database, any_driver: Backend) -> None:
+async def test_savepoint_ended_by_hand(db: Database, backend: Backend) -> None:
     """Ending a savepoint inside its own block is SQLAlchemy's way, and allowed."""
 
     async def handler() -> None:
@@ -198,7 +194,7 @@ async def test_savepoint_ended_by_hand(db: Database, any_driver: Backend) -> Non
     response = await Sent().request(db, handler)
 
     assert 200 == response.status
-    assert [2] == await shop.items(any_driver)
+    assert [2] == await shop.items(backend)
 
 
 # SQLite that has ended the transaction by itself
@@ -231,7 +227,7 @@ async def test_nothing_is_kept_alone(sqlite: SQLiteBackend, status: int) -> None
 
 @pytest.mark.parametrize("raises", [True, False])
 async def test_start_after_the_application_has_returned(
-    db: Database, any_driver: Backend, raises: bool
+    db: Database, backend: Backend, raises: bool
 ) -> None:
     """A task that answers for an application that is gone cannot claim a success."""
     tasks: list[asyncio.Task[None]] = []
@@ -247,7 +243,7 @@ async def test_start_after_the_application_has_returned(
     with pytest.raises(UnitOfWorkClosedError, match="sending a response"):
         await tasks[0]
     assert [] == response.types
-    assert [] == await shop.items(any_driver)
+    assert [] == await shop.items(backend)
 
 
 async def test_error_after_the_application_has_returned(sqlite: SQLiteBackend) -> None:
@@ -341,7 +337,7 @@ async def test_blocks_that_end_out_of_order(
         assert [0, 0, 0, 0] == checked_out(first, second)
 
 
-async def test_block_left_in_another_task(db: Database, any_driver: Backend) -> None:
+async def test_block_left_in_another_task(db: Database, backend: Backend) -> None:
     """A block entered by a task that is over is ended by the one that leaves it."""
 
     async def enter() -> None:
@@ -351,7 +347,7 @@ async def test_block_left_in_another_task(db: Database, any_driver: Backend) -> 
     await asyncio.create_task(enter())
     await db.__aexit__(None, None, None)
 
-    assert [1] == await shop.items(any_driver)
+    assert [1] == await shop.items(backend)
     assert [0, 0] == checked_out(db)
 
 
@@ -378,7 +374,7 @@ async def test_whose_block_it_is_must_be_known(sqlite: SQLiteBackend) -> None:
 
 
 async def test_joined_stream_ends_with_the_writer(
-    db: Database, any_driver: Backend
+    db: Database, backend: Backend
 ) -> None:
     """A stream on the writer's connection raises after the decision, never lies."""
 
@@ -394,7 +390,7 @@ async def test_joined_stream_ends_with_the_writer(
     response = await request(UnitOfWorkMiddleware(app, db))
 
     assert response.error is None
-    assert [0, 1, 2] == await shop.items(any_driver)
+    assert [0, 1, 2] == await shop.items(backend)
 
 
 async def test_joined_stream_holds_off_the_writer(mariadb: MariaDBBackend) -> None:
@@ -430,7 +426,7 @@ async def test_joined_stream_holds_off_the_writer(mariadb: MariaDBBackend) -> No
 )
 @pytest.mark.parametrize("status", [200, 409])
 async def test_transaction_control_as_text(
-    db: Database, any_driver: Backend, statement: str, status: int
+    db: Database, backend: Backend, statement: str, status: int
 ) -> None:
     """COMMIT, ROLLBACK or BEGIN as text is refused before it is sent."""
 
@@ -444,12 +440,10 @@ async def test_transaction_control_as_text(
 
     kept = status == 200
     assert ["commit" if kept else "rollback"] == sent.fired
-    assert ([1] if kept else []) == await shop.items(any_driver)
+    assert ([1] if kept else []) == await shop.items(backend)
 
 
-async def test_rollback_to_a_savepoint_as_text(
-    db: Database, any_driver: Backend
-) -> None:
+async def test_rollback_to_a_savepoint_as_text(db: Database, backend: Backend) -> None:
     """ROLLBACK TO names a savepoint and ends nothing."""
 
     async def handler() -> None:
@@ -461,7 +455,7 @@ async def test_rollback_to_a_savepoint_as_text(
     response = await Sent().request(db, handler)
 
     assert 200 == response.status
-    assert [1] == await shop.items(any_driver)
+    assert [1] == await shop.items(backend)
 
 
 @pytest.mark.parametrize("statement", ["SET autocommit = 1", "LOCK TABLES items WRITE"])
@@ -483,7 +477,7 @@ async def test_what_would_outlive_the_unit_on_mariadb(
         assert [] == await shop.items(mariadb)
 
 
-async def test_lock_wait_timeout_that_rolls_back() -> None:
+async def test_lock_wait_timeout_that_rolls_back(mariadb_port: int) -> None:
     """With innodb_rollback_on_timeout 1205 has undone everything: doomed."""
     with MariaDB("--innodb-rollback-on-timeout=ON") as server:
         url = f"mysql+asyncmy://root@127.0.0.1:{server.port}"
@@ -518,19 +512,20 @@ async def test_lock_wait_timeout_that_rolls_back() -> None:
         await admin.dispose()
 
 
+@on(*SERVERS)
 async def test_autocommit_engine_is_refused(
-    server_backend: MariaDBBackend | PostgreSQLBackend,
+    backend: MariaDBBackend | PostgreSQLBackend,
 ) -> None:
     """With AUTOCOMMIT nothing could be rolled back, so nothing is executed."""
-    await shop.create(server_backend)
-    engine = create_async_engine(server_backend.url, isolation_level="AUTOCOMMIT")
+    await shop.create(backend)
+    engine = create_async_engine(backend.url, isolation_level="AUTOCOMMIT")
     db = Database(engine)
 
     response = await Sent().request(db, lambda: shop.insert(1), 409)
 
     assert isinstance(response.error, ConfigurationError)
     assert "AUTOCOMMIT" in str(response.error)
-    assert [] == await shop.items(server_backend)
+    assert [] == await shop.items(backend)
     assert [0, 0] == checked_out(db)
     await db.dispose()
     await engine.dispose()
@@ -627,7 +622,7 @@ async def test_memory_read_after_the_start_holds_the_connection() -> None:
 
 
 async def test_read_that_moves_while_another_read_connects(
-    any_driver: Backend, db: Database
+    backend: Backend, db: Database
 ) -> None:
     """Two reads, before and after the first write, do not meet on the session."""
 
@@ -876,7 +871,7 @@ async def test_parameters_by_mapping_and_by_name(sqlite: SQLiteBackend) -> None:
         assert 1 == await db.write.scalar("SELECT :a", {"a": 1})
 
 
-async def test_streams_of_every_shape(db: Database, any_driver: Backend) -> None:
+async def test_streams_of_every_shape(db: Database, backend: Backend) -> None:
     """Partitions and mappings take turns as plain streams do."""
 
     async def handler() -> None:

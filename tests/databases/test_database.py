@@ -43,6 +43,7 @@ from asgi_uow.errors import (
 )
 from tests.servers import ServerBackend, eventually
 from tests.servers.process import free_port
+from tests.support.databases import DRIVERS, SERVER_DRIVERS, SERVERS, on
 from tests.support.private import IDLE_SINCE, SQLITE_CONNECTION, code_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry
 
     from tests.servers import Backend, MariaDBBackend, PostgreSQLBackend, SQLiteBackend
+
+pytestmark = on(*DRIVERS)
 
 CREATE = "CREATE TABLE t (id INTEGER PRIMARY KEY)"
 INSERT = "INSERT INTO t VALUES (:id)"
@@ -69,16 +72,14 @@ READ_ONLY = {
     "psycopg": "25006",
 }
 PING = {"asyncmy": "PING", "asyncpg": "PREPARE ", "psycopg": ""}
-on_servers = pytest.mark.parametrize(
-    "any_driver", ["asyncmy", "asyncpg", "psycopg"], indirect=True
-)
+on_servers = on(*SERVER_DRIVERS)
 
 
 @pytest.fixture
-async def db(any_driver: Backend) -> AsyncIterator[Database]:
+async def db(backend: Backend) -> AsyncIterator[Database]:
     """A database with a table `t`, one connection for writing, one for reading."""
-    await any_driver.execute(CREATE)
-    db = Database.from_url(any_driver.url, pool_size=1, max_overflow=0)
+    await backend.execute(CREATE)
+    db = Database.from_url(backend.url, pool_size=1, max_overflow=0)
     yield db
     await db.dispose()
 
@@ -327,32 +328,34 @@ def test_an_engine_is_assigned_once() -> None:
 # Closing
 
 
-async def test_dispose(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_dispose(backend: ServerBackend) -> None:
     """Every pooled connection is closed: the writer's, the reader's, the replicas'."""
-    url = server_backend.url
+    url = backend.url
     db = Database.from_url(url, read_urls=[url])
     async with db, db.read_engine.connect():
         await db.write.execute("SELECT 1")
         await db.read.execute("SELECT 1")
         async with db.readers[0].connect():
-            assert 3 <= await server_backend.connections()
+            assert 3 <= await backend.connections()
     await db.dispose()
-    await eventually(0, server_backend.connections)
+    await eventually(0, backend.connections)
 
 
-async def test_dispose_owned(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_dispose_owned(backend: ServerBackend) -> None:
     """What asgi-uow made is closed, an engine that was passed in is left alone."""
-    engine = create_async_engine(server_backend.url)
+    engine = create_async_engine(backend.url)
     for db, left in (
-        (Database.from_url(server_backend.url), 0),
+        (Database.from_url(backend.url), 0),
         (Database(engine), 1),
     ):
         async with db:
             assert 1 == await db.read.scalar("SELECT 1")
             await db.write.execute("SELECT 1")
-        assert 2 == await server_backend.connections()
+        assert 2 == await backend.connections()
         await db.dispose_owned()
-        await eventually(left, server_backend.connections)
+        await eventually(left, backend.connections)
     await engine.dispose()
 
 
@@ -376,23 +379,23 @@ async def test_dispose_owned_in_memory() -> None:
 # Reading only
 
 
-async def test_reading_only(any_driver: Backend, db: Database) -> None:
+async def test_reading_only(backend: Backend, db: Database) -> None:
     """The database refuses a write; the connection still reads, the writer writes."""
-    identity = IDENTITY.get(any_driver.driver, "SELECT 1")
+    identity = IDENTITY.get(backend.driver, "SELECT 1")
     async with db:
         before = await db.read.scalar(identity)
     for statement in ("INSERT INTO t VALUES (1)", "CREATE TABLE u (id INTEGER)"):
         async with db:
             with pytest.raises(ReadOnlySessionError, match="current_session") as caught:
                 await db.read.execute(statement)
-            assert READ_ONLY[any_driver.driver] == code_of(caught.value.__cause__)
+            assert READ_ONLY[backend.driver] == code_of(caught.value.__cause__)
             assert [] == (await db.read.execute(SELECT)).all()
     async with db:
         assert before == await db.read.scalar(identity)
     await insert(db, 2)
     async with db:
         assert [2] == (await db.read.scalars(SELECT)).all()
-    assert [(2,)] == await any_driver.fetch(SELECT)
+    assert [(2,)] == await backend.fetch(SELECT)
 
 
 async def test_the_read_engine_of_an_engine(postgresql: PostgreSQLBackend) -> None:
@@ -439,11 +442,11 @@ async def test_the_read_engine_understands_as_the_writer(sqlite: SQLiteBackend) 
 
 
 async def test_replicas(
-    any_driver: Backend, tmp_path_factory: pytest.TempPathFactory
+    backend: Backend, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Reads go to the replica, which refuses writes; writes to the writer."""
-    await any_driver.execute(CREATE, "INSERT INTO t VALUES (1)")
-    replica = create_async_engine(any_driver.url)
+    await backend.execute(CREATE, "INSERT INTO t VALUES (1)")
+    replica = create_async_engine(backend.url)
     writer = tmp_path_factory.mktemp("writer") / "app.db"
     db = Database.from_url(f"sqlite:///{writer}")
     with_replica = Database(db.engine, readers=[replica])
@@ -457,7 +460,7 @@ async def test_replicas(
     assert (replica,) == with_replica.readers
     await with_replica.dispose()
     await db.dispose()
-    assert [(1,)] == await any_driver.fetch(SELECT)
+    assert [(1,)] == await backend.fetch(SELECT)
     with contextlib.closing(sqlite3.connect(writer)) as connection:
         assert [(2,)] == connection.execute(SELECT).fetchall()
 
@@ -559,7 +562,7 @@ async def test_sqlite_foreign_keys(sqlite: SQLiteBackend) -> None:
     await db.dispose()
 
 
-async def test_savepoints(any_driver: Backend, db: Database) -> None:
+async def test_savepoints(backend: Backend, db: Database) -> None:
     """A savepoint undoes its own rows, also when it is the first of a unit."""
     async with db:
         with contextlib.suppress(ZeroDivisionError):
@@ -568,21 +571,19 @@ async def test_savepoints(any_driver: Backend, db: Database) -> None:
                 raise ZeroDivisionError
         async with savepoint():
             await db.write.execute(INSERT, id=2)
-        assert [] == await any_driver.fetch(SELECT)
+        assert [] == await backend.fetch(SELECT)
         await db.write.execute(INSERT, id=3)
-    assert [(2,), (3,)] == await any_driver.fetch(SELECT)
+    assert [(2,), (3,)] == await backend.fetch(SELECT)
 
 
-async def test_rollback_of_a_released_savepoint(
-    any_driver: Backend, db: Database
-) -> None:
+async def test_rollback_of_a_released_savepoint(backend: Backend, db: Database) -> None:
     """RELEASE keeps nothing of a unit that is rolled back."""
     with contextlib.suppress(ZeroDivisionError):
         async with db:
             async with savepoint():
                 await db.write.execute(INSERT, id=1)
             raise ZeroDivisionError
-    assert [] == await any_driver.fetch(SELECT)
+    assert [] == await backend.fetch(SELECT)
 
 
 async def test_concurrent_writers(sqlite: SQLiteBackend) -> None:
@@ -659,25 +660,25 @@ def leave_open(connection: Connection) -> None:
     cursor.close()
 
 
-async def test_a_transaction_left_open(any_driver: Backend, db: Database) -> None:
+async def test_a_transaction_left_open(backend: Backend, db: Database) -> None:
     """A connection with an open transaction is rolled back before it is pooled."""
     async with db.engine.connect() as connection:
         await connection.run_sync(leave_open)
-        assert 1 == await any_driver.open_transactions()
-    await eventually(0, any_driver.open_transactions)
+        assert 1 == await backend.open_transactions()
+    await eventually(0, backend.open_transactions)
     await insert(db, 2)
-    assert [(2,)] == await any_driver.fetch(SELECT)
+    assert [(2,)] == await backend.fetch(SELECT)
 
 
-async def test_a_transaction_that_failed(any_driver: Backend, db: Database) -> None:
+async def test_a_transaction_that_failed(backend: Backend, db: Database) -> None:
     """After an error the same connection serves the next unit, which starts clean."""
     await insert(db, 1)
     for _ in range(2):
         with pytest.raises(sa_exc.IntegrityError):
             await insert(db, 2, 1)
-        assert 0 == await any_driver.open_transactions()
+        assert 0 == await backend.open_transactions()
     await insert(db, 3)
-    assert [(1,), (3,)] == await any_driver.fetch(SELECT)
+    assert [(1,), (3,)] == await backend.fetch(SELECT)
 
 
 async def test_a_commit_that_failed(sqlite: SQLiteBackend) -> None:
@@ -735,23 +736,23 @@ async def test_a_forgotten_connection(postgresql: PostgreSQLBackend) -> None:
 
 
 @on_servers
-async def test_a_connection_that_died(any_driver: ServerBackend, db: Database) -> None:
+async def test_a_connection_that_died(backend: ServerBackend, db: Database) -> None:
     """A pooled connection that the server has closed is replaced without an error."""
     await insert(db, 1)
     for _ in range(2):
         async with db:
             assert 1 == await db.read.scalar("SELECT count(*) FROM t")
-        await any_driver.kill_connections()
+        await backend.kill_connections()
         async with db:
             assert 1 == await db.write.scalar("SELECT count(*) FROM t")
 
 
 @on_servers
-async def test_replicas_cost_no_more(any_driver: ServerBackend) -> None:
+async def test_replicas_cost_no_more(backend: ServerBackend) -> None:
     """A read on a replica is one round trip, as on the read engine."""
-    async with any_driver.proxy() as proxy:
-        replica = any_driver.through(proxy.port)
-        db = Database.from_url(any_driver.url, read_urls=[replica])
+    async with backend.proxy() as proxy:
+        replica = backend.through(proxy.port)
+        db = Database.from_url(backend.url, read_urls=[replica])
         async with db:
             await db.read.execute("SELECT 1")
         proxy.clear()
@@ -762,10 +763,10 @@ async def test_replicas_cost_no_more(any_driver: ServerBackend) -> None:
 
 
 @on_servers
-async def test_care_costs_nothing(any_driver: ServerBackend) -> None:
+async def test_care_costs_nothing(backend: ServerBackend) -> None:
     """A connection that is alive is handed out and taken back without a round trip."""
-    async with any_driver.proxy() as proxy:
-        db = Database.from_url(any_driver.through(proxy.port))
+    async with backend.proxy() as proxy:
+        db = Database.from_url(backend.through(proxy.port))
         async with db:
             await db.read.execute("SELECT 1")
         proxy.clear()
@@ -781,10 +782,10 @@ def has_been_idle_for_long(_: object, entry: ConnectionPoolEntry) -> None:
 
 @on_servers
 @pytest.mark.parametrize("answers", [True, False])
-async def test_ping(*, any_driver: ServerBackend, answers: bool) -> None:
+async def test_ping(*, backend: ServerBackend, answers: bool) -> None:
     """After long idleness a connection is asked first, and replaced if need be."""
-    async with any_driver.proxy() as proxy:
-        db = Database.from_url(any_driver.through(proxy.port))
+    async with backend.proxy() as proxy:
+        db = Database.from_url(backend.through(proxy.port))
         event.listen(db.read_engine.sync_engine, "checkin", has_been_idle_for_long)
         async with db:
             await db.read.execute("SELECT 1")
@@ -793,7 +794,7 @@ async def test_ping(*, any_driver: ServerBackend, answers: bool) -> None:
             proxy.cut_before(lambda _: True)
         async with db:
             assert 42 == await db.read.scalar("SELECT 42")
-        assert PING[any_driver.driver] == proxy.trips[0]
+        assert PING[backend.driver] == proxy.trips[0]
         assert "SELECT 42" == proxy.trips[-1]
         assert (1 if answers else 2) == proxy.connections
         await db.dispose()

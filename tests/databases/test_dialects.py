@@ -26,6 +26,7 @@ from asgi_uow._databases.driver_errors import (
 from asgi_uow._databases.known import database_of, driver_of, is_memory
 from tests.servers import eventually
 from tests.servers.process import free_port
+from tests.support.databases import DRIVERS, SERVER_DRIVERS, on
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from tests.servers import Backend, MariaDBBackend, ServerBackend, SQLiteBackend
+
+pytestmark = on(*DRIVERS)
 
 CREATE = "CREATE TABLE t (id INTEGER PRIMARY KEY)"
 INSERT = text("INSERT INTO t VALUES (1)")
@@ -49,9 +52,7 @@ LOCKED = {
     "asyncpg": "55P03",
     "psycopg": "55P03",
 }
-on_servers = pytest.mark.parametrize(
-    "any_driver", ["asyncmy", "asyncpg", "psycopg"], indirect=True
-)
+on_servers = on(*SERVER_DRIVERS)
 
 
 class UnheardOf(SQLiteDialect_aiosqlite):
@@ -65,10 +66,10 @@ registry.register("sqlite.unheard_of", __name__, "UnheardOf")
 
 
 @pytest.fixture
-async def engine(any_driver: Backend) -> AsyncIterator[AsyncEngine]:
+async def engine(backend: Backend) -> AsyncIterator[AsyncEngine]:
     """An engine as SQLAlchemy makes it, with a table `t`."""
-    await any_driver.execute(CREATE)
-    engine = create_async_engine(any_driver.url)
+    await backend.execute(CREATE)
+    engine = create_async_engine(backend.url)
     yield engine
     await engine.dispose()
 
@@ -125,13 +126,13 @@ async def test_what_a_connection_tells(engine: AsyncEngine) -> None:
 
 @on_servers
 async def test_what_a_dead_connection_tells(
-    any_driver: ServerBackend, engine: AsyncEngine
+    backend: ServerBackend, engine: AsyncEngine
 ) -> None:
     """A driver's connection knows that the server has closed it; no query asks."""
     driver = driver_of(engine.dialect)
     async with engine.connect() as connection:
         raw = (await connection.get_raw_connection()).driver_connection
-        await any_driver.kill_connections()
+        await backend.kill_connections()
 
         async def is_dead() -> bool:
             return driver.is_dead(raw)
@@ -140,7 +141,7 @@ async def test_what_a_dead_connection_tells(
         await connection.invalidate()
 
 
-@pytest.mark.parametrize("any_driver", ["psycopg"], indirect=True)
+@on("psycopg")
 async def test_what_a_closed_connection_tells(engine: AsyncEngine) -> None:
     """A psycopg connection that was closed has no socket left to look at."""
     async with engine.connect() as connection:
@@ -193,15 +194,15 @@ async def test_the_code_of_a_duplicate(engine: AsyncEngine) -> None:
 
 
 async def test_a_lock_somebody_else_holds(
-    any_driver: Backend, engine: AsyncEngine
+    backend: Backend, engine: AsyncEngine
 ) -> None:
     """A conflict with another transaction may be gone a moment later."""
-    await any_driver.execute("INSERT INTO t VALUES (1)")
+    await backend.execute("INSERT INTO t VALUES (1)")
     first, second = "SELECT * FROM t FOR UPDATE", "SELECT * FROM t FOR UPDATE NOWAIT"
-    if any_driver.name == "sqlite":
+    if backend.name == "sqlite":
         first, second = "BEGIN IMMEDIATE", "BEGIN IMMEDIATE"
     async with engine.connect() as one, engine.connect() as other:
-        if any_driver.name == "sqlite":
+        if backend.name == "sqlite":
             await other.exec_driver_sql("PRAGMA busy_timeout = 0")
         await one.exec_driver_sql(first)
         with pytest.raises(sa_exc.DBAPIError) as caught:
@@ -215,12 +216,12 @@ async def test_a_lock_somebody_else_holds(
 
 @on_servers
 async def test_a_connection_that_is_lost(
-    any_driver: ServerBackend, engine: AsyncEngine
+    backend: ServerBackend, engine: AsyncEngine
 ) -> None:
     """A statement on a connection that was killed says that it is lost."""
     async with engine.connect() as connection:
         await connection.execute(INSERT)
-        await any_driver.kill_connections()
+        await backend.kill_connections()
         with pytest.raises((sa_exc.DBAPIError, OSError)) as caught:
             await connection.execute(INSERT)
     assert is_lost(caught.value)

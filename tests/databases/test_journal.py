@@ -30,15 +30,15 @@ from asgi_uow.errors import (
     TransactionGoneError,
 )
 from asgi_uow.observers import CommitFailed, ImplicitCommit, UnitFinished
-from tests.promises.test_promises import shop_database
 from tests.servers.backend import MariaDBBackend
 from tests.support import shop
 from tests.support.asgi import endpoint, request
+from tests.support.databases import DRIVERS, on, shop_database
 from tests.support.private import Cause
 from tests.support.shop import Item
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
     from asgi_uow.observers import Event
     from tests.servers.backend import (
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
         SQLiteBackend,
     )
     from tests.support.asgi import Response
+
+pytestmark = on(*DRIVERS)
 
 
 class Request:
@@ -72,17 +74,11 @@ class Request:
         return await request(app)
 
 
-@pytest.fixture
-async def db(any_driver: Backend) -> AsyncIterator[Database]:
-    async with shop_database(any_driver) as db:
-        yield db
-
-
 def is_postgresql(backend: Backend) -> bool:
     return backend.name == "postgresql"
 
 
-async def test_swallowed_statement_error(db: Database, any_driver: Backend) -> None:
+async def test_swallowed_statement_error(db: Database, backend: Backend) -> None:
     """P2: PostgreSQL keeps nothing after a failed statement; the others go on."""
 
     async def handler() -> None:
@@ -93,13 +89,13 @@ async def test_swallowed_statement_error(db: Database, any_driver: Backend) -> N
     sent = Request(db, handler)
     response = await sent.send()
 
-    if is_postgresql(any_driver):
+    if is_postgresql(backend):
         assert 500 == response.status
         assert isinstance(response.error, DoomedError)
         assert isinstance(response.error.__cause__, sa_exc.IntegrityError)
         assert response.error.__cause__ is sent.units[0].doomed_by
         assert ["rollback"] == sent.fired
-        assert [] == await shop.items(any_driver)
+        assert [] == await shop.items(backend)
         *_, failed, finished = sent.events
         assert isinstance(failed, CommitFailed)
         assert "23505" == failed.code
@@ -108,13 +104,13 @@ async def test_swallowed_statement_error(db: Database, any_driver: Backend) -> N
     else:
         assert 200 == response.status
         assert ["commit"] == sent.fired
-        assert [1] == await shop.items(any_driver)
+        assert [1] == await shop.items(backend)
 
 
-@pytest.mark.parametrize("any_driver", ["asyncpg", "psycopg"], indirect=True)
+@on("asyncpg", "psycopg")
 @pytest.mark.parametrize("session_of", [current_session, current_read_session])
 async def test_swallowed_in_the_middle_of_a_stream(
-    db: Database, any_driver: Backend, session_of: Callable[[], Session]
+    db: Database, backend: Backend, session_of: Callable[[], Session]
 ) -> None:
     """P2: an error among the rows of a stream gives up what was written before."""
     statement = "SELECT 1 / (200 - i) FROM generate_series(1, 300) AS i"
@@ -131,12 +127,10 @@ async def test_swallowed_in_the_middle_of_a_stream(
     assert 500 == response.status
     assert isinstance(response.error, DoomedError)
     assert ["rollback"] == sent.fired
-    assert [] == await shop.items(any_driver)
+    assert [] == await shop.items(backend)
 
 
-async def test_swallowed_on_the_raw_connection(
-    db: Database, any_driver: Backend
-) -> None:
+async def test_swallowed_on_the_raw_connection(db: Database, backend: Backend) -> None:
     """P2: the same for a statement through the driver itself, which nobody sees."""
 
     async def handler() -> None:
@@ -144,7 +138,7 @@ async def test_swallowed_on_the_raw_connection(
         connection = await current_session().connection()
         raw: Any = (await connection.get_raw_connection()).driver_connection
         with suppress(Exception):
-            if isinstance(any_driver, MariaDBBackend):
+            if isinstance(backend, MariaDBBackend):
                 await raw.cursor().execute("INSERT INTO items (id) VALUES (1)")
             else:
                 await raw.execute("INSERT INTO items (id) VALUES (1)")
@@ -152,15 +146,15 @@ async def test_swallowed_on_the_raw_connection(
     sent = Request(db, handler)
     response = await sent.send()
 
-    if is_postgresql(any_driver):
+    if is_postgresql(backend):
         assert 500 == response.status
         assert isinstance(response.error, DoomedError)
         assert ["rollback"] == sent.fired
-        assert [] == await shop.items(any_driver)
+        assert [] == await shop.items(backend)
     else:
         assert 200 == response.status
         assert ["commit"] == sent.fired
-        assert [1] == await shop.items(any_driver)
+        assert [1] == await shop.items(backend)
 
 
 async def test_rolled_back_on_the_raw_connection(
@@ -183,7 +177,7 @@ async def test_rolled_back_on_the_raw_connection(
     assert [] == await shop.items(sqlite)
 
 
-async def test_swallowed_inside_a_savepoint(db: Database, any_driver: Backend) -> None:
+async def test_swallowed_inside_a_savepoint(db: Database, backend: Backend) -> None:
     """P2: what a savepoint has undone dooms nothing."""
 
     async def handler() -> None:
@@ -204,11 +198,11 @@ async def test_swallowed_inside_a_savepoint(db: Database, any_driver: Backend) -
 
     assert 200 == response.status
     assert ["commit"] == sent.fired
-    assert [1, 3] == await shop.items(any_driver)
+    assert [1, 3] == await shop.items(backend)
 
 
 async def test_error_swallowed_inside_an_open_savepoint(
-    db: Database, any_driver: Backend
+    db: Database, backend: Backend
 ) -> None:
     """P2: PostgreSQL refuses to release such a savepoint, and then everything else.
 
@@ -226,13 +220,13 @@ async def test_error_swallowed_inside_an_open_savepoint(
     sent = Request(db, handler)
     response = await sent.send()
 
-    assert (500 if is_postgresql(any_driver) else 200) == response.status
-    kept = [] if is_postgresql(any_driver) else [1, 2]
-    assert kept == await shop.items(any_driver)
+    assert (500 if is_postgresql(backend) else 200) == response.status
+    kept = [] if is_postgresql(backend) else [1, 2]
+    assert kept == await shop.items(backend)
 
 
 async def test_outer_savepoint_undoes_what_the_inner_could_not(
-    db: Database, any_driver: Backend
+    db: Database, backend: Backend
 ) -> None:
     """P2: rolled back to the outer savepoint, the unit is whole again."""
 
@@ -250,11 +244,11 @@ async def test_outer_savepoint_undoes_what_the_inner_could_not(
     response = await Request(db, handler).send()
 
     assert 200 == response.status
-    assert [1] == await shop.items(any_driver)
+    assert [1] == await shop.items(backend)
 
 
 async def test_doomed_error_response_is_left_alone(
-    db: Database, any_driver: Backend
+    db: Database, backend: Backend
 ) -> None:
     """A response at or above 400 says no success and passes unchanged."""
 
@@ -269,7 +263,7 @@ async def test_doomed_error_response_is_left_alone(
     assert 409 == response.status
     assert response.error is None
     assert ["rollback"] == sent.fired
-    assert [] == await shop.items(any_driver)
+    assert [] == await shop.items(backend)
 
 
 async def test_doomed_outside_a_request(postgresql: PostgreSQLBackend) -> None:
@@ -303,7 +297,7 @@ async def test_doomed_by_a_before_commit_hook(postgresql: PostgreSQLBackend) -> 
         assert [] == await shop.items(postgresql)
 
 
-async def test_swallowed_flush_error(db: Database, any_driver: Backend) -> None:
+async def test_swallowed_flush_error(db: Database, backend: Backend) -> None:
     """A failed flush dooms everywhere: SQLAlchemy has rolled back."""
 
     async def handler() -> None:
@@ -319,7 +313,7 @@ async def test_swallowed_flush_error(db: Database, any_driver: Backend) -> None:
     assert isinstance(response.error, DoomedError)
     assert isinstance(response.error.__cause__, sa_exc.IntegrityError)
     assert ["rollback"] == sent.fired
-    assert [] == await shop.items(any_driver)
+    assert [] == await shop.items(backend)
 
 
 async def test_client_side_error_dooms_nothing(postgresql: PostgreSQLBackend) -> None:
@@ -339,9 +333,7 @@ async def test_client_side_error_dooms_nothing(postgresql: PostgreSQLBackend) ->
         assert [1] == await shop.items(postgresql)
 
 
-async def test_read_session_error_dooms_nothing(
-    db: Database, any_driver: Backend
-) -> None:
+async def test_read_session_error_dooms_nothing(db: Database, backend: Backend) -> None:
     """An error on the read session, on its own connection, is not the writer's."""
 
     async def handler() -> None:
@@ -352,7 +344,7 @@ async def test_read_session_error_dooms_nothing(
     response = await Request(db, handler).send()
 
     assert 200 == response.status
-    assert [1] == await shop.items(any_driver)
+    assert [1] == await shop.items(backend)
 
 
 async def test_joined_read_error_dooms(postgresql: PostgreSQLBackend) -> None:
@@ -483,7 +475,7 @@ async def test_sqlite_that_rolled_back_by_itself(sqlite: SQLiteBackend) -> None:
 
 
 async def test_swallowed_cancellation_of_a_statement(
-    db: Database, any_driver: Backend
+    db: Database, backend: Backend
 ) -> None:
     """A statement cut off by a time-out has cost the connection: doomed."""
     slow = {
@@ -491,7 +483,7 @@ async def test_swallowed_cancellation_of_a_statement(
         " SELECT max(i) FROM n",
         "mariadb": "SELECT sleep(60)",
         "postgresql": "SELECT pg_sleep(60)",
-    }[any_driver.name]
+    }[backend.name]
 
     async def handler() -> None:
         await shop.insert(1)
@@ -503,8 +495,8 @@ async def test_swallowed_cancellation_of_a_statement(
 
     assert response.status >= 500
     assert isinstance(response.error, DoomedError)
-    assert [] == await shop.items(any_driver)
-    assert 0 == await any_driver.open_transactions()
+    assert [] == await shop.items(backend)
+    assert 0 == await backend.open_transactions()
 
 
 async def test_implicit_commit_is_reported(mariadb: MariaDBBackend) -> None:
@@ -565,7 +557,7 @@ async def test_ddl_that_is_not_understood(mariadb: MariaDBBackend) -> None:
 
 @pytest.mark.parametrize("how", ["connection", "transaction"])
 async def test_commit_by_hand_through_the_back_door(
-    db: Database, any_driver: Backend, how: str
+    db: Database, backend: Backend, how: str
 ) -> None:
     """COMMIT through the connection or the transaction is refused, and nothing kept."""
 
@@ -585,12 +577,12 @@ async def test_commit_by_hand_through_the_back_door(
     assert isinstance(response.error, DoomedError)
     assert isinstance(response.error.__cause__, ManagedTransactionError)
     assert ["rollback"] == sent.fired
-    assert [] == await shop.items(any_driver)
+    assert [] == await shop.items(backend)
 
 
 @pytest.mark.parametrize("how", ["connection", "transaction"])
 async def test_rollback_by_hand_through_the_back_door(
-    db: Database, any_driver: Backend, how: str
+    db: Database, backend: Backend, how: str
 ) -> None:
     """ROLLBACK through the back door dooms: what came before is gone."""
 
@@ -610,4 +602,4 @@ async def test_rollback_by_hand_through_the_back_door(
     assert 500 == response.status
     assert isinstance(response.error, DoomedError)
     assert ["rollback"] == sent.fired
-    assert [] == await shop.items(any_driver)
+    assert [] == await shop.items(backend)

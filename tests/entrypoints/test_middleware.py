@@ -39,7 +39,6 @@ from asgi_uow.errors import (
     UnknownDatabaseError,
 )
 from asgi_uow.observers import CommitFailed, ReleaseFailed, UnitFinished
-from tests.promises.test_promises import checked_out, shop_database
 from tests.support import shop
 from tests.support.asgi import (
     START,
@@ -48,23 +47,18 @@ from tests.support.asgi import (
     no_body,
     request,
     respond,
-    results,
 )
+from tests.support.databases import SERVERS, checked_out, on, shop_database
+from tests.support.observer import Events
 from tests.support.private import Cause, State
 from tests.support.shop import Item
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from asgi_uow._asgi import Message, Receive, Scope, Send
     from asgi_uow.observers import Event
     from tests.servers.backend import Backend, MariaDBBackend, PostgreSQLBackend
 
-
-@pytest.fixture
-async def db(sqlite: Backend) -> AsyncIterator[Database]:
-    async with shop_database(sqlite) as db:
-        yield db
+pytestmark = on("aiosqlite")
 
 
 async def nothing() -> None:
@@ -80,7 +74,7 @@ def test_needs_a_database() -> None:
         UnitOfWorkMiddleware(endpoint(nothing))
 
 
-async def test_mounted_twice_passes_through(db: Database, sqlite: Backend) -> None:
+async def test_mounted_twice_passes_through(db: Database, backend: Backend) -> None:
     """The inner of two middlewares for the same database leaves it to the outer."""
     units: list[UnitOfWork] = []
 
@@ -97,11 +91,11 @@ async def test_mounted_twice_passes_through(db: Database, sqlite: Backend) -> No
     await request(UnitOfWorkMiddleware(between, db))
 
     assert units[0] is units[1]
-    assert [1] == await shop.items(sqlite)
+    assert [1] == await shop.items(backend)
 
 
 async def test_inner_middleware_with_another_database(
-    db: Database, mariadb: MariaDBBackend, sqlite: Backend
+    db: Database, mariadb: MariaDBBackend, backend: Backend
 ) -> None:
     """An inner middleware for another database has a unit of its own.
 
@@ -121,7 +115,7 @@ async def test_inner_middleware_with_another_database(
 
         assert 200 == response.status
         assert [1] == await shop.items(mariadb)
-        assert [2] == await shop.items(sqlite)
+        assert [2] == await shop.items(backend)
         assert scope["asgi_uow.unit"] is None
 
 
@@ -144,7 +138,7 @@ async def test_nested_request_with_its_own_scope_is_its_own_unit(
 
 
 async def test_copied_scope_after_the_decision_is_a_new_unit(
-    db: Database, sqlite: Backend
+    db: Database, backend: Backend
 ) -> None:
     """A scope used again once its unit is decided does not get that unit."""
 
@@ -161,10 +155,10 @@ async def test_copied_scope_after_the_decision_is_a_new_unit(
 
     await request(UnitOfWorkMiddleware(app, db))
 
-    assert [1, 2] == await shop.items(sqlite)
+    assert [1, 2] == await shop.items(backend)
 
 
-async def test_websocket_has_no_unit(db: Database, sqlite: Backend) -> None:
+async def test_websocket_has_no_unit(db: Database, backend: Backend) -> None:
     """A websocket handler has no unit, also in a leaked context, and opens its own."""
     refused: list[str] = []
 
@@ -183,7 +177,7 @@ async def test_websocket_has_no_unit(db: Database, sqlite: Backend) -> None:
     await request(UnitOfWorkMiddleware(endpoint(handler), db))
 
     assert 1 == len(refused)
-    assert [1] == await shop.items(sqlite)
+    assert [1] == await shop.items(backend)
 
 
 async def _forget(message: Message) -> None:
@@ -254,17 +248,17 @@ async def test_other_messages_pass_untouched(db: Database) -> None:
 # Answering a failure
 
 
-async def test_default_answer_is_problem_json(db: Database, sqlite: Backend) -> None:
+async def test_default_answer_is_problem_json(db: Database, backend: Backend) -> None:
     """The default answer is small, complete and says nothing about the cause."""
 
     async def handler() -> None:
-        await shop.insert_then_break_commit(sqlite, 1)
+        await shop.insert_then_break_commit(backend, 1)
 
     response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
 
     body = response.messages[1]["body"]
-    assert b"application/problem+json" == response.headers[b"content-type"]
-    assert str(len(body)).encode() == response.headers[b"content-length"]
+    assert "application/problem+json" == response.headers["content-type"]
+    assert str(len(body)) == response.headers["content-length"]
     assert {
         "type": "about:blank",
         "title": "Internal Server Error",
@@ -273,7 +267,7 @@ async def test_default_answer_is_problem_json(db: Database, sqlite: Backend) -> 
     } == json.loads(body)
 
 
-async def test_error_app_finds_the_failure(db: Database, sqlite: Backend) -> None:
+async def test_error_app_finds_the_failure(db: Database, backend: Backend) -> None:
     """An error_app of one's own gets scope, receive, and the failure in the scope."""
     found: list[object] = []
 
@@ -282,7 +276,7 @@ async def test_error_app_finds_the_failure(db: Database, sqlite: Backend) -> Non
         await respond(send, 507)
 
     async def handler() -> None:
-        await shop.insert_then_break_commit(sqlite, 1)
+        await shop.insert_then_break_commit(backend, 1)
 
     app = UnitOfWorkMiddleware(endpoint(handler), db, error_app=error_app)
 
@@ -293,12 +287,12 @@ async def test_error_app_finds_the_failure(db: Database, sqlite: Backend) -> Non
 
 
 async def test_no_error_app_leaves_it_to_the_framework(
-    db: Database, sqlite: Backend
+    db: Database, backend: Backend
 ) -> None:
     """With error_app=None nothing is answered; the failure is raised all the same."""
 
     async def handler() -> None:
-        await shop.insert_then_break_commit(sqlite, 1)
+        await shop.insert_then_break_commit(backend, 1)
 
     app = UnitOfWorkMiddleware(endpoint(handler), db, error_app=None)
 
@@ -309,12 +303,12 @@ async def test_no_error_app_leaves_it_to_the_framework(
 
 
 async def test_app_that_returns_normally_after_a_failure(
-    db: Database, sqlite: Backend
+    db: Database, backend: Backend
 ) -> None:
     """A success answered twice is refused twice; then the failure is answered."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await shop.insert_then_break_commit(sqlite, 1)
+        await shop.insert_then_break_commit(backend, 1)
         for status in (200, 204):
             with pytest.raises(CommitFailedError):
                 await send({"type": START, "status": status, "headers": []})
@@ -326,12 +320,12 @@ async def test_app_that_returns_normally_after_a_failure(
 
 
 async def test_wrapped_failure_is_raised_as_itself(
-    db: Database, sqlite: Backend
+    db: Database, backend: Backend
 ) -> None:
     """Whatever a framework makes of the failure, the server sees ours."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await shop.insert_then_break_commit(sqlite, 1)
+        await shop.insert_then_break_commit(backend, 1)
         try:
             await respond(send)
         except CommitFailedError as error:
@@ -346,12 +340,12 @@ async def test_wrapped_failure_is_raised_as_itself(
 
 
 async def test_failure_answered_by_the_app_that_then_raises(
-    db: Database, sqlite: Backend
+    db: Database, backend: Backend
 ) -> None:
     """An app that renders the failure and raises it again is not answered twice."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await shop.insert_then_break_commit(sqlite, 1)
+        await shop.insert_then_break_commit(backend, 1)
         try:
             await respond(send)
         except CommitFailedError:
@@ -364,11 +358,11 @@ async def test_failure_answered_by_the_app_that_then_raises(
     assert isinstance(response.error, CommitFailedError)
 
 
-async def test_error_after_an_answered_failure(db: Database, sqlite: Backend) -> None:
+async def test_error_after_an_answered_failure(db: Database, backend: Backend) -> None:
     """What an app raises that has rendered the failure is raised as it is."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await shop.insert_then_break_commit(sqlite, 1)
+        await shop.insert_then_break_commit(backend, 1)
         with suppress(CommitFailedError):
             await respond(send)
         await respond(send, 500, b"mine")
@@ -380,7 +374,7 @@ async def test_error_after_an_answered_failure(db: Database, sqlite: Backend) ->
     assert isinstance(response.error, LookupError)
 
 
-async def test_broken_commit_when_is_a_failure(db: Database, sqlite: Backend) -> None:
+async def test_broken_commit_when_is_a_failure(db: Database, backend: Backend) -> None:
     """A commit_when that raises keeps nothing and answers an error."""
 
     def commit_when(status: int, headers: object) -> bool:
@@ -396,11 +390,11 @@ async def test_broken_commit_when_is_a_failure(db: Database, sqlite: Backend) ->
     assert 500 == response.status
     assert isinstance(response.error, CommitFailedError)
     assert isinstance(response.error.__cause__, ZeroDivisionError)
-    assert [] == await shop.items(sqlite)
+    assert [] == await shop.items(backend)
 
 
 async def test_commit_when_sees_status_and_headers(
-    db: Database, sqlite: Backend
+    db: Database, backend: Backend
 ) -> None:
     """commit_when decides by what the response says; the response stays."""
     seen: list[object] = []
@@ -418,7 +412,7 @@ async def test_commit_when_sees_status_and_headers(
 
     assert [(200, [])] == seen
     assert 200 == response.status
-    assert [] == await shop.items(sqlite)
+    assert [] == await shop.items(backend)
 
 
 # The database out of reach
@@ -434,20 +428,21 @@ async def test_pool_timeout_is_answered_503(mariadb: MariaDBBackend) -> None:
             response = await request(app)
 
         assert 503 == response.status
-        assert b"1" == response.headers[b"retry-after"]
+        assert "1" == response.headers["retry-after"]
         assert isinstance(response.error, sa_exc.TimeoutError)
         assert 200 == (await request(app)).status
 
 
+@on(*SERVERS)
 async def test_connection_lost_in_the_handler_is_answered_503(
-    server_backend: MariaDBBackend | PostgreSQLBackend,
+    backend: MariaDBBackend | PostgreSQLBackend,
 ) -> None:
     """A connection that dies under a statement is a 503; the next request is fine."""
-    async with shop_database(server_backend) as db:
+    async with shop_database(backend) as db:
 
         async def handler() -> None:
             await shop.insert(1)
-            await server_backend.kill_connections()
+            await backend.kill_connections()
             await shop.insert(2)
 
         response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
@@ -456,10 +451,10 @@ async def test_connection_lost_in_the_handler_is_answered_503(
         )
 
         assert 503 == response.status
-        assert b"1" == response.headers[b"retry-after"]
+        assert "1" == response.headers["retry-after"]
         assert isinstance(response.error, sa_exc.DBAPIError)
         assert 200 == after.status
-        assert [3] == await shop.items(server_backend)
+        assert [3] == await shop.items(backend)
 
 
 @pytest.mark.parametrize(
@@ -478,7 +473,7 @@ async def test_database_down_is_answered_503(url: str) -> None:
     response = await request(app)
 
     assert 503 == response.status
-    assert b"1" == response.headers[b"retry-after"]
+    assert "1" == response.headers["retry-after"]
     assert "secret" not in f"{response.error!r} {response.error}"
     await db.dispose()
 
@@ -533,7 +528,7 @@ async def test_other_error_of_the_same_kind_is_not_ours(db: Database) -> None:
 
 
 async def test_before_commit_runs_inside_the_transaction(
-    db: Database, sqlite: Backend
+    db: Database, backend: Backend
 ) -> None:
     """before_commit hooks write in the same transaction, also those they register."""
 
@@ -547,12 +542,12 @@ async def test_before_commit_runs_inside_the_transaction(
 
     app = UnitOfWorkMiddleware(endpoint(handler), db)
 
-    response = await request(app, probe=lambda: shop.items(sqlite))
+    response = await request(app, probe=lambda: shop.items(backend))
 
     assert [[1, 2, 3]] == response.seen
 
 
-async def test_flush_may_register_before_commit(db: Database, sqlite: Backend) -> None:
+async def test_flush_may_register_before_commit(db: Database, backend: Backend) -> None:
     """A hook registered while the session is flushed still runs before COMMIT."""
 
     async def handler() -> None:
@@ -566,11 +561,11 @@ async def test_flush_may_register_before_commit(db: Database, sqlite: Backend) -
 
     await request(UnitOfWorkMiddleware(endpoint(handler), db))
 
-    assert [1, 2] == await shop.items(sqlite)
+    assert [1, 2] == await shop.items(backend)
 
 
 async def test_change_on_the_read_session_is_never_lost(
-    db: Database, sqlite: Backend
+    db: Database, backend: Backend
 ) -> None:
     """What nobody would ever flush fails the request instead of being dropped."""
     fired: list[str] = []
@@ -584,7 +579,7 @@ async def test_change_on_the_read_session_is_never_lost(
         item = await current_read_session().get_one(Item, 3)
         item.id = 4
 
-    await sqlite.execute("INSERT INTO items (id) VALUES (3)")
+    await backend.execute("INSERT INTO items (id) VALUES (3)")
     for handler in (add, change):
         response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
 
@@ -592,12 +587,12 @@ async def test_change_on_the_read_session_is_never_lost(
         assert isinstance(response.error, CommitFailedError)
         assert isinstance(response.error.__cause__, ReadOnlySessionError)
     assert [] == fired
-    assert [3] == await shop.items(sqlite)
+    assert [3] == await shop.items(backend)
 
 
 @pytest.mark.parametrize("kind", ["raises", "hangs", "goes on after its time"])
 async def test_before_commit_stops_the_commit(
-    db: Database, sqlite: Backend, kind: str
+    db: Database, backend: Backend, kind: str
 ) -> None:
     """A before_commit hook that raises or hangs has everything rolled back.
 
@@ -633,8 +628,8 @@ async def test_before_commit_stops_the_commit(
     assert isinstance(response.error, BeforeCommitError)
     assert "refuse" in str(response.error)
     assert ["rollback"] == fired
-    assert [] == await shop.items(sqlite)
-    failed, finished = results(events)
+    assert [] == await shop.items(backend)
+    failed, finished = Events(events).results
     assert isinstance(failed, CommitFailed)
     assert isinstance(finished, UnitFinished)
     assert (Outcome.ROLLED_BACK, cause) == (finished.outcome, finished.cause)
@@ -642,7 +637,7 @@ async def test_before_commit_stops_the_commit(
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
 async def test_before_commit_that_ends_the_process_stops_the_commit(
-    db: Database, sqlite: Backend, kind: type[BaseException]
+    db: Database, backend: Backend, kind: type[BaseException]
 ) -> None:
     """What is no `Exception` rolls back as well, and is raised as it is."""
     fired: list[str] = []
@@ -662,12 +657,12 @@ async def test_before_commit_that_ends_the_process_stops_the_commit(
 
     assert raised is caught.value
     assert ["rollback"] == fired
-    assert [] == await shop.items(sqlite)
+    assert [] == await shop.items(backend)
 
 
 @pytest.mark.parametrize("answer", ["nothing", "success"])
 async def test_cancelled_before_commit_rolls_back(
-    db: Database, sqlite: Backend, answer: str
+    db: Database, backend: Backend, answer: str
 ) -> None:
     """A cancellation before COMMIT is sent rolls back and cannot become a success."""
     reached = asyncio.Event()
@@ -700,7 +695,7 @@ async def test_cancelled_before_commit_rolls_back(
 
     assert Outcome.ROLLED_BACK is units[0].outcome
     assert Cause.CANCELLED is units[0].cause
-    assert [] == await shop.items(sqlite)
+    assert [] == await shop.items(backend)
     assert [0, 0] == checked_out(db)
 
 
@@ -816,7 +811,7 @@ async def test_resolved_commit_is_seen_by_the_next_request(
         )
 
         assert 200 == response.status
-        assert b"set-cookie" in response.headers
+        assert "set-cookie" in response.headers
         await db.dispose()
 
 
@@ -845,7 +840,7 @@ async def test_resolved_commit_goes_on_with_the_next_database(
 
 @pytest.mark.parametrize("savepoint_open", [False, True])
 async def test_listener_that_raises_after_commit(
-    db: Database, sqlite: Backend, savepoint_open: bool
+    db: Database, backend: Backend, savepoint_open: bool
 ) -> None:
     """A SQLAlchemy listener that raises after COMMIT does not make it a rollback."""
     fired: list[str] = []
@@ -872,8 +867,8 @@ async def test_listener_that_raises_after_commit(
 
     assert 200 == response.status
     assert ["commit"] == fired
-    assert [1] == await shop.items(sqlite)
-    kinds = [type(each) for each in results(events)]
+    assert [1] == await shop.items(backend)
+    kinds = [type(each) for each in Events(events).results]
     assert [ReleaseFailed, UnitFinished] == kinds
     assert [0, 0] == checked_out(db)
 
@@ -884,9 +879,10 @@ def test_resolve_unknown_is_for_postgresql() -> None:
         Database.from_url("sqlite:///app.db", resolve_unknown=True)
 
 
+@on(*SERVERS)
 @pytest.mark.parametrize("how", ["cut_after", "cut_before", "timeout"])
 async def test_lost_answer_to_commit_is_unknown(
-    server_backend: MariaDBBackend | PostgreSQLBackend, how: str
+    backend: MariaDBBackend | PostgreSQLBackend, how: str
 ) -> None:
     """COMMIT without an answer: plain 500, no hook of either kind, no connection."""
     fired: list[str] = []
@@ -902,9 +898,9 @@ async def test_lost_answer_to_commit_is_unknown(
     def is_commit(trip: str) -> bool:
         return trip == "COMMIT"
 
-    async with server_backend.proxy() as proxy:
-        await shop.create(server_backend)
-        db = Database.from_url(server_backend.through(proxy.port))
+    async with backend.proxy() as proxy:
+        await shop.create(backend)
+        db = Database.from_url(backend.through(proxy.port))
         app = UnitOfWorkMiddleware(
             endpoint(handler),
             db,
@@ -921,15 +917,15 @@ async def test_lost_answer_to_commit_is_unknown(
         response = await request(app)
 
         assert 500 == response.status
-        assert b"retry-after" not in response.headers
+        assert "retry-after" not in response.headers
         assert isinstance(response.error, OutcomeUnknownError)
         assert Outcome.UNKNOWN is units[0].outcome
         assert [] == fired
         assert [0, 0] == checked_out(db)
-        assert ([] if how == "cut_before" else [1]) == await shop.items(server_backend)
+        assert ([] if how == "cut_before" else [1]) == await shop.items(backend)
         assert [CommitFailed, UnitFinished] == [
             type(each)
-            for each in results(events)
+            for each in Events(events).results
             if not isinstance(each, ReleaseFailed)
         ]
         await db.dispose()

@@ -38,14 +38,18 @@ from asgi_uow.observers import (
     UnitFinished,
     UnitStarted,
 )
-from tests.integration.frameworks.driver import Server, answering
+from tests.integration.frameworks.driver import Server
+from tests.support.asgi import endpoint
+from tests.support.databases import DRIVERS, on
 from tests.support.private import Cause
-from tests.support.shop import TABLES, insert
+from tests.support.shop import insert
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
-    from tests.servers import Backend, SQLiteBackend
+    from tests.servers import Backend
+
+pytestmark = on("aiosqlite")
 
 T = TypeVar("T")
 BROKEN = ZeroDivisionError("a bug")
@@ -97,14 +101,6 @@ class Recorder:
         return [task for each, task in told if isinstance(each, kinds)]
 
 
-@pytest.fixture
-async def db(sqlite: SQLiteBackend) -> AsyncIterator[Database]:
-    await sqlite.execute(*TABLES)
-    db = Database.from_url(sqlite.url)
-    yield db
-    await db.dispose()
-
-
 async def request(
     db: Database,
     work: Callable[[], Awaitable[object]],
@@ -114,7 +110,7 @@ async def request(
     """Do some work as a request does, and give what was told."""
     recorded = Recorder()
     observers = (recorded,) if recorder is None else (recorder, recorded)
-    app = UnitOfWorkMiddleware(answering(work, status), db, observers=observers)
+    app = UnitOfWorkMiddleware(endpoint(work, status), db, observers=observers)
     await Server(app).request()
     return recorded
 
@@ -375,9 +371,10 @@ async def test_one_event_per_failing_hook(db: Database) -> None:
 # Connections
 
 
-async def test_released(any_driver: Backend) -> None:
+@on(*DRIVERS)
+async def test_released(backend: Backend) -> None:
     """Each session that held a connection tells for how long, whatever the driver."""
-    db = Database.from_url(any_driver.url)
+    db = Database.from_url(backend.url)
 
     async def work() -> None:
         await current_read_session().execute("SELECT 1")

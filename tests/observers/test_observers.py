@@ -33,15 +33,16 @@ from asgi_uow.observers import (
     ReleaseFailed,
     UnitFinished,
 )
-from tests.integration.frameworks.driver import Server, answering
+from tests.integration.frameworks.driver import Server
+from tests.support.asgi import endpoint
 from tests.support.private import Cause
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from asgi_uow.observers import Observer
-    from tests.integration.frameworks.driver import Exchange
     from tests.servers import MariaDBBackend, SQLiteBackend
+    from tests.support.asgi import Response
 
 T = TypeVar("T")
 AUTHOR = "CREATE TABLE author (id INTEGER PRIMARY KEY)"
@@ -65,10 +66,10 @@ async def request(
     *observers: Observer,
     status: int = 200,
     hook_timeout: float = 5.0,
-) -> Exchange:
+) -> Response:
     """Do some work as a request does, and answer."""
     app = UnitOfWorkMiddleware(
-        answering(work, status), db, observers=observers, hook_timeout=hook_timeout
+        endpoint(work, status), db, observers=observers, hook_timeout=hook_timeout
     )
     return await Server(app).request()
 
@@ -345,7 +346,7 @@ async def test_logging_is_the_default(
     with pytest.raises(CommitFailedError):
         async with db:
             await break_commit()
-    await Server(UnitOfWorkMiddleware(answering(break_commit), db)).request()
+    await Server(UnitOfWorkMiddleware(endpoint(break_commit), db)).request()
     assert [logging.ERROR, logging.ERROR] == levels(caplog)
 
 

@@ -23,8 +23,10 @@ from asgi_uow import (
     set_rollback_only,
 )
 from asgi_uow.otel import OpenTelemetryObserver
-from tests.integration.frameworks.driver import Server, answering
-from tests.support.shop import TABLES, create, insert
+from tests.integration.frameworks.driver import Server
+from tests.support.asgi import endpoint
+from tests.support.databases import SERVERS, on
+from tests.support.shop import create, insert
 from tests.support.telemetry import (
     Telemetry,
     break_commit,
@@ -35,9 +37,11 @@ from tests.support.telemetry import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
 
     from tests.servers import PostgreSQLBackend, ServerBackend, SQLiteBackend
+
+pytestmark = on("aiosqlite")
 
 SECRET = "hunter2-of-ann"
 SECONDS = "db.client.connection.use_time"
@@ -48,14 +52,6 @@ def telemetry() -> Iterator[Telemetry]:
     telemetry = Telemetry()
     yield telemetry
     telemetry.shutdown()
-
-
-@pytest.fixture
-async def db(sqlite: SQLiteBackend) -> AsyncIterator[Database]:
-    await sqlite.execute(*TABLES)
-    db = Database.from_url(sqlite.url)
-    yield db
-    await db.dispose()
 
 
 # The ends of a unit
@@ -146,7 +142,7 @@ async def test_untouched_and_failed(db: Database, telemetry: Telemetry) -> None:
         current_unit_of_work()
 
     app = UnitOfWorkMiddleware(
-        answering(health),
+        endpoint(health),
         db,
         observers=[telemetry.observer],
         commit_when=lambda status, headers: status // len(headers) > 0,
@@ -167,7 +163,7 @@ async def test_two_databases(
         await current_session(other).execute("INSERT INTO items VALUES (1)")
 
     app = UnitOfWorkMiddleware(
-        answering(work), db, other, observers=[telemetry.observer]
+        endpoint(work), db, other, observers=[telemetry.observer]
     )
     await Server(app).request()
     await other.dispose()
@@ -179,10 +175,11 @@ async def test_two_databases(
 # Connections
 
 
-async def test_connections(server_backend: ServerBackend, telemetry: Telemetry) -> None:
+@on(*SERVERS)
+async def test_connections(backend: ServerBackend, telemetry: Telemetry) -> None:
     """How long connections were held is measured by database and access."""
-    url = make_url(server_backend.url)
-    db = Database.from_url(server_backend.url)
+    url = make_url(backend.url)
+    db = Database.from_url(backend.url)
 
     async def work() -> None:
         await current_read_session().execute("SELECT 1")
@@ -190,7 +187,7 @@ async def test_connections(server_backend: ServerBackend, telemetry: Telemetry) 
 
     await request(db, work, telemetry.observer)
     await db.dispose()
-    scheme, _, address = server_backend.url.partition("://")
+    scheme, _, address = backend.url.partition("://")
     pool = f"{scheme}://{address.partition('@')[2]}"
     about = {"db.client.connection.pool.name": pool}
     assert telemetry.metrics[SECONDS] == [
@@ -258,7 +255,7 @@ async def test_no_data(postgresql: PostgreSQLBackend, telemetry: Telemetry) -> N
 # Without an SDK
 
 
-async def test_no_provider(db: Database, sqlite: SQLiteBackend) -> None:
+async def test_no_provider(db: Database, backend: SQLiteBackend) -> None:
     """With the API alone nothing is recorded and nothing fails."""
     current: list[trace.Span] = []
 
@@ -271,7 +268,7 @@ async def test_no_provider(db: Database, sqlite: SQLiteBackend) -> None:
     exchange = await request(db, work, OpenTelemetryObserver())
     assert (200, None) == (exchange.status, exchange.error)
     assert [False] == [span.is_recording() for span in current]
-    assert 2 == await sqlite.scalar("SELECT count(*) FROM items")
+    assert 2 == await backend.scalar("SELECT count(*) FROM items")
 
 
 def test_imports_the_api_alone() -> None:

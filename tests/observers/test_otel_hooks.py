@@ -20,14 +20,16 @@ from asgi_uow import (
     current_read_session,
     current_unit_of_work,
 )
-from tests.support.shop import TABLES, insert
+from tests.support.databases import on
+from tests.support.shop import insert
 from tests.support.telemetry import Telemetry, break_commit, exception_of, fail, request
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import Callable, Iterator
 
     from asgi_uow import UnitOfWork
-    from tests.servers import SQLiteBackend
+
+pytestmark = on("aiosqlite")
 
 
 @pytest.fixture
@@ -35,14 +37,6 @@ def telemetry() -> Iterator[Telemetry]:
     telemetry = Telemetry()
     yield telemetry
     telemetry.shutdown()
-
-
-@pytest.fixture
-async def db(sqlite: SQLiteBackend) -> AsyncIterator[Database]:
-    await sqlite.execute(*TABLES)
-    db = Database.from_url(sqlite.url)
-    yield db
-    await db.dispose()
 
 
 # Hooks

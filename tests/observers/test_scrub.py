@@ -13,7 +13,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from asgi_uow import Database, UnitOfWorkMiddleware, after_commit, current_session
 from asgi_uow.observers import LoggingObserver, RetryScheduled
 from asgi_uow.sentry import SentryObserver
-from tests.integration.frameworks.driver import Server, answering
+from tests.integration.frameworks.driver import Server
+from tests.support.asgi import endpoint
+from tests.support.databases import DRIVERS, SERVERS, on
 from tests.support.tracker import exceptions, sentry
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
     from tests.servers import Backend, PostgreSQLBackend, ServerBackend
     from tests.support.tracker import RecordingTransport
+
+pytestmark = on(*DRIVERS)
 
 SECRET = "hunter2-of-ann"
 PASSWORD = "correct-horse"
@@ -74,7 +78,7 @@ async def send(
 ) -> RecordingTransport:
     """Give what Sentry was sent for some work of a request."""
     observers = (SentryObserver(), LoggingObserver())
-    app = UnitOfWorkMiddleware(answering(work), db, observers=observers)
+    app = UnitOfWorkMiddleware(endpoint(work), db, observers=observers)
     with sentry(**options) as transport:
         await Server(app).request()
     return transport
@@ -101,16 +105,16 @@ def assert_no_data(transport: RecordingTransport) -> None:
     assert PASSWORD.encode() not in sent
 
 
-async def test_statement(any_driver: Backend) -> None:
+async def test_statement(backend: Backend) -> None:
     """Of a failed statement class, driver code and placeholders are left."""
-    db = await prepare(any_driver)
+    db = await prepare(backend)
     transport = await send_from_hook(db, insert)
     await db.dispose()
     assert_no_data(transport)
     message = values(transport)["IntegrityError"]
     [event] = transport.events
     outermost = event["exception"]["values"][-1]["value"]
-    code = CODES[any_driver.driver]
+    code = CODES[backend.driver]
     assert outermost.startswith(f"driver code {code}\n[SQL: INSERT INTO users VALUES (")
     assert message.startswith(f"driver code {code}")
     assert code == str(event["extra"]["code"])
@@ -125,9 +129,10 @@ async def test_commit(postgresql: PostgreSQLBackend) -> None:
     assert "driver code 23505" == values(transport)["UniqueViolationError"]
 
 
-async def test_url(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_url(backend: ServerBackend) -> None:
     """The same where no connection could be made; the URL is not sent either."""
-    url = make_url(server_backend.url).set(password=PASSWORD, database="nowhere")
+    url = make_url(backend.url).set(password=PASSWORD, database="nowhere")
     db = Database.from_url(url.render_as_string(hide_password=False))
 
     async def hook() -> None:
@@ -253,9 +258,9 @@ def said_by_driver(error: DBAPIError) -> str:
 
 
 @pytest.mark.parametrize("quote", [repr, shown_whole, shown_of_driver, said_by_driver])
-async def test_quoted(any_driver: Backend, quote: Callable[[DBAPIError], str]) -> None:
+async def test_quoted(backend: Backend, quote: Callable[[DBAPIError], str]) -> None:
     """However an exception quotes a message of the database, the data is left out."""
-    db = await prepare(any_driver)
+    db = await prepare(backend)
 
     async def hook() -> None:
         try:
@@ -266,9 +271,7 @@ async def test_quoted(any_driver: Backend, quote: Callable[[DBAPIError], str]) -
     transport = await send_from_hook(db, hook)
     await db.dispose()
     assert_no_data(transport)
-    assert (
-        f"driver code {CODES[any_driver.driver]}" in values(transport)["RuntimeError"]
-    )
+    assert f"driver code {CODES[backend.driver]}" in values(transport)["RuntimeError"]
 
 
 async def test_own_words(db: Database) -> None:

@@ -18,15 +18,16 @@ from asgi_uow import (
 )
 from asgi_uow.observers import LoggingObserver
 from asgi_uow.sentry import SentryObserver
-from tests.integration.frameworks.driver import Server, answering
+from tests.integration.frameworks.driver import Server
+from tests.support.asgi import endpoint
 from tests.support.tracker import exceptions, sentry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from asgi_uow.observers import Observer
-    from tests.integration.frameworks.driver import Exchange
     from tests.servers import SQLiteBackend
+    from tests.support.asgi import Response
 
 AUTHOR = "CREATE TABLE author (name VARCHAR(40) PRIMARY KEY)"
 NOTE = """CREATE TABLE note (
@@ -49,10 +50,10 @@ async def request(
     work: Callable[[], Awaitable[object]],
     *observers: Observer,
     status: int = 200,
-) -> Exchange:
+) -> Response:
     """Do some work as a request does, and answer."""
     app = UnitOfWorkMiddleware(
-        answering(work, status), db, observers=observers or (SentryObserver(),)
+        endpoint(work, status), db, observers=observers or (SentryObserver(),)
     )
     return await Server(app).request()
 

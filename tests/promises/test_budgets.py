@@ -20,6 +20,7 @@ from asgi_uow.observers import ConnectionReleased
 from tests.servers import ServerBackend
 from tests.support import ROOT, shop
 from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.databases import DRIVERS, SERVERS, on
 from tests.support.shop import Item
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
     from tests.servers import Backend
 
 PAGE = ROOT / "docs" / "read-and-write.md"
-DRIVERS = ["asyncmy", "asyncpg", "psycopg", "aiosqlite"]
-HEAD = ["The request", *DRIVERS]
+HEAD = ["The request", "asyncmy", "asyncpg", "psycopg", "aiosqlite"]
 SELECT = "SELECT id FROM items"
 
 
@@ -137,28 +137,30 @@ async def watched(backend: Backend) -> AsyncGenerator[tuple[Database, list[str]]
         yield db, statements
 
 
-async def test_round_trips(any_driver: Backend) -> None:
+@on(*DRIVERS)
+async def test_round_trips(backend: Backend) -> None:
     """Each request sends what the table says and nothing more."""
-    await shop.create(any_driver)
-    await any_driver.execute("INSERT INTO items (id) VALUES (1)")
+    await shop.create(backend)
+    await backend.execute("INSERT INTO items (id) VALUES (1)")
     measured = {}
     for name, (handler, status) in REQUESTS.items():
-        async with watched(any_driver) as (db, trips):
+        async with watched(backend) as (db, trips):
             app = UnitOfWorkMiddleware(endpoint(handler, status), db)
             for _ in range(2):  # the first connects and prepares
-                await any_driver.execute("DELETE FROM items WHERE id > 1")
+                await backend.execute("DELETE FROM items WHERE id > 1")
                 trips.clear()
                 response = await request(app)
                 assert response.error is None
             measured[name] = cell(trips)
             await db.dispose()
-    assert documented(any_driver.driver) == measured
+    assert documented(backend.driver) == measured
 
 
-async def test_two_phase_reads(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_two_phase_reads(backend: ServerBackend) -> None:
     """Sessions that commit in two phases cost a read nothing."""
-    async with server_backend.proxy() as proxy:
-        engine = create_async_engine(server_backend.through(proxy.port))
+    async with backend.proxy() as proxy:
+        engine = create_async_engine(backend.through(proxy.port))
         db = Database(engine, twophase=True)
         for _ in range(2):
             proxy.clear()

@@ -22,8 +22,9 @@ from asgi_uow import (
     force_commit,
 )
 from asgi_uow.errors import ReadOnlySessionError
-from tests.integration.frameworks.driver import Server, answering
+from tests.integration.frameworks.driver import Server
 from tests.servers.plugin import make_backend
+from tests.support.asgi import endpoint
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -393,7 +394,7 @@ async def test_request(origin: Backend, db: Database) -> None:
         seen.append(await db.read.scalar(COUNT))
         assert db.write is current_unit_of_work().session()
 
-    exchange = await Server(UnitOfWorkMiddleware(answering(handler), db)).request()
+    exchange = await Server(UnitOfWorkMiddleware(endpoint(handler), db)).request()
     assert 200 == exchange.status
     assert [1] == seen
     assert 1 == await origin.scalar(COUNT)

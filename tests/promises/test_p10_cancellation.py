@@ -29,11 +29,11 @@ from asgi_uow import (
     current_unit_of_work,
     parallel_read,
 )
-from tests.promises.test_promises import checked_out, shop_database
 from tests.servers import MariaDBBackend, PostgreSQLBackend, eventually
 from tests.servers.plugin import server_port
 from tests.support import shop
 from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.databases import DRIVERS, SERVERS, checked_out, on, shop_database
 from tests.support.private import State
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from asgi_uow import Session
     from asgi_uow._asgi import Receive, Scope, Send
     from tests.servers import Backend, ServerBackend, SQLiteBackend
+
+pytestmark = on(*DRIVERS)
 
 logger = logging.getLogger(__name__)
 
@@ -163,17 +165,19 @@ class Sent:
 @pytest.mark.parametrize("kind", ["task", "task again and again", "scope"])
 @pytest.mark.parametrize("pool", ["cold", "warm"])
 async def test_cancelled_at_every_point(
-    any_driver: Backend, pool: str, kind: Kind
+    backend: Backend, pool: str, kind: Kind
 ) -> None:
     """P10: wherever it hits, the row is there exactly when the outcome says so.
 
     `--log-cli-level=INFO` shows how many points there were.
     """
     # Cancelled while it asks for TLS, asyncpg logs an exception of its own.
-    tls = {"connect_args": {"ssl": False}} if any_driver.driver == "asyncpg" else {}
+    tls: dict[str, Any] = {}
+    if backend.driver == "asyncpg":
+        tls = {"connect_args": {"ssl": False}}
     kept: list[int] = []
     number = 0
-    async with shop_database(any_driver, **tls) as db:
+    async with shop_database(backend, **tls) as db:
         while True:
             number += 1
             if pool == "cold":
@@ -184,17 +188,17 @@ async def test_cancelled_at_every_point(
             assert sent.unit is not None
             assert State.CLOSED is sent.unit.state
             await eventually(0, steps.running)
-            await eventually(0, any_driver.open_transactions)
+            await eventually(0, backend.open_transactions)
             await Sent(db, 2 * number + 1).run()
             committed = sent.unit.outcome is Outcome.COMMITTED
             assert committed or sent.unit.outcome is Outcome.ROLLED_BACK
             assert ["commit" if committed else "rollback"] == sent.fired
             kept += [sent.row] * committed + [sent.row + 1]
-            assert kept == await shop.items(any_driver)
+            assert kept == await shop.items(backend)
             if steps.count < number:
                 break
     points = number - 1
-    logger.info("%s, %s pool, %s: %d points", any_driver.driver, pool, kind, points)
+    logger.info("%s, %s pool, %s: %d points", backend.driver, pool, kind, points)
     assert points >= 10
 
 
@@ -307,21 +311,23 @@ async def beside_a_cancelled_read(
     assert 1 == await waits
 
 
+@on(*SERVERS)
 async def test_cancelled_read_does_not_stop_the_next_user_of_the_reader(
-    server_backend: ServerBackend,
+    backend: ServerBackend,
 ) -> None:
     """P10: a connection that was lent to a task is not meant by a later cancel."""
-    async with shop_database(server_backend, pool_size=1) as db, db:
+    async with shop_database(backend, pool_size=1) as db, db:
         await db.read.execute("SELECT 1")
         async with (
             parallel_read() as other,
-            beside_a_cancelled_read(server_backend, other, db.read),
+            beside_a_cancelled_read(backend, other, db.read),
         ):
             assert [0, 1] == checked_out(db)
 
 
+@on(*SERVERS)
 async def test_cancelled_read_does_not_stop_the_next_user_of_the_writer(
-    server_backend: ServerBackend,
+    backend: ServerBackend,
 ) -> None:
     """P10: neither is the writer's, which the unit has read from before COMMIT."""
 
@@ -330,11 +336,11 @@ async def test_cancelled_read_does_not_stop_the_next_user_of_the_writer(
         reader = current_read_session()
         await reader.execute("SELECT 1")
         await send({"type": START, "status": 200, "headers": []})
-        async with db, beside_a_cancelled_read(server_backend, db.write, reader):
+        async with db, beside_a_cancelled_read(backend, db.write, reader):
             assert [1, 0] == checked_out(db)
         await send({"type": BODY, "body": b""})
 
-    async with shop_database(server_backend, pool_size=1) as db:
+    async with shop_database(backend, pool_size=1) as db:
         response = await request(UnitOfWorkMiddleware(app, db))
         assert response.error is None
         assert [0, 0] == checked_out(db)

@@ -37,10 +37,10 @@ from asgi_uow.errors import (
     UnitOfWorkFailedError,
 )
 from tests.integration.frameworks.driver import Server
-from tests.promises.test_promises import checked_out, shop_database
 from tests.servers import eventually
 from tests.support import shop
 from tests.support.asgi import BODY, endpoint, request, respond
+from tests.support.databases import DRIVERS, SERVERS, checked_out, on, shop_database
 from tests.support.private import State
 
 if TYPE_CHECKING:
@@ -78,17 +78,11 @@ def _nothing_lost(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 @pytest.fixture
-async def db(backend: Backend) -> AsyncIterator[Database]:
-    async with shop_database(backend) as db:
-        yield db
-
-
-@pytest.fixture
-async def numbers(any_driver: Backend) -> AsyncIterator[Database]:
+async def numbers(backend: Backend) -> AsyncIterator[Database]:
     """A database with a thousand rows."""
-    async with shop_database(any_driver) as db:
+    async with shop_database(backend) as db:
         values = ", ".join(f"({number})" for number in THOUSAND)
-        await any_driver.execute(f"INSERT INTO items (id) VALUES {values}")
+        await backend.execute(f"INSERT INTO items (id) VALUES {values}")
         yield db
 
 
@@ -263,9 +257,10 @@ async def test_task_that_outlives_the_request(db: Database, backend: Backend) ->
 # The end and a statement in flight
 
 
+@on(*SERVERS)
 @pytest.mark.parametrize("status", [200, 404])
 async def test_end_waits_for_the_statement_in_flight(
-    server_backend: ServerBackend, status: int
+    backend: ServerBackend, status: int
 ) -> None:
     """COMMIT, or ROLLBACK, comes after the answer to another task's statement."""
     units: list[UnitOfWork] = []
@@ -282,10 +277,10 @@ async def test_end_waits_for_the_statement_in_flight(
         return units[0].state
 
     async with (
-        server_backend.proxy() as proxy,
-        shop_database(server_backend),
+        backend.proxy() as proxy,
+        shop_database(backend),
     ):
-        db = Database.from_url(server_backend.through(proxy.port))
+        db = Database.from_url(backend.through(proxy.port))
         hold = proxy.hold_answer(lambda trip: trip.startswith("INSERT"))
         task = asyncio.create_task(request(UnitOfWorkMiddleware(app, db)))
         ending = State.COMMITTING if status == 200 else State.ROLLING_BACK
@@ -299,12 +294,13 @@ async def test_end_waits_for_the_statement_in_flight(
         await inserts[0]
         assert status == response.status
         assert ("COMMIT" if status == 200 else "ROLLBACK") == proxy.trips[-1]
-        assert ([1] if status == 200 else []) == await shop.items(server_backend)
+        assert ([1] if status == 200 else []) == await shop.items(backend)
         assert [0, 0] == checked_out(db)
         await db.dispose()
 
 
-async def test_statement_in_flight_that_fails(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_statement_in_flight_that_fails(backend: ServerBackend) -> None:
     """P2: it is not too late for an error to doom the unit when the end waits."""
     fired: list[str] = []
     units: list[UnitOfWork] = []
@@ -322,11 +318,11 @@ async def test_statement_in_flight_that_fails(server_backend: ServerBackend) -> 
         return units[0].state
 
     async with (
-        server_backend.proxy() as proxy,
-        shop_database(server_backend),
+        backend.proxy() as proxy,
+        shop_database(backend),
     ):
-        await server_backend.execute("INSERT INTO items (id) VALUES (1)")
-        db = Database.from_url(server_backend.through(proxy.port))
+        await backend.execute("INSERT INTO items (id) VALUES (1)")
+        db = Database.from_url(backend.through(proxy.port))
         seen: list[str] = []
 
         def second_insert(trip: str) -> bool:
@@ -343,8 +339,8 @@ async def test_statement_in_flight_that_fails(server_backend: ServerBackend) -> 
             response = await task
         with pytest.raises(sa_exc.IntegrityError):
             await inserts[0]
-        kept = await shop.items(server_backend)
-        if server_backend.name == "postgresql":
+        kept = await shop.items(backend)
+        if backend.name == "postgresql":
             assert isinstance(response.error, UnitOfWorkFailedError)
             assert Outcome.ROLLED_BACK is units[0].outcome
             assert [] == fired
@@ -360,11 +356,10 @@ async def test_statement_in_flight_that_fails(server_backend: ServerBackend) -> 
 # Streams
 
 
-async def test_statement_beside_a_stream(
-    numbers: Database, any_driver: Backend
-) -> None:
+@on(*DRIVERS)
+async def test_statement_beside_a_stream(numbers: Database, backend: Backend) -> None:
     """MariaDB can do nothing beside a stream and says so; the others can."""
-    alone = any_driver.name == "mariadb"
+    alone = backend.name == "mariadb"
 
     async def handler() -> None:
         await shop.insert(1001)
@@ -384,10 +379,11 @@ async def test_statement_beside_a_stream(
 
     assert response.error is None
     assert 200 == response.status
-    assert 1001 + (not alone) == len(await shop.items(any_driver))
+    assert 1001 + (not alone) == len(await shop.items(backend))
     assert [0, 0] == checked_out(numbers)
 
 
+@on(*DRIVERS)
 async def test_streams_read_by_several_tasks(numbers: Database) -> None:
     """Right rows, or a clear error where only one stream can be open."""
     rows = [*range(1, 101)]
@@ -413,9 +409,10 @@ async def test_streams_read_by_several_tasks(numbers: Database) -> None:
     await many_times(numbers, one)
 
 
+@on(*DRIVERS)
 @pytest.mark.parametrize("write", [False, True])
 async def test_stream_nobody_reads_to_its_end(
-    numbers: Database, any_driver: Backend, write: bool
+    numbers: Database, backend: Backend, write: bool
 ) -> None:
     """What is left open when the response starts, or ends, poisons no connection."""
 
@@ -432,8 +429,8 @@ async def test_stream_nobody_reads_to_its_end(
         assert 200 == response.status
 
     await many_times(numbers, one)
-    assert 1000 + RUNS * write == len(await shop.items(any_driver))
-    assert 0 == await any_driver.open_transactions()
+    assert 1000 + RUNS * write == len(await shop.items(backend))
+    assert 0 == await backend.open_transactions()
 
 
 # Frameworks

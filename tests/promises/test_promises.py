@@ -35,17 +35,10 @@ from tests.support import shop
 from tests.support.asgi import BODY, START, endpoint, request, respond
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from asgi_uow._asgi import Receive, Scope, Send
     from tests.servers.backend import Backend, PostgreSQLBackend
-
-
-@pytest.fixture
-async def db(backend: Backend) -> AsyncIterator[Database]:
-    """A database with an empty table."""
-    async with shop_database(backend) as db:
-        yield db
 
 
 @asynccontextmanager
@@ -111,7 +104,7 @@ async def test_p2_failed_commit_is_an_error_response(
     lost = isinstance(backend, MariaDBBackend)
     assert [START, BODY] == response.types
     assert (503 if lost else 500) == response.status
-    assert lost == (b"retry-after" in response.headers)
+    assert lost == ("retry-after" in response.headers)
     assert isinstance(response.error, CommitFailedError)
     assert Outcome.ROLLED_BACK is units[0].outcome
     assert ["rollback"] == fired

@@ -41,7 +41,7 @@ from asgi_uow.errors import (
     TransactionGoneError,
     UnitOfWorkClosedError,
 )
-from tests.promises.test_promises import checked_out
+from tests.support.databases import checked_out
 from tests.support.private import State
 
 if TYPE_CHECKING:

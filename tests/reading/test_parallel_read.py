@@ -23,25 +23,17 @@ from asgi_uow.errors import (
     UnknownDatabaseError,
 )
 from asgi_uow.observers import ConnectionReleased
-from tests.promises.test_promises import checked_out, shop_database
 from tests.support import shop
 from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.databases import SERVERS, checked_out, on, shop_database
 from tests.support.shop import Item
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from asgi_uow._asgi import Receive, Scope, Send
     from asgi_uow.observers import Event
     from tests.servers.backend import Backend, ServerBackend, SQLiteBackend
 
 COUNT = "SELECT count(*) FROM items"
-
-
-@pytest.fixture
-async def db(backend: Backend) -> AsyncIterator[Database]:
-    async with shop_database(backend) as db:
-        yield db
 
 
 async def test_at_the_same_time(db: Database) -> None:
@@ -112,10 +104,11 @@ async def test_after_a_write(db: Database) -> None:
         assert [1, 0] == checked_out(db)
 
 
-async def test_pool_of_one(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_pool_of_one(backend: ServerBackend) -> None:
     """20 requests with 3 parallel reads each share one connection; none hangs."""
     async with shop_database(
-        server_backend, pool_size=1, max_overflow=0, pool_timeout=20
+        backend, pool_size=1, max_overflow=0, pool_timeout=20
     ) as db:
 
         async def count() -> object:
@@ -196,13 +189,12 @@ async def test_cancelled(db: Database) -> None:
         assert [0, 0] == checked_out(db)
 
 
-async def test_several_databases(
-    sqlite: SQLiteBackend, server_backend: ServerBackend
-) -> None:
+@on(*SERVERS)
+async def test_several_databases(sqlite: SQLiteBackend, backend: ServerBackend) -> None:
     """The database can be named, also one of the unit around."""
     async with (
         shop_database(sqlite) as one,
-        shop_database(server_backend) as two,
+        shop_database(backend) as two,
         unit_of_work(one),
     ):
         with pytest.raises(UnknownDatabaseError):

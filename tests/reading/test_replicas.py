@@ -33,10 +33,10 @@ from asgi_uow.observers import (
     ReaderFailed,
     ReaderRestored,
 )
-from tests.promises.test_promises import checked_out
 from tests.servers.process import HOST, free_port
 from tests.support import shop
-from tests.support.asgi import BODY, START, endpoint, http_scope, request, respond
+from tests.support.asgi import BODY, START, endpoint, http_scope, request
+from tests.support.databases import DRIVERS, SERVERS, checked_out, on
 from tests.support.private import (
     LONGEST_PAUSE,
     READ_FROM_WRITER,
@@ -60,6 +60,8 @@ if TYPE_CHECKING:
         SQLiteBackend,
     )
     from tests.support.asgi import Response
+
+pytestmark = on(*DRIVERS)
 
 COUNT = "SELECT count(*) FROM items"
 CAUSAL = CausalReads("a secret of the tests, long enough")
@@ -116,9 +118,9 @@ async def site_with(
     await db.dispose()
 
 
-async def test_reads_from_a_reader(any_driver: Backend) -> None:
+async def test_reads_from_a_reader(backend: Backend) -> None:
     """The read session uses the reader, and not the read engine of the writer."""
-    async with site_with(any_driver, any_driver.url) as site:
+    async with site_with(backend, backend.url) as site:
         assert 200 == (await site.get()).status
         assert [0] == site.found
         assert [True] == site.used()
@@ -126,11 +128,10 @@ async def test_reads_from_a_reader(any_driver: Backend) -> None:
         assert [0, 0] == checked_out(site.db)
 
 
-async def test_moves_on_when_a_reader_is_down(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_moves_on_when_a_reader_is_down(backend: ServerBackend) -> None:
     """A reader that cannot be reached is done without, and left alone for a while."""
-    async with site_with(
-        server_backend, down(server_backend), server_backend.url
-    ) as site:
+    async with site_with(backend, down(backend), backend.url) as site:
         for _ in range(8):
             assert 200 == (await site.get()).status
             prolong_pauses(site.db)
@@ -138,24 +139,26 @@ async def test_moves_on_when_a_reader_is_down(server_backend: ServerBackend) -> 
         assert [0, 0, 0] == checked_out(site.db)
 
 
+@on(*SERVERS)
 @pytest.mark.parametrize(
     "options", [{"poolclass": NullPool}, {"pool_size": 1, "max_overflow": 0}]
 )
 async def test_a_reader_that_does_not_answer(
-    server_backend: ServerBackend, options: dict[str, Any]
+    backend: ServerBackend, options: dict[str, Any]
 ) -> None:
     """It is waited for once, whatever its pool, and then left alone."""
     with socket.create_server((HOST, 0)) as silent:
-        url = server_backend.through(silent.getsockname()[1])
-        async with site_with(server_backend, url, **options) as site:
+        url = backend.through(silent.getsockname()[1])
+        async with site_with(backend, url, **options) as site:
             assert 200 == (await site.get()).status
             assert 1 == site.told(ReaderFailed)
             assert [0] == site.found
 
 
-async def test_no_reader_is_up(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_no_reader_is_up(backend: ServerBackend) -> None:
     """Without a reader the writer's server is read, by all sessions of the unit."""
-    async with site_with(server_backend, down(server_backend)) as site:
+    async with site_with(backend, down(backend)) as site:
 
         async def handler() -> None:
             await site.read()
@@ -178,11 +181,12 @@ def prolong_pauses(db: Database) -> None:
         replica.open_until += 3600 * replica.failures
 
 
-async def test_tried_by_one_request(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_tried_by_one_request(backend: ServerBackend) -> None:
     """When the pause is over one request tries; a cancelled one lets the next try."""
     with socket.create_server((HOST, 0)) as silent:
-        url = server_backend.through(silent.getsockname()[1])
-        async with site_with(server_backend, url) as site:
+        url = backend.through(silent.getsockname()[1])
+        async with site_with(backend, url) as site:
             [replica] = site.db.replicas
             replica.failures = 1
             trying = asyncio.Event()
@@ -203,9 +207,9 @@ async def test_tried_by_one_request(server_backend: ServerBackend) -> None:
             assert [0, 0] == checked_out(site.db)
 
 
-async def test_used_again(any_driver: Backend) -> None:
+async def test_used_again(backend: Backend) -> None:
     """A reader that is up again when its pause is over is used, and that is told."""
-    async with site_with(any_driver, any_driver.url) as site:
+    async with site_with(backend, backend.url) as site:
         [replica] = site.db.replicas
         assert replica.trip() is not None
         assert replica.trip() is None
@@ -218,9 +222,9 @@ async def test_used_again(any_driver: Backend) -> None:
         assert 0 == replica.failures
 
 
-async def test_pauses(any_driver: Backend) -> None:
+async def test_pauses(backend: Backend) -> None:
     """Each pause may be twice as long as the one before, up to half a minute."""
-    replica = Replica(create_async_engine(any_driver.url, poolclass=NullPool))
+    replica = Replica(create_async_engine(backend.url, poolclass=NullPool))
     assert 0 == replica.free
     pauses = set()
     for longest in (0.5, 1, 2, 4, 8, 16, *[LONGEST_PAUSE] * 2000):
@@ -246,9 +250,9 @@ async def test_the_least_busy_first(sqlite: SQLiteBackend) -> None:
         await replica.engine.dispose()
 
 
-async def test_errors_of_statements_are_no_outage(any_driver: Backend) -> None:
+async def test_errors_of_statements_are_no_outage(backend: Backend) -> None:
     """What the server says about a statement is the handler's to see."""
-    async with site_with(any_driver, any_driver.url) as site:
+    async with site_with(backend, backend.url) as site:
 
         async def handler() -> None:
             await current_read_session().execute("SELECT nothing FROM nowhere")
@@ -267,11 +271,11 @@ async def test_wrong_password(postgresql: PostgreSQLBackend) -> None:
     assert 0 == site.told(ReaderFailed)
 
 
-async def test_lost_during_the_first_read(any_driver: Backend) -> None:
+async def test_lost_during_the_first_read(backend: Backend) -> None:
     """A reader that is lost before it has answered is done without."""
-    async with site_with(any_driver, any_driver.url) as site:
+    async with site_with(backend, backend.url) as site:
         engine = site.db.readers[0].sync_engine
-        lost = any_driver.name != "sqlite"
+        lost = backend.name != "sqlite"
         statements: list[str] = []
 
         def lose(*args: Any) -> None:
@@ -287,9 +291,9 @@ async def test_lost_during_the_first_read(any_driver: Backend) -> None:
     assert lost or [0] == site.found
 
 
-async def test_lost_after_a_read(any_driver: Backend) -> None:
+async def test_lost_after_a_read(backend: Backend) -> None:
     """Once something was read nobody else is asked: it might not go together."""
-    async with site_with(any_driver, any_driver.url) as site:
+    async with site_with(backend, backend.url) as site:
         engine = site.db.readers[0].sync_engine
 
         async def handler() -> None:
@@ -307,9 +311,9 @@ async def test_lost_after_a_read(any_driver: Backend) -> None:
     assert 0 == site.told(ReaderFailed)
 
 
-async def test_lost_by_two_tasks(any_driver: Backend) -> None:
+async def test_lost_by_two_tasks(backend: Backend) -> None:
     """A task that is late to lose the reader goes where the other one has read."""
-    async with site_with(any_driver, any_driver.url) as site:
+    async with site_with(backend, backend.url) as site:
         both, one_has_read = asyncio.Event(), asyncio.Event()
         order = iter((both, one_has_read))
 
@@ -366,9 +370,9 @@ async def test_in_the_way_everywhere(postgresql: PostgreSQLBackend) -> None:
     assert 0 == site.told(ReaderFailed)
 
 
-async def test_after_a_write(any_driver: Backend) -> None:
+async def test_after_a_write(backend: Backend) -> None:
     """Reads after a write are the writer's, in the transaction and after it."""
-    async with site_with(any_driver, any_driver.url) as site:
+    async with site_with(backend, backend.url) as site:
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             await shop.insert(1)
@@ -387,89 +391,91 @@ async def test_after_a_write(any_driver: Backend) -> None:
 # Causal reads
 
 
-async def cookie_of(
-    site: Site, handler: Callable[[], Awaitable[object]], status: int = 200
-) -> bytes:
-    """Give the cookie that a response sets, without its attributes."""
-    app = site.wrap(endpoint(handler, status), CAUSAL)
-    response = await request(app, scope=http_scope(scheme="https"))
-    return response.headers.get(b"set-cookie", b"")
+async def sent(
+    site: Site,
+    handler: Callable[[], Awaitable[object]],
+    status: int = 200,
+    *,
+    cookie: bytes = b"",
+    causal_reads: CausalReads = CAUSAL,
+) -> Response:
+    """Have a handler answer a client that has a cookie."""
+    app = site.wrap(endpoint(handler, status), causal_reads)
+    headers = [(b"cookie", cookie)] if cookie else []
+    return await request(app, scope=http_scope(scheme="https", headers=headers))
+
+
+def cookie(positions: dict[str, str], causal_reads: CausalReads = CAUSAL) -> bytes:
+    """Make a cookie as a response would set it."""
+    _, value = causal_reads.response_header(positions, secure=False)
+    return value.partition(b";")[0]
 
 
 async def insert_one() -> None:
     await shop.insert(1)
 
 
-async def test_stamped(any_driver: Backend) -> None:
+async def test_stamped(backend: Backend) -> None:
     """The response to a write carries a token, on https a secure one."""
-    async with site_with(any_driver, any_driver.url) as site:
-        cookie = await cookie_of(site, insert_one)
-    assert cookie.startswith(b"asgi_uow=")
-    assert b"Secure" in cookie
+    async with site_with(backend, backend.url) as site:
+        response = await sent(site, insert_one)
+    assert response.cookie.startswith(b"asgi_uow=")
+    assert "Secure" in response.headers["set-cookie"]
 
 
 async def test_what_was_known_before(sqlite: SQLiteBackend) -> None:
     """A new token keeps what the client's last one says of other databases."""
     async with site_with(sqlite, sqlite.url) as site:
-        header = CAUSAL.response_header({"another": "0/1"}, secure=False)
-        scope = http_scope(headers=[(b"cookie", header[1].partition(b";")[0])])
-        app = site.wrap(endpoint(insert_one), CAUSAL)
-        response = await request(app, scope=scope)
-    cookie = response.headers[b"set-cookie"].partition(b";")[0]
+        response = await sent(site, insert_one, cookie=cookie({"another": "0/1"}))
     expected = {"another": "0/1", site.db.key: READ_FROM_WRITER}
-    assert expected == CAUSAL.positions([(b"cookie", cookie)])
+    assert expected == CAUSAL.positions([(b"cookie", response.cookie)])
 
 
-async def test_not_stamped(any_driver: Backend) -> None:
+async def test_not_stamped(backend: Backend) -> None:
     """Neither a read nor work that was not kept is stamped; forced work is."""
 
     async def insert_by_force() -> None:
         await shop.insert(2)
         force_commit()
 
-    async with site_with(any_driver, any_driver.url) as site:
-        assert b"" == await cookie_of(site, site.read)
-        assert b"" == await cookie_of(site, insert_one, 409)
-        assert b"" != await cookie_of(site, insert_by_force, 403)
+    async with site_with(backend, backend.url) as site:
+        assert b"" == (await sent(site, site.read)).cookie
+        assert b"" == (await sent(site, insert_one, 409)).cookie
+        assert b"" != (await sent(site, insert_by_force, 403)).cookie
 
 
-async def test_nothing_to_wait_for(any_driver: Backend) -> None:
+async def test_nothing_to_wait_for(backend: Backend) -> None:
     """Without replicas there is no token, and no connection that one waits for."""
     options = {"pool_size": 1, "max_overflow": 0}
     async with (
-        site_with(any_driver, **options) as site,
+        site_with(backend, **options) as site,
         site.db.read_engine.connect(),
     ):
-        assert b"" == await cookie_of(site, insert_one)
+        assert b"" == (await sent(site, insert_one)).cookie
 
 
-async def test_read_with_a_token(any_driver: Backend) -> None:
+async def test_read_with_a_token(backend: Backend) -> None:
     """The next read waits for the position, or goes to the writer's server."""
-    async with site_with(any_driver, any_driver.url) as site:
-        cookie = (await cookie_of(site, insert_one)).partition(b";")[0]
+    async with site_with(backend, backend.url) as site:
+        token = (await sent(site, insert_one)).cookie
 
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def read_twice() -> None:
             await site.read()
             await site.read()
-            await respond(send)
 
-        scope = http_scope(headers=[(b"cookie", cookie)])
-        response = await request(site.wrap(app, CAUSAL), scope=scope)
+        response = await sent(site, read_twice, cookie=token)
 
         assert 200 == response.status
         assert [1, 1] == site.found
         # A PostgreSQL that is no replica has what it has; the others give no position.
-        assert [any_driver.name == "postgresql"] == site.used()
+        assert [backend.name == "postgresql"] == site.used()
 
 
 async def test_too_far_behind(postgresql: PostgreSQLBackend) -> None:
     """A reader that does not get there in time is done without, and that is told."""
     async with site_with(postgresql, postgresql.url) as site:
-        header = CAUSAL.response_header({site.db.key: "nonsense"}, secure=False)
-        cookie = header[1].partition(b";")[0]
-        scope = http_scope(headers=[(b"cookie", cookie)])
-        app = site.wrap(endpoint(site.read), CAUSAL)
-        assert 200 == (await request(app, scope=scope)).status
+        nonsense = cookie({site.db.key: "nonsense"})
+        assert 200 == (await sent(site, site.read, cookie=nonsense)).status
     assert 1 == site.told(ReaderBehind)
     assert [0] == site.found
 
@@ -483,11 +489,8 @@ async def test_hooks_see_what_their_request_must_see(
         async def handler() -> None:
             after_commit(site.read)
 
-        header = CAUSAL.response_header({site.db.key: "nonsense"}, secure=False)
-        cookie = header[1].partition(b";")[0]
-        scope = http_scope(headers=[(b"cookie", cookie)])
-        app = site.wrap(endpoint(handler), CAUSAL)
-        assert 200 == (await request(app, scope=scope)).status
+        nonsense = cookie({site.db.key: "nonsense"})
+        assert 200 == (await sent(site, handler, cookie=nonsense)).status
     assert 1 == site.told(ReaderBehind)
     assert [0] == site.found
 
@@ -503,32 +506,28 @@ async def test_one_wait_for_all_readers(mariadb: MariaDBBackend) -> None:
     async with site_with(mariadb, mariadb.url, mariadb.url) as site:
         for reader in site.db.readers:
             event.listen(reader.sync_engine, "before_cursor_execute", note)
-        header = causal.response_header({site.db.key: "0-1-99999999"}, secure=False)
-        cookie = header[1].partition(b";")[0]
-        scope = http_scope(headers=[(b"cookie", cookie)])
-        app = site.wrap(endpoint(site.read), causal)
-        assert 200 == (await request(app, scope=scope)).status
+        far = cookie({site.db.key: "0-1-99999999"})
+        response = await sent(site, site.read, cookie=far, causal_reads=causal)
+        assert 200 == response.status
     assert 2 == site.told(ReaderBehind)
     assert ["wait"] == waits
     assert [0] == site.found
 
 
 async def test_position_that_cannot_be_learnt(
-    any_driver: Backend, caplog: pytest.LogCaptureFixture
+    backend: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A write stays a success; the client then reads from the writer's server."""
-    async with site_with(any_driver, any_driver.url) as site:
+    async with site_with(backend, backend.url) as site:
         engine = site.db.read_engine.sync_engine
 
         def refuse(*_: object) -> None:
             raise ConnectionRefusedError
 
         event.listen(engine, "do_connect", refuse)
-        cookie = (await cookie_of(site, insert_one)).partition(b";")[0]
+        token = (await sent(site, insert_one)).cookie
         event.remove(engine, "do_connect", refuse)
-        scope = http_scope(headers=[(b"cookie", cookie)])
-        app = site.wrap(endpoint(site.read), CAUSAL)
-        assert 200 == (await request(app, scope=scope)).status
+        assert 200 == (await sent(site, site.read, cookie=token)).status
         assert [1] == site.found
         assert [False] == site.used()
     assert "was not learnt" in caplog.text
@@ -537,9 +536,9 @@ async def test_position_that_cannot_be_learnt(
 # Health
 
 
-async def test_check(any_driver: Backend) -> None:
+async def test_check(backend: Backend) -> None:
     """The report tells of the writer and of each reader."""
-    async with site_with(any_driver, any_driver.url, down(any_driver)) as site:
+    async with site_with(backend, backend.url, down(backend)) as site:
         report = await site.db.check(timeout=30)
         assert report.ok
         assert report.writer.ok
@@ -549,10 +548,10 @@ async def test_check(any_driver: Backend) -> None:
         assert [0, 0, 0] == checked_out(site.db)
 
 
-async def test_check_in_time(any_driver: Backend) -> None:
+async def test_check_in_time(backend: Backend) -> None:
     """A server whose connections are all in use is reported when time is up."""
     options = {"pool_size": 1, "max_overflow": 0}
-    async with site_with(any_driver, **options) as site:
+    async with site_with(backend, **options) as site:
         async with site.db.read_engine.connect():
             report = await site.db.check(timeout=0.05)
         assert not report.ok
@@ -560,12 +559,12 @@ async def test_check_in_time(any_driver: Backend) -> None:
         assert (await site.db.check(timeout=30)).ok
 
 
-@pytest.mark.parametrize("any_driver", ["asyncmy", "asyncpg", "psycopg"], indirect=True)
-async def test_check_of_a_replica_that_is_lost(any_driver: ServerBackend) -> None:
+@on("asyncmy", "asyncpg", "psycopg")
+async def test_check_of_a_replica_that_is_lost(backend: ServerBackend) -> None:
     """A reader that is lost while it is asked for its lag is not well."""
     async with (
-        any_driver.proxy() as proxy,
-        site_with(any_driver, any_driver.through(proxy.port)) as site,
+        backend.proxy() as proxy,
+        site_with(backend, backend.through(proxy.port)) as site,
     ):
         lost = proxy.cut_before(lambda trip: trip.startswith(("SHOW", "SELECT CASE")))
         report = await site.db.check(timeout=30)
@@ -575,9 +574,9 @@ async def test_check_of_a_replica_that_is_lost(any_driver: ServerBackend) -> Non
         assert [0, 0] == checked_out(site.db)
 
 
-async def test_check_of_a_replica_that_does_not_tell(any_driver: Backend) -> None:
+async def test_check_of_a_replica_that_does_not_tell(backend: Backend) -> None:
     """Who may not ask how far a reader is behind finds the reader well."""
-    async with site_with(any_driver, any_driver.url) as site:
+    async with site_with(backend, backend.url) as site:
 
         def refuse(*args: Any) -> None:
             if args[2].startswith(("SHOW", "SELECT CASE")):
@@ -589,25 +588,25 @@ async def test_check_of_a_replica_that_does_not_tell(any_driver: Backend) -> Non
         assert report.readers[0].lag is None
 
 
-async def test_concurrent_choices(any_driver: Backend) -> None:
+async def test_concurrent_choices(backend: Backend) -> None:
     """Requests at once share out the readers' connections; none is left in use."""
-    async with site_with(any_driver, any_driver.url, any_driver.url) as site:
+    async with site_with(backend, backend.url, backend.url) as site:
         responses = await asyncio.gather(*(site.get() for _ in range(10)))
         assert {200} == {response.status for response in responses}
         assert [True, True] == site.used()
         assert [0, 0, 0] == checked_out(site.db)
 
 
-async def test_the_write_session_has_no_route(any_driver: Backend) -> None:
+async def test_the_write_session_has_no_route(backend: Backend) -> None:
     """What is written goes to the writer whatever the readers are."""
-    async with site_with(any_driver, down(any_driver)) as site:
+    async with site_with(backend, down(backend)) as site:
 
         async def handler() -> None:
             await current_session().execute("INSERT INTO items (id) VALUES (1)")
 
         assert 200 == (await request(site.app(handler))).status
         assert 0 == site.told(ReaderFailed)
-    assert [1] == await shop.items(any_driver)
+    assert [1] == await shop.items(backend)
 
 
 @pytest.mark.parametrize(

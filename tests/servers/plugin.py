@@ -19,7 +19,6 @@ import pytest
 from tests.servers.backend import (
     MariaDBBackend,
     PostgreSQLBackend,
-    ServerBackend,
     SQLiteBackend,
 )
 from tests.servers.process import MariaDB, PostgreSQL, Server, is_root
@@ -37,6 +36,13 @@ KINDS: dict[str, type[Server]] = {
     "mariadb": MariaDB,
     "postgresql": PostgreSQL,
     "redis": Redis,
+}
+DATABASES = ("aiosqlite", "asyncmy", "asyncpg")
+FIXTURES = {
+    "sqlite": "sqlite",
+    "mariadb_port": "mariadb",
+    "postgresql_port": "postgresql",
+    "redis_url": "redis",
 }
 MISSING = "is not installed"
 WORKER_KEY = "asgi_uow_server_ports"
@@ -95,9 +101,20 @@ class RunningServers:
         return server.port
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--db",
+        action="append",
+        choices=["sqlite", *KINDS],
+        help="run only what this database is enough for; may be repeated",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "on(*drivers, **options): see tests.support")
     workerinput = getattr(config, "workerinput", {})
-    config.stash[SERVERS] = RunningServers(workerinput.get(WORKER_KEY, {}))
+    kinds = {kind: KINDS[kind] for kind in KINDS if kind in wanted(config)}
+    config.stash[SERVERS] = RunningServers(workerinput.get(WORKER_KEY, {}), kinds)
     if not workerinput:  # being terminated is being interrupted: servers stop
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -111,6 +128,38 @@ def pytest_configure_node(node: WorkerController) -> None:
     node.workerinput[WORKER_KEY] = node.config.stash[SERVERS].ports()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        marks = metafunc.definition.iter_markers("on")
+        drivers = next((mark.args for mark in marks if mark.args), DATABASES)
+        metafunc.parametrize("backend", drivers, indirect=True)
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    others = [item for item in items if not needs(item) <= wanted(config)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
+
+
+def needs(item: pytest.Item) -> set[str]:
+    """Name the databases that can be known before the test runs."""
+    assert isinstance(item, pytest.Function)
+    kinds = {FIXTURES[name] for name in item.fixturenames if name in FIXTURES}
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return kinds | ({kind_of(str(params["backend"]))} if "backend" in params else set())
+
+
+def wanted(config: pytest.Config) -> set[str]:
+    return set(config.getoption("--db") or ["sqlite", *KINDS])
+
+
+def kind_of(driver: str) -> str:
+    return {"aiosqlite": "sqlite", "asyncmy": "mariadb"}.get(driver, "postgresql")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     if count := sum(MISSING in str(report.longrepr) for report in skipped):
@@ -120,6 +169,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def server_port(config: pytest.Config, kind: str) -> int:
     """Return the port of this run's server; without one skip, in CI fail."""
+    if kind not in wanted(config):
+        pytest.skip(f"{kind} is not named by --db")
     port = config.stash[SERVERS].port(kind)
     if port is None:
         if os.environ.get("CI") == "true":
@@ -130,11 +181,13 @@ def server_port(config: pytest.Config, kind: str) -> int:
 
 def make_backend(request: pytest.FixtureRequest, driver: str) -> Backend:
     """Return the backend for a driver, not yet entered."""
-    if driver == "aiosqlite":
+    kind = kind_of(driver)
+    if kind == "sqlite":
         return SQLiteBackend(request.getfixturevalue("tmp_path"))
-    if driver == "asyncmy":
-        return MariaDBBackend(server_port(request.config, "mariadb"))
-    return PostgreSQLBackend(server_port(request.config, "postgresql"), driver)
+    port = server_port(request.config, kind)
+    if kind == "mariadb":
+        return MariaDBBackend(port)
+    return PostgreSQLBackend(port, driver)
 
 
 @pytest.fixture(scope="session")
@@ -143,26 +196,9 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(params=["aiosqlite", "asyncmy", "asyncpg"])
+@pytest.fixture
 async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    """An empty database on SQLite, MariaDB, PostgreSQL in turn."""
-    async with make_backend(request, request.param) as backend:
-        yield backend
-
-
-@pytest.fixture(params=["asyncmy", "asyncpg"])
-async def server_backend(
-    request: pytest.FixtureRequest,
-) -> AsyncIterator[ServerBackend]:
-    """An empty database on MariaDB and PostgreSQL in turn."""
-    async with make_backend(request, request.param) as backend:
-        assert isinstance(backend, ServerBackend)
-        yield backend
-
-
-@pytest.fixture(params=["aiosqlite", "asyncmy", "asyncpg", "psycopg"])
-async def any_driver(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    """An empty database through each of the four async drivers in turn."""
+    """An empty database on SQLite, MariaDB, PostgreSQL in turn, or as `on()` says."""
     async with make_backend(request, request.param) as backend:
         yield backend
 
@@ -175,14 +211,26 @@ async def sqlite(tmp_path: Path) -> AsyncIterator[SQLiteBackend]:
 
 
 @pytest.fixture
-async def mariadb(pytestconfig: pytest.Config) -> AsyncIterator[MariaDBBackend]:
+def mariadb_port(pytestconfig: pytest.Config) -> int:
+    """The port of this run's MariaDB."""
+    return server_port(pytestconfig, "mariadb")
+
+
+@pytest.fixture
+def postgresql_port(pytestconfig: pytest.Config) -> int:
+    """The port of this run's PostgreSQL."""
+    return server_port(pytestconfig, "postgresql")
+
+
+@pytest.fixture
+async def mariadb(mariadb_port: int) -> AsyncIterator[MariaDBBackend]:
     """An empty database on MariaDB."""
-    async with MariaDBBackend(server_port(pytestconfig, "mariadb")) as backend:
+    async with MariaDBBackend(mariadb_port) as backend:
         yield backend
 
 
 @pytest.fixture
-async def postgresql(pytestconfig: pytest.Config) -> AsyncIterator[PostgreSQLBackend]:
+async def postgresql(postgresql_port: int) -> AsyncIterator[PostgreSQLBackend]:
     """An empty database on PostgreSQL."""
-    async with PostgreSQLBackend(server_port(pytestconfig, "postgresql")) as backend:
+    async with PostgreSQLBackend(postgresql_port) as backend:
         yield backend

@@ -26,10 +26,11 @@ from tests.servers import (
     ServerError,
     eventually,
 )
-from tests.servers.plugin import RunningServers
+from tests.servers.plugin import RunningServers, server_port
 from tests.servers.process import free_port, is_free
 from tests.servers.proxy import mysql_chunks, postgresql_chunks
 from tests.support import ROOT
+from tests.support.databases import DATABASES, DRIVERS, SERVERS, on
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -37,12 +38,19 @@ if TYPE_CHECKING:
     from tests.servers import Backend, Server, ServerBackend, SQLiteBackend
     from tests.servers.proxy import Chunk
 
+pytestmark = on(*DRIVERS)
+
 CREATE = "CREATE TABLE t (id INTEGER PRIMARY KEY)"
 INSERT = "INSERT INTO t VALUES (1)"
 COUNT = "SELECT count(*) FROM t"
 CUT = (DBAPIError, OSError)  # asyncpg's own ConnectionError may come through
 
-every_kind = pytest.mark.parametrize("kind", [MariaDB, PostgreSQL])
+
+@pytest.fixture(params=[MariaDB, PostgreSQL])
+def kind(request: pytest.FixtureRequest) -> type[Server]:
+    """Each kind of server; one that is not there is skipped."""
+    server_port(request.config, request.param.name)
+    return request.param  # type: ignore[no-any-return]
 
 
 BACKENDS: dict[type[Server], type[ServerBackend]] = {
@@ -65,7 +73,6 @@ async def client(url: str) -> AsyncGenerator[AsyncConnection, None]:
 # Servers
 
 
-@every_kind
 @pytest.mark.parametrize("end", ["stop", "kill"])
 async def test_restart(kind: type[Server], end: str) -> None:
     """Committed rows are there after a restart, even after a crash."""
@@ -81,7 +88,7 @@ async def test_restart(kind: type[Server], end: str) -> None:
     assert not server.folder.exists()
 
 
-async def test_outlived_by_a_backend() -> None:
+async def test_outlived_by_a_backend(postgresql_port: int) -> None:
     """PostgreSQL starts again as soon as the last process of its past is gone."""
     with PostgreSQL() as server:
         backend = PostgreSQLBackend(server.port)
@@ -103,7 +110,7 @@ async def test_outlived_by_a_backend() -> None:
             await connection.invalidate()
 
 
-def test_refuses_its_options() -> None:
+def test_refuses_its_options(mariadb_port: int) -> None:
     """A server that does not start says why, and leaves nothing behind."""
     server = MariaDB("--no-such-option")
     with pytest.raises(ServerError, match="unknown option '--no-such-option'"):
@@ -111,7 +118,7 @@ def test_refuses_its_options() -> None:
     assert not server.folder.exists()
 
 
-def test_cannot_make_its_data() -> None:
+def test_cannot_make_its_data(postgresql_port: int) -> None:
     """A server that cannot make its data folder says why."""
     server = PostgreSQL()
     server.data = server.folder / "log" / "data"
@@ -119,7 +126,7 @@ def test_cannot_make_its_data() -> None:
         server.__enter__()
 
 
-def test_never_answers() -> None:
+def test_never_answers(mariadb_port: int) -> None:
     """A server that runs and does not answer is given up and ended."""
 
     class Mute(MariaDB):
@@ -131,7 +138,7 @@ def test_never_answers() -> None:
     assert server.pid is None
 
 
-def test_does_not_stop() -> None:
+def test_does_not_stop(postgresql_port: int) -> None:
     """A server that does not stop in time is killed."""
 
     class Stubborn(PostgreSQL):
@@ -156,7 +163,7 @@ def test_installation_is_tried() -> None:
     assert [NotInstalled] == asked
 
 
-def test_one_server_per_run() -> None:
+def test_one_server_per_run(postgresql_port: int) -> None:
     """A server is started when first asked for, and once."""
     servers = RunningServers({})
     try:
@@ -195,7 +202,10 @@ def test_without_a_server(
     )
     pytester.makepyfile(
         """
-        async def test_any(any_driver): pass
+        import pytest
+
+        @pytest.mark.on("aiosqlite", "asyncmy", "asyncpg", "psycopg")
+        async def test_any(backend): pass
         """
     )
     result = pytester.runpytest_inprocess("-o", "anyio_mode=auto")
@@ -203,6 +213,23 @@ def test_without_a_server(
     title = "*!!! 3 tests did not run: their database server is not installed !!!*"
     shown = any(line.strip("! ") == title.strip("*! ") for line in result.outlines)
     assert shown == (outcome == "skipped")
+
+
+def test_databases_that_are_asked_for(pytester: pytest.Pytester) -> None:
+    """`--db sqlite` runs what SQLite is enough for, and starts no server."""
+    pytester.makeconftest("pytest_plugins = ['tests.servers.plugin']")
+    pytester.makepyfile(
+        """
+        from tests.servers.plugin import server_port
+
+        async def test_each(backend): pass
+        async def test_one(mariadb): pass
+        def test_without(): pass
+        def test_late(pytestconfig): server_port(pytestconfig, "postgresql")
+        """
+    )
+    result = pytester.runpytest_inprocess("-o", "anyio_mode=auto", "--db", "sqlite")
+    result.assert_outcomes(passed=2, skipped=1, deselected=3)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -242,48 +269,50 @@ async def test_run_is_interrupted(
 # Databases
 
 
+@on(*DATABASES)
 async def test_empty(backend: Backend) -> None:
     """Each test has a database that nobody has used."""
     await backend.execute(CREATE)
     assert 0 == await backend.scalar(COUNT)
 
 
-async def test_statements(any_driver: Backend) -> None:
+async def test_statements(backend: Backend) -> None:
     """What was executed is seen by the next connection; names are parameters."""
-    await any_driver.execute(CREATE, INSERT, "INSERT INTO t VALUES (2)")
-    assert [(2,)] == await any_driver.fetch("SELECT id FROM t WHERE id > :i", i=1)
-    assert 2 == await any_driver.scalar(COUNT)
+    await backend.execute(CREATE, INSERT, "INSERT INTO t VALUES (2)")
+    assert [(2,)] == await backend.fetch("SELECT id FROM t WHERE id > :i", i=1)
+    assert 2 == await backend.scalar(COUNT)
 
 
-async def test_url(any_driver: Backend) -> None:
+async def test_url(backend: Backend) -> None:
     """The URL names the driver and reaches the database of the test."""
-    assert f"+{any_driver.driver}://" in any_driver.url
-    await any_driver.execute(CREATE)
-    async with client(any_driver.url) as connection:
+    assert f"+{backend.driver}://" in backend.url
+    await backend.execute(CREATE)
+    async with client(backend.url) as connection:
         await connection.execute(text(INSERT))
         await connection.commit()
-    assert 1 == await any_driver.scalar(COUNT)
+    assert 1 == await backend.scalar(COUNT)
 
 
-async def test_open_transactions(any_driver: Backend) -> None:
+async def test_open_transactions(backend: Backend) -> None:
     """Somebody else's transaction is open from its first statement to its end."""
-    await any_driver.execute(CREATE)
-    assert 0 == await any_driver.open_transactions()
-    async with client(any_driver.url) as connection:
+    await backend.execute(CREATE)
+    assert 0 == await backend.open_transactions()
+    async with client(backend.url) as connection:
         for number in range(5):  # no cache answers
             await connection.execute(text(f"INSERT INTO t VALUES ({number})"))
-            assert 1 == await any_driver.open_transactions()
+            assert 1 == await backend.open_transactions()
             await connection.commit()
-            assert 0 == await any_driver.open_transactions()
+            assert 0 == await backend.open_transactions()
 
 
-async def test_open_read_transactions(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_open_read_transactions(backend: ServerBackend) -> None:
     """A transaction that only reads counts; other databases' ones do not."""
-    await server_backend.execute(CREATE)
-    other = type(server_backend)(server_backend.port)
-    async with client(server_backend.url) as connection, other:
+    await backend.execute(CREATE)
+    other = type(backend)(backend.port)
+    async with client(backend.url) as connection, other:
         await connection.execute(text(COUNT))
-        assert 1 == await server_backend.open_transactions()
+        assert 1 == await backend.open_transactions()
         assert 0 == await other.open_transactions()
         assert 0 == await other.connections()
 
@@ -305,21 +334,23 @@ async def test_ordinary_user(mariadb: MariaDBBackend) -> None:
             await connection.execute(text("SET GLOBAL read_only = 1"))
 
 
-async def test_kill_connections(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_kill_connections(backend: ServerBackend) -> None:
     """The server has ended the connections of others when the call returns."""
-    async with client(server_backend.url) as connection:
+    async with client(backend.url) as connection:
         await connection.execute(text("SELECT 1"))
-        assert 1 == await server_backend.connections()
-        await server_backend.kill_connections()
-        assert 0 == await server_backend.connections()
+        assert 1 == await backend.connections()
+        await backend.kill_connections()
+        assert 0 == await backend.connections()
         with pytest.raises(CUT):
             await connection.execute(text("SELECT 1"))
         await connection.invalidate()
 
 
-async def test_dropped_while_in_use(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_dropped_while_in_use(backend: ServerBackend) -> None:
     """A database goes away at the end, whatever is open in it."""
-    other = type(server_backend)(server_backend.port)
+    other = type(backend)(backend.port)
     async with AsyncExitStack() as stack:
         async with other:
             await other.execute(CREATE)
@@ -338,10 +369,11 @@ async def test_sqlite_file_is_removed(sqlite: SQLiteBackend) -> None:
     assert [] == list(sqlite.path.parent.iterdir())
 
 
-async def test_through(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_through(backend: ServerBackend) -> None:
     """The URL through a proxy differs by the port alone."""
-    here = server_backend.url.replace(f":{server_backend.port}/", ":1/")
-    assert here == server_backend.through(1)
+    here = backend.url.replace(f":{backend.port}/", ":1/")
+    assert here == backend.through(1)
 
 
 async def test_sqlite_has_no_port(sqlite: SQLiteBackend) -> None:
@@ -382,16 +414,17 @@ async def table_behind(
         yield proxy, connection
 
 
-async def test_trips(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_trips(backend: ServerBackend) -> None:
     """The proxy records what the client sends and waits for."""
-    async with table_behind(server_backend) as (proxy, connection):
+    async with table_behind(backend) as (proxy, connection):
         await connection.execute(text(INSERT))
         await connection.commit()
         expected = {
             "mariadb": [INSERT, "COMMIT"],
             "postgresql": ["BEGIN", f"PREPARE {INSERT}", INSERT, "COMMIT"],
         }
-        assert expected[server_backend.name] == proxy.trips
+        assert expected[backend.name] == proxy.trips
         assert 1 == proxy.connections
 
 
@@ -404,35 +437,38 @@ async def test_psycopg_trips(postgresql: PostgreSQLBackend) -> None:
         assert ["BEGIN", INSERT, "COMMIT"] == proxy.trips
 
 
-async def test_cut_before(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_cut_before(backend: ServerBackend) -> None:
     """A trip that is cut before the server has no effect; the others go on."""
-    async with table_behind(server_backend) as (proxy, connection):
+    async with table_behind(backend) as (proxy, connection):
         rule = proxy.cut_before(is_commit)
         await connection.execute(text(INSERT))
         assert not rule.fired.is_set()
         with pytest.raises(CUT):
             await connection.commit()
         assert rule.fired.is_set()
-        assert 0 == await server_backend.scalar(COUNT)
+        assert 0 == await backend.scalar(COUNT)
         await connection.invalidate()
 
 
-async def test_cut_after(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_cut_after(backend: ServerBackend) -> None:
     """A trip that is cut after the server has its effect, the client an error."""
-    async with table_behind(server_backend) as (proxy, connection):
+    async with table_behind(backend) as (proxy, connection):
         rule = proxy.cut_after(is_commit)
         await connection.execute(text(INSERT))
         with pytest.raises(CUT):
             await connection.commit()
         assert rule.fired.is_set()
-        assert 1 == await server_backend.scalar(COUNT)
+        assert 1 == await backend.scalar(COUNT)
         await connection.invalidate()
 
 
-async def test_rules_fire_once(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_rules_fire_once(backend: ServerBackend) -> None:
     """After a cut the next connection passes."""
-    async with server_backend.proxy() as proxy:
-        url = server_backend.through(proxy.port)
+    async with backend.proxy() as proxy:
+        url = backend.through(proxy.port)
         proxy.cut_before(lambda trip: trip == "SELECT 42")
         async with client(url) as connection:
             with pytest.raises(CUT):
@@ -443,23 +479,25 @@ async def test_rules_fire_once(server_backend: ServerBackend) -> None:
         assert proxy.connections >= 2
 
 
-async def test_hold_answer(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_hold_answer(backend: ServerBackend) -> None:
     """While an answer is held the server has done its work, the client waits."""
-    async with table_behind(server_backend) as (proxy, connection):
+    async with table_behind(backend) as (proxy, connection):
         hold = proxy.hold_answer(is_commit)
         await connection.execute(text(INSERT))
         commit = asyncio.create_task(connection.commit())
         await hold.answered.wait()
         assert hold.fired.is_set()
-        assert 1 == await server_backend.scalar(COUNT)
+        assert 1 == await backend.scalar(COUNT)
         assert not commit.done()
         hold.release()
         await commit
 
 
-async def test_cut_while_held(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_cut_while_held(backend: ServerBackend) -> None:
     """A held answer that is cut never comes."""
-    async with table_behind(server_backend) as (proxy, connection):
+    async with table_behind(backend) as (proxy, connection):
         hold = proxy.hold_answer(is_commit)
         await connection.execute(text(INSERT))
         commit = asyncio.create_task(connection.commit())
@@ -470,9 +508,10 @@ async def test_cut_while_held(server_backend: ServerBackend) -> None:
         await connection.invalidate()
 
 
-async def test_delay(server_backend: ServerBackend) -> None:
+@on(*SERVERS)
+async def test_delay(backend: ServerBackend) -> None:
     """A delayed trip takes the delay twice: there and back."""
-    async with table_behind(server_backend, delay_ms=10) as (_, connection):
+    async with table_behind(backend, delay_ms=10) as (_, connection):
         start = time.monotonic()
         await connection.execute(text("SELECT 1"))
         assert time.monotonic() - start >= 0.02

@@ -14,11 +14,11 @@ from asgi_uow import Database
 from asgi_uow.errors import ReadOnlySessionError
 from tests.servers import eventually
 from tests.support import ROOT, shop
+from tests.support.databases import DRIVERS, on
 from tests.support.private import READ_ONLY_CODES, code_of
 from tests.support.writes import (
     BY_THE_SESSION,
     CALLS,
-    DRIVERS,
     INSERT,
     ROUTINES,
     SELECT,
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from asgi_uow import Session
     from tests.servers import Backend, ServerBackend
     from tests.support.writes import Call
+
+pytestmark = on(*DRIVERS)
 
 PAGE = ROOT / "docs" / "read-and-write.md"
 JOINED = "After `db.write` was used"
@@ -81,13 +83,13 @@ async def next_unit(db: Database) -> str:
 
 
 @pytest.fixture
-async def backend(any_driver: Backend) -> Backend:
+async def stocked(backend: Backend) -> Backend:
     """A shop with one item, and routines that would add another."""
-    await shop.create(any_driver)
-    await any_driver.execute(
-        "INSERT INTO items (id) VALUES (1)", *ROUTINES[any_driver.driver]
+    await shop.create(backend)
+    await backend.execute(
+        "INSERT INTO items (id) VALUES (1)", *ROUTINES[backend.driver]
     )
-    return any_driver
+    return backend
 
 
 def small(backend: Backend) -> Database:
@@ -95,37 +97,37 @@ def small(backend: Backend) -> Database:
     return Database.from_url(backend.url, pool_size=1, max_overflow=0)
 
 
-async def test_read_session_cannot_write(backend: Backend) -> None:
+async def test_read_session_cannot_write(stocked: Backend) -> None:
     """What the table says is refused is, and no setting reaches the next unit."""
     measured = dict.fromkeys(CALLS, OUTSIDE)
     for row, calls in CALLS.items():
-        if backend.driver in calls:
-            db = small(backend)
+        if stocked.driver in calls:
+            db = small(stocked)
             async with db:
-                measured[row] = await attempt(db.read, row, calls[backend.driver])
-            assert [1] == await shop.items(backend)
+                measured[row] = await attempt(db.read, row, calls[stocked.driver])
+            assert [1] == await shop.items(stocked)
             measured[row] += await next_unit(db)
             await db.dispose()
-            await backend.execute("DELETE FROM items WHERE id > 1")
-    assert documented(backend.driver) == measured
+            await stocked.execute("DELETE FROM items WHERE id > 1")
+    assert documented(stocked.driver) == measured
 
 
-async def test_reads_in_the_writers_transaction(backend: Backend) -> None:
+async def test_reads_in_the_writers_transaction(stocked: Backend) -> None:
     """After the unit has used its write session, the session alone refuses."""
     measured = {
         row: outcome
         for row, outcome in documented(JOINED).items()
-        if outcome == OUTSIDE or backend.driver not in CALLS[row]
+        if outcome == OUTSIDE or stocked.driver not in CALLS[row]
     }
     for row in CALLS.keys() - measured.keys():
-        db = small(backend)
+        db = small(stocked)
         async with db:
             await db.write.execute("SELECT 1")
-            measured[row] = await attempt(db.read, row, CALLS[row][backend.driver])
+            measured[row] = await attempt(db.read, row, CALLS[row][stocked.driver])
             await db.write.execute("INSERT INTO items (id) VALUES (10)")
-        assert 10 in await shop.items(backend)
+        assert 10 in await shop.items(stocked)
         await db.dispose()
-        await backend.execute(
+        await stocked.execute(
             "DELETE FROM items",
             "DROP TABLE IF EXISTS other",
             "INSERT INTO items (id) VALUES (1)",
@@ -133,15 +135,15 @@ async def test_reads_in_the_writers_transaction(backend: Backend) -> None:
     assert documented(JOINED) == measured
 
 
-@pytest.mark.parametrize("any_driver", DRIVERS[:3], indirect=True)
-async def test_stream_that_writes(backend: Backend) -> None:
+@on(*DRIVERS[:3])
+async def test_stream_that_writes(stocked: Backend) -> None:
     """`stream()` is refused as `execute()` is; psycopg has no cursor for it at all."""
-    db = small(backend)
+    db = small(stocked)
     async with db:
         with pytest.raises(ReadOnlySessionError):
             await db.read.stream(f"{INSERT} RETURNING id")
     assert "" == await next_unit(db)
-    assert [1, 5] == await shop.items(backend)
+    assert [1, 5] == await shop.items(stocked)
     await db.dispose()
 
 
@@ -162,9 +164,9 @@ async def test_memory_is_one_connection() -> None:
 # The connection afterwards
 
 
-async def test_refusal_costs_no_connection(backend: Backend) -> None:
+async def test_refusal_costs_no_connection(stocked: Backend) -> None:
     """After a refusal the very same connection serves the next unit."""
-    db = small(backend)
+    db = small(stocked)
     used = []
     for _ in range(2):
         async with db:
@@ -176,22 +178,22 @@ async def test_refusal_costs_no_connection(backend: Backend) -> None:
     await db.dispose()
 
 
-async def test_reading_goes_on_after_a_refusal(backend: Backend) -> None:
+async def test_reading_goes_on_after_a_refusal(stocked: Backend) -> None:
     """In the unit itself both sessions go on too, and its work is kept."""
-    db = small(backend)
+    db = small(stocked)
     async with db:
         with pytest.raises(ReadOnlySessionError):
             await db.read.execute(INSERT)
         assert [1] == (await db.read.scalars(SELECT)).all()
         await db.write.execute(INSERT)
         assert [1, 2] == (await db.read.scalars(SELECT)).all()
-    assert [1, 2] == await shop.items(backend)
+    assert [1, 2] == await shop.items(stocked)
     await db.dispose()
 
 
-async def test_read_only_after_an_error(backend: Backend) -> None:
+async def test_read_only_after_an_error(stocked: Backend) -> None:
     """A statement that fails leaves a connection that reads, and only reads."""
-    db = small(backend)
+    db = small(stocked)
     async with db:
         with pytest.raises(DBAPIError):
             await db.read.execute("SELECT nothing FROM nowhere")
@@ -204,13 +206,13 @@ async def test_read_only_after_an_error(backend: Backend) -> None:
 @pytest.mark.parametrize(
     "options", [{"isolation_level": "SERIALIZABLE"}, {"postgresql_readonly": False}]
 )
-@pytest.mark.parametrize("any_driver", DRIVERS[1:], indirect=True)
+@on(*DRIVERS[1:])
 async def test_options_of_one_unit(
-    backend: ServerBackend, options: dict[str, object]
+    stocked: ServerBackend, options: dict[str, object]
 ) -> None:
     """What one unit asks of its connection costs the next no round trip."""
-    async with backend.proxy() as proxy:
-        url = backend.through(proxy.port)
+    async with stocked.proxy() as proxy:
+        url = stocked.through(proxy.port)
         db = Database.from_url(url, pool_size=1, max_overflow=0)
         for asked in ({}, options, {}):  # asyncpg prepares again after a change
             async with db:
@@ -224,16 +226,16 @@ async def test_options_of_one_unit(
         await db.dispose()
 
 
-@pytest.mark.parametrize("any_driver", DRIVERS[2:], indirect=True)
-async def test_options_that_allow_writes(backend: ServerBackend) -> None:
+@on(*DRIVERS[2:])
+async def test_options_that_allow_writes(stocked: ServerBackend) -> None:
     """A transaction that a unit may write in leaves nothing to the next unit."""
     options = {"isolation_level": "SERIALIZABLE", "postgresql_readonly": False}
-    db = small(backend)
+    db = small(stocked)
     async with db:
         await db.read.connection(execution_options=options)
         await db.read.execute(SELECT)
     assert "" == await next_unit(db)
-    assert [1, 5] == await shop.items(backend)
+    assert [1, 5] == await shop.items(stocked)
     await db.dispose()
 
 
@@ -250,15 +252,15 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("any_driver", SLOW, indirect=True)
-async def test_read_only_after_a_cancellation(backend: ServerBackend) -> None:
+@on(*SLOW)
+async def test_read_only_after_a_cancellation(stocked: ServerBackend) -> None:
     """The connection that replaces a cancelled one is read-only from the start."""
-    slow, running = SLOW[backend.driver]
+    slow, running = SLOW[stocked.driver]
 
     async def count() -> int:
-        return int(str(await backend.scalar(running, slow=slow)))
+        return int(str(await stocked.scalar(running, slow=slow)))
 
-    db = small(backend)
+    db = small(stocked)
     async with db:
         statement = asyncio.create_task(db.read.execute(slow))
         await eventually(1, count)
@@ -270,8 +272,8 @@ async def test_read_only_after_a_cancellation(backend: ServerBackend) -> None:
     await db.dispose()
 
 
-@pytest.mark.parametrize("any_driver", ["aiosqlite"], indirect=True)
-async def test_read_only_after_a_cancellation_of_sqlite(backend: Backend) -> None:
+@on("aiosqlite")
+async def test_read_only_after_a_cancellation_of_sqlite(stocked: Backend) -> None:
     """The same on SQLite, where the statement is stopped and the connection closed."""
     loop, running = asyncio.get_running_loop(), asyncio.Event()
 
@@ -280,7 +282,7 @@ async def test_read_only_after_a_cancellation_of_sqlite(backend: Backend) -> Non
         return 1
 
     endless = "WITH RECURSIVE n(i) AS (SELECT note() UNION ALL SELECT i + 1 FROM n)"
-    db = small(backend)
+    db = small(stocked)
     async with db:
         raw = await driver_connection(db.read)
         await raw.create_function("note", 0, note)
@@ -295,10 +297,10 @@ async def test_read_only_after_a_cancellation_of_sqlite(backend: Backend) -> Non
     await db.dispose()
 
 
-async def test_other_options_change_nothing(any_driver: Backend) -> None:
+async def test_other_options_change_nothing(backend: Backend) -> None:
     """Execution options that leave the connection as it is cost no reconnect."""
-    await shop.create(any_driver)
-    db = Database.from_url(any_driver.url)
+    await shop.create(backend)
+    db = Database.from_url(backend.url)
     made: list[object] = []
 
     def note(connection: object, _: object) -> None:

@@ -19,6 +19,7 @@ from asgi_uow.errors import (
     UnitOfWorkFailedError,
 )
 from tests.servers import ServerBackend, eventually
+from tests.support.databases import DRIVERS, on
 from tests.support.private import TaskLock
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from asgi_uow import Session
     from tests.servers import Backend, MariaDBBackend
+
+pytestmark = on(*DRIVERS)
 
 INSERT = "INSERT INTO person (id, name) VALUES (:id, :name)"
 NAMES = "SELECT name FROM person ORDER BY id"
@@ -58,13 +61,13 @@ class Person(Base):
 
 
 @pytest.fixture
-async def db(any_driver: Backend) -> AsyncIterator[Database]:
+async def db(backend: Backend) -> AsyncIterator[Database]:
     """A database with the table `person`, in which Ann and Bob are."""
-    await any_driver.execute(
+    await backend.execute(
         "CREATE TABLE person (id INTEGER PRIMARY KEY, name VARCHAR(50))",
         "INSERT INTO person VALUES (1, 'Ann'), (2, 'Bob')",
     )
-    db = Database.from_url(any_driver.url)
+    db = Database.from_url(backend.url)
     yield db
     await db.dispose()
 
@@ -106,13 +109,13 @@ async def test_streaming(db: Database, name: str) -> None:
         assert ["Bob"] == [name async for name in scalars]
 
 
-async def test_many_rows(any_driver: Backend, db: Database) -> None:
+async def test_many_rows(backend: Backend, db: Database) -> None:
     """A list of mappings is many rows, as with SQLAlchemy."""
     rows = [{"id": 3, "name": "Cid"}, {"id": 4, "name": "Dan"}]
     async with db:
         await db.write.execute(INSERT, rows)
         await db.write.execute(INSERT, id=5, name="Eve")
-    assert 5 == await any_driver.scalar("SELECT count(*) FROM person")
+    assert 5 == await backend.scalar("SELECT count(*) FROM person")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ async def test_what_sqlalchemy_takes(db: Database) -> None:
         assert ["Anne", "Cid", "Dan"] == (await db.read.scalars(NAMES)).all()
 
 
-async def test_savepoint_by_hand(any_driver: Backend, db: Database) -> None:
+async def test_savepoint_by_hand(backend: Backend, db: Database) -> None:
     """`begin_nested()` is SQLAlchemy's, with its own commit and rollback."""
     async with db:
         kept = await db.write.begin_nested()
@@ -160,7 +163,7 @@ async def test_savepoint_by_hand(any_driver: Backend, db: Database) -> None:
         with contextlib.suppress(IntegrityError):
             async with db.write.begin_nested():
                 await db.write.execute(INSERT, id=1, name="again")
-    assert [("Ann",), ("Bob",), ("Cid",)] == await any_driver.fetch(NAMES)
+    assert [("Ann",), ("Bob",), ("Cid",)] == await backend.fetch(NAMES)
 
 
 # What they refuse
@@ -272,7 +275,7 @@ async def test_dml_on_the_read_session(
         assert ["Ann", "Bob"] == (await memory.read.scalars(NAMES)).all()
 
 
-async def test_flush_on_the_read_session(any_driver: Backend, db: Database) -> None:
+async def test_flush_on_the_read_session(backend: Backend, db: Database) -> None:
     """The read session never flushes: what it was given goes nowhere."""
     async with db:
         db.read.add(Person(id=3, name="Cid"))
@@ -280,13 +283,13 @@ async def test_flush_on_the_read_session(any_driver: Backend, db: Database) -> N
         with pytest.raises(ReadOnlySessionError, match=r"^A flush was refused"):
             await db.read.flush()
         set_rollback_only("there is nothing to keep")
-    assert [("Ann",), ("Bob",)] == await any_driver.fetch(NAMES)
+    assert [("Ann",), ("Bob",)] == await backend.fetch(NAMES)
 
 
 # Read your writes
 
 
-async def test_read_your_writes(any_driver: Backend, db: Database) -> None:
+async def test_read_your_writes(backend: Backend, db: Database) -> None:
     """Once a unit has written, its reads see it, and nobody else's do."""
     async with db:
         assert 2 == len((await db.read.execute(NAMES)).all())
@@ -294,14 +297,14 @@ async def test_read_your_writes(any_driver: Backend, db: Database) -> None:
         await db.write.flush()
         assert ["Ann", "Bob", "Cid"] == (await db.read.scalars(NAMES)).all()
         assert await db.read.get_one(Person, 3) is not await db.write.get_one(Person, 3)
-        assert 2 == await any_driver.scalar("SELECT count(*) FROM person")
+        assert 2 == await backend.scalar("SELECT count(*) FROM person")
         set_rollback_only("enough seen")
     async with db:
         assert 2 == len((await db.read.execute(NAMES)).all())
 
 
 async def test_reads_that_wait_while_the_unit_writes(
-    any_driver: Backend, db: Database
+    backend: Backend, db: Database
 ) -> None:
     """A read that was waiting when the unit wrote waits for the writer's turn too."""
     async with db:
@@ -318,7 +321,7 @@ async def test_reads_that_wait_while_the_unit_writes(
                 await waiting.wait()
                 await asyncio.sleep(0)
                 await write.execute(INSERT, id=3, name="Cid")
-            assert [("Ann",), ("Bob",)] == await any_driver.fetch(NAMES)
+            assert [("Ann",), ("Bob",)] == await backend.fetch(NAMES)
             assert not late.done()
         assert ["Ann", "Bob", "Cid"] == await late
 
@@ -337,7 +340,7 @@ async def test_statements_of_several_tasks(db: Database, name: str) -> None:
         assert list(range(10)) == numbers
 
 
-async def test_objects_of_several_tasks(any_driver: Backend, db: Database) -> None:
+async def test_objects_of_several_tasks(backend: Backend, db: Database) -> None:
     """A sync function has its turn to the end; flushes and reads wait."""
 
     def add(session: SyncSession, number: int) -> None:
@@ -350,7 +353,7 @@ async def test_objects_of_several_tasks(any_driver: Backend, db: Database) -> No
 
     async with db:
         await asyncio.gather(*map(work, range(10, 20)), db.read.execute(NAMES))
-    assert 12 == await any_driver.scalar("SELECT count(*) FROM person")
+    assert 12 == await backend.scalar("SELECT count(*) FROM person")
 
 
 async def test_a_turn_within_a_turn(memory: Database) -> None:
@@ -393,18 +396,18 @@ async def test_a_cancellation_frees_the_turn() -> None:
 
 
 @pytest.mark.parametrize("access", ["write", "read"])
-@pytest.mark.parametrize("any_driver", SLOW, indirect=True)
+@on(*SLOW)
 async def test_a_cancelled_statement(
-    any_driver: ServerBackend, db: Database, access: Literal["read", "write"]
+    backend: ServerBackend, db: Database, access: Literal["read", "write"]
 ) -> None:
     """A cancelled statement ends on the server too, and its unit keeps nothing.
 
     So does a read in the transaction of the writer.
     """
-    slow, running = SLOW[any_driver.driver]
+    slow, running = SLOW[backend.driver]
 
     async def count() -> int:
-        return int(str(await any_driver.scalar(running, slow=slow)))
+        return int(str(await backend.scalar(running, slow=slow)))
 
     async with db:
         await db.write.execute(INSERT, id=3, name="Cid")
@@ -415,9 +418,9 @@ async def test_a_cancelled_statement(
         await asyncio.wait((statement,))
         assert statement.cancelled()
         set_rollback_only("cancelled")
-    await eventually(0, any_driver.open_transactions)
+    await eventually(0, backend.open_transactions)
     await eventually(0, count)
-    assert [("Ann",), ("Bob",)] == await any_driver.fetch(NAMES)
+    assert [("Ann",), ("Bob",)] == await backend.fetch(NAMES)
 
 
 async def test_a_statement_that_cannot_be_killed(mariadb: MariaDBBackend) -> None:
@@ -444,30 +447,30 @@ async def test_a_statement_that_cannot_be_killed(mariadb: MariaDBBackend) -> Non
 # Connections that are lost
 
 
-@pytest.mark.parametrize("any_driver", ["asyncmy", "asyncpg", "psycopg"], indirect=True)
+@on("asyncmy", "asyncpg", "psycopg")
 async def test_reads_go_on_after_a_lost_connection(
-    any_driver: ServerBackend, db: Database
+    backend: ServerBackend, db: Database
 ) -> None:
     """The read that met it raises; the next one has another connection."""
     async with db:
         assert "Ann" == await db.read.scalar(NAMES)
-        await any_driver.kill_connections()
+        await backend.kill_connections()
         with pytest.raises(DBAPIError):
             await db.read.scalar(NAMES)
         assert "Ann" == await db.read.scalar(NAMES)
 
 
-@pytest.mark.parametrize("any_driver", ["asyncmy", "asyncpg", "psycopg"], indirect=True)
+@on("asyncmy", "asyncpg", "psycopg")
 @pytest.mark.parametrize("noticed", [True, False])
 async def test_a_connection_lost_before_commit(
-    *, any_driver: ServerBackend, db: Database, noticed: bool
+    *, backend: ServerBackend, db: Database, noticed: bool
 ) -> None:
     """COMMIT is not even sent on a connection that is known to be dead."""
 
     async def work() -> None:
         async with db:
             await db.write.execute(INSERT, id=3, name="Cid")
-            await any_driver.kill_connections()
+            await backend.kill_connections()
             if noticed:
                 with contextlib.suppress(Exception):
                     await db.write.execute("SELECT 1")
@@ -476,4 +479,4 @@ async def test_a_connection_lost_before_commit(
         await work()
     assert Outcome.ROLLED_BACK is caught.value.outcome
     assert 1 == caught.value.retry_after
-    assert [("Ann",), ("Bob",)] == await any_driver.fetch(NAMES)
+    assert [("Ann",), ("Bob",)] == await backend.fetch(NAMES)

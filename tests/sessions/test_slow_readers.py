@@ -16,26 +16,32 @@ from asgi_uow import (
 )
 from tests.servers import eventually
 from tests.support import shop
-from tests.support.asgi import BODY, START, respond
-from tests.support.streams import ROWS, SELECT, Client, checked_out, fill
+from tests.support.asgi import BODY, START, Client, Response, respond
+from tests.support.databases import checked_out
+from tests.support.streams import ROWS, SELECT, fill
 
 if TYPE_CHECKING:
-    from asgi_uow._asgi import ASGIApp, Receive, Scope, Send
+    from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
     from tests.servers import Backend
 
 
 class Slow(Client):
     """Takes the first piece, says so, and waits before it takes the next."""
 
-    def __init__(self, reading: asyncio.Queue[None], go_on: asyncio.Event) -> None:
-        super().__init__()
+    def __init__(
+        self, app: ASGIApp, reading: asyncio.Queue[None], go_on: asyncio.Event
+    ) -> None:
+        super().__init__(app)
         self.reading = reading
         self.go_on = go_on
+        self.has_piece = False
 
-    async def take(self, number: int, /) -> None:
-        if number == 1:
-            self.reading.put_nowait(None)
-        await self.go_on.wait()
+    async def take(self, message: Message, /) -> None:
+        if message.get("more_body"):
+            if not self.has_piece:
+                self.reading.put_nowait(None)
+            self.has_piece = True
+            await self.go_on.wait()
 
 
 async def read_or_write(scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,8 +76,8 @@ async def test_slow_readers_stop_no_writer(
     )
     app = UnitOfWorkMiddleware(read_or_write, db)
     reading, go_on = asyncio.Queue[None](), asyncio.Event()
-    clients = [Slow(reading, go_on) for _ in range(50)]
-    readers = [asyncio.create_task(read_slowly(each, app)) for each in clients]
+    clients = [Slow(app, reading, go_on) for _ in range(50)]
+    readers = [asyncio.create_task(each.request()) for each in clients]
     for _ in range(5):
         await reading.get()
     await eventually(in_vain, lambda: how_many_ended(readers), within=30)
@@ -83,27 +89,27 @@ async def test_slow_readers_stop_no_writer(
     assert [0, 5] == checked_out(db)
     assert list(range(ROWS + 200)) == await shop.items(backend)
     go_on.set()
-    statuses = await asyncio.gather(*readers)
-    assert in_vain == statuses.count(503)
-    assert 50 - in_vain == statuses.count(200)
+    responses = await asyncio.gather(*readers)
+    refused = [each for each in responses if each.status == 503]
+    assert in_vain == len(refused)
+    assert all(isinstance(each.error, PoolTimeout) for each in refused)
+    assert all("retry-after" in each.headers for each in refused)
+    served = [each for each in responses if each.status == 200]
+    assert 50 - in_vain == len(served)
+    assert {None} == {each.error for each in served}
     late = 45 - in_vain  # they saw what had been written meanwhile
-    pieces = [0] * in_vain + [ROWS] * 5 + [ROWS + 200] * late
-    assert pieces == sorted(client.pieces for client in clients)
+    pieces = [ROWS] * 5 + [ROWS + 200] * late
+    assert pieces == sorted(len(each.chunks) for each in served)
     assert [0, 0] == checked_out(db)
     await db.dispose()
 
 
-async def read_slowly(client: Client, app: ASGIApp) -> int:
-    try:
-        return await client.call(app)
-    except PoolTimeout:
-        assert b"retry-after" in dict(client.start["headers"])
-        return int(client.start["status"])
-
-
-async def how_many_ended(tasks: list[asyncio.Task[int]]) -> int:
+async def how_many_ended(tasks: list[asyncio.Task[Response]]) -> int:
     return sum(task.done() for task in tasks)
 
 
 async def write(app: ASGIApp, numbers: range) -> list[int]:
-    return [await Client("POST", str(number)).call(app) for number in numbers]
+    client = Client(app)
+    responses = [await client.request(f"{n}", method="POST") for n in numbers]
+    assert {None} == {each.error for each in responses}
+    return [each.status for each in responses]

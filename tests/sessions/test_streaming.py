@@ -16,8 +16,9 @@ from starlette.routing import Route
 from asgi_uow import Database, UnitOfWorkMiddleware, current_read_session
 from asgi_uow.errors import ReadOnlySessionError
 from tests.servers import eventually
-from tests.support.asgi import request
-from tests.support.streams import ROWS, SELECT, Client, checked_out, fill
+from tests.support.asgi import Client, Response, request
+from tests.support.databases import DRIVERS, checked_out, on
+from tests.support.streams import ROWS, SELECT, fill
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
     from tests.servers import Backend, MariaDBBackend, ServerBackend
     from tests.servers.backend import SQLiteBackend
 
+pytestmark = on(*DRIVERS)
+
 
 @pytest.fixture
-async def shop_backend(any_driver: Backend) -> Backend:
+async def stocked(backend: Backend) -> Backend:
     """A shop with 300 items."""
-    await fill(any_driver)
-    return any_driver
+    await fill(backend)
+    return backend
 
 
 # The connection of a stream, whatever ends it
@@ -55,72 +58,61 @@ async def rows_as_text(request: Request) -> StreamingResponse:
 ROUTES = [Route("/", rows_as_text), Route("/broken", rows_as_text)]
 
 
-class Leaving(Client):
-    """Stops reading after the first piece, and goes away when told to."""
+class Stalled(Client):
+    """Stops reading after the first piece."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(app)
         self.has_piece = asyncio.Event()
 
-    async def take(self, _: int, /) -> None:
-        self.has_piece.set()
-        await asyncio.Event().wait()
+    async def take(self, message: Message, /) -> None:
+        if is_piece(message):
+            self.has_piece.set()
+            await asyncio.Event().wait()
 
 
-class Announcing(Leaving):
-    """Has `receive` say that it is gone, as servers before spec 2.4 do."""
+class Old(Client):
+    """Has `receive` say that the client is gone, as servers before spec 2.4 do."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.scope["asgi"] = {"version": "3.0", "spec_version": "2.0"}
-
-    async def receive(self) -> Message:
-        await self.has_piece.wait()
-        return {"type": "http.disconnect"}
+    spec_version = "2.0"
 
 
-class Failing(Client):
-    """Has `send` raise when it is gone, as servers since spec 2.4 do."""
-
-    async def take(self, _: int, /) -> None:
-        message = "the client has gone"
-        raise OSError(message)
+def is_piece(message: Message) -> bool:
+    return bool(message.get("more_body"))
 
 
-async def read_all(app: ASGIApp) -> int:
-    client = Client()
-    assert 200 == await client.call(app)
-    return client.pieces
+async def read_all(app: ASGIApp) -> Response:
+    response = await Client(app).request()
+    assert (200, None) == (response.status, response.error)
+    return response
 
 
-async def raise_inside(app: ASGIApp) -> int:
-    client = Client(path="/broken")
-    with pytest.raises(LookupError):
-        await client.call(app)
-    return client.pieces
+async def raise_inside(app: ASGIApp) -> Response:
+    response = await Client(app).request("/broken")
+    assert isinstance(response.error, LookupError)
+    return response
 
 
-async def cancel(app: ASGIApp) -> int:
-    client = Leaving()
-    task = asyncio.create_task(client.call(app))
+async def cancel(app: ASGIApp) -> Response:
+    client, response = Stalled(app), Response()
+    task = asyncio.create_task(client.request(into=response))
     await client.has_piece.wait()
     task.cancel()
     await asyncio.wait((task,))
     assert task.cancelled()
-    return client.pieces
+    return response
 
 
-async def announce(app: ASGIApp) -> int:
-    client = Announcing()
-    assert 200 == await client.call(app)
-    return client.pieces
+async def announce(app: ASGIApp) -> Response:
+    response = await Old(app).request(leave_after=is_piece)
+    assert (200, None) == (response.status, response.error)
+    return response
 
 
-async def fail_to_send(app: ASGIApp) -> int:
-    client = Failing()
-    with pytest.raises(ClientDisconnect):
-        await client.call(app)
-    return client.pieces
+async def fail_to_send(app: ASGIApp) -> Response:
+    response = await Client(app).request(leave_after=is_piece)
+    assert isinstance(response.error, ClientDisconnect)
+    return response
 
 
 @pytest.mark.parametrize(
@@ -134,30 +126,30 @@ async def fail_to_send(app: ASGIApp) -> int:
     ],
 )
 async def test_connection_of_a_stream_comes_back(
-    shop_backend: Backend, end: Callable[[ASGIApp], Awaitable[int]], pieces: int
+    stocked: Backend, end: Callable[[ASGIApp], Awaitable[Response]], pieces: int
 ) -> None:
     """A generator that began after the start reads; its connection is then free."""
-    db = Database.from_url(shop_backend.url, pool_size=1, max_overflow=0)
+    db = Database.from_url(stocked.url, pool_size=1, max_overflow=0)
     app = UnitOfWorkMiddleware(Starlette(routes=ROUTES), db)
 
-    assert pieces == await end(app)
+    assert pieces == len((await end(app)).chunks)
 
     assert [0, 0] == checked_out(db)
-    await eventually(0, shop_backend.open_transactions)
-    assert ROWS == await read_all(app)
+    await eventually(0, stocked.open_transactions)
+    assert ROWS == len((await read_all(app)).chunks)
     assert [0, 0] == checked_out(db)
     await db.dispose()
 
 
 @pytest.mark.parametrize("is_read", [True, False])
 async def test_reads_go_on_after_an_error_beside_a_stream(
-    shop_backend: Backend, is_read: bool
+    stocked: Backend, is_read: bool
 ) -> None:
     """PostgreSQL ends the transaction of the cursor; the next read begins anew."""
-    db = Database.from_url(shop_backend.url, pool_size=1, max_overflow=0)
+    db = Database.from_url(stocked.url, pool_size=1, max_overflow=0)
     async with db:
         rows = await db.read.stream_scalars(SELECT)
-        if is_read or shop_backend.name == "mariadb":
+        if is_read or stocked.name == "mariadb":
             assert ROWS == len(await rows.all())
         with pytest.raises(ReadOnlySessionError):
             await db.read.execute("DELETE FROM items")
@@ -166,11 +158,11 @@ async def test_reads_go_on_after_an_error_beside_a_stream(
     await db.dispose()
 
 
-@pytest.mark.parametrize("any_driver", ["asyncmy", "asyncpg", "psycopg"], indirect=True)
-async def test_reads_go_on_after_an_error_among_the_rows(shop_backend: Backend) -> None:
+@on("asyncmy", "asyncpg", "psycopg")
+async def test_reads_go_on_after_an_error_among_the_rows(stocked: Backend) -> None:
     """The error is that of the stream alone; the next read does not meet it."""
     too_many = "SELECT other.id FROM items AS other WHERE other.id >= items.id - 200"
-    db = Database.from_url(shop_backend.url, pool_size=1, max_overflow=0)
+    db = Database.from_url(stocked.url, pool_size=1, max_overflow=0)
     async with db:
         rows = await db.read.stream_scalars(
             f"SELECT CASE WHEN id = 250 THEN ({too_many}) END FROM items ORDER BY id"
@@ -212,12 +204,12 @@ SLOW = {
 SLOW["psycopg"] = SLOW["asyncpg"]
 
 
-@pytest.mark.parametrize("any_driver", GATES, indirect=True)
-async def test_first_rows_before_the_last(any_driver: ServerBackend) -> None:
+@on(*GATES)
+async def test_first_rows_before_the_last(backend: ServerBackend) -> None:
     """The first rows are there while the server cannot go on to the last."""
-    close, open_, select = GATES[any_driver.driver]
-    db = Database.from_url(any_driver.url)
-    keeper = Database.from_url(any_driver.url)
+    close, open_, select = GATES[backend.driver]
+    db = Database.from_url(backend.url)
+    keeper = Database.from_url(backend.url)
     async with keeper, db:
         await keeper.write.execute(close)
         rows = await db.read.stream(select)
@@ -241,14 +233,14 @@ async def rest_of(rows: AsyncResult[Any]) -> asyncio.Task[Sequence[Any]]:
     return task
 
 
-@pytest.mark.parametrize("any_driver", GATES, indirect=True)
+@on(*GATES)
 async def test_reads_go_on_after_a_cancellation_among_the_rows(
-    any_driver: ServerBackend,
+    backend: ServerBackend,
 ) -> None:
     """A cancelled fetch ends its stream; the next read has another connection."""
-    close, _, select = GATES[any_driver.driver]
-    db = Database.from_url(any_driver.url)
-    keeper = Database.from_url(any_driver.url)
+    close, _, select = GATES[backend.driver]
+    db = Database.from_url(backend.url)
+    keeper = Database.from_url(backend.url)
     async with keeper, db:
         await keeper.write.execute(close)
         rows = await db.read.stream(select)
@@ -265,17 +257,17 @@ async def test_reads_go_on_after_a_cancellation_among_the_rows(
     await db.dispose()
 
 
-@pytest.mark.parametrize("any_driver", GATES, indirect=True)
+@on(*GATES)
 async def test_connection_lost_among_the_rows_is_answered_503(
-    any_driver: ServerBackend,
+    backend: ServerBackend,
 ) -> None:
     """As one that is lost under any other statement."""
-    db = Database.from_url(any_driver.url)
+    db = Database.from_url(backend.url)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        rows = await db.read.stream(SLOW[any_driver.driver])
+        rows = await db.read.stream(SLOW[backend.driver])
         rest = await rest_of(rows)
-        await any_driver.kill_connections()
+        await backend.kill_connections()
         await rest
 
     response = await request(UnitOfWorkMiddleware(app, db))
@@ -285,11 +277,11 @@ async def test_connection_lost_among_the_rows_is_answered_503(
     await db.dispose()
 
 
-@pytest.mark.parametrize("any_driver", ["asyncpg", "psycopg"], indirect=True)
-async def test_postgresql_sends_what_is_read(any_driver: ServerBackend) -> None:
+@on("asyncpg", "psycopg")
+async def test_postgresql_sends_what_is_read(backend: ServerBackend) -> None:
     """PostgreSQL sends a piece when asked, so nothing piles up in this process."""
-    async with any_driver.proxy() as proxy:
-        db = Database.from_url(any_driver.through(proxy.port))
+    async with backend.proxy() as proxy:
+        db = Database.from_url(backend.through(proxy.port))
         async with db:
             rows = await db.read.stream_scalars("SELECT generate_series(1, 5000)")
             assert 1 == await anext(rows)

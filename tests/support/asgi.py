@@ -1,23 +1,27 @@
-"""A raw ASGI client: what reached the server, in order, and what was kept then."""
+"""Applications, and a client that calls them as a server does, without a socket."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from typing import TYPE_CHECKING
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
-from asgi_uow.observers import (
-    CommitFailed,
-    HookFailed,
-    ImplicitCommit,
-    ReleaseFailed,
-    UnitFinished,
+from asgi_uow import (
+    UnitOfWorkMiddleware,
+    after_commit,
+    after_rollback,
+    current_unit_of_work,
 )
+from tests.support.observer import Events
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
+    from asgi_uow import Database, UnitOfWork
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
-    from asgi_uow.observers import Event
+
+    Handler = Callable[[], Awaitable[object]]
 
 START = "http.response.start"
 BODY = "http.response.body"
@@ -25,11 +29,17 @@ BODY = "http.response.body"
 
 @dataclasses.dataclass
 class Response:
-    """What the server was given, and what the application raised to it."""
+    """What reached the server, in order, and what else came of a request."""
 
-    messages: list[Message] = dataclasses.field(default_factory=list)
-    seen: list[object] = dataclasses.field(default_factory=list)
+    messages: list[Message] = dataclasses.field(default_factory=list[Any])
+    seen: list[object] = dataclasses.field(default_factory=list[object])
+    """What the probe answered when a start had reached the server."""
     error: BaseException | None = None
+    """What left the application."""
+    events: Events = dataclasses.field(default_factory=Events)
+    units: list[UnitOfWork] = dataclasses.field(default_factory=list[Any])
+    hooks: list[str] = dataclasses.field(default_factory=list[str])
+    """The hooks that were called: "commit" or "rollback"."""
 
     @property
     def types(self) -> list[str]:
@@ -37,59 +47,161 @@ class Response:
 
     @property
     def status(self) -> int:
-        """The status of the only start."""
-        starts = [each for each in self.messages if each["type"] == START]
-        assert 1 == len(starts), self
-        status: int = starts[0]["status"]
+        """The status of the only start; there has to be exactly one, at first."""
+        assert [START] == [each for each in self.types if each != BODY], self
+        status = self.messages[0]["status"]
+        assert isinstance(status, int)
         return status
 
     @property
-    def headers(self) -> dict[bytes, bytes]:
-        return dict(self.messages[0]["headers"])
+    def headers(self) -> dict[str, str]:
+        pairs = self.messages[0]["headers"]
+        return {name.decode().lower(): value.decode() for name, value in pairs}
+
+    @property
+    def cookie(self) -> bytes:
+        """What the client sends with its next request, if it was given one."""
+        return self.headers.get("set-cookie", "").partition(";")[0].encode()
+
+    @property
+    def chunks(self) -> list[str]:
+        """The parts of the body that are not empty."""
+        bodies = [each.get("body", b"") for each in self.messages[1:]]
+        return [body.decode() for body in bodies if body]
+
+    @property
+    def is_over(self) -> bool:
+        last = self.messages[-1]
+        return last["type"] == BODY and not last.get("more_body", False)
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether the body has one end, the length that was announced."""
+        ends = [not each.get("more_body", False) for each in self.messages[1:]]
+        length = sum(len(each.get("body", b"")) for each in self.messages[1:])
+        announced = int(self.headers.get("content-length", length))
+        return ends == [*([False] * (len(ends) - 1)), True] and announced == length
+
+    @property
+    def unit(self) -> UnitOfWork:
+        """The unit of work of the request."""
+        [unit] = self.units
+        return unit
 
 
-def http_scope(**extra: object) -> dict[str, object]:
+def http_scope(path: str = "/", **others: object) -> dict[str, object]:
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
         "http_version": "1.1",
         "method": "GET",
-        "path": "/",
-        "raw_path": b"/",
+        "path": path,
+        "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
         "scheme": "http",
-        "headers": [],
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 2),
-        **extra,
+        "headers": [(b"host", b"server")],
+        "client": ("client", 1),
+        "server": ("server", 80),
+        "state": {},
+        **others,
     }
 
 
+class Client:
+    """Calls an application; `probe` looks at the database when a start arrives."""
+
+    spec_version = "2.4"
+
+    def __init__(self, app: ASGIApp, probe: Handler | None = None) -> None:
+        self.app = app
+        self._probe = probe
+
+    async def take(self, message: Message, /) -> None:
+        """Be given a message; as quick as can be."""
+
+    async def request(
+        self,
+        path: str = "/",
+        *,
+        scope: Scope = None,
+        leave_after: Callable[[Message], bool] | None = None,
+        into: Response | None = None,
+        **others: object,
+    ) -> Response:
+        """Send a request; the client goes away after the first message that it says.
+
+        What the application sends to a client that is gone is lost without a sign,
+        as it is in every real server; from ASGI 2.4 on an `OSError` tells.
+        """
+        response = Response() if into is None else into
+        if scope is None:
+            scope = http_scope(path, **others)
+            scope["asgi"] = {"version": "3.0", "spec_version": self.spec_version}
+        over = asyncio.Event()  # to an application, an end is a client that left
+
+        async def send(message: Message) -> None:
+            if over.is_set() and not response.is_over:
+                if scope["asgi"]["spec_version"] == "2.4":
+                    reason = "the client has gone"
+                    raise OSError(reason)
+                return
+            if message["type"] == START:
+                # An iterator, in Sanic: whoever reads it first is the only one.
+                message = {**message, "headers": list(message["headers"])}
+                if self._probe is not None:
+                    response.seen.append(await self._probe())
+            response.messages.append(message)
+            await self.take(message)
+            if response.is_over or (leave_after and leave_after(message)):
+                over.set()
+
+        try:
+            await self.app(scope, receiving(over), send)
+        except Exception as error:  # noqa: BLE001  # what a server would log
+            response.error = error
+        return response
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncGenerator[None, None]:
+        """Start the application, then shut it down."""
+        events: asyncio.Queue[Message] = asyncio.Queue()
+        answers: asyncio.Queue[Message] = asyncio.Queue()
+        scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
+
+        async def run() -> None:
+            await self.app(scope, events.get, answers.put)
+
+        async def is_complete(event: str) -> bool:
+            await events.put({"type": f"lifespan.{event}"})
+            answer = await asyncio.wait_for(answers.get(), timeout=5)
+            return bool(answer["type"] == f"lifespan.{event}.complete")
+
+        task = asyncio.create_task(run())
+        try:
+            assert await is_complete("startup")
+            yield
+        finally:
+            assert await is_complete("shutdown")
+            await task
+
+
+def receiving(over: asyncio.Event) -> Receive:
+    """Give an empty body, and when all is over say that the client has left."""
+    body = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+    async def receive() -> Message:
+        message = next(body, None)
+        if message is None:
+            await over.wait()
+            message = {"type": "http.disconnect"}
+        return message
+
+    return receive
+
+
 async def no_body() -> Message:
-    raise NotImplementedError  # no application of ours reads the body
-
-
-async def request(
-    app: ASGIApp,
-    *,
-    scope: Scope = None,
-    receive: Receive = no_body,
-    probe: Callable[[], Awaitable[object]] | None = None,
-) -> Response:
-    """Send one request; `probe` looks at the database when the start arrives."""
-    response = Response()
-
-    async def send(message: Message) -> None:
-        if probe is not None and message["type"] == START:
-            response.seen.append(await probe())
-        response.messages.append(message)
-
-    try:
-        await app(scope or http_scope(), receive, send)
-    except Exception as error:  # noqa: BLE001  # what the server would log
-        response.error = error
-    return response
+    raise NotImplementedError  # for an application that reads no body
 
 
 async def respond(send: Send, status: int = 200, body: bytes = b"ok") -> None:
@@ -98,16 +210,7 @@ async def respond(send: Send, status: int = 200, body: bytes = b"ok") -> None:
     await send({"type": BODY, "body": body})
 
 
-def results(events: list[Event]) -> list[Event]:
-    """Give what came out; leave out beginnings, hooks and connections."""
-    results = (CommitFailed, HookFailed, ImplicitCommit, ReleaseFailed, UnitFinished)
-    return [each for each in events if isinstance(each, results)]
-
-
-def endpoint(
-    handler: Callable[[], Awaitable[object]],
-    status: int = 200,
-) -> ASGIApp:
+def endpoint(handler: Handler, status: int = 200) -> ASGIApp:
     """Make the smallest application: run `handler`, then answer."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -115,3 +218,47 @@ def endpoint(
         await respond(send, status)
 
     return app
+
+
+async def request(
+    app: ASGIApp, *, scope: Scope = None, probe: Handler | None = None
+) -> Response:
+    """Send one request to an application."""
+    return await Client(app, probe).request(scope=scope)
+
+
+async def serve(
+    app: ASGIApp,
+    *databases: Database,
+    probe: Handler | None = None,
+    into: Response | None = None,
+    **options: Any,
+) -> Response:
+    """Send one request to an application behind the middleware, and observe it."""
+    response = Response() if into is None else into
+    options = {"observers": [response.events], **options}
+    client = Client(UnitOfWorkMiddleware(app, *databases, **options), probe)
+    return await client.request(into=response)
+
+
+async def handle(
+    handler: Handler,
+    *databases: Database,
+    status: int = 200,
+    hooks: bool = False,
+    **options: Any,
+) -> Response:
+    """Have a handler do the work of one request, then answer.
+
+    With `hooks` it registers one of either kind, to see which is called.
+    """
+    response = Response()
+
+    async def work() -> None:
+        response.units.append(current_unit_of_work())
+        if hooks:
+            after_commit(response.hooks.append, "commit")
+            after_rollback(response.hooks.append, "rollback")
+        await handler()
+
+    return await serve(endpoint(work, status), *databases, into=response, **options)

@@ -13,7 +13,8 @@ from opentelemetry.trace import StatusCode
 
 from asgi_uow import UnitOfWorkMiddleware, current_session
 from asgi_uow.otel import OpenTelemetryObserver
-from tests.integration.frameworks.driver import Server, answering
+from tests.integration.frameworks.driver import Server
+from tests.support.asgi import endpoint
 from tests.support.shop import insert
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
     from asgi_uow import Database
-    from tests.integration.frameworks.driver import Exchange
+    from tests.support.asgi import Response
 
 
 class Telemetry:
@@ -83,10 +84,10 @@ async def request(
     observer: OpenTelemetryObserver,
     status: int = 200,
     hook_timeout: float = 5.0,
-) -> Exchange:
+) -> Response:
     """Do some work as a request does, and answer."""
     app = UnitOfWorkMiddleware(
-        answering(work, status), db, observers=[observer], hook_timeout=hook_timeout
+        endpoint(work, status), db, observers=[observer], hook_timeout=hook_timeout
     )
     return await Server(app).request()
 

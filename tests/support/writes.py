@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import delete, insert, select, update
 
+from tests.support.databases import DRIVERS
 from tests.support.shop import Item
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     Call: TypeAlias = Callable[[Session], Awaitable[object]]
 
-DRIVERS = ["aiosqlite", "asyncmy", "asyncpg", "psycopg"]
 INSERT = "INSERT INTO items (id) VALUES (2)"
 SELECT = "SELECT id FROM items ORDER BY id"
 SET_CONFIG = "SELECT set_config('default_transaction_read_only', 'off', false)"

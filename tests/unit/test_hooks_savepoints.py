@@ -26,9 +26,9 @@ from asgi_uow import (
     unit_of_work,
 )
 from asgi_uow.errors import ReadOnlySessionError
-from tests.promises.test_promises import shop_database
 from tests.support import shop
 from tests.support.asgi import endpoint, request
+from tests.support.databases import shop_database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -96,12 +96,6 @@ async def run(record: Record, open_one: Open, tree: tuple[Node, ...]) -> None:
                     await run(record, open_one, node.inside)
                     if not node.keep:
                         raise Undo
-
-
-@pytest.fixture
-async def db(backend: Backend) -> AsyncIterator[Database]:
-    async with shop_database(backend) as db:
-        yield db
 
 
 def plain() -> AbstractAsyncContextManager[object]:

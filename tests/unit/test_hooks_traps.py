@@ -26,25 +26,19 @@ from asgi_uow import (
 )
 from asgi_uow.errors import NestedUnitOfWorkError, TooManyHooksError
 from asgi_uow.observers import ConnectionReleased, HookFailed, ReleaseFailed
-from tests.promises.test_promises import checked_out, shop_database
 from tests.support import shop
 from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.databases import DRIVERS, checked_out, on, shop_database
 from tests.support.private import current
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
     from asgi_uow._asgi import Receive, Scope, Send
     from asgi_uow.observers import Event
     from tests.servers.backend import Backend, MariaDBBackend, SQLiteBackend
 
 COUNT = "SELECT count(*) FROM items"
-
-
-@pytest.fixture
-async def db(backend: Backend) -> AsyncIterator[Database]:
-    async with shop_database(backend) as db:
-        yield db
 
 
 async def failures(
@@ -245,9 +239,10 @@ async def test_block_around_the_response(db: Database, backend: Backend) -> None
     assert [1] == await shop.items(backend)
 
 
-async def test_savepoint_in_a_cancelled_scope(any_driver: Backend) -> None:
+@on(*DRIVERS)
+async def test_savepoint_in_a_cancelled_scope(backend: Backend) -> None:
     """P10: a scope that is cancelled in a savepoint undoes that and no more."""
-    async with shop_database(any_driver) as db:
+    async with shop_database(backend) as db:
 
         async def handler() -> None:
             await shop.insert(1)
@@ -262,7 +257,7 @@ async def test_savepoint_in_a_cancelled_scope(any_driver: Backend) -> None:
         called: list[str] = []
         assert [] == await failures(handler, db)
 
-    assert [1, 3] == await shop.items(any_driver)
+    assert [1, 3] == await shop.items(backend)
     assert [] == called
 
 

@@ -34,13 +34,13 @@ from asgi_uow.errors import (
     UnitOfWorkClosedError,
 )
 from asgi_uow.observers import CommitFailed, HookFailed
-from tests.promises.test_promises import checked_out, shop_database
 from tests.support import shop
 from tests.support.asgi import endpoint, request
+from tests.support.databases import SERVERS, checked_out, on, shop_database
 from tests.support.private import MOST_BY_HOOKS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
     from asgi_uow import UnitOfWork
     from asgi_uow.observers import Event
@@ -49,14 +49,6 @@ if TYPE_CHECKING:
 
     Register = Callable[..., None]
     Work = Callable[[], Awaitable[object]]
-
-
-@pytest.fixture
-async def db(backend: Backend) -> AsyncIterator[Database]:
-    # One connection of each kind: a hook gets the one that its request gave back.
-    options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
-    async with shop_database(backend, **options) as db:
-        yield db
 
 
 class Sent:
@@ -250,9 +242,10 @@ async def test_block_in_a_hook_that_uses_its_session(
     assert [1] == await shop.items(backend)
 
 
-async def test_independent_block_in_a_hook(server_backend: Backend) -> None:
+@on(*SERVERS)
+async def test_independent_block_in_a_hook(backend: Backend) -> None:
     """An independent block beside the hook's own work has an outcome of its own."""
-    async with shop_database(server_backend) as db:
+    async with shop_database(backend) as db:
 
         async def hook() -> None:
             await shop.insert(1)
@@ -262,14 +255,15 @@ async def test_independent_block_in_a_hook(server_backend: Backend) -> None:
 
         await Sent(db, functools.partial(after_commit, hook)).send()
 
-    assert [2] == await shop.items(server_backend)
+    assert [2] == await shop.items(backend)
 
 
+@on(*SERVERS)
 async def test_databases_of_the_unit_around(
-    sqlite: SQLiteBackend, server_backend: Backend
+    sqlite: SQLiteBackend, backend: Backend
 ) -> None:
     """A hook reaches every database that its request reaches, in its own unit."""
-    async with shop_database(sqlite) as outer, shop_database(server_backend) as inner:
+    async with shop_database(sqlite) as outer, shop_database(backend) as inner:
 
         async def hook() -> None:
             await shop.insert(1)
@@ -281,7 +275,7 @@ async def test_databases_of_the_unit_around(
         app = UnitOfWorkMiddleware(endpoint(handler), inner)
         await request(UnitOfWorkMiddleware(app, outer))
 
-    assert [1] == await shop.items(server_backend)
+    assert [1] == await shop.items(backend)
     assert [2] == await shop.items(sqlite)
 
 

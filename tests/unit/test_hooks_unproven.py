@@ -23,6 +23,7 @@ from asgi_uow import (
 from asgi_uow.errors import ManagedTransactionError
 from tests.support import shop
 from tests.support.asgi import endpoint, request
+from tests.support.databases import SERVERS, on
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -79,15 +80,14 @@ def is_commit(trip: str) -> bool:
     return trip == "COMMIT"
 
 
+@on(*SERVERS)
 @pytest.mark.parametrize("case", CASES)
-async def test_p3_no_hook_without_a_commit(
-    case: str, server_backend: ServerBackend
-) -> None:
+async def test_p3_no_hook_without_a_commit(case: str, backend: ServerBackend) -> None:
     """P3: after_commit and after_response are called after a proven COMMIT alone.
 
     After a proven rollback after_rollback is, and while nobody knows none of them.
     """
-    await shop.create(server_backend)
+    await shop.create(backend)
     end = CASES[case]
     called: list[str] = []
     outcomes: list[Callable[[], Outcome | None]] = []
@@ -100,8 +100,8 @@ async def test_p3_no_hook_without_a_commit(
             register(called.append, register.__name__)
         await end.handler()
 
-    async with server_backend.proxy() as proxy:
-        db = Database.from_url(server_backend.through(proxy.port))
+    async with backend.proxy() as proxy:
+        db = Database.from_url(backend.through(proxy.port))
         if end.cut:
             proxy.cut_after(is_commit)
         app = UnitOfWorkMiddleware(endpoint(handler, end.status), db)

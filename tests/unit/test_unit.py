@@ -31,9 +31,9 @@ from asgi_uow.errors import (
     UnitOfWorkClosedError,
 )
 from asgi_uow.observers import CommitFailed, HookFailed, UnitFinished
-from tests.promises.test_promises import checked_out, shop_database
 from tests.support import shop
 from tests.support.asgi import endpoint, request
+from tests.support.databases import SERVERS, checked_out, on, shop_database
 from tests.support.private import (
     COMMIT,
     TRANSITIONS,
@@ -45,16 +45,10 @@ from tests.support.private import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from asgi_uow.observers import Event
     from tests.servers.backend import Backend, MariaDBBackend
-
-
-@pytest.fixture
-async def db(backend: Backend) -> AsyncIterator[Database]:
-    async with shop_database(backend) as db:
-        yield db
 
 
 async def test_leaving_the_block_commits(db: Database, backend: Backend) -> None:
@@ -165,20 +159,21 @@ async def test_nested_unit_of_the_same_database_is_refused(
     assert [1, 2] == await shop.items(backend)
 
 
+@on(*SERVERS)
 async def test_independent_unit_has_its_own_outcome(
-    server_backend: Backend,
+    backend: Backend,
 ) -> None:
     """independent=True: a connection and an outcome of its own."""
-    async with shop_database(server_backend) as db:
+    async with shop_database(backend) as db:
         with pytest.raises(ZeroDivisionError):
             async with db:
                 await shop.insert(1)
                 async with unit_of_work(db, independent=True):
                     await shop.insert(2)
-                assert [2] == await shop.items(server_backend)
+                assert [2] == await shop.items(backend)
                 raise ZeroDivisionError
 
-        assert [2] == await shop.items(server_backend)
+        assert [2] == await shop.items(backend)
 
 
 async def test_independent_unit_on_sqlite(sqlite: Backend) -> None:

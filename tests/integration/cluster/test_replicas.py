@@ -25,11 +25,11 @@ from asgi_uow.observers import (
     ReaderRestored,
 )
 from tests.promises.test_p10_cancellation import SLEEPING
-from tests.promises.test_promises import checked_out
 from tests.reading.test_replicas import prolong_pauses
 from tests.servers import eventually
 from tests.support import shop
 from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.databases import checked_out
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable

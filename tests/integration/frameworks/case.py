@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from asgi_uow._asgi import ASGIApp
     from asgi_uow.observers import Event
-    from tests.integration.frameworks.driver import Exchange
     from tests.integration.frameworks.site import Adapter, Handler, Reply
     from tests.servers import Backend
+    from tests.support.asgi import Response
 
     Check: TypeAlias = Callable[["Case"], Awaitable[None]]
 
@@ -137,7 +137,7 @@ class Case:
         else:
             await current_session().execute("INSERT INTO book VALUES (99)")
 
-    async def check_failed(self, exchange: Exchange) -> None:
+    async def check_failed(self, exchange: Response) -> None:
         """The client has one error response, everybody knows, nothing is kept."""
         lost = isinstance(self.backend, MariaDBBackend)
         expected = 503 if lost and not self.framework.answers_failures else 500
@@ -147,9 +147,9 @@ class Case:
         assert exchange.headers["content-type"]
         await self.check_rolled_back(exchange)
 
-    async def check_rolled_back(self, exchange: Exchange) -> None:
+    async def check_rolled_back(self, exchange: Response) -> None:
         """Everybody knows that the commit failed, nothing is kept."""
-        assert [[]] == exchange.seen_at_start
+        assert [[]] == exchange.seen
         assert [] == await self.kept()
         raised = CommitFailedError in [type(each) for each in causes(exchange.error)]
         assert self.framework.answers_failures != raised

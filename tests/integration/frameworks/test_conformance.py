@@ -7,6 +7,7 @@ import pytest
 
 from tests.integration.frameworks.conformance import FACTS
 from tests.integration.frameworks.matrix import FRAMEWORKS
+from tests.support.databases import SERVERS, on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,9 +49,10 @@ async def test_conformance(fact: Fact, framework: Adapter, sqlite: Backend) -> N
     await fact.hold(framework, sqlite)
 
 
+@on(*SERVERS)
 @pytest.mark.parametrize(("framework", "fact"), DATABASE_CELLS, ids=name)
 async def test_on_servers(
-    fact: Fact, framework: Adapter, server_backend: ServerBackend
+    fact: Fact, framework: Adapter, backend: ServerBackend
 ) -> None:
     """What a database has a part in holds on each of them."""
-    await fact.hold(framework, server_backend)
+    await fact.hold(framework, backend)

@@ -27,22 +27,13 @@ from tests.support import shop
 from tests.support.asgi import endpoint, request
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
     from typing import TypeAlias
 
     from asgi_uow.observers import Event
     from tests.servers import Backend
 
     Step: TypeAlias = Callable[[Backend], Awaitable[None]]
-
-
-@pytest.fixture
-async def db(backend: Backend) -> AsyncIterator[Database]:
-    """The shop on each database in turn."""
-    await shop.create(backend)
-    db = Database.from_url(backend.url)
-    yield db
-    await db.dispose()
 
 
 @pytest.mark.parametrize("status", [200, 201, 303])

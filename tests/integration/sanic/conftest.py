@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-async def backend(
+async def store(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[SQLiteBackend]:
     """A SQLite file for all tests of a module; each uses numbers of its own."""
@@ -25,8 +25,8 @@ async def backend(
 
 @pytest.fixture(scope="module")
 async def site(
-    backend: SQLiteBackend, tmp_path_factory: pytest.TempPathFactory
+    store: SQLiteBackend, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Child]:
     """The site in a single process, for all tests of a module."""
-    async with serving(backend.url, tmp_path_factory.mktemp("log")) as site:
+    async with serving(store.url, tmp_path_factory.mktemp("log")) as site:
         yield site

@@ -15,6 +15,7 @@ from tests.servers import RecordingProxy, ServerBackend, SQLiteBackend, eventual
 from tests.servers.plugin import make_backend
 from tests.servers.process import is_free
 from tests.support import shop
+from tests.support.databases import SERVERS, on
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -120,14 +121,15 @@ async def test_response_timeout(served: Served) -> None:
     assert 0 == await served.backend.open_transactions()
 
 
+@on(*SERVERS)
 async def test_p10_shutdown_during_commit(
-    server_backend: ServerBackend, tmp_path: Path
+    backend: ServerBackend, tmp_path: Path
 ) -> None:
     """A server that is told to stop waits for COMMIT and for the hooks after it."""
-    await create(server_backend)
+    await create(backend)
     async with (
-        server_backend.proxy() as proxy,
-        serving(server_backend.through(proxy.port), tmp_path) as site,
+        backend.proxy() as proxy,
+        serving(backend.through(proxy.port), tmp_path) as site,
     ):
         hold = proxy.hold_answer(is_commit)
         connection = await site.send(get("/answer/text/1"))
@@ -142,8 +144,8 @@ async def test_p10_shutdown_during_commit(
         await eventually(expected=True, probe=is_closed)
         hold.release()
         assert 0 == await asyncio.wait_for(site.process.wait(), 30)
-        assert [1] == await shop.items(server_backend)
-        assert ["committed"] == await notes(server_backend, 1)
+        assert [1] == await shop.items(backend)
+        assert ["committed"] == await notes(backend, 1)
 
 
 async def test_shutdown_in_the_handler(sqlite: SQLiteBackend, tmp_path: Path) -> None:

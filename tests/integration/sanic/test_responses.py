@@ -26,15 +26,15 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize("path", OUTCOMES)
-async def test_response(path: str, site: Child, backend: SQLiteBackend) -> None:
+async def test_response(path: str, site: Child, store: SQLiteBackend) -> None:
     """Below 400 the work is kept and its hook has run, otherwise neither."""
     number = int(path.rpartition("/")[2])
 
     response = await site.get(path)
 
-    assert OUTCOMES[path] == (response.status_code, await kept(backend, number))
+    assert OUTCOMES[path] == (response.status_code, await kept(store, number))
     note = "committed" if OUTCOMES[path][1] else "rolled back"
-    assert [note] == await notes(backend, number)
+    assert [note] == await notes(store, number)
 
 
 async def test_stream_is_whole(site: Child) -> None:
@@ -44,16 +44,16 @@ async def test_stream_is_whole(site: Child) -> None:
     ]
 
 
-async def test_head(site: Child, backend: SQLiteBackend) -> None:
+async def test_head(site: Child, store: SQLiteBackend) -> None:
     """A HEAD request is a unit of work like any other, without a body."""
     async with site.client as client:
         response = await client.head("/answer/text/22")
 
     assert (200, "") == (response.status_code, response.text)
-    assert await kept(backend, 22)
+    assert await kept(store, 22)
 
 
-async def test_expect_continue(site: Child, backend: SQLiteBackend) -> None:
+async def test_expect_continue(site: Child, store: SQLiteBackend) -> None:
     """`100 Continue` decides nothing; the response after it does."""
     expect = ("expect: 100-continue", "content-length: 2", "connection: close")
     head = get("/answer/conflict/23", *expect).replace("GET", "POST")
@@ -64,7 +64,7 @@ async def test_expect_continue(site: Child, backend: SQLiteBackend) -> None:
 
     assert interim.startswith(b"HTTP/1.1 100 ")
     assert final.startswith("HTTP/1.1 409 ")
-    assert not await kept(backend, 23)
+    assert not await kept(store, 23)
 
 
 # COMMIT fails
@@ -82,7 +82,7 @@ async def test_expect_continue(site: Child, backend: SQLiteBackend) -> None:
         "/liar/text/37",
     ],
 )
-async def test_failed_commit(path: str, site: Child, backend: SQLiteBackend) -> None:
+async def test_failed_commit(path: str, site: Child, store: SQLiteBackend) -> None:
     """No success is sent, also not by an exception handler: a 500 is, and is small."""
     number = int(path.rpartition("/")[2])
 
@@ -96,25 +96,25 @@ async def test_failed_commit(path: str, site: Child, backend: SQLiteBackend) -> 
         "status": 500,
         "detail": "The request could not be completed.",
     } == response.json()
-    assert not await kept(backend, number)
-    assert ["rolled back"] == await notes(backend, number)
+    assert not await kept(store, number)
+    assert ["rolled back"] == await notes(store, number)
 
 
 async def test_failed_commit_answered_by_the_application(
-    site: Child, backend: SQLiteBackend
+    site: Child, store: SQLiteBackend
 ) -> None:
     """A handler for `UnitOfWorkFailedError` gets the failure and its answer is sent."""
     response = await site.get("/mine/text/38?broken=1")
 
     assert 507 == response.status_code
     assert {"cause": "commit_failed"} == response.json()
-    assert not await kept(backend, 38)
+    assert not await kept(store, 38)
 
 
 # One connection, several requests
 
 
-async def test_keep_alive(site: Child, backend: SQLiteBackend) -> None:
+async def test_keep_alive(site: Child, store: SQLiteBackend) -> None:
     """Each request of a connection has a unit of its own, also after a failure."""
     paths = ["/unit", "/answer/text/41?broken=1", "/unit", "/answer/text/42", "/unit"]
     async with site.client as client:
@@ -122,10 +122,10 @@ async def test_keep_alive(site: Child, backend: SQLiteBackend) -> None:
 
     assert [200, 500, 200, 200, 200] == [each.status_code for each in responses]
     assert [True, True, True] == [each.json() for each in responses[::2]]
-    assert [False, True] == [await kept(backend, number) for number in (41, 42)]
+    assert [False, True] == [await kept(store, number) for number in (41, 42)]
 
 
-async def test_pipelined(site: Child, backend: SQLiteBackend) -> None:
+async def test_pipelined(site: Child, store: SQLiteBackend) -> None:
     """Requests that come in at once do not get each other's unit."""
     connection = await site.send(
         get("/raise/crash/43"),
@@ -141,7 +141,7 @@ async def test_pipelined(site: Child, backend: SQLiteBackend) -> None:
     ]
     assert 2 == text.count("\r\n\r\ntrue")
     numbers = (43, 44, 45)
-    assert [False, True, False] == [await kept(backend, each) for each in numbers]
+    assert [False, True, False] == [await kept(store, each) for each in numbers]
 
 
 async def test_malformed_request(site: Child) -> None:
@@ -156,61 +156,61 @@ async def test_malformed_request(site: Child) -> None:
 # Beside and after the response
 
 
-async def test_task_left_behind(site: Child, backend: SQLiteBackend) -> None:
+async def test_task_left_behind(site: Child, store: SQLiteBackend) -> None:
     """`add_task` that goes on after the response is refused, `async with db:` works."""
     await site.get("/later/51")
     await site.get("/open")
-    await eventually(["UnitOfWorkClosedError"], lambda: notes(backend, 51))
+    await eventually(["UnitOfWorkClosedError"], lambda: notes(store, 51))
 
 
-async def test_task_beside_the_handler(site: Child, backend: SQLiteBackend) -> None:
+async def test_task_beside_the_handler(site: Child, store: SQLiteBackend) -> None:
     """`add_task` before the decision finds the unit; from a hook it has its own."""
     assert ["NestedUnitOfWorkError"] == (await site.get("/beside/55")).json()
-    await eventually(["done"], lambda: notes(backend, 55))
+    await eventually(["done"], lambda: notes(store, 55))
 
 
-async def test_stream_writes_too_late(site: Child, backend: SQLiteBackend) -> None:
+async def test_stream_writes_too_late(site: Child, store: SQLiteBackend) -> None:
     """What a stream writes after its first chunk is refused; what was kept stays."""
     response = await site.get("/stream-and-crash/52")
 
     assert (200, "one ") == (response.status_code, response.text)
-    assert await kept(backend, 52)
+    assert await kept(store, 52)
     assert 0 == await site.state("checked_out")
 
 
-async def test_websocket(site: Child, backend: SQLiteBackend) -> None:
+async def test_websocket(site: Child, store: SQLiteBackend) -> None:
     """A websocket handler has no unit; `async with db:` per message works."""
     async with connect(f"ws://127.0.0.1:{site.port}/feed") as websocket:
         for number in ("53", "54"):
             await websocket.send(number)
             assert "NoUnitOfWorkError" == await websocket.recv()
 
-    assert await kept(backend, 53)
-    assert await kept(backend, 54)
+    assert await kept(store, 53)
+    assert await kept(store, 54)
 
 
 # The client goes away
 
 
-async def test_disconnect_in_the_handler(site: Child, backend: SQLiteBackend) -> None:
+async def test_disconnect_in_the_handler(site: Child, store: SQLiteBackend) -> None:
     """The work is rolled back, hooks say so, and the connection is back."""
     connection = await site.send(get("/hang/61"))
-    await eventually(1, backend.open_transactions)
+    await eventually(1, store.open_transactions)
     await connection.leave()
-    await eventually(["rolled back"], lambda: notes(backend, 61))
+    await eventually(["rolled back"], lambda: notes(store, 61))
 
-    assert not await kept(backend, 61)
+    assert not await kept(store, 61)
     assert 0 == await site.state("checked_out")
 
 
-async def test_disconnect_in_the_stream(site: Child, backend: SQLiteBackend) -> None:
+async def test_disconnect_in_the_stream(site: Child, store: SQLiteBackend) -> None:
     """What was kept stays; the connection of the read session comes back."""
     connection = await site.send(get("/stream-and-hang/62"))
     await connection.reader.readuntil(b"one ")
     await connection.leave()
     await eventually(0, lambda: site.state("checked_out"))
 
-    assert await kept(backend, 62)
+    assert await kept(store, 62)
 
 
 async def test_database_is_in_the_context(site: Child) -> None:

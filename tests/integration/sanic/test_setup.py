@@ -29,18 +29,19 @@ from asgi_uow.errors import (
 )
 from asgi_uow.observers import UnitFinished
 from asgi_uow.sanic import setup
-from tests.promises.test_promises import checked_out, shop_database
 from tests.servers.process import HOST, free_port
 from tests.support import shop
-from tests.support.asgi import results
+from tests.support.databases import checked_out, on, shop_database
+from tests.support.observer import Events
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from sanic import HTTPResponse
 
-    from asgi_uow.observers import Event
     from tests.servers import Backend, MariaDBBackend, PostgreSQLBackend
+
+pytestmark = on("aiosqlite")
 
 KEYWORD_ONLY = Parameter.KEYWORD_ONLY
 NUMBERS = itertools.count()  # names have to differ
@@ -55,12 +56,6 @@ def several_applications(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def app() -> Sanic[Any, Any]:
     return Sanic(f"setup-{next(NUMBERS)}", configure_logging=False)
-
-
-@pytest.fixture
-async def db(sqlite: Backend) -> AsyncIterator[Database]:
-    async with shop_database(sqlite) as db:
-        yield db
 
 
 @asynccontextmanager
@@ -85,7 +80,7 @@ async def insert(_: Request[Any, Any]) -> HTTPResponse:
 
 async def test_several_databases(
     db: Database,
-    sqlite: Backend,
+    backend: Backend,
     postgresql: PostgreSQLBackend,
     app: Sanic[Any, Any],
 ) -> None:
@@ -102,15 +97,15 @@ async def test_several_databases(
         async with serving(app) as client:
             assert 200 == (await client.get("/")).status_code
 
-        assert [[1], [2]] == [await shop.items(each) for each in (sqlite, postgresql)]
+        assert [[1], [2]] == [await shop.items(each) for each in (backend, postgresql)]
         assert [0] * 4 == checked_out(db, other)
         assert not hasattr(app.ctx, "db")
 
 
-async def test_options(db: Database, sqlite: Backend, app: Sanic[Any, Any]) -> None:
+async def test_options(db: Database, backend: Backend, app: Sanic[Any, Any]) -> None:
     """`commit_when` sees the response as the middleware's does; observers are told."""
     seen: list[object] = []
-    events: list[Event] = []
+    events = Events()
 
     def commit_when(status: int, headers: list[tuple[bytes, bytes]]) -> bool:
         seen.append((status, sorted(headers)))
@@ -126,7 +121,7 @@ async def test_options(db: Database, sqlite: Backend, app: Sanic[Any, Any]) -> N
         app,
         db,
         commit_when=commit_when,
-        observers=[events.append],
+        observers=[events],
         commit_timeout=1.0,
         hook_timeout=2.0,
     )
@@ -135,8 +130,8 @@ async def test_options(db: Database, sqlite: Backend, app: Sanic[Any, Any]) -> N
 
     type_ = (b"content-type", b"text/plain; charset=utf-8")
     assert [(1.0, 2.0), (200, [type_, (b"x-mine", b"yes")])] == seen
-    assert [UnitFinished] == [type(event) for event in results(events)]
-    assert [] == await shop.items(sqlite)
+    assert [UnitFinished] == list(map(type, events.results))
+    assert [] == await shop.items(backend)
 
 
 def test_options_are_those_of_the_middleware() -> None:
@@ -195,14 +190,14 @@ async def test_causal_reads(
 
 async def test_failure_is_logged(
     db: Database,
-    sqlite: Backend,
+    backend: Backend,
     app: Sanic[Any, Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """What Sanic logs of an exception that it answers itself, it logs of a failure."""
 
     async def broken(_: Request[Any, Any]) -> HTTPResponse:
-        await shop.insert_then_break_commit(sqlite, 1)
+        await shop.insert_then_break_commit(backend, 1)
         return text("ok")
 
     app.add_route(broken, "/")
@@ -215,12 +210,12 @@ async def test_failure_is_logged(
 
 
 async def test_handler_for_everything(
-    db: Database, sqlite: Backend, app: Sanic[Any, Any]
+    db: Database, backend: Backend, app: Sanic[Any, Any]
 ) -> None:
     """An application with an exception handler for everything answers by itself."""
 
     async def broken(_: Request[Any, Any]) -> HTTPResponse:
-        await shop.insert_then_break_commit(sqlite, 1)
+        await shop.insert_then_break_commit(backend, 1)
         return text("ok")
 
     async def everything(_: Request[Any, Any], error: Exception) -> HTTPResponse:
@@ -234,11 +229,11 @@ async def test_handler_for_everything(
         response = await client.get("/")
 
     assert (501, "mine") == (response.status_code, response.text)
-    assert [] == await shop.items(sqlite)
+    assert [] == await shop.items(backend)
 
 
 async def test_success_after_a_cancellation(
-    db: Database, sqlite: Backend, app: Sanic[Any, Any]
+    db: Database, backend: Backend, app: Sanic[Any, Any]
 ) -> None:
     """A handler that answers Sanic's timeout with a success claims what is not so."""
     app.config.RESPONSE_TIMEOUT = 0.1
@@ -257,11 +252,11 @@ async def test_success_after_a_cancellation(
         response = await client.get("/")
 
     assert 500 == response.status_code
-    assert [] == await shop.items(sqlite)
+    assert [] == await shop.items(backend)
 
 
 async def test_two_tasks_send_first(
-    db: Database, sqlite: Backend, app: Sanic[Any, Any]
+    db: Database, backend: Backend, app: Sanic[Any, Any]
 ) -> None:
     """Of two sends while COMMIT is under way one writes the headers, as in Sanic."""
 
@@ -277,7 +272,7 @@ async def test_two_tasks_send_first(
         response = await client.get("/")
 
     assert (200, "one two") == (response.status_code, response.text)
-    assert [1] == await shop.items(sqlite)
+    assert [1] == await shop.items(backend)
 
 
 async def test_connections_of_the_parent_are_left_alone(

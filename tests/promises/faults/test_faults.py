@@ -185,7 +185,7 @@ def answer_of(response: Response | BaseException, fault: Fault) -> str:
         assert response.error is None
         return "the response"
     assert response.error is not None
-    retry = " with `Retry-After`" * (b"retry-after" in response.headers)
+    retry = " with `Retry-After`" * ("retry-after" in response.headers)
     return f"{response.status}{retry}"
 
 

@@ -14,8 +14,8 @@ from tests.integration.frameworks.case import (
     open_in,
     write,
 )
-from tests.integration.frameworks.driver import answering
 from tests.integration.frameworks.site import Reply, Site
+from tests.support.asgi import endpoint
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -37,7 +37,7 @@ async def p1_p4_committed_before_the_start(case: Case) -> None:
         exchange = await server.request()
     assert 201 == exchange.status
     assert ["created"] == exchange.chunks
-    assert [[1]] == exchange.seen_at_start
+    assert [[1]] == exchange.seen
 
 
 @database_fact
@@ -113,7 +113,7 @@ async def failed_commit_answered_by_error_app(case: Case) -> None:
     """An `error_app` of one's own answers a failed COMMIT."""
     app = case.app(
         Site({"/": creating(case.write_and_break_commit, Reply)}),
-        error_app=answering(case.kept, 507),
+        error_app=endpoint(case.kept, 507),
     )
     async with case.run(app) as server:
         exchange = await server.request()
@@ -144,7 +144,7 @@ async def redirect(case: Case) -> None:
         exchange = await server.request()
     assert 303 == exchange.status
     assert "/notes" == exchange.headers["location"]
-    assert [[1]] == exchange.seen_at_start
+    assert [[1]] == exchange.seen
 
 
 @fact
@@ -173,7 +173,7 @@ async def head(case: Case) -> None:
     async with case.serve(heads=heads) as server:
         exchange = await server.request(method="HEAD")
     assert 200 == exchange.status
-    assert [[1]] == exchange.seen_at_start
+    assert [[1]] == exchange.seen
 
 
 @fact
@@ -207,7 +207,7 @@ async def check_one_unit(case: Case, app: ASGIApp, path: str, ran: list[str]) ->
     async with case.run(app) as server:
         exchange = await server.request(path)
     assert 201 == exchange.status
-    assert [[1]] == exchange.seen_at_start
+    assert [[1]] == exchange.seen
     assert ["hook"] == ran
     assert [UnitFinished] == case.ends()
 
@@ -238,6 +238,6 @@ async def mounted_application(case: Case) -> None:
         after_commit(ran.append, "hook")
         await write(1)
 
-    mounted = UnitOfWorkMiddleware(answering(work, 201), case.db)
+    mounted = UnitOfWorkMiddleware(endpoint(work, 201), case.db)
     app = case.app(Site(mounts={"/mounted": mounted}))
     await check_one_unit(case, app, "/mounted/notes", ran)

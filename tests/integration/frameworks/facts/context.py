@@ -53,7 +53,7 @@ async def middleware(case: Case) -> None:
     ) as server:
         exchange = await server.request()
     assert 201 == exchange.status
-    assert [[1, 2, 3]] == exchange.seen_at_start
+    assert [[1, 2, 3]] == exchange.seen
     assert [units[0]] * 3 == units
 
 
@@ -79,7 +79,7 @@ async def dependencies(case: Case) -> None:
     async with case.serve(injected=injected) as server:
         exchange = await server.request()
     assert 201 == exchange.status
-    assert [[1]] == exchange.seen_at_start
+    assert [[1]] == exchange.seen
     assert [units[0]] * 3 == units
 
 
@@ -103,7 +103,7 @@ async def p11_dependencies_at_once(case: Case) -> None:
     async with case.serve(injected=injected) as server:
         exchange = await server.request()
     assert 201 == exchange.status
-    assert [[1, 2, 3]] == exchange.seen_at_start
+    assert [[1, 2, 3]] == exchange.seen
 
 
 @fact
@@ -139,7 +139,7 @@ async def dependency_with_yield(case: Case) -> None:
         await case.check_failed(await server.request("/broken"))
         exchange = await server.request("/whole")
     assert 201 == exchange.status
-    assert [[1]] == exchange.seen_at_start
+    assert [[1]] == exchange.seen
     names, units = zip(*steps, strict=True)
     assert ("enter", "handle", "exit", "enter", "handle", "exit") == names
     assert (*[units[0]] * 3, *[units[3]] * 3) == units
@@ -221,7 +221,7 @@ async def p9_task(case: Case) -> None:
         exchange = await server.request()
         sent.set()
         await asyncio.gather(*started)
-    assert [[1, 2]] == exchange.seen_at_start
+    assert [[1, 2]] == exchange.seen
 
 
 @fact

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from asgi_uow import UnitOfWork
     from asgi_uow._asgi import ASGIApp
     from tests.integration.frameworks.case import Case
-    from tests.integration.frameworks.driver import Exchange
+    from tests.support.asgi import Response
 
 
 @fact
@@ -32,7 +32,7 @@ async def error_response(case: Case) -> None:
 
         return Site({"/returned": returned, "/raised": raised})
 
-    async def responses(app: ASGIApp) -> list[Exchange]:
+    async def responses(app: ASGIApp) -> list[Response]:
         async with case.run(app) as server:
             return [await server.request(path) for path in ("/returned", "/raised")]
 
@@ -40,7 +40,7 @@ async def error_response(case: Case) -> None:
     actual = await responses(case.app(site(lambda: write(1))))
     assert [404, 404] == [exchange.status for exchange in actual]
     assert [each.messages for each in expected] == [each.messages for each in actual]
-    assert [[[]], [[]]] == [exchange.seen_at_start for exchange in actual]
+    assert [[[]], [[]]] == [exchange.seen for exchange in actual]
     assert [] == await case.kept()
 
 
@@ -68,7 +68,7 @@ async def unhandled_exception(case: Case) -> None:
         exchange = await server.request()
     assert 500 == exchange.status
     assert exchange.is_complete
-    assert [[]] == exchange.seen_at_start
+    assert [[]] == exchange.seen
     assert [] == await case.kept()
 
 
@@ -118,7 +118,7 @@ async def p4_exception_after_the_start(case: Case) -> None:
     def site(work: Callable[[], Awaitable[None]]) -> Site:
         return Site({"/": creating(work, lambda: Reply(chunks=chunks()))})
 
-    async def response(app: ASGIApp) -> Exchange:
+    async def response(app: ASGIApp) -> Response:
         async with case.run(app) as server:
             return await server.request()
 

@@ -14,8 +14,8 @@ from asgi_uow import Outcome, after_commit, current_session, current_unit_of_wor
 from asgi_uow.errors import UnitOfWorkClosedError
 from asgi_uow.observers import UnitFinished
 from tests.integration.frameworks.case import count, database_fact, fact, in_use, write
-from tests.integration.frameworks.driver import BODY, START
 from tests.integration.frameworks.site import Reply
+from tests.support.asgi import BODY, START, http_scope
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -49,7 +49,7 @@ async def p7_p8_stream(case: Case) -> None:
     async with case.serve({"/": create}) as server:
         exchange = await server.request()
     assert 200 == exchange.status
-    assert [[1]] == exchange.seen_at_start
+    assert [[1]] == exchange.seen
     assert ["0 connections in use", "1 notes", "refused"] == exchange.chunks
     assert exchange.is_complete
     assert [1] == await case.kept()
@@ -70,7 +70,7 @@ async def sync_stream(case: Case) -> None:
 
     async with case.serve({"/": create}) as server:
         exchange = await server.request()
-    assert [[1]] == exchange.seen_at_start
+    assert [[1]] == exchange.seen
     assert ["committed", "in the unit"] == exchange.chunks
     assert exchange.is_complete
 
@@ -90,9 +90,10 @@ async def server_sent_events(case: Case) -> None:
     async with case.serve({"/": create}) as server:
         exchange = await server.request()
     assert exchange.headers["content-type"].startswith("text/event-stream")
-    assert [[1]] == exchange.seen_at_start
+    assert [[1]] == exchange.seen
     expected = ["data: committed", "data: 1 notes"]
-    assert expected == [line.strip() for line in exchange.lines if line.strip()]
+    lines = "".join(exchange.chunks).split("\n")
+    assert expected == [line.strip() for line in lines if line.strip()]
 
 
 @fact
@@ -105,8 +106,8 @@ async def file(case: Case) -> None:
 
     async with case.serve({"/": create}) as server:
         exchange = await server.request()
-    assert [[1]] == exchange.seen_at_start
-    assert LINES == exchange.lines
+    assert [[1]] == exchange.seen
+    assert LINES == "".join(exchange.chunks).splitlines()
     assert exchange.is_complete
 
 
@@ -155,7 +156,7 @@ async def p10_send_raises(case: Case) -> None:
         return bool(message["type"] == START)
 
     async with case.serve({"/": create}) as server:
-        exchange = await server.request(leave_after=is_start, spec_version="2.4")
+        exchange = await server.request(leave_after=is_start, scope=http_scope())
     assert [START] == exchange.types
     assert ["hook"] == ran
     assert [1] == await case.kept()
@@ -181,5 +182,5 @@ async def p9_background_task(case: Case) -> None:
     async with case.serve({"/": create}) as server:
         exchange = await server.request()
         await asyncio.wait_for(done.wait(), timeout=5)
-    assert [[1]] == exchange.seen_at_start
+    assert [[1]] == exchange.seen
     assert [1, 2] == await case.kept()

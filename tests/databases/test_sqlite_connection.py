@@ -24,13 +24,12 @@ from asgi_uow import (
     current_read_session,
     current_session,
 )
-from asgi_uow._databases import dialects
 from asgi_uow._databases.sqlite_connection import Connection, Cursor, connect
 from asgi_uow.errors import TransactionGoneError
-from tests import shop
-from tests.asgi import endpoint, request
 from tests.servers import eventually
-from tests.test_promises import shop_database
+from tests.support import shop
+from tests.support.asgi import endpoint, request
+from tests.support.databases import shop_database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -236,7 +235,7 @@ async def test_busy_begin_of_a_unit(
     sqlite: SQLiteBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A unit whose BEGIN failed writes nothing, even if the error was swallowed."""
-    monkeypatch.setattr(dialects, "SQLITE_BUSY_TIMEOUT", 50)
+    monkeypatch.setattr("asgi_uow._databases.sqlite.BUSY_TIMEOUT", 50)
     async with shop_database(sqlite) as db:
         async with db:
             await db.write.execute("SELECT 1")

@@ -1,0 +1,63 @@
+"""A database in a test: on which drivers, with which options, and who holds it."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from asgi_uow import Database
+from tests.support import shop
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from tests.servers.backend import Backend
+
+SERVERS = ("asyncmy", "asyncpg")
+DATABASES = ("aiosqlite", *SERVERS)
+"""One driver for each database, for a test that says nothing else."""
+DRIVERS = (*DATABASES, "psycopg")
+SERVER_DRIVERS = (*SERVERS, "psycopg")
+
+
+def on(*drivers: str, **options: Any) -> pytest.MarkDecorator:
+    """Run a test, or those of a file, on `backend` with these drivers.
+
+    The options are for the `Database` that the fixture `db` makes.
+    """
+    mark: pytest.MarkDecorator = pytest.mark.on(*drivers, **options)
+    return mark
+
+
+@asynccontextmanager
+async def shop_database(
+    backend: Backend, url: str | None = None, **options: Any
+) -> AsyncGenerator[Database]:
+    """A database with an empty shop; connect to it through another URL if need be."""
+    await shop.create(backend)
+    db = Database.from_url(url or backend.url, **options)
+    try:
+        yield db
+    finally:
+        await db.dispose()
+
+
+@asynccontextmanager
+async def memory_database(**options: Any) -> AsyncGenerator[Database]:
+    """An empty shop in memory, which is one connection."""
+    db = Database.from_url("sqlite://", **options)
+    async with db:
+        await db.write.execute("CREATE TABLE items (id INTEGER PRIMARY KEY)")
+    yield db
+    await db.dispose()
+
+
+def checked_out(*databases: Database) -> list[int]:
+    """Count the connections in use, of writers and readers."""
+    return [
+        engine.sync_engine.pool.checkedout()  # type: ignore[attr-defined]
+        for db in databases
+        for engine in (db.engine, *db.readers)
+    ]
