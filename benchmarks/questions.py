@@ -1,173 +1,155 @@
-"""One function per question; every contestant is an ASGI application."""
+"""What is asked; the first contestant of a question is what others are compared to."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from asgi_uow import UnitOfWorkMiddleware
 
-from asgi_uow import (
-    Database,
-    UnitOfWorkMiddleware,
-    after_commit,
-    current_read_session,
-    current_session,
+from .apps import (
+    HOOKS,
+    INSERT,
+    SELECT,
+    NoOp,
+    answer,
+    awaits,
+    by_hand,
+    our_insert,
+    our_select,
+    ours,
+    registers,
+    registers_sync,
+    starlette,
+    unused,
 )
 
-from .measure import compare
-
 if TYPE_CHECKING:
-    from sqlalchemy import TextClause
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 
-    from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
+    from asgi_uow._asgi import ASGIApp, Message
 
-    from .measure import Contestant, Result
+    Request: TypeAlias = Callable[[], Awaitable[None]]
+    Maker: TypeAlias = Callable[[str, AsyncExitStack], ASGIApp]
 
-SELECT = text("SELECT name FROM thing WHERE id = 1")
-INSERT = text("INSERT INTO note (content) VALUES ('something to keep')")
-HOOKS = 10
-
-
-async def request_without_database() -> list[Result]:
-    """Compare with a middleware that does nothing, around a handler that answers."""
-
-    async def handler(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
-        await _answer(send)
-
-    database = Database.from_url("sqlite:///never-opened.db")
-    return await compare(
-        "a request without database",
-        {
-            "no-op middleware": _requests(_no_op(handler)),
-            "asgi-uow": _requests(UnitOfWorkMiddleware(handler, database)),
-        },
-        calls=100,
-    )
+PLACES = (
+    "sqlite-aiosqlite",
+    "mariadb-asyncmy",
+    "postgresql-asyncpg",
+    "postgresql-psycopg",
+)
+"""Databases and drivers."""
 
 
-async def empty_hook() -> list[Result]:
-    """Compare registering and running an empty hook with a bare awaited call.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Question:
+    """One block of the table."""
 
-    In a request of 10; each bears a tenth of what that costs without them.
-    """
+    name: str
+    contestants: Mapping[str, Maker]
+    place: str = ""
+    """The database, if there is one."""
+    parts: int = 1
+    """How many of what is asked for one request does."""
 
-    async def empty() -> None:
-        pass
+    @asynccontextmanager
+    async def contestant(self, name: str, url: str) -> AsyncGenerator[Request, None]:
+        """Make an application, give the function that sends it one request."""
+        async with AsyncExitStack() as stack:
+            app = self.contestants[name](url, stack)
 
-    def empty_sync() -> None:
-        pass
+            async def request() -> None:
+                await app(_scope(), _receive, _send)
 
-    async def awaits(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
-        for _ in range(HOOKS):
-            await empty()
-        await _answer(send)
-
-    async def registers(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
-        for _ in range(HOOKS):
-            after_commit(empty)
-        await _answer(send)
-
-    async def registers_sync(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
-        for _ in range(HOOKS):
-            after_commit(empty_sync)
-        await _answer(send)
-
-    database = Database.from_url("sqlite:///never-opened.db")
-    handlers = {
-        "awaited call": awaits,
-        "async hook": registers,
-        "hook in a thread": registers_sync,
-    }
-    return await compare(
-        f"an empty hook, one of {HOOKS}",
-        {
-            name: _requests(UnitOfWorkMiddleware(handler, database))
-            for name, handler in handlers.items()
-        },
-        calls=20,
-        parts=HOOKS,
-    )
+            yield request
 
 
-async def one_select(name: str, url: str) -> list[Result]:
-    """Compare a SELECT on the read session with `sessionmaker.begin()`."""
-
-    async def handler(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
-        await current_read_session().execute(SELECT)
-        await _answer(send)
-
-    return await _against_own_code(f"one SELECT on {name}", url, handler, SELECT)
-
-
-async def one_insert(name: str, url: str) -> list[Result]:
-    """Compare an INSERT on the write session with `sessionmaker.begin()`."""
-
-    async def handler(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
-        await current_session().execute(INSERT)
-        await _answer(send)
-
-    return await _against_own_code(f"one INSERT on {name}", url, handler, INSERT)
-
-
-async def _against_own_code(
-    question: str,
-    url: str,
-    handler: ASGIApp,
-    statement: TextClause,
-) -> list[Result]:
-    """Let all of them work on one database; a SQLite file is in WAL mode for all."""
-    plain, pinging = (
-        create_async_engine(url, pool_pre_ping=ping) for ping in (False, True)
-    )
-    database = Database.from_url(url)
-    try:
-        return await compare(
-            question,
+def questions() -> list[Question]:
+    """Return all questions, in the order of the table."""
+    return [
+        Question(
+            "untouched",
             {
-                "sessionmaker.begin()": _requests(_own_code(plain, statement)),
-                "with pool_pre_ping": _requests(_own_code(pinging, statement)),
-                "asgi-uow": _requests(UnitOfWorkMiddleware(handler, database)),
+                "no-op middleware": lambda *_: NoOp(answer),
+                "ours": lambda *_: ours(answer),
             },
-            calls=5,
-        )
-    finally:
-        for each in (plain, pinging, database):
-            await each.dispose()
+        ),
+        Question(
+            "untouched-starlette",
+            {
+                "no-op middleware": lambda *_: starlette(NoOp),
+                "ours": lambda *_: starlette(UnitOfWorkMiddleware, unused()),
+            },
+        ),
+        Question(
+            "hook",
+            {
+                "awaited call": lambda *_: ours(awaits),
+                "async hook": lambda *_: ours(registers),
+                "hook in a thread": lambda *_: ours(registers_sync),
+            },
+            parts=HOOKS,
+        ),
+        *(_select(place) for place in PLACES),
+        *(_insert(place) for place in PLACES),
+    ]
 
 
-def _own_code(engine: AsyncEngine, statement: TextClause) -> ASGIApp:
-    sessions = async_sessionmaker(engine, expire_on_commit=False)
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
-        async with sessions.begin() as session:
-            await session.execute(statement)
-        await _answer(send)
-
-    return app
+def chosen(names: Iterable[str]) -> list[Question]:
+    """Return the questions whose names begin with one of these."""
+    return [each for each in questions() if each.name.startswith(tuple(names))]
 
 
-def _no_op(app: ASGIApp) -> ASGIApp:
-    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-        async def forward(message: Message) -> None:
-            await send(message)
+def _select(place: str) -> Question:
+    alike: dict[str, Any] = {
+        "isolation_level": "AUTOCOMMIT",
+        "skip_autocommit_rollback": True,
+        "pool_reset_on_return": None,
+    }
+    # In AUTOCOMMIT mode SQLAlchemy still commits. On PostgreSQL the drivers know that
+    # nothing is open; the others ask the database: a trip more than ours makes.
+    with_commit = {"with a COMMIT": by_hand(SELECT, **alike)}
+    return Question(
+        f"select-{place}",
+        {
+            "same trips": by_hand(SELECT, sends_commit=False, **alike),
+            **({} if place.startswith("postgresql") else with_commit),
+            "as written": by_hand(SELECT),
+            "ours": our_select,
+        },
+        place,
+    )
 
-        await app(scope, receive, forward)
 
-    return middleware
+def _insert(place: str) -> Question:
+    return Question(
+        f"insert-{place}",
+        {
+            "same trips": by_hand(INSERT, pool_reset_on_return=None),
+            "as written": by_hand(INSERT),
+            "ours": our_insert,
+        },
+        place,
+    )
 
 
-def _requests(app: ASGIApp) -> Contestant:
-    async def request() -> None:
-        await app({"type": "http"}, _receive, _send)
-
-    return request
-
-
-async def _answer(send: Send) -> None:
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": b"done"})
+def _scope() -> dict[str, object]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "server": ("127.0.0.1", 8000),
+        "client": ("127.0.0.1", 50000),
+        "scheme": "http",
+        "method": "GET",
+        "root_path": "",
+        "path": "/",
+        "raw_path": b"/",
+        "query_string": b"",
+        "headers": [(b"host", b"127.0.0.1:8000")],
+        "state": {},
+    }
 
 
 async def _receive() -> Message:
