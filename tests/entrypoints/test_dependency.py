@@ -48,14 +48,18 @@ def place() -> tuple[int, asyncio.Task[Any] | None]:
 
 
 class WatchedDatabase(Database):
-    """Notes in which thread and task its engines are asked for, by sessions."""
+    """Notes in which thread and task its sessions ask for their engines."""
 
     places: list[tuple[int, asyncio.Task[Any] | None]]
 
     @property
-    def engine(self) -> AsyncEngine:  # type: ignore[override]  # never assigned here
+    def engine(self) -> AsyncEngine:
         self.places.append(place())
         return super().engine
+
+    @engine.setter
+    def engine(self, engine: AsyncEngine) -> None:
+        self.use(engine)
 
     @property
     def read_engine(self) -> AsyncEngine:

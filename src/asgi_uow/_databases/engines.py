@@ -102,9 +102,8 @@ class Engines:
             raise ConfigurationError(message)
         _check_engine(engine)
         self._check_not_a_reader(engine)
-        self.facts: known.Database = known.database_of(engine.dialect)
-        self.driver: known.Driver = known.driver_of(engine.dialect)
-        if self.options.resolve_unknown and self.facts.TRANSACTION_ID is None:
+        asks = known.database_of(engine.dialect).TRANSACTION_ID
+        if self.options.resolve_unknown and asks is None:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
         self.is_memory = known.is_memory(engine.url)
@@ -136,6 +135,16 @@ class Engines:
     def readers(self) -> tuple[AsyncEngine, ...]:
         """The engines that read sessions use: the replicas, or the read engine."""
         return self._readers or (self.read_engine,)
+
+    @functools.cached_property
+    def facts(self) -> known.Database:
+        """What is known of the database."""
+        return known.database_of(self.engine.dialect)
+
+    @functools.cached_property
+    def driver(self) -> known.Driver:
+        """What is known of the writer's driver."""
+        return known.driver_of(self.engine.dialect)
 
     @functools.cached_property
     def name(self) -> str:
