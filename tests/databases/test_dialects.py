@@ -166,16 +166,31 @@ async def test_an_unknown_driver(sqlite: SQLiteBackend) -> None:
             raise ZeroDivisionError
     async with db:
         await db.write.execute("INSERT INTO t VALUES (2)")
+        with pytest.raises(sa_exc.IntegrityError):
+            await db.write.execute("INSERT INTO t VALUES (2)")
+        assert 2 == await db.read.scalar("SELECT id FROM t")
+    async with db:
+        assert 2 == await db.read.scalar("SELECT id FROM t")
     await db.dispose()
     assert [(2,)] == await sqlite.fetch("SELECT id FROM t")
 
 
-@pytest.mark.parametrize("any_driver", ["aiosqlite", "asyncmy"], indirect=True)
+@on("aiosqlite", "asyncmy")
 async def test_a_transaction_that_nobody_remembers(engine: AsyncEngine) -> None:
     """SQLite and MariaDB cannot be asked what became of a transaction."""
     database = database_of(engine.dialect)
     assert database.TRANSACTION_ID is None
     assert await database.was_committed(engine, "1", 1) is None
+
+
+async def test_a_database_without_replicas(sqlite: SQLiteBackend) -> None:
+    """SQLite has no position, and nothing to wait for."""
+    engine = create_async_engine(sqlite.url)
+    database = database_of(engine.dialect)
+    async with engine.connect() as connection:
+        assert await database.position(connection) is None
+        assert not await database.wait_for(connection, "0/1", 1)
+    await engine.dispose()
 
 
 async def test_the_code_of_a_duplicate(engine: AsyncEngine) -> None:

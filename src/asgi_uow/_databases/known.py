@@ -88,9 +88,7 @@ class Database(Protocol):
     BEGIN_WRITE: str | None  # sent by asgi-uow, since the driver sends none
     BEGIN_SNAPSHOT: str | None
     TRANSACTION_ID: str | None  # asked before COMMIT, for `was_committed`
-    CODES: Mapping[
-        str, frozenset[int | str]
-    ]  # by `Meaning`; "57P" means all that begin so
+    CODES: Mapping[str, frozenset[int | str]]  # by `Meaning`; "57P" is a class
     TRANSACTION_CONTROL: str  # regular expression, beside that of the SQL standard
     IMPLICIT_COMMIT: str | None  # regular expression
 
