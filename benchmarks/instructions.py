@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +24,7 @@ from .questions import chosen
 from .tables import print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from .questions import Question
 
@@ -51,28 +52,54 @@ class Count:
 TITLES = ("instructions" if VALGRIND else "Python calls", "ratio")
 
 
-async def count(urls: Mapping[Question, str]) -> dict[tuple[str, str], Count]:
-    """Count by question and contestant, each question on the database of its URL."""
+async def count(
+    urls: Mapping[Question, str], repeats: int = 1
+) -> dict[tuple[str, str], Count]:
+    """Count by question and contestant, each question on the database of its URL.
+
+    Each repetition has other hashes, so other collisions of them: medians count.
+    """
+    totals = [await _totals(urls, seed) for seed in range(repeats)]
+    counts = {}
+    for question in urls:
+        parts = (REQUESTS[1] - REQUESTS[0]) * question.parts
+        numbers = {}
+        for name in question.contestants:
+            pairs = (each[question.name, name] for each in totals)
+            numbers[name] = statistics.median((b - a) / parts for a, b in pairs)
+        first = next(iter(numbers.values()))
+        for name, number in numbers.items():
+            counts[question.name, name] = Count(number, number / first)
+    return counts
+
+
+async def _totals(
+    urls: Mapping[Question, str], seed: int
+) -> dict[tuple[str, str], list[int]]:
+    """Return what the processes for few and for many requests cost."""
+    jobs = {
+        "urls": {question.name: url for question, url in urls.items()},
+        "requests": REQUESTS,
+        "count_calls": not VALGRIND,
+    }
+    fixed = {"PYTHONHASHSEED": str(seed), "PYTHONDONTWRITEBYTECODE": "1"}
+    totals: dict[tuple[str, str], list[int]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        jobs = {
-            "urls": {question.name: url for question, url in urls.items()},
-            "requests": REQUESTS,
-            "count_calls": not VALGRIND,
-        }
         child = await asyncio.create_subprocess_exec(
             *VALGRIND and [*VALGRIND, f"--cachegrind-out-file={folder}/%p"],
             *(sys.executable, "-m", "benchmarks.child", json.dumps(jobs)),
             cwd=Path(__file__).parents[1],
-            env=os.environ | {"PYTHONHASHSEED": "0"},
+            env=os.environ | fixed,
             stdout=asyncio.subprocess.PIPE,
         )
         output, _ = await child.communicate()
-        totals: dict[tuple[str, str], list[int]] = {}
+        if child.returncode:
+            sys.exit("what was to be counted has failed")
         for line in output.decode().splitlines():
             question, contestant, process, calls = line.split("\t")
             total = _instructions(Path(folder, process)) if VALGRIND else int(calls)
             totals.setdefault((question, contestant), []).append(total)
-    return _per_part(urls, totals)
+    return totals
 
 
 def _instructions(file: Path) -> int:
@@ -80,29 +107,15 @@ def _instructions(file: Path) -> int:
     return int(total)
 
 
-def _per_part(
-    asked: Iterable[Question], totals: Mapping[tuple[str, str], list[int]]
-) -> dict[tuple[str, str], Count]:
-    counts = {}
-    for question in asked:
-        parts = (REQUESTS[1] - REQUESTS[0]) * question.parts
-        numbers = {}
-        for name in question.contestants:
-            few, many = totals[question.name, name]
-            numbers[name] = (many - few) / parts
-        first = next(iter(numbers.values()))
-        for name, number in numbers.items():
-            counts[question.name, name] = Count(number, number / first)
-    return counts
-
-
 async def main() -> None:
     """Count for the questions whose names begin with one of those given."""
     parser = argparse.ArgumentParser(prog="benchmarks.instructions")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME")
-    asked = chosen(parser.parse_args().only)
+    parser.add_argument("--repeats", type=int, default=1)
+    options = parser.parse_args()
     async with Databases() as databases:
-        counts = await count(await databases.urls(asked))
+        urls = await databases.urls(chosen(options.only))
+        counts = await count(urls, options.repeats)
     print_table(
         ("question", "contestant", *TITLES),
         [(*names, *number.cells()) for names, number in counts.items()],

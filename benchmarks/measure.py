@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 WARM_UP_ROUNDS = 10
 FEWEST_ROUNDS = 2  # quartiles need two
 MOST_ROUNDS = 500
-ROUND_SECONDS = 0.003  # of one contestant: short enough for many rounds
+ROUND_SECONDS = 0.003  # of the slowest contestant: short enough for many rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ async def compare(
         calls = 1
         for _ in range(WARM_UP_ROUNDS):
             took = [await _time(request, calls) for request in requests.values()]
-            calls = max(1, round(ROUND_SECONDS * 1e6 / min(took)))
+            calls = max(1, round(ROUND_SECONDS * 1e6 / max(took)))
         gc.collect()
         times: dict[str, list[float]] = {name: [] for name in requests}
         end = time.monotonic() + seconds
