@@ -18,7 +18,6 @@ from asgi_uow import (
     Outcome,
     Session,
     UnitOfWork,
-    UnitOfWorkMiddleware,
     after_commit,
     after_rollback,
     before_commit,
@@ -42,7 +41,7 @@ from asgi_uow.errors import (
 from asgi_uow.observers import CommitFailed, HookFailed, ReleaseFailed
 from tests.servers.process import MariaDB
 from tests.support import shop
-from tests.support.asgi import BODY, START, endpoint, request, respond
+from tests.support.asgi import BODY, START, handle, respond, serve
 from tests.support.databases import DRIVERS, SERVERS, checked_out, on, shop_database
 from tests.support.private import Cause, concurrency, rollback
 
@@ -81,10 +80,7 @@ class Sent:
             after_rollback(self.fired.append, "rollback")
             await handler()
 
-        app = UnitOfWorkMiddleware(
-            endpoint(work, status), db, observers=[self.events.append]
-        )
-        return await request(app)
+        return await handle(work, db, status=status, observers=[self.events.append])
 
 
 # A statement of another task that fails while the decision waits for it
@@ -238,7 +234,7 @@ async def test_start_after_the_application_has_returned(
         if raises:
             raise LookupError
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     with pytest.raises(UnitOfWorkClosedError, match="sending a response"):
         await tasks[0]
@@ -255,7 +251,7 @@ async def test_error_after_the_application_has_returned(sqlite: SQLiteBackend) -
             await shop.insert(1)
             tasks.append(asyncio.create_task(respond(send, 500)))
 
-        response = await request(UnitOfWorkMiddleware(app, db))
+        response = await serve(app, db)
         await tasks[0]
 
         assert [START, BODY] == response.types
@@ -282,7 +278,7 @@ async def test_second_start_while_the_first_is_decided(sqlite: SQLiteBackend) ->
                 with pytest.raises(CommitFailedError):
                     await task
 
-        response = await request(UnitOfWorkMiddleware(app, db))
+        response = await serve(app, db)
 
         assert 500 == response.status
         assert [START, BODY] == response.types
@@ -296,13 +292,9 @@ async def test_error_app_cannot_claim_a_success(sqlite: SQLiteBackend) -> None:
         await respond(send, 200)
 
     async with shop_database(sqlite) as db:
-        app = UnitOfWorkMiddleware(
-            endpoint(lambda: shop.insert_then_break_commit(sqlite, 1)),
-            db,
-            error_app=error_app,
+        response = await handle(
+            lambda: shop.insert_then_break_commit(sqlite, 1), db, error_app=error_app
         )
-
-        response = await request(app)
 
         assert [] == response.types
         assert isinstance(response.error, ValueError)
@@ -387,7 +379,7 @@ async def test_joined_stream_ends_with_the_writer(
             await stream.all()
         await send({"type": BODY, "body": b""})
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert response.error is None
     assert [0, 1, 2] == await shop.items(backend)
@@ -570,8 +562,7 @@ async def test_writer_opened_while_another_is_flushed(
             session.add(shop.Item(id=1))
             event.listen(session.sync_session, "before_flush", add_to_second)
 
-        app = UnitOfWorkMiddleware(endpoint(handler), first, second)
-        response = await request(app)
+        response = await handle(handler, first, second)
 
         assert 200 == response.status
         assert [1] == await shop.items(sqlite)
@@ -612,7 +603,7 @@ async def test_memory_read_after_the_start_holds_the_connection() -> None:
             await db.__aenter__()
         await send({"type": BODY, "body": b""})
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert response.error is None
     await db.dispose()
@@ -665,10 +656,9 @@ async def test_hook_that_does_not_let_itself_be_cancelled(
         register(stubborn)
 
     async with shop_database(sqlite) as db:
-        app = UnitOfWorkMiddleware(
-            endpoint(handler), db, observers=[events.append], hook_timeout=0.01
+        response = await handle(
+            handler, db, observers=[events.append], hook_timeout=0.01
         )
-        response = await request(app)
 
         is_after = register is after_commit
         assert (200 if is_after else 500) == response.status
@@ -701,7 +691,7 @@ async def test_cancelled_while_a_hook_runs(sqlite: SQLiteBackend) -> None:
         after_rollback(ended.append, "unit")
 
     async with shop_database(sqlite) as db:
-        task = asyncio.create_task(request(UnitOfWorkMiddleware(endpoint(handler), db)))
+        task = asyncio.create_task(handle(handler, db))
         await begun.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -719,7 +709,7 @@ async def test_database_down_in_a_task_group() -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(shop.insert(1))
 
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    response = await handle(handler, db)
 
     assert 503 == response.status
     assert isinstance(response.error, ExceptionGroup)
@@ -742,7 +732,7 @@ async def test_error_that_is_in_its_own_context(sqlite: SQLiteBackend) -> None:
             raise raised[0]  # noqa: B904  # as Starlette does
 
     async with shop_database(sqlite) as db:
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+        response = await handle(handler, db)
 
         assert [] == response.messages
         assert response.error is raised[0]
@@ -759,7 +749,7 @@ async def test_finishing_by_hand_hangs_nothing(sqlite: SQLiteBackend) -> None:
             await units[0].finish(rollback(Cause.EXPLICIT))
             await respond(send)
 
-        response = await asyncio.wait_for(request(UnitOfWorkMiddleware(app, db)), 5)
+        response = await asyncio.wait_for(serve(app, db), 5)
 
         assert [] == response.types
         assert isinstance(response.error, UnitOfWorkClosedError)
@@ -839,8 +829,7 @@ async def test_read_session_that_cannot_be_closed(sqlite: SQLiteBackend) -> None
             event.listen(target, "rollback", broken)
             event.listen(target, "invalidate", broken)
 
-        app = UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
-        response = await request(app)
+        response = await handle(handler, db, observers=[events.append])
         event.remove(target, "rollback", broken)
         event.remove(target, "invalidate", broken)
 

@@ -43,10 +43,12 @@ from tests.support import shop
 from tests.support.asgi import (
     START,
     endpoint,
+    handle,
     http_scope,
     no_body,
     request,
     respond,
+    serve,
 )
 from tests.support.databases import SERVERS, checked_out, on, shop_database
 from tests.support.observer import Events
@@ -88,7 +90,7 @@ async def test_mounted_twice_passes_through(db: Database, backend: Backend) -> N
         units.append(current_unit_of_work())
         await inner(scope, receive, send)
 
-    await request(UnitOfWorkMiddleware(between, db))
+    await serve(between, db)
 
     assert units[0] is units[1]
     assert [1] == await shop.items(backend)
@@ -129,10 +131,10 @@ async def test_nested_request_with_its_own_scope_is_its_own_unit(
             await shop.insert(1)
 
         async def outer() -> None:
-            await request(UnitOfWorkMiddleware(endpoint(inner), db))
+            await handle(inner, db)
             await shop.insert(2)
 
-        await request(UnitOfWorkMiddleware(endpoint(outer, 500), db))
+        await handle(outer, db, status=500)
 
         assert [1] == await shop.items(mariadb)
 
@@ -153,7 +155,7 @@ async def test_copied_scope_after_the_decision_is_a_new_unit(
             scope=dict(scope),
         )
 
-    await request(UnitOfWorkMiddleware(app, db))
+    await serve(app, db)
 
     assert [1, 2] == await shop.items(backend)
 
@@ -174,7 +176,7 @@ async def test_websocket_has_no_unit(db: Database, backend: Backend) -> None:
     async def handler() -> None:
         await app({"type": "websocket"}, no_body, _forget)
 
-    await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    await handle(handler, db)
 
     assert 1 == len(refused)
     assert [1] == await shop.items(backend)
@@ -240,7 +242,7 @@ async def test_other_messages_pass_untouched(db: Database) -> None:
         for message in sent:
             await send(message)
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert sent == response.messages
 
@@ -254,7 +256,7 @@ async def test_default_answer_is_problem_json(db: Database, backend: Backend) ->
     async def handler() -> None:
         await shop.insert_then_break_commit(backend, 1)
 
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    response = await handle(handler, db)
 
     body = response.messages[1]["body"]
     assert "application/problem+json" == response.headers["content-type"]
@@ -278,9 +280,7 @@ async def test_error_app_finds_the_failure(db: Database, backend: Backend) -> No
     async def handler() -> None:
         await shop.insert_then_break_commit(backend, 1)
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db, error_app=error_app)
-
-    response = await request(app)
+    response = await handle(handler, db, error_app=error_app)
 
     assert 507 == response.status
     assert [response.error] == found
@@ -294,9 +294,7 @@ async def test_no_error_app_leaves_it_to_the_framework(
     async def handler() -> None:
         await shop.insert_then_break_commit(backend, 1)
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db, error_app=None)
-
-    response = await request(app)
+    response = await handle(handler, db, error_app=None)
 
     assert [] == response.types
     assert isinstance(response.error, CommitFailedError)
@@ -313,7 +311,7 @@ async def test_app_that_returns_normally_after_a_failure(
             with pytest.raises(CommitFailedError):
                 await send({"type": START, "status": status, "headers": []})
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert 500 == response.status
     assert isinstance(response.error, CommitFailedError)
@@ -332,7 +330,7 @@ async def test_wrapped_failure_is_raised_as_itself(
             message = "exception after response started"
             raise LookupError(message) from error
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert 500 == response.status
     assert isinstance(response.error, CommitFailedError)
@@ -352,7 +350,7 @@ async def test_failure_answered_by_the_app_that_then_raises(
             await respond(send, 500, b"mine")
             raise
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert [b"mine"] == [each["body"] for each in response.messages[1:]]
     assert isinstance(response.error, CommitFailedError)
@@ -368,7 +366,7 @@ async def test_error_after_an_answered_failure(db: Database, backend: Backend) -
         await respond(send, 500, b"mine")
         raise LookupError
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert [b"mine"] == [each["body"] for each in response.messages[1:]]
     assert isinstance(response.error, LookupError)
@@ -383,9 +381,7 @@ async def test_broken_commit_when_is_a_failure(db: Database, backend: Backend) -
     async def handler() -> None:
         await shop.insert(1)
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db, commit_when=commit_when)
-
-    response = await request(app)
+    response = await handle(handler, db, commit_when=commit_when)
 
     assert 500 == response.status
     assert isinstance(response.error, CommitFailedError)
@@ -406,9 +402,7 @@ async def test_commit_when_sees_status_and_headers(
     async def handler() -> None:
         await shop.insert(1)
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db, commit_when=commit_when)
-
-    response = await request(app)
+    response = await handle(handler, db, commit_when=commit_when)
 
     assert [(200, [])] == seen
     assert 200 == response.status
@@ -445,10 +439,8 @@ async def test_connection_lost_in_the_handler_is_answered_503(
             await backend.kill_connections()
             await shop.insert(2)
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-        after = await request(
-            UnitOfWorkMiddleware(endpoint(lambda: shop.insert(3)), db)
-        )
+        response = await handle(handler, db)
+        after = await handle(lambda: shop.insert(3), db)
 
         assert 503 == response.status
         assert "1" == response.headers["retry-after"]
@@ -468,9 +460,8 @@ async def test_connection_lost_in_the_handler_is_answered_503(
 async def test_database_down_is_answered_503(url: str) -> None:
     """A server that is down is a 503 with Retry-After; no password is shown."""
     db = Database.from_url(url)
-    app = UnitOfWorkMiddleware(endpoint(lambda: shop.insert(1)), db)
 
-    response = await request(app)
+    response = await handle(lambda: shop.insert(1), db)
 
     assert 503 == response.status
     assert "1" == response.headers["retry-after"]
@@ -489,7 +480,7 @@ async def test_doomed_unit_and_an_error_response(postgresql: PostgreSQLBackend) 
             current_unit_of_work().force_commit()
             await respond(send, 403, b"mine")
 
-        response = await request(UnitOfWorkMiddleware(app, db))
+        response = await serve(app, db)
 
         assert 403 == response.status
         assert response.error is None
@@ -504,7 +495,7 @@ async def test_database_down_in_the_body() -> None:
         await send({"type": START, "status": 200, "headers": []})
         await current_read_session().scalar("SELECT 1")
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert [START] == [each["type"] for each in response.messages]
     assert response.error is not None
@@ -518,7 +509,7 @@ async def test_other_error_of_the_same_kind_is_not_ours(db: Database) -> None:
         message = "the payment provider is down"
         raise ConnectionRefusedError(message)
 
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    response = await handle(handler, db)
 
     assert [] == response.types
     assert isinstance(response.error, ConnectionRefusedError)
@@ -540,9 +531,7 @@ async def test_before_commit_runs_inside_the_transaction(
         before_commit(enqueue)
         await shop.insert(1)
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db)
-
-    response = await request(app, probe=lambda: shop.items(backend))
+    response = await handle(handler, db, probe=lambda: shop.items(backend))
 
     assert [[1, 2, 3]] == response.seen
 
@@ -559,7 +548,7 @@ async def test_flush_may_register_before_commit(db: Database, backend: Backend) 
             lambda *_: before_commit(shop.insert, 2),
         )
 
-    await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    await handle(handler, db)
 
     assert [1, 2] == await shop.items(backend)
 
@@ -581,7 +570,7 @@ async def test_change_on_the_read_session_is_never_lost(
 
     await backend.execute("INSERT INTO items (id) VALUES (3)")
     for handler in (add, change):
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+        response = await handle(handler, db)
 
         assert 500 == response.status
         assert isinstance(response.error, CommitFailedError)
@@ -617,11 +606,7 @@ async def test_before_commit_stops_the_commit(
         after_commit(fired.append, "commit")
         after_rollback(fired.append, "rollback")
 
-    app = UnitOfWorkMiddleware(
-        endpoint(handler), db, hook_timeout=0.05, observers=[events.append]
-    )
-
-    response = await request(app)
+    response = await handle(handler, db, hook_timeout=0.05, observers=[events.append])
 
     cause = Cause.BEFORE_COMMIT if kind == "raises" else Cause.TIMEOUT
     assert 500 == response.status
@@ -653,7 +638,7 @@ async def test_before_commit_that_ends_the_process_stops_the_commit(
         after_rollback(fired.append, "rollback")
 
     with pytest.raises(kind) as caught:
-        await request(UnitOfWorkMiddleware(endpoint(handler), db))
+        await handle(handler, db)
 
     assert raised is caught.value
     assert ["rollback"] == fired
@@ -682,7 +667,7 @@ async def test_cancelled_before_commit_rolls_back(
             if answer == "success":
                 await respond(send)
 
-    task = asyncio.create_task(request(UnitOfWorkMiddleware(app, db)))
+    task = asyncio.create_task(serve(app, db))
     await reached.wait()
     task.cancel()
     if answer == "nothing":
@@ -707,7 +692,7 @@ async def test_no_hook_can_be_registered_after_the_decision(db: Database) -> Non
         with pytest.raises(UnitOfWorkClosedError):
             after_commit(print)
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert response.error is None
 
@@ -722,7 +707,7 @@ async def test_after_response_runs_when_the_app_has_returned(db: Database) -> No
         await respond(send)
         order.append("app returns")
 
-    await request(UnitOfWorkMiddleware(app, db))
+    await serve(app, db)
 
     assert ["after_commit", "app returns", "after_response"] == order
 
@@ -745,7 +730,7 @@ async def test_send_in_a_task_of_its_own_is_waited_for(
             tasks.append(asyncio.create_task(respond(send)))
             await hold.fired.wait()
 
-        serving = asyncio.create_task(request(UnitOfWorkMiddleware(app, db)))
+        serving = asyncio.create_task(serve(app, db))
         await hold.answered.wait()
         assert not serving.done()
         assert State.COMMITTING is units[0].state
@@ -783,7 +768,7 @@ async def test_unknown_is_resolved_on_postgresql(
         cut = proxy.cut_after if how == "cut_after" else proxy.cut_before
         cut(lambda trip: trip == "COMMIT")
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+        response = await handle(handler, db)
 
         kept = how == "cut_after"
         assert (Outcome.COMMITTED if kept else Outcome.ROLLED_BACK) is units[0].outcome
@@ -806,9 +791,7 @@ async def test_resolved_commit_is_seen_by_the_next_request(
         causal_reads = CausalReads("a secret of many bytes")
         handler = endpoint(lambda: shop.insert(1))
 
-        response = await request(
-            UnitOfWorkMiddleware(handler, db, causal_reads=causal_reads)
-        )
+        response = await serve(handler, db, causal_reads=causal_reads)
 
         assert 200 == response.status
         assert "set-cookie" in response.headers
@@ -829,7 +812,7 @@ async def test_resolved_commit_goes_on_with_the_next_database(
             session = current_session(second)
             await session.execute("INSERT INTO items (id) VALUES (2)")
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), first, second))
+        response = await handle(handler, first, second)
 
         assert 200 == response.status
         assert [1] == await shop.items(postgresql)
@@ -861,9 +844,7 @@ async def test_listener_that_raises_after_commit(
         after_commit(fired.append, "commit")
         after_rollback(fired.append, "rollback")
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
-
-    response = await request(app)
+    response = await handle(handler, db, observers=[events.append])
 
     assert 200 == response.status
     assert ["commit"] == fired
@@ -901,12 +882,6 @@ async def test_lost_answer_to_commit_is_unknown(
     async with backend.proxy() as proxy:
         await shop.create(backend)
         db = Database.from_url(backend.through(proxy.port))
-        app = UnitOfWorkMiddleware(
-            endpoint(handler),
-            db,
-            observers=[events.append],
-            commit_timeout=0.2 if how == "timeout" else 30,
-        )
         if how == "timeout":
             proxy.hold_answer(is_commit)
         elif how == "cut_after":
@@ -914,7 +889,12 @@ async def test_lost_answer_to_commit_is_unknown(
         else:
             proxy.cut_before(is_commit)
 
-        response = await request(app)
+        response = await handle(
+            handler,
+            db,
+            observers=[events.append],
+            commit_timeout=0.2 if how == "timeout" else 30,
+        )
 
         assert 500 == response.status
         assert "retry-after" not in response.headers
@@ -949,9 +929,8 @@ async def test_server_that_says_it_does_not_know(
     """SQLSTATE 40003 at COMMIT is UNKNOWN, although the connection lives."""
     async with shop_database(postgresql) as db:
         await postgresql.execute(*DOUBTFUL_TRIGGER)
-        app = UnitOfWorkMiddleware(endpoint(lambda: shop.insert(1)), db)
 
-        response = await request(app)
+        response = await handle(lambda: shop.insert(1), db)
 
         assert 500 == response.status
         assert isinstance(response.error, OutcomeUnknownError)
@@ -972,7 +951,7 @@ async def test_second_database_failing_is_partial(
             after_commit(fired.append, "commit")
             after_rollback(fired.append, "rollback")
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), first, second))
+        response = await handle(handler, first, second)
 
         assert 500 == response.status
         assert isinstance(response.error, PartialCommitError)
@@ -992,7 +971,7 @@ async def test_two_phase_commit_beside_a_stream(mariadb: MariaDBBackend) -> None
         await shop.insert(1)
         await current_session().stream("SELECT seq FROM seq_1_to_1000")
 
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    response = await handle(handler, db)
 
     assert 200 == response.status
     assert [1] == await shop.items(mariadb)
@@ -1018,10 +997,8 @@ async def test_two_phase_commit(mariadb: MariaDBBackend, sqlite: Backend) -> Non
         await session.execute("INSERT INTO more (id) VALUES (4)")
         await mariadb.execute(f"KILL {thread}")
 
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), first, second))
-    failed = await request(
-        UnitOfWorkMiddleware(endpoint(lose_the_second), first, second)
-    )
+    response = await handle(handler, first, second)
+    failed = await handle(lose_the_second, first, second)
 
     assert 200 == response.status
     assert 503 == failed.status
@@ -1043,7 +1020,7 @@ async def test_first_database_failing_keeps_nothing(
             await current_session().execute("INSERT INTO items VALUES (1, 404)")
             await current_session(second).execute("INSERT INTO items VALUES (2, 1)")
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), first, second))
+        response = await handle(handler, first, second)
 
         assert 500 == response.status
         assert isinstance(response.error, CommitFailedError)
@@ -1065,6 +1042,6 @@ async def test_unknown_database_is_named(
             with pytest.raises(UnknownDatabaseError, match=r"stranger\.db"):
                 accessor(stranger)
 
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    response = await handle(handler, db)
 
     assert 200 == response.status

@@ -32,7 +32,7 @@ from asgi_uow.errors import (
 )
 from tests.servers.backend import MariaDBBackend
 from tests.support import shop
-from tests.support.asgi import BODY, START, endpoint, request, respond
+from tests.support.asgi import BODY, START, endpoint, handle, request, respond, serve
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -71,9 +71,7 @@ async def test_p1_committed_before_the_start_leaves(
     async def handler() -> None:
         await shop.insert(1)
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db)
-
-    response = await request(app, probe=lambda: shop.items(backend))
+    response = await handle(handler, db, probe=lambda: shop.items(backend))
 
     assert [[1]] == response.seen
     assert [START, BODY] == response.types
@@ -99,7 +97,7 @@ async def test_p2_failed_commit_is_an_error_response(
             await respond(send)
         raise caught.value
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     lost = isinstance(backend, MariaDBBackend)
     assert [START, BODY] == response.types
@@ -123,8 +121,8 @@ async def test_p2_next_request_does_not_commit_the_failed_one(
     async def succeed() -> None:
         await shop.insert(2)
 
-    await request(UnitOfWorkMiddleware(endpoint(fail), db))
-    response = await request(UnitOfWorkMiddleware(endpoint(succeed), db))
+    await handle(fail, db)
+    response = await handle(succeed, db)
 
     assert 200 == response.status
     assert [2] == await shop.items(backend)
@@ -142,7 +140,7 @@ async def test_p2_app_that_swallows_the_failure_cannot_hide_it(
             with pytest.raises(UnitOfWorkFailedError):
                 await respond(send)
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert [START, BODY] == response.types
     assert response.status >= 500
@@ -160,7 +158,7 @@ async def test_p2_framework_may_answer_the_failure_itself(
             await respond(send)
         await respond(send, 507, b"rendered by the framework")
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert [(START, 507), (BODY, None)] == [
         (message["type"], message.get("status")) for message in response.messages
@@ -187,7 +185,7 @@ async def test_p3_hooks_run_for_the_proven_outcome(
         after_response(fired.append, "response")
         after_rollback(fired.append, "rollback")
 
-    await request(UnitOfWorkMiddleware(endpoint(handler, status), db))
+    await handle(handler, db, status=status)
 
     assert expected == fired
 
@@ -224,9 +222,9 @@ async def test_p4_one_decision_at_the_first_start(
         if forced:
             force_commit()
 
-    app = UnitOfWorkMiddleware(endpoint(handler, status), db)
-
-    response = await request(app, probe=lambda: shop.items(backend))
+    response = await handle(
+        handler, db, status=status, probe=lambda: shop.items(backend)
+    )
 
     assert status == response.status
     assert [[1] if kept else []] == response.seen
@@ -248,7 +246,7 @@ async def test_p4_nothing_after_the_start_changes_the_decision(
         message = "in the middle of the body"
         raise LookupError(message)
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert [START] == response.types
     assert isinstance(response.error, LookupError)
@@ -267,7 +265,7 @@ async def test_p4_without_a_start_nothing_is_kept(
         if answers:
             raise failure
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert [] == response.types
     assert (failure if answers else None) is response.error
@@ -291,9 +289,7 @@ async def test_p5_failing_hook_changes_nothing(db: Database, backend: Backend) -
         after_commit(broken)
         after_commit(fired.append, "last")
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db, observers=())
-
-    response = await request(app)
+    response = await handle(handler, db, observers=())
 
     assert 200 == response.status
     assert response.error is None
@@ -318,7 +314,7 @@ async def test_savepoint_undoes_only_what_is_inside(
         async with current_session().begin_nested():
             await shop.insert(3)
 
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    response = await handle(handler, db)
 
     assert 200 == response.status
     assert [1, 3] == await shop.items(backend)
@@ -344,7 +340,7 @@ async def test_p7_write_connection_is_back_before_the_body_streams(
         counts.append(checked_out(db))
         await send({"type": BODY, "body": b""})
 
-    await request(UnitOfWorkMiddleware(app, db))
+    await serve(app, db)
 
     assert [[0, 0], [1, 0], [0, 0], [0, 1]] == counts
     assert [0, 0] == checked_out(db)
@@ -416,7 +412,7 @@ async def test_p8_write_session_is_closed_for_good(
             await shop.insert(3)
         await send({"type": BODY, "body": b""})
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert response.error is None
     assert [1, 3] == await shop.items(backend)
@@ -451,7 +447,7 @@ async def test_p9_leaked_task_gets_no_service(db: Database, backend: Backend) ->
         await asyncio.wait((task,), timeout=0)
         await shop.insert(1)
 
-    await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    await handle(handler, db)
     over.set()
 
     refused = await tasks[0]
@@ -479,7 +475,7 @@ async def test_p9_request_does_not_trust_the_context_it_starts_in(
         await asyncio.create_task(_discard(app))
         await send({"type": BODY, "body": b""})
 
-    await request(UnitOfWorkMiddleware(first, db))
+    await serve(first, db)
 
     assert units[0] is not units[1]
     assert [1, 2] == await shop.items(backend)
@@ -499,8 +495,7 @@ async def test_p9_two_databases_in_one_unit(sqlite: Backend, mariadb: Backend) -
             await current_session().execute("INSERT INTO items (id) VALUES (1)")
             await current_session(second).execute("INSERT INTO items (id) VALUES (2)")
 
-        app = UnitOfWorkMiddleware(endpoint(handler), first, second)
-        response = await request(app)
+        response = await handle(handler, first, second)
 
         assert 200 == response.status
         assert [1] == await shop.items(sqlite)
@@ -569,7 +564,7 @@ async def test_p12_untouched_request_opens_nothing(
         current_session()
         current_read_session()
 
-    await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    await handle(handler, db)
 
     pools = [engine.sync_engine.pool for engine in (db.engine, *db.readers)]
     assert [0, 0] == [pool.checkedin() for pool in pools]  # type: ignore[attr-defined]
@@ -594,11 +589,10 @@ async def count_trips(
         async def none_at_all() -> None:
             pass
 
-        warm = UnitOfWorkMiddleware(endpoint(one_statement, 404), db)
-        await request(warm)
+        await handle(one_statement, db, status=404)
         for handler in (one_statement, none_at_all):
             proxy.clear()
-            response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+            response = await handle(handler, db)
             assert 200 == response.status
             trips.append(list(proxy.trips))
         await db.dispose()

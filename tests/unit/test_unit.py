@@ -12,7 +12,6 @@ from asgi_uow import (
     Database,
     Outcome,
     UnitOfWork,
-    UnitOfWorkMiddleware,
     after_commit,
     after_rollback,
     before_commit,
@@ -32,7 +31,7 @@ from asgi_uow.errors import (
 )
 from asgi_uow.observers import CommitFailed, HookFailed, UnitFinished
 from tests.support import shop
-from tests.support.asgi import endpoint, request
+from tests.support.asgi import handle
 from tests.support.databases import SERVERS, checked_out, on, shop_database
 from tests.support.private import COMMIT, TRANSITIONS, Cause, Settings, State
 
@@ -242,8 +241,7 @@ async def test_unit_inside_a_request_uses_its_observers(sqlite: Backend) -> None
         async def handler() -> None:
             after_commit(hook)
 
-        app = UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
-        await request(app)
+        await handle(handler, db, observers=[events.append])
 
     # Those of the hook's unit first: the request tells when its hooks have run.
     kinds = [type(event) for event in events]
@@ -360,11 +358,7 @@ async def test_connection_that_dies_before_rollback(mariadb: MariaDBBackend) -> 
         await mariadb.kill_connections()
 
     async with shop_database(mariadb) as db:
-        app = UnitOfWorkMiddleware(
-            endpoint(handler, 404), db, observers=[events.append]
-        )
-
-        response = await request(app)
+        response = await handle(handler, db, status=404, observers=[events.append])
 
         assert 404 == response.status
         assert response.error is None
