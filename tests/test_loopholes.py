@@ -285,21 +285,6 @@ async def test_second_start_while_the_first_is_decided(sqlite: SQLiteBackend) ->
         assert [] == await shop.items(sqlite)
 
 
-async def test_error_app_cannot_claim_a_success(sqlite: SQLiteBackend) -> None:
-    """An error_app that answers 200 is a mistake, and nothing is forwarded."""
-
-    async def error_app(scope: Scope, receive: Receive, send: Send) -> None:
-        await respond(send, 200)
-
-    async with shop_database(sqlite) as db:
-        response = await handle(
-            lambda: shop.insert_then_break_commit(sqlite, 1), db, error_app=error_app
-        )
-
-        assert [] == response.types
-        assert isinstance(response.error, ValueError)
-
-
 # Blocks that do not end where, or in the order, they began
 
 
@@ -699,43 +684,6 @@ async def test_cancelled_while_a_hook_runs(sqlite: SQLiteBackend) -> None:
         assert ["hook", "unit"] == ended
         assert [] == await shop.items(sqlite)
         assert [0, 0] == checked_out(db)
-
-
-async def test_database_down_in_a_task_group() -> None:
-    """The 503 is found inside an ExceptionGroup, too."""
-    db = Database.from_url("postgresql://nobody@127.0.0.1:1/app")
-
-    async def handler() -> None:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(shop.insert(1))
-
-    response = await handle(handler, db)
-
-    assert 503 == response.status
-    assert isinstance(response.error, ExceptionGroup)
-    await db.dispose()
-
-
-async def test_error_that_is_in_its_own_context(sqlite: SQLiteBackend) -> None:
-    """The only error of a task group, raised in its place, is raised as it is."""
-    raised: list[Exception] = []
-
-    async def fail() -> None:
-        raise ZeroDivisionError
-
-    async def handler() -> None:
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(fail())
-        except ExceptionGroup as group:
-            raised.extend(group.exceptions)
-            raise raised[0]  # noqa: B904  # as Starlette does
-
-    async with shop_database(sqlite) as db:
-        response = await handle(handler, db)
-
-        assert [] == response.messages
-        assert response.error is raised[0]
 
 
 async def test_finishing_by_hand_hangs_nothing(sqlite: SQLiteBackend) -> None:
