@@ -15,9 +15,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import (
     Database,
-    Outcome,
     Session,
-    UnitOfWork,
     after_commit,
     after_rollback,
     before_commit,
@@ -28,7 +26,6 @@ from asgi_uow import (
     unit_of_work,
 )
 from asgi_uow.errors import (
-    CommitFailedError,
     ConcurrentUseError,
     ConfigurationError,
     DoomedError,
@@ -36,14 +33,13 @@ from asgi_uow.errors import (
     NestedUnitOfWorkError,
     NoUnitOfWorkError,
     TransactionGoneError,
-    UnitOfWorkClosedError,
 )
-from asgi_uow.observers import CommitFailed, HookFailed, ReleaseFailed
+from asgi_uow.observers import CommitFailed, HookFailed
 from tests.servers.process import MariaDB
 from tests.support import shop
-from tests.support.asgi import BODY, START, handle, respond, serve
+from tests.support.asgi import BODY, START, handle, serve
 from tests.support.databases import DRIVERS, SERVERS, checked_out, on, shop_database
-from tests.support.private import Cause, concurrency, rollback
+from tests.support.private import concurrency
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -219,70 +215,6 @@ async def test_nothing_is_kept_alone(sqlite: SQLiteBackend, status: int) -> None
 
 
 # Starts that come too late, or too early
-
-
-@pytest.mark.parametrize("raises", [True, False])
-async def test_start_after_the_application_has_returned(
-    db: Database, backend: Backend, raises: bool
-) -> None:
-    """A task that answers for an application that is gone cannot claim a success."""
-    tasks: list[asyncio.Task[None]] = []
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await shop.insert(1)
-        tasks.append(asyncio.create_task(respond(send)))
-        if raises:
-            raise LookupError
-
-    response = await serve(app, db)
-
-    with pytest.raises(UnitOfWorkClosedError, match="sending a response"):
-        await tasks[0]
-    assert [] == response.types
-    assert [] == await shop.items(backend)
-
-
-async def test_error_after_the_application_has_returned(sqlite: SQLiteBackend) -> None:
-    """What claims no success passes."""
-    tasks: list[asyncio.Task[None]] = []
-    async with shop_database(sqlite) as db:
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await shop.insert(1)
-            tasks.append(asyncio.create_task(respond(send, 500)))
-
-        response = await serve(app, db)
-        await tasks[0]
-
-        assert [START, BODY] == response.types
-
-
-async def test_second_start_while_the_first_is_decided(sqlite: SQLiteBackend) -> None:
-    """It waits for the decision, and shares its fate."""
-    deciding, go_on = asyncio.Event(), asyncio.Event()
-    async with shop_database(sqlite) as db:
-
-        async def hold() -> None:
-            deciding.set()
-            await go_on.wait()
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await shop.insert_then_break_commit(sqlite, 1)
-            before_commit(hold)
-            first = asyncio.create_task(respond(send, 201))
-            await deciding.wait()
-            second = asyncio.create_task(respond(send, 200))
-            await asyncio.wait((second,), timeout=0.01)
-            go_on.set()
-            for task in (first, second):
-                with pytest.raises(CommitFailedError):
-                    await task
-
-        response = await serve(app, db)
-
-        assert 500 == response.status
-        assert [START, BODY] == response.types
-        assert [] == await shop.items(sqlite)
 
 
 # Blocks that do not end where, or in the order, they began
@@ -533,27 +465,6 @@ async def test_redirect_does_not_hide_a_lost_unit(
 # Sessions that open while the unit closes
 
 
-async def test_writer_opened_while_another_is_flushed(
-    sqlite: SQLiteBackend, mariadb: MariaDBBackend
-) -> None:
-    """What a second session adds during the flush of the first is flushed too."""
-    async with shop_database(sqlite) as first, shop_database(mariadb) as second:
-
-        def add_to_second(*_: object) -> None:
-            current_session(second).add(shop.Item(id=2))
-
-        async def handler() -> None:
-            session = current_session(first)
-            session.add(shop.Item(id=1))
-            event.listen(session.sync_session, "before_flush", add_to_second)
-
-        response = await handle(handler, first, second)
-
-        assert 200 == response.status
-        assert [1] == await shop.items(sqlite)
-        assert [2] == await shop.items(mariadb)
-
-
 # In memory
 
 
@@ -656,54 +567,6 @@ async def test_hook_that_does_not_let_itself_be_cancelled(
         await asyncio.wait([task for task in tasks if task])
 
 
-async def test_cancelled_while_a_hook_runs(sqlite: SQLiteBackend) -> None:
-    """A request that is cancelled in a before_commit hook cancels the hook as well."""
-    begun = asyncio.Event()
-    ended: list[str] = []
-
-    async def hook() -> None:
-        try:
-            begun.set()
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            await current_session().execute("SELECT 1")
-            ended.append("hook")
-            raise
-
-    async def handler() -> None:
-        await shop.insert(1)
-        before_commit(hook)
-        after_rollback(ended.append, "unit")
-
-    async with shop_database(sqlite) as db:
-        task = asyncio.create_task(handle(handler, db))
-        await begun.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert ["hook", "unit"] == ended
-        assert [] == await shop.items(sqlite)
-        assert [0, 0] == checked_out(db)
-
-
-async def test_finishing_by_hand_hangs_nothing(sqlite: SQLiteBackend) -> None:
-    """A handler that ends the unit itself gets no success out, and no hang."""
-    units: list[UnitOfWork] = []
-    async with shop_database(sqlite) as db:
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            units.append(current_unit_of_work())
-            await shop.insert(1)
-            await units[0].finish(rollback(Cause.EXPLICIT))
-            await respond(send)
-
-        response = await asyncio.wait_for(serve(app, db), 5)
-
-        assert [] == response.types
-        assert isinstance(response.error, UnitOfWorkClosedError)
-        assert Outcome.ROLLED_BACK is units[0].outcome
-
-
 async def test_add_while_another_task_flushes(sqlite: SQLiteBackend) -> None:
     """SQLAlchemy would only warn, and might lose the object: refused."""
     flushing = asyncio.Event()
@@ -732,59 +595,6 @@ async def test_add_while_another_task_flushes(sqlite: SQLiteBackend) -> None:
 
         assert 200 == response.status
         assert [1] == await shop.items(sqlite)
-
-
-async def test_connection_that_cannot_even_be_thrown_away(
-    sqlite: SQLiteBackend,
-) -> None:
-    """A listener that breaks every rollback is reported twice; the response leaves."""
-
-    def broken(connection: object) -> None:
-        raise ZeroDivisionError
-
-    async with shop_database(sqlite) as db:
-
-        async def handler() -> None:
-            await shop.insert(1)
-            await current_session().begin_nested().start()
-            event.listen(db.engine.sync_engine, "rollback", broken)
-
-        sent = Sent()
-        response = await sent.request(db, handler, 404)
-        event.remove(db.engine.sync_engine, "rollback", broken)
-
-        assert 404 == response.status
-        reported = [each for each in sent.events if isinstance(each, ReleaseFailed)]
-        assert [ZeroDivisionError] * len(reported) == [
-            type(each.error) for each in reported
-        ]
-        assert [] == await shop.items(sqlite)
-        assert [0, 0] == checked_out(db)
-
-
-async def test_read_session_that_cannot_be_closed(sqlite: SQLiteBackend) -> None:
-    """It is reported, and reported again if its connection resists, too."""
-
-    def broken(*_: object) -> None:
-        raise ZeroDivisionError
-
-    events: list[Event] = []
-    async with shop_database(sqlite) as db:
-        target = db.read_engine.sync_engine
-
-        async def handler() -> None:
-            await current_read_session().execute("SELECT 1")
-            event.listen(target, "rollback", broken)
-            event.listen(target, "invalidate", broken)
-
-        response = await handle(handler, db, observers=[events.append])
-        event.remove(target, "rollback", broken)
-        event.remove(target, "invalidate", broken)
-
-        assert 200 == response.status
-        assert ["closing the session", "throwing the connection away"] == [
-            each.operation for each in events if isinstance(each, ReleaseFailed)
-        ]
 
 
 async def test_memory_and_an_ordinary_error() -> None:

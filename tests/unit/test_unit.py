@@ -13,7 +13,6 @@ from asgi_uow import (
     Outcome,
     UnitOfWork,
     after_commit,
-    after_rollback,
     before_commit,
     current_read_session,
     current_session,
@@ -29,7 +28,7 @@ from asgi_uow.errors import (
     NoUnitOfWorkError,
     UnitOfWorkClosedError,
 )
-from asgi_uow.observers import CommitFailed, HookFailed, UnitFinished
+from asgi_uow.observers import HookFailed, UnitFinished
 from tests.support import shop
 from tests.support.asgi import handle
 from tests.support.databases import SERVERS, checked_out, on, shop_database
@@ -344,26 +343,3 @@ async def test_dropped_unit_with_hooks_warns(sqlite: Backend) -> None:
 
 
 # Releasing
-
-
-async def test_connection_that_dies_before_rollback(mariadb: MariaDBBackend) -> None:
-    """A rollback on a dead connection is reported; nothing is kept, nothing leaks."""
-    events: list[Event] = []
-    fired: list[str] = []
-
-    async def handler() -> None:
-        await shop.insert(1)
-        after_rollback(fired.append, "rollback")
-        await current_read_session().execute("SELECT 1")
-        await mariadb.kill_connections()
-
-    async with shop_database(mariadb) as db:
-        response = await handle(handler, db, status=404, observers=[events.append])
-
-        assert 404 == response.status
-        assert response.error is None
-        assert ["rollback"] == fired
-        assert [0, 0] == checked_out(db)
-        assert UnitFinished in map(type, events)
-        assert not {CommitFailed, HookFailed} & set(map(type, events))
-        assert [] == await shop.items(mariadb)
