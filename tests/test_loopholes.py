@@ -21,17 +21,13 @@ from asgi_uow import (
     before_commit,
     current_read_session,
     current_session,
-    current_unit_of_work,
     savepoint,
-    unit_of_work,
 )
 from asgi_uow.errors import (
     ConcurrentUseError,
     ConfigurationError,
     DoomedError,
     ManagedTransactionError,
-    NestedUnitOfWorkError,
-    NoUnitOfWorkError,
     TransactionGoneError,
 )
 from asgi_uow.observers import CommitFailed, HookFailed
@@ -42,7 +38,7 @@ from tests.support.databases import DRIVERS, SERVERS, checked_out, on, shop_data
 from tests.support.private import concurrency
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
     from asgi_uow._asgi import Receive, Scope, Send
     from asgi_uow.observers import Event
@@ -220,65 +216,6 @@ async def test_nothing_is_kept_alone(sqlite: SQLiteBackend, status: int) -> None
 # Blocks that do not end where, or in the order, they began
 
 
-async def test_blocks_that_end_out_of_order(
-    sqlite: SQLiteBackend, mariadb: MariaDBBackend
-) -> None:
-    """Each block ends its own unit: one fails, the other is kept."""
-
-    async def block(db: Database, number: int) -> AsyncIterator[None]:
-        async with db:
-            await db.write.execute("INSERT INTO items (id) VALUES (:id)", id=number)
-            yield
-
-    async with shop_database(sqlite) as first, shop_database(mariadb) as second:
-        one, two = block(first, 1), block(second, 2)
-        await anext(one)
-        await anext(two)
-        with pytest.raises(ZeroDivisionError):
-            await one.athrow(ZeroDivisionError())  # type: ignore[attr-defined]
-        with pytest.raises(StopAsyncIteration):
-            await anext(two)
-
-        assert [] == await shop.items(sqlite)
-        assert [2] == await shop.items(mariadb)
-        with pytest.raises(NoUnitOfWorkError):
-            current_unit_of_work()
-        assert [0, 0, 0, 0] == checked_out(first, second)
-
-
-async def test_block_left_in_another_task(db: Database, backend: Backend) -> None:
-    """A block entered by a task that is over is ended by the one that leaves it."""
-
-    async def enter() -> None:
-        await db.__aenter__()
-        await shop.insert(1)
-
-    await asyncio.create_task(enter())
-    await db.__aexit__(None, None, None)
-
-    assert [1] == await shop.items(backend)
-    assert [0, 0] == checked_out(db)
-
-
-async def test_whose_block_it_is_must_be_known(sqlite: SQLiteBackend) -> None:
-    """Of two blocks of tasks that still run, neither is ended by a third."""
-    entered, over = [asyncio.Event(), asyncio.Event()], asyncio.Event()
-    async with shop_database(sqlite) as db:
-
-        async def stay(number: int) -> None:
-            async with db:
-                entered[number].set()
-                await over.wait()
-
-        tasks = [asyncio.create_task(stay(number)) for number in range(2)]
-        for each in entered:
-            await each.wait()
-        with pytest.raises(NoUnitOfWorkError, match="another task has entered"):
-            await db.__aexit__(None, None, None)
-        over.set()
-        await asyncio.gather(*tasks)
-
-
 # Streams of reads that share the writer's connection
 
 
@@ -443,25 +380,6 @@ async def test_autocommit_engine_is_refused(
 # Doomed, and left by a redirect
 
 
-async def test_redirect_does_not_hide_a_lost_unit(
-    postgresql: PostgreSQLBackend,
-) -> None:
-    """A redirect raised as an exception claims a success; the doomed unit raises."""
-
-    class RedirectError(Exception):
-        status_code = 302
-
-    async with shop_database(postgresql) as db:
-        with pytest.raises(DoomedError):
-            async with unit_of_work(db):
-                await shop.insert(1)
-                with suppress(sa_exc.IntegrityError):
-                    await shop.insert(1)
-                raise RedirectError
-
-        assert [] == await shop.items(postgresql)
-
-
 # Sessions that open while the unit closes
 
 
@@ -485,23 +403,6 @@ async def test_memory_survives_a_cancelled_statement() -> None:
     async with db:
         await shop.insert(2)
         assert [2] == (await db.read.scalars("SELECT id FROM items")).all()
-    await db.dispose()
-
-
-async def test_memory_read_after_the_start_holds_the_connection() -> None:
-    """A unit that would wait for the request's own read is refused, not hung."""
-    db = Database.from_url("sqlite://")
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": START, "status": 200, "headers": []})
-        await current_read_session().execute("SELECT 1")
-        with pytest.raises(NestedUnitOfWorkError):
-            await db.__aenter__()
-        await send({"type": BODY, "body": b""})
-
-    response = await serve(app, db)
-
-    assert response.error is None
     await db.dispose()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asgi_uow import Database, UnitOfWork
 from asgi_uow import _concurrency as concurrency
 from asgi_uow._concurrency import Turn, bounded, run_to_completion
 from asgi_uow._databases import dialects
@@ -68,7 +69,6 @@ __all__ = [
     "ReadSession",
     "Replica",
     "Savepoint",
-    "Settings",
     "State",
     "Turn",
     "_before_header",
@@ -91,6 +91,7 @@ __all__ = [
     "is_lost",
     "is_memory",
     "is_unavailable",
+    "make_unit",
     "name_of",
     "position",
     "read_configuration",
@@ -98,6 +99,12 @@ __all__ = [
     "run_to_completion",
     "wait_for",
 ]
+
+
+def make_unit(*databases: Database) -> UnitOfWork:
+    """Make a unit of work that no request and no block has entered."""
+    return UnitOfWork(databases, Settings())
+
 
 SQLITE_CONNECTION = "asgi_uow._databases.sqlite_connection"
 """The module that imports aiosqlite."""

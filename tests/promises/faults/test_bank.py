@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asgi_uow import Outcome, UnitOfWork
+from asgi_uow import Outcome
 from asgi_uow.errors import CommitFailedError, OutcomeUnknownError
 from tests.promises.faults.bank import TABLES, Attempt, Bank, Order, Plan, lies
 from tests.support.asgi import START
-from tests.support.private import Cause, Settings
+from tests.support.private import Cause, make_unit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +60,7 @@ def attempt(
     is_cancelled: bool = False,
 ) -> Attempt:
     """Make what a transfer came to."""
-    unit = UnitOfWork((), Settings())
+    unit = make_unit()
     unit.outcome = outcome
     kind = OutcomeUnknownError if outcome is UNKNOWN else CommitFailedError
     return Attempt(
