@@ -15,39 +15,30 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import (
     Database,
-    Outcome,
     Session,
-    UnitOfWork,
-    UnitOfWorkMiddleware,
     after_commit,
     after_rollback,
     before_commit,
     current_read_session,
     current_session,
-    current_unit_of_work,
     savepoint,
-    unit_of_work,
 )
 from asgi_uow.errors import (
-    CommitFailedError,
     ConcurrentUseError,
     ConfigurationError,
     DoomedError,
     ManagedTransactionError,
-    NestedUnitOfWorkError,
-    NoUnitOfWorkError,
     TransactionGoneError,
-    UnitOfWorkClosedError,
 )
-from asgi_uow.observers import CommitFailed, HookFailed, ReleaseFailed
+from asgi_uow.observers import CommitFailed, HookFailed
 from tests.servers.process import MariaDB
 from tests.support import shop
-from tests.support.asgi import BODY, START, endpoint, request, respond
+from tests.support.asgi import BODY, START, handle, serve
 from tests.support.databases import DRIVERS, SERVERS, checked_out, on, shop_database
-from tests.support.private import Cause, concurrency, finish, rollback
+from tests.support.private import concurrency
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
     from asgi_uow._asgi import Receive, Scope, Send
     from asgi_uow.observers import Event
@@ -81,10 +72,7 @@ class Sent:
             after_rollback(self.fired.append, "rollback")
             await handler()
 
-        app = UnitOfWorkMiddleware(
-            endpoint(work, status), db, observers=[self.events.append]
-        )
-        return await request(app)
+        return await handle(work, db, status=status, observers=[self.events.append])
 
 
 # A statement of another task that fails while the decision waits for it
@@ -225,149 +213,7 @@ async def test_nothing_is_kept_alone(sqlite: SQLiteBackend, status: int) -> None
 # Starts that come too late, or too early
 
 
-@pytest.mark.parametrize("raises", [True, False])
-async def test_start_after_the_application_has_returned(
-    db: Database, backend: Backend, raises: bool
-) -> None:
-    """A task that answers for an application that is gone cannot claim a success."""
-    tasks: list[asyncio.Task[None]] = []
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await shop.insert(1)
-        tasks.append(asyncio.create_task(respond(send)))
-        if raises:
-            raise LookupError
-
-    response = await request(UnitOfWorkMiddleware(app, db))
-
-    with pytest.raises(UnitOfWorkClosedError, match="sending a response"):
-        await tasks[0]
-    assert [] == response.types
-    assert [] == await shop.items(backend)
-
-
-async def test_error_after_the_application_has_returned(sqlite: SQLiteBackend) -> None:
-    """What claims no success passes."""
-    tasks: list[asyncio.Task[None]] = []
-    async with shop_database(sqlite) as db:
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await shop.insert(1)
-            tasks.append(asyncio.create_task(respond(send, 500)))
-
-        response = await request(UnitOfWorkMiddleware(app, db))
-        await tasks[0]
-
-        assert [START, BODY] == response.types
-
-
-async def test_second_start_while_the_first_is_decided(sqlite: SQLiteBackend) -> None:
-    """It waits for the decision, and shares its fate."""
-    deciding, go_on = asyncio.Event(), asyncio.Event()
-    async with shop_database(sqlite) as db:
-
-        async def hold() -> None:
-            deciding.set()
-            await go_on.wait()
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await shop.insert_then_break_commit(sqlite, 1)
-            before_commit(hold)
-            first = asyncio.create_task(respond(send, 201))
-            await deciding.wait()
-            second = asyncio.create_task(respond(send, 200))
-            await asyncio.wait((second,), timeout=0.01)
-            go_on.set()
-            for task in (first, second):
-                with pytest.raises(CommitFailedError):
-                    await task
-
-        response = await request(UnitOfWorkMiddleware(app, db))
-
-        assert 500 == response.status
-        assert [START, BODY] == response.types
-        assert [] == await shop.items(sqlite)
-
-
-async def test_error_app_cannot_claim_a_success(sqlite: SQLiteBackend) -> None:
-    """An error_app that answers 200 is a mistake, and nothing is forwarded."""
-
-    async def error_app(scope: Scope, receive: Receive, send: Send) -> None:
-        await respond(send, 200)
-
-    async with shop_database(sqlite) as db:
-        app = UnitOfWorkMiddleware(
-            endpoint(lambda: shop.insert_then_break_commit(sqlite, 1)),
-            db,
-            error_app=error_app,
-        )
-
-        response = await request(app)
-
-        assert [] == response.types
-        assert isinstance(response.error, ValueError)
-
-
 # Blocks that do not end where, or in the order, they began
-
-
-async def test_blocks_that_end_out_of_order(
-    sqlite: SQLiteBackend, mariadb: MariaDBBackend
-) -> None:
-    """Each block ends its own unit: one fails, the other is kept."""
-
-    async def block(db: Database, number: int) -> AsyncIterator[None]:
-        async with db:
-            await db.write.execute("INSERT INTO items (id) VALUES (:id)", id=number)
-            yield
-
-    async with shop_database(sqlite) as first, shop_database(mariadb) as second:
-        one, two = block(first, 1), block(second, 2)
-        await anext(one)
-        await anext(two)
-        with pytest.raises(ZeroDivisionError):
-            await one.athrow(ZeroDivisionError())  # type: ignore[attr-defined]
-        with pytest.raises(StopAsyncIteration):
-            await anext(two)
-
-        assert [] == await shop.items(sqlite)
-        assert [2] == await shop.items(mariadb)
-        with pytest.raises(NoUnitOfWorkError):
-            current_unit_of_work()
-        assert [0, 0, 0, 0] == checked_out(first, second)
-
-
-async def test_block_left_in_another_task(db: Database, backend: Backend) -> None:
-    """A block entered by a task that is over is ended by the one that leaves it."""
-
-    async def enter() -> None:
-        await db.__aenter__()
-        await shop.insert(1)
-
-    await asyncio.create_task(enter())
-    await db.__aexit__(None, None, None)
-
-    assert [1] == await shop.items(backend)
-    assert [0, 0] == checked_out(db)
-
-
-async def test_whose_block_it_is_must_be_known(sqlite: SQLiteBackend) -> None:
-    """Of two blocks of tasks that still run, neither is ended by a third."""
-    entered, over = [asyncio.Event(), asyncio.Event()], asyncio.Event()
-    async with shop_database(sqlite) as db:
-
-        async def stay(number: int) -> None:
-            async with db:
-                entered[number].set()
-                await over.wait()
-
-        tasks = [asyncio.create_task(stay(number)) for number in range(2)]
-        for each in entered:
-            await each.wait()
-        with pytest.raises(NoUnitOfWorkError, match="another task has entered"):
-            await db.__aexit__(None, None, None)
-        over.set()
-        await asyncio.gather(*tasks)
 
 
 # Streams of reads that share the writer's connection
@@ -387,7 +233,7 @@ async def test_joined_stream_ends_with_the_writer(
             await stream.all()
         await send({"type": BODY, "body": b""})
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert response.error is None
     assert [0, 1, 2] == await shop.items(backend)
@@ -534,48 +380,7 @@ async def test_autocommit_engine_is_refused(
 # Doomed, and left by a redirect
 
 
-async def test_redirect_does_not_hide_a_lost_unit(
-    postgresql: PostgreSQLBackend,
-) -> None:
-    """A redirect raised as an exception claims a success; the doomed unit raises."""
-
-    class RedirectError(Exception):
-        status_code = 302
-
-    async with shop_database(postgresql) as db:
-        with pytest.raises(DoomedError):
-            async with unit_of_work(db):
-                await shop.insert(1)
-                with suppress(sa_exc.IntegrityError):
-                    await shop.insert(1)
-                raise RedirectError
-
-        assert [] == await shop.items(postgresql)
-
-
 # Sessions that open while the unit closes
-
-
-async def test_writer_opened_while_another_is_flushed(
-    sqlite: SQLiteBackend, mariadb: MariaDBBackend
-) -> None:
-    """What a second session adds during the flush of the first is flushed too."""
-    async with shop_database(sqlite) as first, shop_database(mariadb) as second:
-
-        def add_to_second(*_: object) -> None:
-            current_session(second).add(shop.Item(id=2))
-
-        async def handler() -> None:
-            session = current_session(first)
-            session.add(shop.Item(id=1))
-            event.listen(session.sync_session, "before_flush", add_to_second)
-
-        app = UnitOfWorkMiddleware(endpoint(handler), first, second)
-        response = await request(app)
-
-        assert 200 == response.status
-        assert [1] == await shop.items(sqlite)
-        assert [2] == await shop.items(mariadb)
 
 
 # In memory
@@ -598,23 +403,6 @@ async def test_memory_survives_a_cancelled_statement() -> None:
     async with db:
         await shop.insert(2)
         assert [2] == (await db.read.scalars("SELECT id FROM items")).all()
-    await db.dispose()
-
-
-async def test_memory_read_after_the_start_holds_the_connection() -> None:
-    """A unit that would wait for the request's own read is refused, not hung."""
-    db = Database.from_url("sqlite://")
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": START, "status": 200, "headers": []})
-        await current_read_session().execute("SELECT 1")
-        with pytest.raises(NestedUnitOfWorkError):
-            await db.__aenter__()
-        await send({"type": BODY, "body": b""})
-
-    response = await request(UnitOfWorkMiddleware(app, db))
-
-    assert response.error is None
     await db.dispose()
 
 
@@ -665,10 +453,9 @@ async def test_hook_that_does_not_let_itself_be_cancelled(
         register(stubborn)
 
     async with shop_database(sqlite) as db:
-        app = UnitOfWorkMiddleware(
-            endpoint(handler), db, observers=[events.append], hook_timeout=0.01
+        response = await handle(
+            handler, db, observers=[events.append], hook_timeout=0.01
         )
-        response = await request(app)
 
         is_after = register is after_commit
         assert (200 if is_after else 500) == response.status
@@ -679,91 +466,6 @@ async def test_hook_that_does_not_let_itself_be_cancelled(
         assert isinstance(error, TimeoutError)
         over.set()
         await asyncio.wait([task for task in tasks if task])
-
-
-async def test_cancelled_while_a_hook_runs(sqlite: SQLiteBackend) -> None:
-    """A request that is cancelled in a before_commit hook cancels the hook as well."""
-    begun = asyncio.Event()
-    ended: list[str] = []
-
-    async def hook() -> None:
-        try:
-            begun.set()
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            await current_session().execute("SELECT 1")
-            ended.append("hook")
-            raise
-
-    async def handler() -> None:
-        await shop.insert(1)
-        before_commit(hook)
-        after_rollback(ended.append, "unit")
-
-    async with shop_database(sqlite) as db:
-        task = asyncio.create_task(request(UnitOfWorkMiddleware(endpoint(handler), db)))
-        await begun.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert ["hook", "unit"] == ended
-        assert [] == await shop.items(sqlite)
-        assert [0, 0] == checked_out(db)
-
-
-async def test_database_down_in_a_task_group() -> None:
-    """The 503 is found inside an ExceptionGroup, too."""
-    db = Database.from_url("postgresql://nobody@127.0.0.1:1/app")
-
-    async def handler() -> None:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(shop.insert(1))
-
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-
-    assert 503 == response.status
-    assert isinstance(response.error, ExceptionGroup)
-    await db.dispose()
-
-
-async def test_error_that_is_in_its_own_context(sqlite: SQLiteBackend) -> None:
-    """The only error of a task group, raised in its place, is raised as it is."""
-    raised: list[Exception] = []
-
-    async def fail() -> None:
-        raise ZeroDivisionError
-
-    async def handler() -> None:
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(fail())
-        except ExceptionGroup as group:
-            raised.extend(group.exceptions)
-            raise raised[0]  # noqa: B904  # as Starlette does
-
-    async with shop_database(sqlite) as db:
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-
-        assert [] == response.messages
-        assert response.error is raised[0]
-
-
-async def test_finishing_by_hand_hangs_nothing(sqlite: SQLiteBackend) -> None:
-    """A handler that ends the unit itself gets no success out, and no hang."""
-    units: list[UnitOfWork] = []
-    async with shop_database(sqlite) as db:
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            units.append(current_unit_of_work())
-            await shop.insert(1)
-            await finish(units[0], rollback(Cause.EXPLICIT))
-            await respond(send)
-
-        response = await asyncio.wait_for(request(UnitOfWorkMiddleware(app, db)), 5)
-
-        assert [] == response.types
-        assert isinstance(response.error, UnitOfWorkClosedError)
-        assert Outcome.ROLLED_BACK is units[0].outcome
 
 
 async def test_add_while_another_task_flushes(sqlite: SQLiteBackend) -> None:
@@ -794,60 +496,6 @@ async def test_add_while_another_task_flushes(sqlite: SQLiteBackend) -> None:
 
         assert 200 == response.status
         assert [1] == await shop.items(sqlite)
-
-
-async def test_connection_that_cannot_even_be_thrown_away(
-    sqlite: SQLiteBackend,
-) -> None:
-    """A listener that breaks every rollback is reported twice; the response leaves."""
-
-    def broken(connection: object) -> None:
-        raise ZeroDivisionError
-
-    async with shop_database(sqlite) as db:
-
-        async def handler() -> None:
-            await shop.insert(1)
-            await current_session().begin_nested().start()
-            event.listen(db.engine.sync_engine, "rollback", broken)
-
-        sent = Sent()
-        response = await sent.request(db, handler, 404)
-        event.remove(db.engine.sync_engine, "rollback", broken)
-
-        assert 404 == response.status
-        reported = [each for each in sent.events if isinstance(each, ReleaseFailed)]
-        assert [ZeroDivisionError] * len(reported) == [
-            type(each.error) for each in reported
-        ]
-        assert [] == await shop.items(sqlite)
-        assert [0, 0] == checked_out(db)
-
-
-async def test_read_session_that_cannot_be_closed(sqlite: SQLiteBackend) -> None:
-    """It is reported, and reported again if its connection resists, too."""
-
-    def broken(*_: object) -> None:
-        raise ZeroDivisionError
-
-    events: list[Event] = []
-    async with shop_database(sqlite) as db:
-        target = db.read_engine.sync_engine
-
-        async def handler() -> None:
-            await current_read_session().execute("SELECT 1")
-            event.listen(target, "rollback", broken)
-            event.listen(target, "invalidate", broken)
-
-        app = UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
-        response = await request(app)
-        event.remove(target, "rollback", broken)
-        event.remove(target, "invalidate", broken)
-
-        assert 200 == response.status
-        assert ["closing the session", "throwing the connection away"] == [
-            each.operation for each in events if isinstance(each, ReleaseFailed)
-        ]
 
 
 async def test_memory_and_an_ordinary_error() -> None:

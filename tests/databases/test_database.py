@@ -798,11 +798,3 @@ async def test_ping(*, backend: ServerBackend, answers: bool) -> None:
         assert "SELECT 42" == proxy.trips[-1]
         assert (1 if answers else 2) == proxy.connections
         await db.dispose()
-
-
-async def test_outcome_while_the_server_is_away(postgresql: PostgreSQLBackend) -> None:
-    """A server that cannot be asked leaves the outcome unknown, when time is up."""
-    url = postgresql.through(free_port())
-    db = Database.from_url(url, resolve_unknown=True)
-    assert await db.was_committed("1@never", 0.2) is None
-    await db.dispose()

@@ -15,7 +15,6 @@ from asgi_uow import (
     Outcome,
     Session,
     UnitOfWork,
-    UnitOfWorkMiddleware,
     after_commit,
     after_rollback,
     current_read_session,
@@ -32,7 +31,7 @@ from asgi_uow.errors import (
 from asgi_uow.observers import CommitFailed, ImplicitCommit, UnitFinished
 from tests.servers.backend import MariaDBBackend
 from tests.support import shop
-from tests.support.asgi import endpoint, request
+from tests.support.asgi import handle
 from tests.support.databases import DRIVERS, on, shop_database
 from tests.support.private import Cause
 from tests.support.shop import Item
@@ -68,10 +67,9 @@ class Request:
             after_rollback(self.fired.append, "rollback")
             await self._handler()
 
-        app = UnitOfWorkMiddleware(
-            endpoint(handler, status), self._db, observers=[self.events.append]
+        return await handle(
+            handler, self._db, status=status, observers=[self.events.append]
         )
-        return await request(app)
 
 
 def is_postgresql(backend: Backend) -> bool:

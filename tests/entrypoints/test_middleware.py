@@ -3,60 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import event
-from sqlalchemy import exc as sa_exc
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import (
-    CausalReads,
     Database,
-    Outcome,
-    Session,
     UnitOfWork,
     UnitOfWorkMiddleware,
     after_commit,
     after_response,
-    after_rollback,
     before_commit,
-    current_read_session,
     current_session,
     current_unit_of_work,
 )
 from asgi_uow.errors import (
-    BeforeCommitError,
     CommitFailedError,
-    ConfigurationError,
     NoUnitOfWorkError,
-    OutcomeUnknownError,
-    PartialCommitError,
-    ReadOnlySessionError,
     UnitOfWorkClosedError,
-    UnknownDatabaseError,
 )
-from asgi_uow.observers import CommitFailed, ReleaseFailed, UnitFinished
 from tests.support import shop
 from tests.support.asgi import (
+    BODY,
     START,
     endpoint,
+    handle,
     http_scope,
     no_body,
     request,
     respond,
+    serve,
 )
-from tests.support.databases import SERVERS, checked_out, on, shop_database
-from tests.support.observer import Events
-from tests.support.private import Cause, State
-from tests.support.shop import Item
+from tests.support.databases import DRIVERS, on, shop_database
 
 if TYPE_CHECKING:
     from asgi_uow._asgi import Message, Receive, Scope, Send
-    from asgi_uow.observers import Event
-    from tests.servers.backend import Backend, MariaDBBackend, PostgreSQLBackend
+    from tests.servers.backend import Backend, MariaDBBackend
 
 pytestmark = on("aiosqlite")
 
@@ -88,72 +70,63 @@ async def test_mounted_twice_passes_through(db: Database, backend: Backend) -> N
         units.append(current_unit_of_work())
         await inner(scope, receive, send)
 
-    await request(UnitOfWorkMiddleware(between, db))
+    await serve(between, db)
 
     assert units[0] is units[1]
     assert [1] == await shop.items(backend)
 
 
 async def test_inner_middleware_with_another_database(
-    db: Database, mariadb: MariaDBBackend, backend: Backend
+    db: Database, backend: Backend, other: Database, mariadb: MariaDBBackend
 ) -> None:
     """An inner middleware for another database has a unit of its own.
 
     Sessions of the outer database are still reached through it.
     """
-    async with shop_database(mariadb) as other:
 
-        async def handler() -> None:
-            assert current_unit_of_work().databases == (other,)
-            await shop.insert(1)
-            await current_session(db).execute("INSERT INTO items (id) VALUES (2)")
+    async def handler() -> None:
+        assert current_unit_of_work().databases == (other,)
+        await shop.insert(1)
+        await shop.insert(2, db)
 
-        inner = UnitOfWorkMiddleware(endpoint(handler), other)
-        scope = http_scope()
+    inner = UnitOfWorkMiddleware(endpoint(handler), other)
+    scope = http_scope()
 
-        response = await request(UnitOfWorkMiddleware(inner, db), scope=scope)
+    response = await request(UnitOfWorkMiddleware(inner, db), scope=scope)
 
-        assert 200 == response.status
-        assert [1] == await shop.items(mariadb)
-        assert [2] == await shop.items(backend)
-        assert scope["asgi_uow.unit"] is None
+    assert 200 == response.status
+    assert [1] == await shop.items(mariadb)
+    assert [2] == await shop.items(backend)
+    assert scope["asgi_uow.unit"] is None
 
 
+@on("asyncmy")
 async def test_nested_request_with_its_own_scope_is_its_own_unit(
-    mariadb: MariaDBBackend,
+    db: Database, backend: Backend
 ) -> None:
     """A request made in process, inside a handler, has an outcome of its own."""
-    async with shop_database(mariadb) as db:
 
-        async def inner() -> None:
-            await shop.insert(1)
+    async def outer() -> None:
+        await handle(lambda: shop.insert(1), db)
+        await shop.insert(2)
 
-        async def outer() -> None:
-            await request(UnitOfWorkMiddleware(endpoint(inner), db))
-            await shop.insert(2)
+    await handle(outer, db, status=500)
 
-        await request(UnitOfWorkMiddleware(endpoint(outer, 500), db))
-
-        assert [1] == await shop.items(mariadb)
+    assert [1] == await shop.items(backend)
 
 
 async def test_copied_scope_after_the_decision_is_a_new_unit(
     db: Database, backend: Backend
 ) -> None:
     """A scope used again once its unit is decided does not get that unit."""
-
-    async def inner() -> None:
-        await shop.insert(2)
+    inner = UnitOfWorkMiddleware(endpoint(lambda: shop.insert(2)), db)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await shop.insert(1)
         await respond(send)
-        await request(
-            UnitOfWorkMiddleware(endpoint(inner), db),
-            scope=dict(scope),
-        )
+        await request(inner, scope=dict(scope))
 
-    await request(UnitOfWorkMiddleware(app, db))
+    await serve(app, db)
 
     assert [1, 2] == await shop.items(backend)
 
@@ -174,7 +147,7 @@ async def test_websocket_has_no_unit(db: Database, backend: Backend) -> None:
     async def handler() -> None:
         await app({"type": "websocket"}, no_body, _forget)
 
-    await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    await handle(handler, db)
 
     assert 1 == len(refused)
     assert [1] == await shop.items(backend)
@@ -240,138 +213,12 @@ async def test_other_messages_pass_untouched(db: Database) -> None:
         for message in sent:
             await send(message)
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert sent == response.messages
 
 
-# Answering a failure
-
-
-async def test_default_answer_is_problem_json(db: Database, backend: Backend) -> None:
-    """The default answer is small, complete and says nothing about the cause."""
-
-    async def handler() -> None:
-        await shop.insert_then_break_commit(backend, 1)
-
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-
-    body = response.messages[1]["body"]
-    assert "application/problem+json" == response.headers["content-type"]
-    assert str(len(body)) == response.headers["content-length"]
-    assert {
-        "type": "about:blank",
-        "title": "Internal Server Error",
-        "status": 500,
-        "detail": "The request could not be completed.",
-    } == json.loads(body)
-
-
-async def test_error_app_finds_the_failure(db: Database, backend: Backend) -> None:
-    """An error_app of one's own gets scope, receive, and the failure in the scope."""
-    found: list[object] = []
-
-    async def error_app(scope: Scope, receive: Receive, send: Send) -> None:
-        found.append(scope["asgi_uow.failure"])
-        await respond(send, 507)
-
-    async def handler() -> None:
-        await shop.insert_then_break_commit(backend, 1)
-
-    app = UnitOfWorkMiddleware(endpoint(handler), db, error_app=error_app)
-
-    response = await request(app)
-
-    assert 507 == response.status
-    assert [response.error] == found
-
-
-async def test_no_error_app_leaves_it_to_the_framework(
-    db: Database, backend: Backend
-) -> None:
-    """With error_app=None nothing is answered; the failure is raised all the same."""
-
-    async def handler() -> None:
-        await shop.insert_then_break_commit(backend, 1)
-
-    app = UnitOfWorkMiddleware(endpoint(handler), db, error_app=None)
-
-    response = await request(app)
-
-    assert [] == response.types
-    assert isinstance(response.error, CommitFailedError)
-
-
-async def test_app_that_returns_normally_after_a_failure(
-    db: Database, backend: Backend
-) -> None:
-    """A success answered twice is refused twice; then the failure is answered."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await shop.insert_then_break_commit(backend, 1)
-        for status in (200, 204):
-            with pytest.raises(CommitFailedError):
-                await send({"type": START, "status": status, "headers": []})
-
-    response = await request(UnitOfWorkMiddleware(app, db))
-
-    assert 500 == response.status
-    assert isinstance(response.error, CommitFailedError)
-
-
-async def test_wrapped_failure_is_raised_as_itself(
-    db: Database, backend: Backend
-) -> None:
-    """Whatever a framework makes of the failure, the server sees ours."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await shop.insert_then_break_commit(backend, 1)
-        try:
-            await respond(send)
-        except CommitFailedError as error:
-            message = "exception after response started"
-            raise LookupError(message) from error
-
-    response = await request(UnitOfWorkMiddleware(app, db))
-
-    assert 500 == response.status
-    assert isinstance(response.error, CommitFailedError)
-    assert isinstance(response.error.__cause__, sa_exc.IntegrityError)
-
-
-async def test_failure_answered_by_the_app_that_then_raises(
-    db: Database, backend: Backend
-) -> None:
-    """An app that renders the failure and raises it again is not answered twice."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await shop.insert_then_break_commit(backend, 1)
-        try:
-            await respond(send)
-        except CommitFailedError:
-            await respond(send, 500, b"mine")
-            raise
-
-    response = await request(UnitOfWorkMiddleware(app, db))
-
-    assert [b"mine"] == [each["body"] for each in response.messages[1:]]
-    assert isinstance(response.error, CommitFailedError)
-
-
-async def test_error_after_an_answered_failure(db: Database, backend: Backend) -> None:
-    """What an app raises that has rendered the failure is raised as it is."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await shop.insert_then_break_commit(backend, 1)
-        with suppress(CommitFailedError):
-            await respond(send)
-        await respond(send, 500, b"mine")
-        raise LookupError
-
-    response = await request(UnitOfWorkMiddleware(app, db))
-
-    assert [b"mine"] == [each["body"] for each in response.messages[1:]]
-    assert isinstance(response.error, LookupError)
+# commit_when
 
 
 async def test_broken_commit_when_is_a_failure(db: Database, backend: Backend) -> None:
@@ -383,9 +230,7 @@ async def test_broken_commit_when_is_a_failure(db: Database, backend: Backend) -
     async def handler() -> None:
         await shop.insert(1)
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db, commit_when=commit_when)
-
-    response = await request(app)
+    response = await handle(handler, db, commit_when=commit_when)
 
     assert 500 == response.status
     assert isinstance(response.error, CommitFailedError)
@@ -406,297 +251,14 @@ async def test_commit_when_sees_status_and_headers(
     async def handler() -> None:
         await shop.insert(1)
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db, commit_when=commit_when)
-
-    response = await request(app)
+    response = await handle(handler, db, commit_when=commit_when)
 
     assert [(200, [])] == seen
     assert 200 == response.status
     assert [] == await shop.items(backend)
 
 
-# The database out of reach
-
-
-async def test_pool_timeout_is_answered_503(mariadb: MariaDBBackend) -> None:
-    """A pool that stays empty is a 503 with Retry-After; the same error is raised."""
-    async with shop_database(
-        mariadb, pool_size=1, max_overflow=0, pool_timeout=0.01
-    ) as db:
-        app = UnitOfWorkMiddleware(endpoint(lambda: shop.insert(1)), db)
-        async with db.engine.connect():
-            response = await request(app)
-
-        assert 503 == response.status
-        assert "1" == response.headers["retry-after"]
-        assert isinstance(response.error, sa_exc.TimeoutError)
-        assert 200 == (await request(app)).status
-
-
-@on(*SERVERS)
-async def test_connection_lost_in_the_handler_is_answered_503(
-    backend: MariaDBBackend | PostgreSQLBackend,
-) -> None:
-    """A connection that dies under a statement is a 503; the next request is fine."""
-    async with shop_database(backend) as db:
-
-        async def handler() -> None:
-            await shop.insert(1)
-            await backend.kill_connections()
-            await shop.insert(2)
-
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-        after = await request(
-            UnitOfWorkMiddleware(endpoint(lambda: shop.insert(3)), db)
-        )
-
-        assert 503 == response.status
-        assert "1" == response.headers["retry-after"]
-        assert isinstance(response.error, sa_exc.DBAPIError)
-        assert 200 == after.status
-        assert [3] == await shop.items(backend)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "mysql://user:secret@127.0.0.1:1/app",
-        "postgresql://user:secret@127.0.0.1:1/app",
-        "postgresql+psycopg://user:secret@127.0.0.1:1/app",
-    ],
-)
-async def test_database_down_is_answered_503(url: str) -> None:
-    """A server that is down is a 503 with Retry-After; no password is shown."""
-    db = Database.from_url(url)
-    app = UnitOfWorkMiddleware(endpoint(lambda: shop.insert(1)), db)
-
-    response = await request(app)
-
-    assert 503 == response.status
-    assert "1" == response.headers["retry-after"]
-    assert "secret" not in f"{response.error!r} {response.error}"
-    await db.dispose()
-
-
-async def test_doomed_unit_and_an_error_response(postgresql: PostgreSQLBackend) -> None:
-    """A forced commit that cannot be leaves a response as it is that is an error."""
-    async with shop_database(postgresql) as db:
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await shop.insert(1)
-            with suppress(sa_exc.DBAPIError):
-                await current_session().execute("SELECT 1 / 0")
-            current_unit_of_work().force_commit()
-            await respond(send, 403, b"mine")
-
-        response = await request(UnitOfWorkMiddleware(app, db))
-
-        assert 403 == response.status
-        assert response.error is None
-        assert [] == await shop.items(postgresql)
-
-
-async def test_database_down_in_the_body() -> None:
-    """After the start there is nothing left to answer; the error is raised."""
-    db = Database.from_url("postgresql://nobody@127.0.0.1:1/app")
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": START, "status": 200, "headers": []})
-        await current_read_session().scalar("SELECT 1")
-
-    response = await request(UnitOfWorkMiddleware(app, db))
-
-    assert [START] == [each["type"] for each in response.messages]
-    assert response.error is not None
-    await db.dispose()
-
-
-async def test_other_error_of_the_same_kind_is_not_ours(db: Database) -> None:
-    """A connection error of somebody else's client is left to the framework."""
-
-    async def handler() -> None:
-        message = "the payment provider is down"
-        raise ConnectionRefusedError(message)
-
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-
-    assert [] == response.types
-    assert isinstance(response.error, ConnectionRefusedError)
-
-
-# The end
-
-
-async def test_before_commit_runs_inside_the_transaction(
-    db: Database, backend: Backend
-) -> None:
-    """before_commit hooks write in the same transaction, also those they register."""
-
-    async def enqueue() -> None:
-        await shop.insert(2)
-        before_commit(shop.insert, 3)
-
-    async def handler() -> None:
-        before_commit(enqueue)
-        await shop.insert(1)
-
-    app = UnitOfWorkMiddleware(endpoint(handler), db)
-
-    response = await request(app, probe=lambda: shop.items(backend))
-
-    assert [[1, 2, 3]] == response.seen
-
-
-async def test_flush_may_register_before_commit(db: Database, backend: Backend) -> None:
-    """A hook registered while the session is flushed still runs before COMMIT."""
-
-    async def handler() -> None:
-        session = current_session()
-        session.add(Item(id=1))
-        event.listen(
-            session.sync_session,
-            "before_flush",
-            lambda *_: before_commit(shop.insert, 2),
-        )
-
-    await request(UnitOfWorkMiddleware(endpoint(handler), db))
-
-    assert [1, 2] == await shop.items(backend)
-
-
-async def test_change_on_the_read_session_is_never_lost(
-    db: Database, backend: Backend
-) -> None:
-    """What nobody would ever flush fails the request instead of being dropped."""
-    fired: list[str] = []
-
-    async def add() -> None:
-        await shop.insert(1)
-        current_read_session().add(Item(id=2))
-        after_commit(fired.append, "hook")
-
-    async def change() -> None:
-        item = await current_read_session().get_one(Item, 3)
-        item.id = 4
-
-    await backend.execute("INSERT INTO items (id) VALUES (3)")
-    for handler in (add, change):
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-
-        assert 500 == response.status
-        assert isinstance(response.error, CommitFailedError)
-        assert isinstance(response.error.__cause__, ReadOnlySessionError)
-    assert [] == fired
-    assert [3] == await shop.items(backend)
-
-
-@pytest.mark.parametrize("kind", ["raises", "hangs", "goes on after its time"])
-async def test_before_commit_stops_the_commit(
-    db: Database, backend: Backend, kind: str
-) -> None:
-    """A before_commit hook that raises or hangs has everything rolled back.
-
-    So has one that returns all the same when it is cancelled.
-    """
-    fired: list[str] = []
-    events: list[Event] = []
-
-    async def refuse() -> None:
-        if kind == "raises":
-            raise ZeroDivisionError
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            if kind == "hangs":
-                raise
-
-    async def handler() -> None:
-        await shop.insert(1)
-        before_commit(refuse)
-        before_commit(fired.append, "second")
-        after_commit(fired.append, "commit")
-        after_rollback(fired.append, "rollback")
-
-    app = UnitOfWorkMiddleware(
-        endpoint(handler), db, hook_timeout=0.05, observers=[events.append]
-    )
-
-    response = await request(app)
-
-    cause = Cause.BEFORE_COMMIT if kind == "raises" else Cause.TIMEOUT
-    assert 500 == response.status
-    assert isinstance(response.error, BeforeCommitError)
-    assert "refuse" in str(response.error)
-    assert ["rollback"] == fired
-    assert [] == await shop.items(backend)
-    failed, finished = Events(events).results
-    assert isinstance(failed, CommitFailed)
-    assert isinstance(finished, UnitFinished)
-    assert (Outcome.ROLLED_BACK, cause) == (finished.outcome, finished.cause)
-
-
-@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
-async def test_before_commit_that_ends_the_process_stops_the_commit(
-    db: Database, backend: Backend, kind: type[BaseException]
-) -> None:
-    """What is no `Exception` rolls back as well, and is raised as it is."""
-    fired: list[str] = []
-    raised = kind()
-
-    async def leave() -> None:
-        raise raised
-
-    async def handler() -> None:
-        await shop.insert(1)
-        before_commit(leave)
-        after_commit(fired.append, "commit")
-        after_rollback(fired.append, "rollback")
-
-    with pytest.raises(kind) as caught:
-        await request(UnitOfWorkMiddleware(endpoint(handler), db))
-
-    assert raised is caught.value
-    assert ["rollback"] == fired
-    assert [] == await shop.items(backend)
-
-
-@pytest.mark.parametrize("answer", ["nothing", "success"])
-async def test_cancelled_before_commit_rolls_back(
-    db: Database, backend: Backend, answer: str
-) -> None:
-    """A cancellation before COMMIT is sent rolls back and cannot become a success."""
-    reached = asyncio.Event()
-    units: list[UnitOfWork] = []
-
-    async def hang() -> None:
-        reached.set()
-        await asyncio.Event().wait()
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        units.append(current_unit_of_work())
-        await shop.insert(1)
-        before_commit(hang)
-        try:
-            await respond(send)
-        finally:
-            if answer == "success":
-                await respond(send)
-
-    task = asyncio.create_task(request(UnitOfWorkMiddleware(app, db)))
-    await reached.wait()
-    task.cancel()
-    if answer == "nothing":
-        with pytest.raises(asyncio.CancelledError):
-            await task
-    else:
-        response = await task
-        assert 500 == response.status
-        assert isinstance(response.error, CommitFailedError)
-
-    assert Outcome.ROLLED_BACK is units[0].outcome
-    assert Cause.CANCELLED is units[0].cause
-    assert [] == await shop.items(backend)
-    assert [0, 0] == checked_out(db)
+# Starts, and when they come
 
 
 async def test_no_hook_can_be_registered_after_the_decision(db: Database) -> None:
@@ -707,7 +269,7 @@ async def test_no_hook_can_be_registered_after_the_decision(db: Database) -> Non
         with pytest.raises(UnitOfWorkClosedError):
             after_commit(print)
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert response.error is None
 
@@ -722,349 +284,71 @@ async def test_after_response_runs_when_the_app_has_returned(db: Database) -> No
         await respond(send)
         order.append("app returns")
 
-    await request(UnitOfWorkMiddleware(app, db))
+    await serve(app, db)
 
     assert ["after_commit", "app returns", "after_response"] == order
 
 
-async def test_send_in_a_task_of_its_own_is_waited_for(
-    mariadb: MariaDBBackend,
+async def test_second_start_while_the_first_is_decided(
+    db: Database, backend: Backend
 ) -> None:
-    """An app that returns while its own task is still committing is waited for."""
-    units: list[UnitOfWork] = []
+    """It waits for the decision, and shares its fate."""
+    deciding, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        deciding.set()
+        await go_on.wait()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert_orphan()
+        before_commit(hold)
+        first = asyncio.create_task(respond(send, 201))
+        await deciding.wait()
+        second = asyncio.create_task(respond(send, 200))
+        await asyncio.wait((second,), timeout=0.01)
+        go_on.set()
+        for task in (first, second):
+            with pytest.raises(CommitFailedError):
+                await task
+
+    response = await serve(app, db)
+
+    assert 500 == response.status
+    assert [START, BODY] == response.types
+    assert [] == await shop.items(backend)
+
+
+@on(*DRIVERS)
+@pytest.mark.parametrize("raises", [True, False])
+async def test_start_after_the_application_has_returned(
+    db: Database, backend: Backend, raises: bool
+) -> None:
+    """A task that answers for an application that is gone cannot claim a success."""
     tasks: list[asyncio.Task[None]] = []
 
-    async with mariadb.proxy() as proxy:
-        await shop.create(mariadb)
-        db = Database.from_url(mariadb.through(proxy.port))
-        hold = proxy.hold_answer(lambda trip: trip == "COMMIT")
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert(1)
+        tasks.append(asyncio.create_task(respond(send)))
+        if raises:
+            raise LookupError
 
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            units.append(current_unit_of_work())
-            await shop.insert(1)
-            tasks.append(asyncio.create_task(respond(send)))
-            await hold.fired.wait()
+    response = await serve(app, db)
 
-        serving = asyncio.create_task(request(UnitOfWorkMiddleware(app, db)))
-        await hold.answered.wait()
-        assert not serving.done()
-        assert State.COMMITTING is units[0].state
-        hold.release()
-        await serving
+    with pytest.raises(UnitOfWorkClosedError, match="sending a response"):
         await tasks[0]
-
-        assert Outcome.COMMITTED is units[0].outcome
-        assert [1] == await shop.items(mariadb)
-        await db.dispose()
+    assert [] == response.types
+    assert [] == await shop.items(backend)
 
 
-# Outcomes in doubt
+async def test_error_after_the_application_has_returned(db: Database) -> None:
+    """What claims no success passes."""
+    tasks: list[asyncio.Task[None]] = []
 
-
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-@pytest.mark.parametrize("how", ["cut_after", "cut_before"])
-async def test_unknown_is_resolved_on_postgresql(
-    postgresql: PostgreSQLBackend, how: str, driver: str
-) -> None:
-    """resolve_unknown: a lost answer is settled by asking for the transaction id."""
-    fired: list[str] = []
-    units: list[UnitOfWork] = []
-
-    async def handler() -> None:
-        units.append(current_unit_of_work())
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await shop.insert(1)
-        after_commit(fired.append, "commit")
-        after_rollback(fired.append, "rollback")
+        tasks.append(asyncio.create_task(respond(send, 500)))
 
-    async with postgresql.proxy() as proxy:
-        await shop.create(postgresql)
-        url = postgresql.through(proxy.port).replace("asyncpg", driver)
-        db = Database.from_url(url, resolve_unknown=True)
-        cut = proxy.cut_after if how == "cut_after" else proxy.cut_before
-        cut(lambda trip: trip == "COMMIT")
+    response = await serve(app, db)
+    await tasks[0]
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-
-        kept = how == "cut_after"
-        assert (Outcome.COMMITTED if kept else Outcome.ROLLED_BACK) is units[0].outcome
-        assert (200 if kept else 503) == response.status
-        assert ["commit" if kept else "rollback"] == fired
-        assert ([1] if kept else []) == await shop.items(postgresql)
-        assert [0, 0] == checked_out(db)
-        await db.dispose()
-
-
-async def test_resolved_commit_is_seen_by_the_next_request(
-    postgresql: PostgreSQLBackend,
-) -> None:
-    """A client whose COMMIT was found to be kept is told what it has to see."""
-    async with postgresql.proxy() as proxy:
-        await shop.create(postgresql)
-        url = postgresql.through(proxy.port)
-        db = Database.from_url(url, read_urls=[postgresql.url], resolve_unknown=True)
-        proxy.cut_after(lambda trip: trip == "COMMIT")
-        causal_reads = CausalReads("a secret of many bytes")
-        handler = endpoint(lambda: shop.insert(1))
-
-        response = await request(
-            UnitOfWorkMiddleware(handler, db, causal_reads=causal_reads)
-        )
-
-        assert 200 == response.status
-        assert "set-cookie" in response.headers
-        await db.dispose()
-
-
-async def test_resolved_commit_goes_on_with_the_next_database(
-    postgresql: PostgreSQLBackend, sqlite: Backend
-) -> None:
-    """A COMMIT found to be kept is followed by those of the other databases."""
-    async with postgresql.proxy() as proxy, shop_database(sqlite) as second:
-        await shop.create(postgresql)
-        first = Database.from_url(postgresql.through(proxy.port), resolve_unknown=True)
-        proxy.cut_after(lambda trip: trip == "COMMIT")
-
-        async def handler() -> None:
-            await shop.insert(1)
-            session = current_session(second)
-            await session.execute("INSERT INTO items (id) VALUES (2)")
-
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), first, second))
-
-        assert 200 == response.status
-        assert [1] == await shop.items(postgresql)
-        assert [2] == await shop.items(sqlite)
-        assert [0, 0, 0, 0] == checked_out(first, second)
-        await first.dispose()
-
-
-@pytest.mark.parametrize("savepoint_open", [False, True])
-async def test_listener_that_raises_after_commit(
-    db: Database, backend: Backend, savepoint_open: bool
-) -> None:
-    """A SQLAlchemy listener that raises after COMMIT does not make it a rollback."""
-    fired: list[str] = []
-    events: list[Event] = []
-
-    def broken(session: object) -> None:
-        if session_of_request[0].get_nested_transaction() is None:
-            raise ZeroDivisionError
-
-    session_of_request: list[Session] = []
-
-    async def handler() -> None:
-        session_of_request.append(current_session())
-        event.listen(current_session().sync_session, "after_commit", broken)
-        await shop.insert(1)
-        if savepoint_open:
-            await current_session().begin_nested().start()
-        after_commit(fired.append, "commit")
-        after_rollback(fired.append, "rollback")
-
-    app = UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
-
-    response = await request(app)
-
-    assert 200 == response.status
-    assert ["commit"] == fired
-    assert [1] == await shop.items(backend)
-    kinds = [type(each) for each in Events(events).results]
-    assert [ReleaseFailed, UnitFinished] == kinds
-    assert [0, 0] == checked_out(db)
-
-
-def test_resolve_unknown_is_for_postgresql() -> None:
-    """Only PostgreSQL can be asked."""
-    with pytest.raises(ConfigurationError, match="PostgreSQL only"):
-        Database.from_url("sqlite:///app.db", resolve_unknown=True)
-
-
-@on(*SERVERS)
-@pytest.mark.parametrize("how", ["cut_after", "cut_before", "timeout"])
-async def test_lost_answer_to_commit_is_unknown(
-    backend: MariaDBBackend | PostgreSQLBackend, how: str
-) -> None:
-    """COMMIT without an answer: plain 500, no hook of either kind, no connection."""
-    fired: list[str] = []
-    units: list[UnitOfWork] = []
-    events: list[Event] = []
-
-    async def handler() -> None:
-        units.append(current_unit_of_work())
-        await shop.insert(1)
-        after_commit(fired.append, "commit")
-        after_rollback(fired.append, "rollback")
-
-    def is_commit(trip: str) -> bool:
-        return trip == "COMMIT"
-
-    async with backend.proxy() as proxy:
-        await shop.create(backend)
-        db = Database.from_url(backend.through(proxy.port))
-        app = UnitOfWorkMiddleware(
-            endpoint(handler),
-            db,
-            observers=[events.append],
-            commit_timeout=0.2 if how == "timeout" else 30,
-        )
-        if how == "timeout":
-            proxy.hold_answer(is_commit)
-        elif how == "cut_after":
-            proxy.cut_after(is_commit)
-        else:
-            proxy.cut_before(is_commit)
-
-        response = await request(app)
-
-        assert 500 == response.status
-        assert "retry-after" not in response.headers
-        assert isinstance(response.error, OutcomeUnknownError)
-        assert Outcome.UNKNOWN is units[0].outcome
-        assert [] == fired
-        assert [0, 0] == checked_out(db)
-        assert ([] if how == "cut_before" else [1]) == await shop.items(backend)
-        assert [CommitFailed, UnitFinished] == [
-            type(each)
-            for each in Events(events).results
-            if not isinstance(each, ReleaseFailed)
-        ]
-        await db.dispose()
-
-
-DOUBTFUL_TRIGGER = (
-    (
-        "CREATE FUNCTION doubt() RETURNS trigger LANGUAGE plpgsql AS"
-        " $$ BEGIN RAISE EXCEPTION 'who knows' USING ERRCODE = '40003'; END $$"
-    ),
-    (
-        "CREATE CONSTRAINT TRIGGER doubt AFTER INSERT ON items"
-        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION doubt()"
-    ),
-)
-
-
-async def test_server_that_says_it_does_not_know(
-    postgresql: PostgreSQLBackend,
-) -> None:
-    """SQLSTATE 40003 at COMMIT is UNKNOWN, although the connection lives."""
-    async with shop_database(postgresql) as db:
-        await postgresql.execute(*DOUBTFUL_TRIGGER)
-        app = UnitOfWorkMiddleware(endpoint(lambda: shop.insert(1)), db)
-
-        response = await request(app)
-
-        assert 500 == response.status
-        assert isinstance(response.error, OutcomeUnknownError)
-        assert [0, 0] == checked_out(db)
-
-
-async def test_second_database_failing_is_partial(
-    sqlite: Backend, mariadb: MariaDBBackend
-) -> None:
-    """The first database committed, the second failed: PARTIAL, 500, no hook."""
-    fired: list[str] = []
-    async with shop_database(mariadb) as first, shop_database(sqlite) as second:
-
-        async def handler() -> None:
-            await shop.insert(1)
-            session = current_session(second)
-            await session.execute("INSERT INTO items VALUES (2, 404)")
-            after_commit(fired.append, "commit")
-            after_rollback(fired.append, "rollback")
-
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), first, second))
-
-        assert 500 == response.status
-        assert isinstance(response.error, PartialCommitError)
-        assert Outcome.PARTIAL is response.error.outcome
-        assert [] == fired
-        assert [1] == await shop.items(mariadb)
-        assert [] == await shop.items(sqlite)
-        assert [0, 0, 0, 0] == checked_out(first, second)
-
-
-async def test_two_phase_commit_beside_a_stream(mariadb: MariaDBBackend) -> None:
-    """A stream that nobody has read to its end is closed before the preparation."""
-    await shop.create(mariadb)
-    db = Database(create_async_engine(mariadb.url), twophase=True)
-
-    async def handler() -> None:
-        await shop.insert(1)
-        await current_session().stream("SELECT seq FROM seq_1_to_1000")
-
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-
-    assert 200 == response.status
-    assert [1] == await shop.items(mariadb)
-    assert [0, 0] == checked_out(db)
-    await db.dispose()
-
-
-async def test_two_phase_commit(mariadb: MariaDBBackend, sqlite: Backend) -> None:
-    """twophase=True: prepared everywhere before the first COMMIT; all or nothing."""
-    await shop.create(mariadb)
-    await mariadb.execute("CREATE TABLE more (id INTEGER PRIMARY KEY)")
-    first = Database(create_async_engine(mariadb.url), twophase=True)
-    second = Database(create_async_engine(mariadb.url), twophase=True)
-
-    async def handler() -> None:
-        await current_session(first).execute("INSERT INTO items (id) VALUES (1)")
-        await current_session(second).execute("INSERT INTO more (id) VALUES (2)")
-
-    async def lose_the_second() -> None:
-        await current_session(first).execute("INSERT INTO items (id) VALUES (3)")
-        session = current_session(second)
-        thread = await session.scalar("SELECT connection_id()")
-        await session.execute("INSERT INTO more (id) VALUES (4)")
-        await mariadb.execute(f"KILL {thread}")
-
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), first, second))
-    failed = await request(
-        UnitOfWorkMiddleware(endpoint(lose_the_second), first, second)
-    )
-
-    assert 200 == response.status
-    assert 503 == failed.status
-    assert isinstance(failed.error, CommitFailedError)
-    assert [1] == await shop.items(mariadb)
-    assert [(2,)] == await mariadb.fetch("SELECT id FROM more")
-    assert [0, 0, 0, 0] == checked_out(first, second)
-    for db in (first, second):
-        await db.dispose()
-
-
-async def test_first_database_failing_keeps_nothing(
-    sqlite: Backend, mariadb: MariaDBBackend
-) -> None:
-    """The first COMMIT failed: the second is not sent, nothing is kept."""
-    async with shop_database(sqlite) as first, shop_database(mariadb) as second:
-
-        async def handler() -> None:
-            await current_session().execute("INSERT INTO items VALUES (1, 404)")
-            await current_session(second).execute("INSERT INTO items VALUES (2, 1)")
-
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), first, second))
-
-        assert 500 == response.status
-        assert isinstance(response.error, CommitFailedError)
-        assert [] == await shop.items(sqlite)
-        assert [] == await shop.items(mariadb)
-
-
-async def test_unknown_database_is_named(
-    db: Database, tmp_path_factory: object
-) -> None:
-    """A database that nobody told the middleware of is named in the error."""
-    stranger = Database.from_url("sqlite:///stranger.db")
-
-    async def handler() -> None:
-        for accessor in (
-            current_session,
-            current_unit_of_work().read_session,
-        ):
-            with pytest.raises(UnknownDatabaseError, match=r"stranger\.db"):
-                accessor(stranger)
-
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-
-    assert 200 == response.status
+    assert [START, BODY] == response.types

@@ -19,7 +19,7 @@ from asgi_uow.errors import ReadOnlySessionError
 from asgi_uow.observers import ConnectionReleased
 from tests.servers import ServerBackend
 from tests.support import ROOT, shop
-from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.asgi import BODY, START, endpoint, request, serve
 from tests.support.databases import DRIVERS, SERVERS, on
 from tests.support.shop import Item
 
@@ -207,7 +207,7 @@ async def test_connections_held(
         counts.append(checked_out(db))
         await send({"type": BODY, "body": b""})
 
-    await request(UnitOfWorkMiddleware(app, db, observers=[events.append]))
+    await serve(app, db, observers=[events.append])
 
     assert [before, after] == counts
     assert [0, 0] == checked_out(db)

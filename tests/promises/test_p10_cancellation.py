@@ -32,7 +32,7 @@ from asgi_uow import (
 from tests.servers import MariaDBBackend, PostgreSQLBackend, eventually
 from tests.servers.plugin import server_port
 from tests.support import shop
-from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.asgi import BODY, START, endpoint, handle, request, serve
 from tests.support.databases import DRIVERS, SERVERS, checked_out, on, shop_database
 from tests.support.private import State
 
@@ -269,8 +269,7 @@ async def test_cancelled_statement_is_stopped(
         async def handler() -> None:
             await current_session().execute(SLEEP[backend.name])
 
-        app = UnitOfWorkMiddleware(endpoint(handler), db)
-        async with cancelled(request(app), kind):
+        async with cancelled(handle(handler, db), kind):
             await eventually(1, sleeping)
         await eventually(0, sleeping)
         assert [(1,)] == await backend.fetch("SELECT id FROM items FOR UPDATE")
@@ -341,7 +340,7 @@ async def test_cancelled_read_does_not_stop_the_next_user_of_the_writer(
         await send({"type": BODY, "body": b""})
 
     async with shop_database(backend, pool_size=1) as db:
-        response = await request(UnitOfWorkMiddleware(app, db))
+        response = await serve(app, db)
         assert response.error is None
         assert [0, 0] == checked_out(db)
 
@@ -400,10 +399,11 @@ async def test_end_of_asyncio_run_waits_for_the_commit(
         await shop.insert(1)
 
     async def main(url: str) -> None:
-        app = UnitOfWorkMiddleware(
-            endpoint(handler), Database.from_url(url, poolclass=NullPool)
+        tasks.append(
+            asyncio.create_task(
+                handle(handler, Database.from_url(url, poolclass=NullPool))
+            )
         )
-        tasks.append(asyncio.create_task(request(app)))
         await asyncio.to_thread(may_end.wait)
 
     await shop.create(mariadb)

@@ -39,7 +39,7 @@ from asgi_uow.errors import (
 from tests.integration.frameworks.driver import Server
 from tests.servers import eventually
 from tests.support import shop
-from tests.support.asgi import BODY, endpoint, request, respond
+from tests.support.asgi import BODY, handle, respond, serve
 from tests.support.databases import DRIVERS, SERVERS, checked_out, on, shop_database
 from tests.support.private import State
 
@@ -109,7 +109,7 @@ async def test_gather(db: Database, backend: Backend) -> None:
         async def handler() -> None:
             await asyncio.gather(*(shop.insert(10 * run + i) for i in TEN))
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+        response = await handle(handler, db)
         assert response.error is None
         assert 200 == response.status
 
@@ -133,7 +133,7 @@ async def test_gather_on_the_read_session(db: Database) -> None:
         async def handler() -> None:
             assert [*TEN] == await asyncio.gather(*map(read, TEN))
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+        response = await handle(handler, db)
         assert response.error is None
         assert 200 == response.status
         assert 1 == len(sessions)
@@ -158,7 +158,7 @@ async def test_reads_that_move_to_the_writer(db: Database, backend: Backend) -> 
             assert set(answers) <= {5 * run + i for i in range(6)}
             assert 5 * run + 5 == await read()
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+        response = await handle(handler, db)
         assert response.error is None
         assert 200 == response.status
 
@@ -182,7 +182,7 @@ async def test_task_group(db: Database, backend: Backend) -> None:
                 for i in TEN:
                     group.create_task(child(10 * run + i))
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+        response = await handle(handler, db)
         assert response.error is None
         assert 200 == response.status
 
@@ -201,7 +201,7 @@ async def test_gather_in_which_one_fails(db: Database, backend: Backend) -> None
             tasks.extend(asyncio.create_task(shop.insert(each)) for each in numbers)
             await asyncio.gather(*tasks)
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+        response = await handle(handler, db)
         assert isinstance(response.error, sa_exc.IntegrityError)
         assert [] == response.messages
         await asyncio.wait(tasks)
@@ -241,7 +241,7 @@ async def test_task_that_outlives_the_request(db: Database, backend: Backend) ->
             tasks.extend(map(asyncio.create_task, (write(), read())))
             await busy.wait()
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+        response = await handle(handler, db)
         assert response.error is None
         assert 200 == response.status
         for task in tasks:
@@ -282,7 +282,7 @@ async def test_end_waits_for_the_statement_in_flight(
     ):
         db = Database.from_url(backend.through(proxy.port))
         hold = proxy.hold_answer(lambda trip: trip.startswith("INSERT"))
-        task = asyncio.create_task(request(UnitOfWorkMiddleware(app, db)))
+        task = asyncio.create_task(serve(app, db))
         ending = State.COMMITTING if status == 200 else State.ROLLING_BACK
         async with asyncio.timeout(SECONDS):
             await hold.answered.wait()
@@ -330,7 +330,7 @@ async def test_statement_in_flight_that_fails(backend: ServerBackend) -> None:
             return len(seen) == 2
 
         hold = proxy.hold_answer(second_insert)
-        task = asyncio.create_task(request(UnitOfWorkMiddleware(app, db)))
+        task = asyncio.create_task(serve(app, db))
         async with asyncio.timeout(SECONDS):
             await hold.answered.wait()
             await eventually(State.COMMITTING, state)
@@ -375,7 +375,7 @@ async def test_statement_beside_a_stream(numbers: Database, backend: Backend) ->
         assert [*range(2, 1002)] == [each async for each in stream]
         assert 1001 + (not alone) == await count()
 
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), numbers))
+    response = await handle(handler, numbers)
 
     assert response.error is None
     assert 200 == response.status
@@ -402,7 +402,7 @@ async def test_streams_read_by_several_tasks(numbers: Database) -> None:
                 assert isinstance(each, ConcurrentUseError) or each == rows
             assert rows in answers
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), numbers))
+        response = await handle(handler, numbers)
         assert response.error is None
         assert 200 == response.status
 
@@ -424,7 +424,7 @@ async def test_stream_nobody_reads_to_its_end(
             stream = await session.stream("SELECT id FROM items")
             assert await stream.fetchone()
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), numbers))
+        response = await handle(handler, numbers)
         assert response.error is None
         assert 200 == response.status
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 import pytest
@@ -32,32 +31,28 @@ from asgi_uow.errors import (
 )
 from tests.servers.backend import MariaDBBackend
 from tests.support import shop
-from tests.support.asgi import BODY, START, endpoint, request, respond
+from tests.support.asgi import (
+    BODY,
+    START,
+    Response,
+    endpoint,
+    handle,
+    request,
+    respond,
+    serve,
+)
+from tests.support.databases import (
+    SERVERS,
+    behind_proxy,
+    checked_out,
+    is_commit,
+    on,
+    shop_database,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from asgi_uow._asgi import Receive, Scope, Send
-    from tests.servers.backend import Backend, PostgreSQLBackend
-
-
-@asynccontextmanager
-async def shop_database(backend: Backend, **options: Any) -> AsyncGenerator[Database]:
-    await shop.create(backend)
-    db = Database.from_url(backend.url, **options)
-    try:
-        yield db
-    finally:
-        await db.dispose()
-
-
-def checked_out(*databases: Database) -> list[int]:
-    """Count the connections in use, of writers and readers."""
-    return [
-        engine.sync_engine.pool.checkedout()  # type: ignore[attr-defined]
-        for db in databases
-        for engine in (db.engine, *db.readers)
-    ]
+    from tests.servers import Backend, ServerBackend
 
 
 # P1
@@ -67,13 +62,9 @@ async def test_p1_committed_before_the_start_leaves(
     db: Database, backend: Backend
 ) -> None:
     """P1: when the start of a success arrives, others already see the row."""
-
-    async def handler() -> None:
-        await shop.insert(1)
-
-    app = UnitOfWorkMiddleware(endpoint(handler), db)
-
-    response = await request(app, probe=lambda: shop.items(backend))
+    response = await handle(
+        lambda: shop.insert(1), db, probe=lambda: shop.items(backend)
+    )
 
     assert [[1]] == response.seen
     assert [START, BODY] == response.types
@@ -87,27 +78,24 @@ async def test_p2_failed_commit_is_an_error_response(
 ) -> None:
     """P2: a COMMIT that fails is one error response; nothing after it is sent."""
     fired: list[str] = []
-    units: list[UnitOfWork] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        units.append(current_unit_of_work())
-        after_commit(fired.append, "hook")
-        after_response(fired.append, "response")
-        after_rollback(fired.append, "rollback")
+        for register in (after_commit, after_response, after_rollback):
+            register(fired.append, register.__name__)
         await shop.insert_then_break_commit(backend, 1)
         with pytest.raises(CommitFailedError) as caught:
             await respond(send)
         raise caught.value
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     lost = isinstance(backend, MariaDBBackend)
     assert [START, BODY] == response.types
     assert (503 if lost else 500) == response.status
     assert lost == ("retry-after" in response.headers)
     assert isinstance(response.error, CommitFailedError)
-    assert Outcome.ROLLED_BACK is units[0].outcome
-    assert ["rollback"] == fired
+    assert Outcome.ROLLED_BACK is response.error.outcome
+    assert ["after_rollback"] == fired
     assert [] == await shop.items(backend)
     assert [0, 0] == checked_out(db)
 
@@ -116,15 +104,8 @@ async def test_p2_next_request_does_not_commit_the_failed_one(
     db: Database, backend: Backend
 ) -> None:
     """P2: after a failed COMMIT the pooled connection is clean."""
-
-    async def fail() -> None:
-        await shop.insert_then_break_commit(backend, 1)
-
-    async def succeed() -> None:
-        await shop.insert(2)
-
-    await request(UnitOfWorkMiddleware(endpoint(fail), db))
-    response = await request(UnitOfWorkMiddleware(endpoint(succeed), db))
+    await handle(lambda: shop.insert_then_break_commit(backend, 1), db)
+    response = await handle(lambda: shop.insert(2), db)
 
     assert 200 == response.status
     assert [2] == await shop.items(backend)
@@ -142,7 +123,7 @@ async def test_p2_app_that_swallows_the_failure_cannot_hide_it(
             with pytest.raises(UnitOfWorkFailedError):
                 await respond(send)
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert [START, BODY] == response.types
     assert response.status >= 500
@@ -160,7 +141,7 @@ async def test_p2_framework_may_answer_the_failure_itself(
             await respond(send)
         await respond(send, 507, b"rendered by the framework")
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert [(START, 507), (BODY, None)] == [
         (message["type"], message.get("status")) for message in response.messages
@@ -173,7 +154,7 @@ async def test_p2_framework_may_answer_the_failure_itself(
 
 @pytest.mark.parametrize(
     ("status", "expected"),
-    [(200, ["commit", "response"]), (404, ["rollback"])],
+    [(200, ["after_commit", "after_response"]), (404, ["after_rollback"])],
 )
 async def test_p3_hooks_run_for_the_proven_outcome(
     db: Database, backend: Backend, status: int, expected: list[str]
@@ -183,11 +164,10 @@ async def test_p3_hooks_run_for_the_proven_outcome(
 
     async def handler() -> None:
         await shop.insert(1)
-        after_commit(fired.append, "commit")
-        after_response(fired.append, "response")
-        after_rollback(fired.append, "rollback")
+        for register in (after_commit, after_response, after_rollback):
+            register(fired.append, register.__name__)
 
-    await request(UnitOfWorkMiddleware(endpoint(handler, status), db))
+    await handle(handler, db, status=status)
 
     assert expected == fired
 
@@ -224,9 +204,9 @@ async def test_p4_one_decision_at_the_first_start(
         if forced:
             force_commit()
 
-    app = UnitOfWorkMiddleware(endpoint(handler, status), db)
-
-    response = await request(app, probe=lambda: shop.items(backend))
+    response = await handle(
+        handler, db, status=status, probe=lambda: shop.items(backend)
+    )
 
     assert status == response.status
     assert [[1] if kept else []] == response.seen
@@ -248,7 +228,7 @@ async def test_p4_nothing_after_the_start_changes_the_decision(
         message = "in the middle of the body"
         raise LookupError(message)
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert [START] == response.types
     assert isinstance(response.error, LookupError)
@@ -267,7 +247,7 @@ async def test_p4_without_a_start_nothing_is_kept(
         if answers:
             raise failure
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert [] == response.types
     assert (failure if answers else None) is response.error
@@ -291,9 +271,7 @@ async def test_p5_failing_hook_changes_nothing(db: Database, backend: Backend) -
         after_commit(broken)
         after_commit(fired.append, "last")
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db, observers=())
-
-    response = await request(app)
+    response = await handle(handler, db, observers=())
 
     assert 200 == response.status
     assert response.error is None
@@ -318,7 +296,7 @@ async def test_savepoint_undoes_only_what_is_inside(
         async with current_session().begin_nested():
             await shop.insert(3)
 
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    response = await handle(handler, db)
 
     assert 200 == response.status
     assert [1, 3] == await shop.items(backend)
@@ -344,7 +322,7 @@ async def test_p7_write_connection_is_back_before_the_body_streams(
         counts.append(checked_out(db))
         await send({"type": BODY, "body": b""})
 
-    await request(UnitOfWorkMiddleware(app, db))
+    await serve(app, db)
 
     assert [[0, 0], [1, 0], [0, 0], [0, 1]] == counts
     assert [0, 0] == checked_out(db)
@@ -416,7 +394,7 @@ async def test_p8_write_session_is_closed_for_good(
             await shop.insert(3)
         await send({"type": BODY, "body": b""})
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert response.error is None
     assert [1, 3] == await shop.items(backend)
@@ -451,7 +429,7 @@ async def test_p9_leaked_task_gets_no_service(db: Database, backend: Backend) ->
         await asyncio.wait((task,), timeout=0)
         await shop.insert(1)
 
-    await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    await handle(handler, db)
     over.set()
 
     refused = await tasks[0]
@@ -479,7 +457,7 @@ async def test_p9_request_does_not_trust_the_context_it_starts_in(
         await asyncio.create_task(_discard(app))
         await send({"type": BODY, "body": b""})
 
-    await request(UnitOfWorkMiddleware(first, db))
+    await serve(first, db)
 
     assert units[0] is not units[1]
     assert [1, 2] == await shop.items(backend)
@@ -499,8 +477,7 @@ async def test_p9_two_databases_in_one_unit(sqlite: Backend, mariadb: Backend) -
             await current_session().execute("INSERT INTO items (id) VALUES (1)")
             await current_session(second).execute("INSERT INTO items (id) VALUES (2)")
 
-        app = UnitOfWorkMiddleware(endpoint(handler), first, second)
-        response = await request(app)
+        response = await handle(handler, first, second)
 
         assert 200 == response.status
         assert [1] == await shop.items(sqlite)
@@ -516,26 +493,19 @@ async def test_p10_cancelled_commit_is_finished(
     mariadb: MariaDBBackend, how: str
 ) -> None:
     """P10: a COMMIT in flight is finished, its hook runs, then comes the cancel."""
-    fired: list[str] = []
-    units: list[UnitOfWork] = []
+    response = Response()
+    async with behind_proxy(mariadb) as (db, proxy):
+        hold = proxy.hold_answer(is_commit)
 
-    async def handler() -> None:
-        units.append(current_unit_of_work())
-        await shop.insert(1)
-        after_commit(fired.append, "hook")
-
-    async with mariadb.proxy() as proxy:
-        await shop.create(mariadb)
-        db = Database.from_url(mariadb.through(proxy.port))
-        app = UnitOfWorkMiddleware(endpoint(handler), db)
-        hold = proxy.hold_answer(lambda trip: trip == "COMMIT")
+        async def send() -> None:
+            await handle(lambda: shop.insert(1), db, hooks=True, into=response)
 
         async def release_after_cancel() -> None:
             await asyncio.wait_for(hold.answered.wait(), 5)
             hold.release()
 
         if how == "task":
-            task = asyncio.create_task(request(app))
+            task = asyncio.create_task(send())
             await hold.fired.wait()
             task.cancel()
             task.cancel()
@@ -544,17 +514,16 @@ async def test_p10_cancelled_commit_is_finished(
                 await task
         else:
             async with anyio.create_task_group() as group:
-                group.start_soon(request, app)
+                group.start_soon(send)
                 await hold.fired.wait()
                 group.cancel_scope.cancel()
                 with anyio.CancelScope(shield=True):
                     await release_after_cancel()
 
-        assert Outcome.COMMITTED is units[0].outcome
-        assert ["hook"] == fired
+        assert Outcome.COMMITTED is response.unit.outcome
+        assert ["commit"] == response.hooks
         assert [1] == await shop.items(mariadb)
         assert [0, 0] == checked_out(db)
-        await db.dispose()
 
 
 # P12
@@ -569,7 +538,7 @@ async def test_p12_untouched_request_opens_nothing(
         current_session()
         current_read_session()
 
-    await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    await serve(endpoint(handler), db)
 
     pools = [engine.sync_engine.pool for engine in (db.engine, *db.readers)]
     assert [0, 0] == [pool.checkedin() for pool in pools]  # type: ignore[attr-defined]
@@ -578,54 +547,30 @@ async def test_p12_untouched_request_opens_nothing(
 # Budgets, section 11
 
 
-async def count_trips(
-    backend: MariaDBBackend | PostgreSQLBackend, statement: str, *, read: bool
-) -> list[list[str]]:
-    """Give the round trips of two warm requests: one statement, and none at all."""
-    await shop.create(backend)
-    trips = []
-    async with backend.proxy() as proxy:
-        db = Database.from_url(backend.through(proxy.port))
-
-        async def one_statement() -> None:
-            session = current_read_session() if read else current_session()
-            await session.execute(statement)
-
-        async def none_at_all() -> None:
-            pass
-
-        warm = UnitOfWorkMiddleware(endpoint(one_statement, 404), db)
-        await request(warm)
-        for handler in (one_statement, none_at_all):
-            proxy.clear()
-            response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
-            assert 200 == response.status
-            trips.append(list(proxy.trips))
-        await db.dispose()
-    return trips
-
-
 INSERT = "INSERT INTO items (id) VALUES (1)"
 SELECT = "SELECT id FROM items"
 
 
-async def test_budget_mariadb(mariadb: MariaDBBackend) -> None:
-    """Section 11 on MariaDB: 0 untouched, 2 for an INSERT."""
-    assert [[INSERT, "COMMIT"], []] == await count_trips(mariadb, INSERT, read=False)
+@on(*SERVERS)
+@pytest.mark.parametrize("statement", [INSERT, SELECT], ids=["INSERT", "SELECT"])
+async def test_budget(backend: ServerBackend, statement: str) -> None:
+    """Section 11: 1 for a SELECT; 2 for an INSERT, 3 on PostgreSQL; 0 untouched."""
 
+    async def execute() -> None:
+        is_read = statement == SELECT
+        session = current_read_session() if is_read else current_session()
+        await session.execute(statement)
 
-async def test_budget_mariadb_read(mariadb: MariaDBBackend) -> None:
-    """Section 11 on MariaDB: 1 for a SELECT on the read session."""
-    assert [[SELECT], []] == await count_trips(mariadb, SELECT, read=True)
+    async def nothing() -> None:
+        """Touch no session."""
 
-
-async def test_budget_postgresql(postgresql: PostgreSQLBackend) -> None:
-    """Section 11 on PostgreSQL: 3 for an INSERT."""
-    assert [["BEGIN", INSERT, "COMMIT"], []] == await count_trips(
-        postgresql, INSERT, read=False
-    )
-
-
-async def test_budget_postgresql_read(postgresql: PostgreSQLBackend) -> None:
-    """Section 11 on PostgreSQL: 1 for a SELECT on the read session."""
-    assert [[SELECT], []] == await count_trips(postgresql, SELECT, read=True)
+    trips = []
+    async with behind_proxy(backend) as (db, proxy):
+        await handle(execute, db, status=404)  # connects and prepares
+        for handler in (execute, nothing):
+            proxy.clear()
+            assert 200 == (await serve(endpoint(handler), db)).status
+            trips.append(list(proxy.trips))
+    begin = ["BEGIN"] if backend.name == "postgresql" else []
+    expected = [SELECT] if statement == SELECT else [*begin, INSERT, "COMMIT"]
+    assert [expected, []] == trips

@@ -10,7 +10,6 @@ import pytest
 from asgi_uow import (
     Database,
     Session,
-    UnitOfWorkMiddleware,
     current_read_session,
     current_session,
     parallel_read,
@@ -24,7 +23,7 @@ from asgi_uow.errors import (
 )
 from asgi_uow.observers import ConnectionReleased
 from tests.support import shop
-from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.asgi import BODY, START, handle, serve
 from tests.support.databases import SERVERS, checked_out, on, shop_database
 from tests.support.shop import Item
 
@@ -120,8 +119,7 @@ async def test_pool_of_one(backend: ServerBackend) -> None:
             assert [0] * 3 == list(await asyncio.gather(count(), count(), count()))
             await current_read_session().scalar(COUNT)
 
-        app = UnitOfWorkMiddleware(endpoint(handler), db)
-        responses = await asyncio.gather(*(request(app) for _ in range(20)))
+        responses = await asyncio.gather(*(handle(handler, db) for _ in range(20)))
 
         assert {200} == {response.status for response in responses}
         assert [0, 0] == checked_out(db)
@@ -137,7 +135,7 @@ async def test_after_the_response_has_started(db: Database) -> None:
             found.append(await session.scalar(COUNT))
         await send({"type": BODY, "body": b""})
 
-    await request(UnitOfWorkMiddleware(app, db))
+    await serve(app, db)
     assert [0] == found
 
 
@@ -160,8 +158,7 @@ async def test_left_open(db: Database) -> None:
         tasks.append(asyncio.create_task(leak(reading)))
         await reading.wait()
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
-    await request(app)
+    await handle(handler, db, observers=[events.append])
 
     assert [0, 0] == checked_out(db)
     with pytest.raises(UnitOfWorkClosedError):

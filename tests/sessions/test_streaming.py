@@ -16,7 +16,7 @@ from starlette.routing import Route
 from asgi_uow import Database, UnitOfWorkMiddleware, current_read_session
 from asgi_uow.errors import ReadOnlySessionError
 from tests.servers import eventually
-from tests.support.asgi import Client, Response, request
+from tests.support.asgi import Client, Response, serve
 from tests.support.databases import DRIVERS, checked_out, on
 from tests.support.streams import ROWS, SELECT, fill
 
@@ -270,7 +270,7 @@ async def test_connection_lost_among_the_rows_is_answered_503(
         await backend.kill_connections()
         await rest
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert 503 == response.status
     assert [0, 0] == checked_out(db)

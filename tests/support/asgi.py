@@ -246,13 +246,14 @@ async def handle(
     *databases: Database,
     status: int = 200,
     hooks: bool = False,
+    into: Response | None = None,
     **options: Any,
 ) -> Response:
     """Have a handler do the work of one request, then answer.
 
     With `hooks` it registers one of either kind, to see which is called.
     """
-    response = Response()
+    response = Response() if into is None else into
 
     async def work() -> None:
         response.units.append(current_unit_of_work())

@@ -13,7 +13,7 @@ from tests.support import shop
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from tests.servers.backend import Backend
+    from tests.servers import Backend, RecordingProxy, ServerBackend
 
 SERVERS = ("asyncmy", "asyncpg")
 DATABASES = ("aiosqlite", *SERVERS)
@@ -42,6 +42,22 @@ async def shop_database(
         yield db
     finally:
         await db.dispose()
+
+
+@asynccontextmanager
+async def behind_proxy(
+    backend: ServerBackend, **options: Any
+) -> AsyncGenerator[tuple[Database, RecordingProxy]]:
+    """A database with an empty shop, and the proxy that its connections go through."""
+    async with backend.proxy() as proxy:
+        url = backend.through(proxy.port)
+        async with shop_database(backend, url, **options) as db:
+            yield db, proxy
+
+
+def is_commit(trip: str) -> bool:
+    """Tell which of the trips through a proxy is COMMIT."""
+    return trip == "COMMIT"
 
 
 @asynccontextmanager

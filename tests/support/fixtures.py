@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from asgi_uow import Database
-    from tests.servers import Backend
+    from tests.servers import Backend, MariaDBBackend
 
 
 @pytest.fixture
@@ -25,3 +25,10 @@ async def db(
         options = {**mark.kwargs, **options}
     async with shop_database(backend, **options) as db:
         yield db
+
+
+@pytest.fixture
+async def other(mariadb: MariaDBBackend) -> AsyncIterator[Database]:
+    """A second database with an empty shop, on `mariadb`."""
+    async with shop_database(mariadb) as other:
+        yield other

@@ -73,8 +73,8 @@ __all__ = [
     "decide_response",
     "exception_cause",
     "finish",
+    "make_unit",
     "name_of",
-    "new_unit",
     "read_configuration",
     "release",
     "rollback",
@@ -85,7 +85,7 @@ SQLITE_CONNECTION = "asgi_uow._databases.sqlite_connection"
 """The module that imports aiosqlite."""
 
 
-def new_unit(*databases: Database) -> UnitOfWork:
+def make_unit(*databases: Database) -> UnitOfWork:
     """Make a unit of work that nobody has entered."""
     unit = UnitOfWork()
     unit.databases, unit.options = databases, UnitOptions()

@@ -10,6 +10,7 @@ from asgi_uow import current_session
 from tests.servers.backend import MariaDBBackend
 
 if TYPE_CHECKING:
+    from asgi_uow import Database
     from tests.servers.backend import Backend
 
 
@@ -40,9 +41,14 @@ async def create(backend: Backend) -> None:
     await backend.execute(*(MARIADB_TABLES if mariadb else TABLES))
 
 
-async def insert(number: int) -> None:
+async def insert(number: int, db: Database | None = None) -> None:
     """Insert an item on the current write session."""
-    await current_session().execute("INSERT INTO items (id) VALUES (:id)", id=number)
+    await current_session(db).execute("INSERT INTO items (id) VALUES (:id)", id=number)
+
+
+async def insert_orphan(number: int = 9) -> None:
+    """Insert an item that COMMIT refuses, on SQLite and PostgreSQL."""
+    await current_session().execute("INSERT INTO items VALUES (:id, 404)", id=number)
 
 
 async def items(backend: Backend) -> list[object]:
@@ -56,8 +62,8 @@ async def insert_then_break_commit(backend: Backend, number: int) -> None:
     A deferred foreign key where there is one; MariaDB has none, there the
     connection is killed.
     """
-    await insert(number)
     if isinstance(backend, MariaDBBackend):
+        await insert(number)
         await backend.kill_connections()
     else:
-        await current_session().execute("UPDATE items SET parent = 404")
+        await insert_orphan(number)

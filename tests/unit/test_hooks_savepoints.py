@@ -16,7 +16,6 @@ from sqlalchemy import exc as sa_exc
 
 from asgi_uow import (
     Database,
-    UnitOfWorkMiddleware,
     after_commit,
     after_response,
     after_rollback,
@@ -27,7 +26,7 @@ from asgi_uow import (
 )
 from asgi_uow.errors import ReadOnlySessionError
 from tests.support import shop
-from tests.support.asgi import endpoint, request
+from tests.support.asgi import handle
 from tests.support.databases import shop_database
 
 if TYPE_CHECKING:
@@ -167,7 +166,7 @@ async def test_p6_committed(case: str, opener: str, db: Database) -> None:
         if opener != "connection":  # the session has not seen those end
             assert list(rolled_back) == record.rolled_back
 
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    response = await handle(handler, db)
 
     assert response.error is None
     record.all_committed(committed)
@@ -184,7 +183,7 @@ async def test_p6_root_rolled_back(case: str, opener: str, db: Database) -> None
     async def handler() -> None:
         await run(record, OPENERS[opener], tree)
 
-    await request(UnitOfWorkMiddleware(endpoint(handler, 409), db))
+    await handle(handler, db, status=409)
 
     record.all_committed("")
     expected = [*rolled_back, *reversed(committed)]
@@ -260,8 +259,7 @@ def test_p6_any_tree(
         async def handler() -> None:
             await run(record, lambda: opening.choice(ways)(), tree)
 
-        app = UnitOfWorkMiddleware(endpoint(handler, status), one, two)
-        response = await request(app)
+        response = await handle(handler, one, two, status=status)
         await one.dispose()
         await two.dispose()
         assert response.error is None
@@ -507,7 +505,7 @@ async def test_p6_unproven_rollback(mariadb: MariaDBBackend) -> None:
             await current_session().flush()  # asks the database nothing
             assert [] == record.rolled_back
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+        response = await handle(handler, db)
 
     assert 503 == response.status
     record.all_committed("")

@@ -27,7 +27,7 @@ from asgi_uow import (
 from asgi_uow.errors import NestedUnitOfWorkError, TooManyHooksError
 from asgi_uow.observers import ConnectionReleased, HookFailed, ReleaseFailed
 from tests.support import shop
-from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.asgi import BODY, START, endpoint, handle, request, serve
 from tests.support.databases import DRIVERS, checked_out, on, shop_database
 from tests.support.private import current
 
@@ -112,7 +112,7 @@ async def test_a_stream_goes_on_beside_hooks(db: Database, backend: Backend) -> 
         rows.append(await stream.fetchone())
         await send({"type": BODY, "body": b""})
 
-    await request(UnitOfWorkMiddleware(app, db, observers=[events.append]))
+    await serve(app, db, observers=[events.append])
 
     assert [(1,), "hook", (2,)] == rows
     assert not {HookFailed, ReleaseFailed} & set(map(type, events))
@@ -127,9 +127,7 @@ async def test_held_seconds_of_a_connection_lent(db: Database) -> None:
         await current_read_session().scalar(COUNT)
         after_commit(print)
 
-    await request(
-        UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
-    )
+    await handle(handler, db, observers=[events.append])
     [released] = [each for each in events if isinstance(each, ConnectionReleased)]
     assert "read" == released.access
     assert 0 < released.seconds < 60
@@ -158,7 +156,7 @@ async def test_savepoint_of_the_unit_around(
                 after_commit(called.append, "kept")
 
         app = UnitOfWorkMiddleware(endpoint(handler), other)
-        response = await request(UnitOfWorkMiddleware(app, db))
+        response = await serve(app, db)
 
         assert response.error is None
         assert ["rolled back", "kept"] == called
@@ -233,7 +231,7 @@ async def test_block_around_the_response(db: Database, backend: Backend) -> None
             await send({"type": START, "status": 200, "headers": []})
         await send({"type": BODY, "body": b""})
 
-    response = await request(UnitOfWorkMiddleware(app, db))
+    response = await serve(app, db)
 
     assert (200, None) == (response.status, response.error)
     assert [1] == await shop.items(backend)
@@ -298,7 +296,7 @@ async def test_cancelled_savepoint_waits_for_its_turn(
         await asyncio.wait([task])
         await shop.insert(3)
 
-    response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+    response = await handle(handler, db)
 
     assert (500 if natively else 200) == response.status
     assert ([] if natively else [1, 3]) == await shop.items(backend)
@@ -423,7 +421,7 @@ async def test_nothing_is_current_after_a_hook(db: Database) -> None:
         seen.append(current.get() is unit)
         await send({"type": BODY, "body": b""})
 
-    await request(UnitOfWorkMiddleware(app, db))
+    await serve(app, db)
     assert [True] == seen
     assert current.get() is None
 
@@ -485,8 +483,7 @@ async def test_listener_that_breaks_giving_back(sqlite: SQLiteBackend) -> None:
             event.listen(session.sync_session, "after_transaction_end", fail, once=True)
             after_commit(called.append, "hook")
 
-        app = UnitOfWorkMiddleware(endpoint(handler), db, observers=[events.append])
-        response = await request(app)
+        response = await handle(handler, db, observers=[events.append])
 
     assert 200 == response.status
     assert ["hook"] == called

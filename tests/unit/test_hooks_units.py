@@ -35,7 +35,7 @@ from asgi_uow.errors import (
 )
 from asgi_uow.observers import CommitFailed, HookFailed
 from tests.support import shop
-from tests.support.asgi import endpoint, request
+from tests.support.asgi import endpoint, handle, request, serve
 from tests.support.databases import SERVERS, checked_out, on, shop_database
 from tests.support.private import MOST_BY_HOOKS
 
@@ -273,7 +273,7 @@ async def test_databases_of_the_unit_around(
             after_commit(hook)
 
         app = UnitOfWorkMiddleware(endpoint(handler), inner)
-        await request(UnitOfWorkMiddleware(app, outer))
+        await serve(app, outer)
 
     assert [1] == await shop.items(backend)
     assert [2] == await shop.items(sqlite)
@@ -458,7 +458,7 @@ async def test_too_many_before_commit(sqlite: SQLiteBackend) -> None:
             await shop.insert(1)
             before_commit(again)
 
-        response = await request(UnitOfWorkMiddleware(endpoint(handler), db))
+        response = await handle(handler, db)
 
     assert 500 == response.status
     assert response.error is not None

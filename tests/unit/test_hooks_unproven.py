@@ -11,7 +11,6 @@ import pytest
 from asgi_uow import (
     Database,
     Outcome,
-    UnitOfWorkMiddleware,
     after_commit,
     after_response,
     after_rollback,
@@ -22,7 +21,7 @@ from asgi_uow import (
 )
 from asgi_uow.errors import ManagedTransactionError
 from tests.support import shop
-from tests.support.asgi import endpoint, request
+from tests.support.asgi import handle
 from tests.support.databases import SERVERS, on
 
 if TYPE_CHECKING:
@@ -104,8 +103,7 @@ async def test_p3_no_hook_without_a_commit(case: str, backend: ServerBackend) ->
         db = Database.from_url(backend.through(proxy.port))
         if end.cut:
             proxy.cut_after(is_commit)
-        app = UnitOfWorkMiddleware(endpoint(handler, end.status), db)
-        await request(app)
+        await handle(handler, db, status=end.status)
         await db.dispose()
 
     expected = {

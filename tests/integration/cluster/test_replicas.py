@@ -28,7 +28,7 @@ from tests.promises.test_p10_cancellation import SLEEPING
 from tests.reading.test_replicas import prolong_pauses
 from tests.servers import eventually
 from tests.support import shop
-from tests.support.asgi import BODY, START, endpoint, request
+from tests.support.asgi import BODY, START, endpoint, request, serve
 from tests.support.databases import checked_out
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ async def test_own_writes(site: Site) -> None:
         await site.read()
         await send({"type": BODY, "body": b""})
 
-    response = await request(UnitOfWorkMiddleware(app, site.db))
+    response = await serve(app, site.db)
     assert response.error is None
     assert site.ports[0] in site.replica_ports
     assert [primary, primary] == site.ports[1:]

@@ -16,7 +16,6 @@ from redis.asyncio import Redis
 
 from asgi_uow import (
     Database,
-    UnitOfWorkMiddleware,
     after_commit,
     set_rollback_only,
 )
@@ -24,7 +23,7 @@ from asgi_uow.observers import HookFailed
 from tests.integration.handoff.queues import Broker, CeleryOnRedis, Taskiq
 from tests.servers.process import HOST, free_port
 from tests.support import shop
-from tests.support.asgi import endpoint, request
+from tests.support.asgi import handle
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -50,8 +49,7 @@ async def test_commit(
     async def look() -> object:
         return await shop.items(backend), broker.numbers()
 
-    app = UnitOfWorkMiddleware(endpoint(handler, status), db)
-    response = await request(app, probe=look)
+    response = await handle(handler, db, status=status, probe=look)
 
     assert status == response.status
     assert [([7], [7])] == response.seen
@@ -89,7 +87,7 @@ async def test_rollback(
         after_commit(broker.send, 7)
         await step(backend)
 
-    await request(UnitOfWorkMiddleware(endpoint(handler, status), db))
+    await handle(handler, db, status=status)
 
     assert [] == await shop.items(backend)
     assert [] == broker.numbers()
@@ -127,10 +125,7 @@ async def test_redis_is_down(sqlite: Backend) -> None:
     await shop.create(sqlite)
     db = Database.from_url(sqlite.url)
     async with Taskiq(f"redis://{HOST}:{free_port()}/0") as broker:
-        app = UnitOfWorkMiddleware(
-            endpoint(handler, 201), db, observers=[events.append]
-        )
-        response = await request(app)
+        response = await handle(handler, db, status=201, observers=[events.append])
     await db.dispose()
 
     assert 201 == response.status

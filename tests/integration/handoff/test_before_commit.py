@@ -9,7 +9,6 @@ import pytest
 from asgi_uow import (
     Database,
     Outcome,
-    UnitOfWorkMiddleware,
     before_commit,
     current_session,
     savepoint,
@@ -18,7 +17,7 @@ from asgi_uow import (
 from asgi_uow.errors import BeforeCommitError
 from tests.integration.handoff.queues import JobTable, PgQueuer
 from tests.support import shop
-from tests.support.asgi import endpoint, request
+from tests.support.asgi import handle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -60,8 +59,7 @@ async def test_commit(
         before_commit(job_table.enqueue, 7)
         before_commit(look_in_between)
 
-    app = UnitOfWorkMiddleware(endpoint(handler, 201), db)
-    response = await request(app, probe=look)
+    response = await handle(handler, db, status=201, probe=look)
 
     assert [([], [])] == seen
     assert [([7], [7])] == response.seen
@@ -112,7 +110,7 @@ async def test_rollback(
         before_commit(job_table.enqueue, 7)
         await step(job_backend)
 
-    await request(UnitOfWorkMiddleware(endpoint(handler, status), db))
+    await handle(handler, db, status=status)
 
     assert [] == await shop.items(job_backend)
     assert [] == await job_table.numbers(job_backend)

@@ -16,7 +16,7 @@ from asgi_uow import Outcome
 from asgi_uow.errors import CommitFailedError, OutcomeUnknownError
 from tests.promises.faults.bank import TABLES, Attempt, Bank, Order, Plan, lies
 from tests.support.asgi import START
-from tests.support.private import Cause, new_unit
+from tests.support.private import Cause, make_unit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +60,7 @@ def attempt(
     is_cancelled: bool = False,
 ) -> Attempt:
     """Make what a transfer came to."""
-    unit = new_unit()
+    unit = make_unit()
     unit.outcome = outcome
     kind = OutcomeUnknownError if outcome is UNKNOWN else CommitFailedError
     return Attempt(

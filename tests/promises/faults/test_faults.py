@@ -21,7 +21,7 @@ from asgi_uow import (
 from tests.promises.faults.mortal import KINDS, checked_out
 from tests.servers import eventually
 from tests.support import ROOT, shop
-from tests.support.asgi import Response, endpoint, http_scope, request, respond
+from tests.support.asgi import Response, handle, http_scope, request, respond
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -230,14 +230,15 @@ async def test_fault(name: str, mortal: Mortal) -> None:
         direct = fault.before is not nothing
         url = backend.url if direct else backend.through(proxy.port)
         db = Database.from_url(url)
-        app = UnitOfWorkMiddleware(
-            endpoint(handler, fault.status), db, commit_timeout=fault.commit_timeout
-        )
         assert [200, 200, 200] == await insert_side_by_side(db, 1, 2, 3)
         to = Request(mortal, proxy)
 
         await fault.before(to)
-        to.task = asyncio.create_task(request(app))
+        to.task = asyncio.create_task(
+            handle(
+                handler, db, status=fault.status, commit_timeout=fault.commit_timeout
+            )
+        )
         [response, _] = await asyncio.gather(
             to.task, fault.beside(to), return_exceptions=True
         )
@@ -273,9 +274,8 @@ async def test_crash_gives_the_transaction_id_to_another(mortal: Mortal) -> None
     async with backend.proxy() as proxy:
         url = backend.through(proxy.port)
         db = Database.from_url(url, resolve_unknown=True)
-        app = UnitOfWorkMiddleware(endpoint(handler), db, commit_timeout=5)
         cut = proxy.cut_before(is_commit)
-        task = asyncio.create_task(request(app))
+        task = asyncio.create_task(handle(handler, db, commit_timeout=5))
         await cut.fired.wait()
         await mortal.crash()
         others = [f"INSERT INTO items (id) VALUES ({number})" for number in range(9)]

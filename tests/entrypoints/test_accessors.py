@@ -1,0 +1,57 @@
+"""The functions of the root, where there is no unit, or not the database."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from asgi_uow import (
+    Database,
+    after_commit,
+    before_commit,
+    current_read_session,
+    current_session,
+    current_unit_of_work,
+    force_commit,
+    savepoint,
+    set_rollback_only,
+)
+from asgi_uow.errors import NoUnitOfWorkError, UnknownDatabaseError
+from tests.support.asgi import handle
+from tests.support.databases import on
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        current_unit_of_work,
+        current_session,
+        current_read_session,
+        savepoint,
+        force_commit,
+        lambda: set_rollback_only("why"),
+        lambda: after_commit(print),
+        lambda: before_commit(print),
+    ],
+)
+def test_outside_a_unit(use: Callable[[], object]) -> None:
+    """Without a unit of work everything says what is missing and what to do."""
+    with pytest.raises(NoUnitOfWorkError, match="add UnitOfWorkMiddleware"):
+        use()
+
+
+@on("aiosqlite")
+async def test_unknown_database_is_named(db: Database) -> None:
+    """A database that nobody told the middleware of is named in the error."""
+    stranger = Database.from_url("sqlite:///stranger.db")
+
+    async def handler() -> None:
+        for accessor in (current_session, current_unit_of_work().read_session):
+            with pytest.raises(UnknownDatabaseError, match=r"stranger\.db"):
+                accessor(stranger)
+
+    assert 200 == (await handle(handler, db)).status

@@ -1,0 +1,278 @@
+"""What the client gets when the work cannot be kept, and what the server is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import exc as sa_exc
+
+from asgi_uow import Database, current_read_session, current_session, force_commit
+from asgi_uow.errors import CommitFailedError
+from tests.support import shop
+from tests.support.asgi import START, endpoint, handle, respond, serve
+from tests.support.databases import SERVERS, on
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from asgi_uow._asgi import Receive, Scope, Send
+    from tests.servers import Backend, ServerBackend
+
+pytestmark = on("aiosqlite")
+
+UNREACHABLE = "postgresql://nobody@127.0.0.1:1/app"
+
+
+# Who answers a failed COMMIT
+
+
+async def test_default_answer_is_problem_json(db: Database) -> None:
+    """The default answer is small, complete and says nothing about the cause."""
+    response = await handle(shop.insert_orphan, db)
+
+    [body] = response.chunks
+    assert "application/problem+json" == response.headers["content-type"]
+    assert str(len(body)) == response.headers["content-length"]
+    assert {
+        "type": "about:blank",
+        "title": "Internal Server Error",
+        "status": 500,
+        "detail": "The request could not be completed.",
+    } == json.loads(body)
+
+
+async def test_error_app_finds_the_failure(db: Database) -> None:
+    """An error_app of one's own gets scope, receive, and the failure in the scope."""
+    found: list[object] = []
+
+    async def error_app(scope: Scope, receive: Receive, send: Send) -> None:
+        found.append(scope["asgi_uow.failure"])
+        await respond(send, 507)
+
+    response = await handle(shop.insert_orphan, db, error_app=error_app)
+
+    assert 507 == response.status
+    assert [response.error] == found
+
+
+async def test_error_app_cannot_claim_a_success(db: Database) -> None:
+    """An error_app that answers 200 is a mistake, and nothing is forwarded."""
+
+    async def nothing() -> None:
+        """Have nothing to say."""
+
+    response = await handle(shop.insert_orphan, db, error_app=endpoint(nothing))
+
+    assert [] == response.types
+    assert isinstance(response.error, ValueError)
+
+
+async def test_no_error_app_leaves_it_to_the_framework(db: Database) -> None:
+    """With error_app=None nothing is answered; the failure is raised all the same."""
+    response = await handle(shop.insert_orphan, db, error_app=None)
+
+    assert [] == response.types
+    assert isinstance(response.error, CommitFailedError)
+
+
+async def test_app_that_returns_normally_after_a_failure(db: Database) -> None:
+    """A success answered twice is refused twice; then the failure is answered."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert_orphan()
+        for status in (200, 204):
+            with pytest.raises(CommitFailedError):
+                await respond(send, status)
+
+    response = await serve(app, db)
+
+    assert 500 == response.status
+    assert isinstance(response.error, CommitFailedError)
+
+
+def wrapped(failure: Exception) -> Exception:
+    error = LookupError("exception after response started")
+    error.__cause__ = failure
+    return error
+
+
+def as_it_is(failure: Exception) -> Exception:
+    return failure
+
+
+def another(_: Exception) -> Exception:
+    return LookupError()
+
+
+@pytest.mark.parametrize(
+    ("answers", "raises", "raised"),
+    [
+        (False, wrapped, CommitFailedError),
+        (True, as_it_is, CommitFailedError),
+        (True, another, LookupError),
+    ],
+)
+async def test_what_a_framework_makes_of_the_failure(
+    db: Database,
+    answers: bool,
+    raises: Callable[[Exception], Exception],
+    raised: type[Exception],
+) -> None:
+    """Whatever is raised for it, the server sees ours, and the client one answer.
+
+    What is raised by an application that has answered the failure is left alone.
+    """
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert_orphan()
+        with pytest.raises(CommitFailedError) as caught:
+            await respond(send)
+        if answers:
+            await respond(send, 500, b"mine")
+        raise raises(caught.value)
+
+    response = await serve(app, db)
+
+    assert 500 == response.status
+    assert answers == (["mine"] == response.chunks)
+    assert isinstance(response.error, raised)
+    if raised is CommitFailedError:
+        assert isinstance(response.error.__cause__, sa_exc.IntegrityError)
+
+
+# The database out of reach
+
+
+@on("asyncmy", pool_size=1, max_overflow=0, pool_timeout=0.01)
+async def test_pool_timeout_is_answered_503(db: Database) -> None:
+    """A pool that stays empty is a 503 with Retry-After; the same error is raised."""
+    async with db.engine.connect():
+        response = await handle(lambda: shop.insert(1), db)
+
+    assert 503 == response.status
+    assert "1" == response.headers["retry-after"]
+    assert isinstance(response.error, sa_exc.TimeoutError)
+    assert 200 == (await handle(lambda: shop.insert(1), db)).status
+
+
+@on(*SERVERS)
+async def test_connection_lost_in_the_handler_is_answered_503(
+    db: Database, backend: ServerBackend
+) -> None:
+    """A connection that dies under a statement is a 503; the next request is fine."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        await backend.kill_connections()
+        await shop.insert(2)
+
+    response = await handle(handler, db)
+    after = await handle(lambda: shop.insert(3), db)
+
+    assert 503 == response.status
+    assert "1" == response.headers["retry-after"]
+    assert isinstance(response.error, sa_exc.DBAPIError)
+    assert 200 == after.status
+    assert [3] == await shop.items(backend)
+
+
+@pytest.mark.parametrize("scheme", ["mysql", "postgresql", "postgresql+psycopg"])
+async def test_database_down_is_answered_503(scheme: str) -> None:
+    """A server that is down is a 503 with Retry-After; no password is shown."""
+    db = Database.from_url(f"{scheme}://user:secret@127.0.0.1:1/app")
+
+    response = await handle(lambda: shop.insert(1), db)
+
+    assert 503 == response.status
+    assert "1" == response.headers["retry-after"]
+    assert "secret" not in f"{response.error!r} {response.error}"
+    await db.dispose()
+
+
+async def test_database_down_in_a_task_group() -> None:
+    """The 503 is found inside an ExceptionGroup, too."""
+    db = Database.from_url(UNREACHABLE)
+
+    async def handler() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(shop.insert(1))
+
+    response = await handle(handler, db)
+
+    assert 503 == response.status
+    assert isinstance(response.error, ExceptionGroup)
+    await db.dispose()
+
+
+async def test_database_down_in_the_body() -> None:
+    """After the start there is nothing left to answer; the error is raised."""
+    db = Database.from_url(UNREACHABLE)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": START, "status": 200, "headers": []})
+        await current_read_session().scalar("SELECT 1")
+
+    response = await serve(app, db)
+
+    assert [START] == response.types
+    assert response.error is not None
+    await db.dispose()
+
+
+# What is none of our business
+
+
+@on("asyncpg")
+async def test_doomed_unit_and_an_error_response(
+    db: Database, backend: Backend
+) -> None:
+    """A forced commit that cannot be leaves a response as it is that is an error."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        with suppress(sa_exc.DBAPIError):
+            await current_session().execute("SELECT 1 / 0")
+        force_commit()
+
+    response = await handle(handler, db, status=403)
+
+    assert (403, ["ok"], None) == (response.status, response.chunks, response.error)
+    assert [] == await shop.items(backend)
+
+
+async def test_other_error_of_the_same_kind_is_not_ours(db: Database) -> None:
+    """A connection error of somebody else's client is left to the framework."""
+
+    async def handler() -> None:
+        message = "the payment provider is down"
+        raise ConnectionRefusedError(message)
+
+    response = await handle(handler, db)
+
+    assert [] == response.types
+    assert isinstance(response.error, ConnectionRefusedError)
+
+
+async def test_error_that_is_in_its_own_context(db: Database) -> None:
+    """The only error of a task group, raised in its place, is raised as it is."""
+    raised: list[Exception] = []
+
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    async def handler() -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(fail())
+        except ExceptionGroup as group:
+            raised.extend(group.exceptions)
+            raise raised[0]  # noqa: B904  # as Starlette does
+
+    response = await handle(handler, db)
+
+    assert [] == response.messages
+    assert response.error is raised[0]
