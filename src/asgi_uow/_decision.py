@@ -123,14 +123,6 @@ def commit_below_400(status: int, headers: Headers) -> bool:  # noqa: ARG001
     return status < ERROR_STATUS
 
 
-ROLLBACK_FOR_STATUS = rollback(Cause.STATUS)
-
-
-def decide_below_400(status: int) -> Decision:
-    """Decide by the default rule where nothing else can matter."""
-    return COMMIT if status < ERROR_STATUS else ROLLBACK_FOR_STATUS
-
-
 def decide_response(  # the whole rule in one place
     *,
     status: int,
@@ -154,7 +146,7 @@ def decide_response(  # the whole rule in one place
         return rollback(Cause.DOOMED, replace_response=status < ERROR_STATUS)
     if forced or commit_when(status, headers):
         return COMMIT
-    return ROLLBACK_FOR_STATUS
+    return rollback(Cause.STATUS)
 
 
 def decide_exit(

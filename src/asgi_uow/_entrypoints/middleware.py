@@ -17,20 +17,19 @@ from asgi_uow._decision import (
     Cause,
     State,
     commit_below_400,
-    decide_below_400,
     decide_response,
     exception_cause,
     rollback,
 )
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._reading.route import written_position
-from asgi_uow._unit.finish import conclude_unused, finish, is_outage, release
-from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current
+from asgi_uow._unit.finish import finish, is_outage, release
+from asgi_uow._unit.unit import CLOSED, UnitOfWork, UnitOptions, current
 from asgi_uow.errors import UnitOfWorkClosedError
 from asgi_uow.observers import LoggingObserver
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
     from asgi_uow._asgi import ASGIApp, Headers, Message, Receive, Scope, Send
     from asgi_uow._databases.engines import Engines
@@ -121,9 +120,9 @@ class UnitOfWorkMiddleware:
         if scope["type"] != "http":
             await self._serve_other(scope, receive, send)
             return
-        outer: UnitOfWork | None = scope.get(UNIT)
         unit = UnitOfWork()
         unit.databases, unit.options = self.databases, self.options
+        outer: UnitOfWork | None = scope.get(UNIT)
         if outer is not None and outer.state in UNDECIDED:
             if all(map(outer.serves, self.databases)):
                 await self.app(scope, receive, send)
@@ -140,62 +139,58 @@ class UnitOfWorkMiddleware:
         # the context of the one before. https://github.com/encode/uvicorn/issues/2167
         token = current.set(unit)
         try:
-            await self._serve(scope, receive, exchange)
+            await self.app(scope, receive, exchange.send)
+            if exchange.stage is not PASSING:
+                await exchange.end(rollback(Cause.ABANDONED))
+                await self._answer(scope, receive, exchange, None)
+        except BaseException as error:
+            await exchange.end(rollback(exception_cause(error)))
+            await self._answer(scope, receive, exchange, error)
+            raise
         finally:
             try:
-                if unit.shared is None:
-                    unit.state = State.CLOSED
-                else:
+                if unit.is_used:
                     await release(unit)
+                else:
+                    unit.state = CLOSED
             finally:
                 current.reset(token)
                 scope[UNIT] = outer
 
-    async def _serve(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
-        try:
-            await self.app(scope, receive, exchange.send)
-        except BaseException as error:
-            await exchange.end(rollback(exception_cause(error)))
-            failure = exchange.failure_behind(error)
-            if failure is not None:
-                await self._answer(scope, receive, exchange, failure)
-                if failure is not error:
-                    raise failure from failure.__cause__
-            raise
-        if exchange.stage is not Stage.PASSING:
-            await exchange.end(rollback(Cause.ABANDONED))
-            failure = exchange.failure_behind(None)
-            if failure is not None:
-                await self._answer(scope, receive, exchange, failure)
-                raise failure
+    async def _answer(
+        self,
+        scope: Scope,
+        receive: Receive,
+        exchange: _Exchange,
+        error: BaseException | None,
+    ) -> None:
+        """Answer for a failure that the application did not answer, and raise it."""
+        failure = exchange.failure_behind(error)
+        if failure is None:
+            return
+        started = exchange.stage is PASSING or exchange.is_forwarded
+        if self.error_app is not None and not started:
+            scope[FAILURE] = failure
+            await self.error_app(scope, receive, exchange.answer)
+        exchange.stage = ANSWERED
+        if failure is not error:
+            raise failure from failure.__cause__
 
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, self._disposing(send))
-            return
-        token = current.set(None)
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            current.reset(token)
-
-    def _disposing(self, send: Send) -> Send:
-        """Close the engines that asgi-uow made once the application has shut down."""
-
-        async def forward(message: Message) -> None:
+        async def disposing(message: Message) -> None:
+            # Engines that asgi-uow made end with the application.
             if message["type"].startswith("lifespan.shutdown."):
                 for db in self.databases:
                     await db.dispose_owned()
             await send(message)
 
-        return forward
-
-    async def _answer(
-        self, scope: Scope, receive: Receive, exchange: _Exchange, failure: Exception
-    ) -> None:
-        if self.error_app is not None and not exchange.is_forwarded:
-            scope[FAILURE] = failure
-            await self.error_app(scope, receive, exchange.answer)
+        is_lifespan = scope["type"] == "lifespan"
+        token = None if is_lifespan else current.set(None)
+        try:
+            await self.app(scope, receive, disposing if is_lifespan else send)
+        finally:
+            if token is not None:
+                current.reset(token)
 
 
 class Stage(enum.Enum):
@@ -205,8 +200,12 @@ class Stage(enum.Enum):
     DECIDING = "a start is held until the unit of work has ended"
     PASSING = "what the application sends is forwarded"
     REFUSED = "the work was not kept: what claims a success is refused"
-    ANSWERED = "the application has answered the failure itself"
+    ANSWERED = "the failure was answered"
     OVER = "the application has ended without a start"
+
+
+# Python 3.11 takes long for each member of an enum.
+OPEN, DECIDING, PASSING, REFUSED, ANSWERED, OVER = Stage
 
 
 class _Exchange:
@@ -217,47 +216,48 @@ class _Exchange:
     forward: Send
     middleware: UnitOfWorkMiddleware
 
-    stage: Stage = Stage.OPEN
+    stage: Stage = OPEN
     is_forwarded: bool = False
     is_secure: bool = False
     settled: asyncio.Event | None = None
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """Decide at the first start; after a failure let only an error answer pass."""
-        if self.stage is not Stage.PASSING:
-            if (
-                self.stage is Stage.OPEN
-                and not self.unit.is_used
-                and self.middleware.has_default_rule
-                and message["type"] == START
-            ):
-                conclude_unused(self.unit, decide_below_400(message["status"]))
-                self.stage, self.is_forwarded = Stage.PASSING, True
-            else:
-                message = await self._admit(message)
-        await self.forward(message)
-        if message["type"] == START and self.unit.state in SETTLED:
-            self.unit.state = State.RESPONDING
+        if self.stage is PASSING:
+            return self.forward(message)
+        unit = self.unit
+        if (
+            self.stage is OPEN
+            and not unit.is_used
+            and message["type"] == START
+            and self.middleware.has_default_rule
+        ):
+            # Nothing was asked of the unit, so the status alone decides.
+            unit.conclude_unused(commit=message["status"] < ERROR_STATUS)
+            self.stage = PASSING
+            return self.forward(message)
+        return self._send(message)
 
-    async def _admit(self, message: Message) -> Message:
+    async def _send(self, message: Message) -> None:
         """Let a message pass, a first start once the unit of work has ended."""
-        if self.stage is Stage.DECIDING:  # another task's start
+        if self.stage is DECIDING:  # another task's start
             await self._settle()
-        if message["type"] == START:
+        is_start = message["type"] == START
+        if is_start:
             is_error = message["status"] >= ERROR_STATUS
-            if self.stage is Stage.OPEN and self.unit.state not in UNDECIDED:
-                self.stage = Stage.OVER
-            if self.stage is Stage.OPEN:
+            if self.stage is OPEN and self.unit.state in UNDECIDED:
                 message = await self._decide(message)
-            elif self.stage is Stage.REFUSED and is_error:
-                self.stage = Stage.ANSWERED
-            elif self.stage is Stage.OVER and not is_error:
+            elif self.stage is REFUSED and is_error:
+                self.stage = ANSWERED
+            elif self.stage in {OPEN, OVER} and not is_error:
                 operation = "sending a response"
                 raise UnitOfWorkClosedError(operation, self.unit.state)
-        if self.stage is Stage.REFUSED and self.unit.failure is not None:
+        if self.stage is REFUSED and self.unit.failure is not None:
             raise self.unit.failure
-        self.is_forwarded = self.is_forwarded or message["type"] == START
-        return message
+        self.is_forwarded = self.is_forwarded or is_start
+        await self.forward(message)
+        if is_start and self.unit.state in SETTLED:
+            self.unit.move(State.RESPONDING)
 
     async def answer(self, message: Message) -> None:
         """Pass what an `error_app` sends; it may not claim a success."""
@@ -265,25 +265,22 @@ class _Exchange:
             if message["status"] < ERROR_STATUS:
                 text = "an error_app has to answer with a status at or above 400"
                 raise ValueError(text)
-            self.is_forwarded = True
         await self.forward(message)
 
     async def end(self, decision: Decision) -> None:
         """Give a unit that never saw a start its end; wait for one being decided."""
-        if self.stage is Stage.DECIDING:
+        if self.stage is DECIDING:
             await run_to_completion(self._settle())
         elif self.unit.state in UNDECIDED:
-            self.stage = Stage.OVER
+            self.stage = OVER
             await finish(self.unit, decision)
 
     def failure_behind(self, error: BaseException | None) -> Exception | None:
         """Give what has to be answered for, if the application did not do so."""
-        if self.stage is Stage.ANSWERED or not isinstance(error, Exception | None):
+        if self.stage is ANSWERED or not isinstance(error, Exception | None):
             return None
-        if self.unit.failure is not None:
-            return self.unit.failure
-        outage = error is not None and is_outage(self.unit, error)
-        return error if outage else None
+        outage = error if error is not None and is_outage(self.unit, error) else None
+        return self.unit.failure or outage
 
     async def _settle(self) -> None:
         """Wait until the start that is being decided has been."""
@@ -294,7 +291,7 @@ class _Exchange:
     async def _decide(self, message: Message) -> Message:
         """Decide, and end the unit before the start is forwarded."""
         unit, middleware = self.unit, self.middleware
-        self.stage = Stage.DECIDING
+        self.stage = DECIDING
         # Sanic's headers are a generator, and are read twice: here and outside.
         headers: Headers = list(message.get("headers", ()))
         broken: Exception | None = None
@@ -315,20 +312,19 @@ class _Exchange:
             if middleware.causal_reads is not None:
                 await self._add_causal_token(middleware.causal_reads, headers)
         finally:
-            self.stage = Stage.PASSING if unit.failure is None else Stage.REFUSED
+            self.stage = PASSING if unit.failure is None else REFUSED
             if self.settled is not None:
                 self.settled.set()
         return {**message, "headers": headers}
 
     async def _add_causal_token(self, causal: CausalReads, headers: Headers) -> None:
         """Tell the client of a unit that wrote what its next reads must see."""
-        committed = (
-            () if self.unit.shared is None else tuple(self.unit.shared.committed)
-        )
-        positions = {
-            db.key: await written_position(db, POSITION_SECONDS) for db in committed
-        }
-        found = {key: each for key, each in positions.items() if each is not None}
+        shared = self.unit.shared
+        found: dict[str, str] = {}
+        for db in () if shared is None else tuple(shared.committed):
+            position = await written_position(db, POSITION_SECONDS)
+            if position is not None:
+                found[db.key] = position
         if found:
             known = causal.merge(self.unit.must_see.positions, found)
             headers.append(causal.response_header(known, secure=self.is_secure))

@@ -62,7 +62,9 @@ async def finish(
     delivered after the last hook. `error` is why the response has to be replaced.
     """
     if unit.shared is None and not decision.replace_response:
-        conclude_unused(unit, decision)
+        unit.move(State.PREPARING if decision.commit else State.ROLLING_BACK)
+        unit.conclude_unused(commit=decision.commit)
+        unit.cause = decision.cause
         return
     ending = time.perf_counter()
     cancelled: BaseException | None = None
@@ -95,17 +97,6 @@ async def finish(
     shield.deliver()
     if unit.failure is not None:
         raise unit.failure
-
-
-def conclude_unused(unit: UnitOfWork, decision: Decision) -> None:
-    """End a unit of which nothing was asked: no statement, and nothing to tell."""
-    if unit.state is not State.NEW:
-        unit.move(State.PREPARING if decision.commit else State.ROLLING_BACK)
-    unit.cause = decision.cause
-    if decision.commit:
-        unit.outcome, unit.state = Outcome.COMMITTED, State.COMMITTED
-    else:
-        unit.outcome, unit.state = Outcome.ROLLED_BACK, State.ROLLED_BACK
 
 
 async def _complete(

@@ -38,6 +38,12 @@ if TYPE_CHECKING:
     from asgi_uow.observers import Event, Observer
 
 
+# Python 3.11 takes long for each member of an enum.
+COMMITTED = State.COMMITTED, Outcome.COMMITTED
+ROLLED_BACK = State.ROLLED_BACK, Outcome.ROLLED_BACK
+NEW, CLOSED = State.NEW, State.CLOSED
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class UnitOptions:
     """What a unit of work is told from outside; times in seconds, None is no limit."""
@@ -77,7 +83,7 @@ class UnitOfWork:
     databases: tuple[Engines, ...]
     options: UnitOptions
 
-    state: State = State.NEW
+    state: State = NEW
     """Where in its life the unit is."""
     outcome: Outcome | None = None
     cause: Cause | None = None
@@ -207,7 +213,7 @@ class UnitOfWork:
 
     def start(self) -> None:
         """Tell, once and at once, that the unit was asked for something."""
-        if self.state is State.NEW:
+        if self.state is NEW:
             self.move(State.ACTIVE)
         if not self.is_started:
             self.is_started = True
@@ -224,7 +230,7 @@ class UnitOfWork:
         db = self.databases[0] if db is None else db
         if db not in self.databases:
             return self._around(operation, db)._reading(operation, db)  # noqa: SLF001
-        if self.state is State.CLOSED:
+        if self.state is CLOSED:
             raise UnitOfWorkClosedError(operation, self.state)
         if db.is_memory and self.state in WRITABLE:
             self.session(db)  # there is one connection for both
@@ -245,7 +251,15 @@ class UnitOfWork:
         self.state = state
         if state not in WRITABLE:
             for participant in self.participants.values():
-                participant.seal(state, readers=state is State.CLOSED)
+                participant.seal(state, readers=state is CLOSED)
+
+    def conclude_unused(self, *, commit: bool) -> None:
+        """End a unit of which nothing was asked: no statement, nothing to tell."""
+        if commit:
+            self.state, self.outcome = COMMITTED
+        else:
+            self.state, self.outcome = ROLLED_BACK
+            self.cause = Cause.STATUS
 
     def check_undecided(self, operation: str) -> None:
         """Raise `UnitOfWorkClosedError` once the end has been decided."""
