@@ -30,28 +30,6 @@ _start_at_once = (
 )
 
 
-class TimeLimit:
-    """The seconds that a task, or one step of it, may take; None is no limit."""
-
-    __slots__ = ("is_over", "seconds", "until")
-
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
-        self.is_over = False
-        self.until: float = math.inf
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin the next step, which has all the time again."""
-        self.is_over = False
-        if self.seconds is not None:
-            self.until = asyncio.get_running_loop().time() + self.seconds
-
-    def pause(self) -> None:
-        """Let the task do what has a limit of its own."""
-        self.until = math.inf
-
-
 class Shield:
     """Runs work in tasks of its own; what cancels the caller meanwhile has to wait.
 
@@ -64,55 +42,108 @@ class Shield:
     If it `forwards` cancellations, the work is cancelled and gets `GRACE` seconds.
     """
 
-    __slots__ = ("cancelled", "forwards")
+    __slots__ = (
+        "_forwards",
+        "_gave_up",
+        "_loop",
+        "_timer",
+        "_until",
+        "_waiter",
+        "cancelled",
+        "is_late",
+        "seconds",
+    )
 
     def __init__(self, *, forwards: bool = False) -> None:
         self.cancelled: asyncio.CancelledError | None = None
-        self.forwards = forwards
+        self._forwards = forwards
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
 
     async def run(
         self,
         work: Coroutine[object, object, T],
-        limit: TimeLimit | None = None,
+        seconds: float | None = None,
         *,
         at_once: bool = True,
     ) -> T:
-        """Await `work`; past its limit it is cancelled, and left `GRACE` later.
+        """Await `work`; after so many seconds it is cancelled, and left `GRACE` later.
 
         Raises `TimeoutError` in both cases, unless it still gave a result. It also
         returns when `work` ignores its cancellation, as a driver may that waits for
         a server which stopped answering. What may start the like of itself in turn,
         as hooks do, does not start `at_once`: that is a call in this call.
         """
-        start = _start_at_once if at_once else asyncio.Task
-        task = start(work, loop=asyncio.get_running_loop())
+        self.seconds, self._gave_up = seconds, False
+        self.restart()
+        task = (_start_at_once if at_once else asyncio.Task)(work, loop=self._loop)
         if not task.done():
             asyncio._unregister_task(task)  # noqa: SLF001  # public in the link above
-            await self._wait(_Waiting(task, limit))
-        if not task.done() or (
-            limit is not None and limit.is_over and task.cancelled()
-        ):
-            message = f"no answer within {limit.seconds if limit else GRACE} seconds"
+            await self._wait(task)
+        if not task.done() or (self.is_late and task.cancelled()):
+            message = f"no answer within {seconds} seconds"
             raise TimeoutError(message)
         return task.result()
 
-    async def _wait(self, waiting: _Waiting) -> None:
+    def restart(self) -> None:
+        """Give the work all its seconds again, for its next step."""
+        self.is_late = False
+        if self.seconds is not None:
+            self._until = self._loop.time() + self.seconds
+
+    def pause(self) -> None:
+        """Let the work do what has a limit of its own."""
+        self._until = math.inf
+
+    async def _wait(self, task: AnyTask) -> None:
         scope: CancelScope | None = None
+        task.add_done_callback(self._wake)
+        self._timer = self._watch(task) if self.seconds is not None else None
         try:
-            while not waiting.is_over:
+            while not (task.done() or self._gave_up):
+                self._waiter = self._loop.create_future()
                 try:
-                    await waiting.wait()
+                    await self._waiter
                 except asyncio.CancelledError as error:
                     self.cancelled = error
                     if scope is None:
                         scope = CancelScope(shield=True)
                         scope.__enter__()
-                    if self.forwards:
-                        waiting.cancel()
+                    if self._forwards and not self.is_late:
+                        self._cancel(task)
         finally:
             if scope is not None:
                 scope.__exit__(None, None, None)
-            waiting.stop()
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def _wake(self, _: object = None) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _watch(self, task: AnyTask) -> asyncio.TimerHandle:
+        when = min(self._until, self._loop.time() + (self.seconds or GRACE))
+        # In an empty context: the loop keeps that of a cancelled timer for long.
+        context = contextvars.Context()
+        return self._loop.call_at(when, self._look, task, context=context)
+
+    def _look(self, task: AnyTask) -> None:
+        """Cancel the task if its time is up; give it up if that did not help."""
+        if self._loop.time() < self._until:
+            self._timer = self._watch(task)
+        elif self.is_late:
+            self._gave_up = True
+            self._wake()
+        else:
+            self._cancel(task)
+
+    def _cancel(self, task: AnyTask) -> None:
+        self.is_late = True
+        self._until = self._loop.time() + GRACE
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._until, self._look, task)
+        task.cancel()
 
     def deliver(self) -> None:
         """Raise the cancellation that came meanwhile, if one did."""
@@ -120,74 +151,9 @@ class Shield:
             raise self.cancelled
 
 
-class _Waiting:
-    """A task that is waited for, and the timer that watches its limit."""
-
-    __slots__ = ("given_up", "limit", "loop", "task", "timer", "waiter")
-
-    def __init__(self, task: AnyTask, limit: TimeLimit | None) -> None:
-        self.task = task
-        self.limit = limit
-        self.given_up = False
-        self.loop = asyncio.get_running_loop()
-        self.timer: asyncio.TimerHandle | None = None
-        self.waiter: asyncio.Future[None] | None = None
-        task.add_done_callback(self.wake)
-        if limit is not None and limit.seconds is not None:
-            self.watch(self.loop.time() + limit.seconds)
-
-    @property
-    def is_over(self) -> bool:
-        return self.given_up or self.task.done()
-
-    async def wait(self) -> None:
-        self.waiter = self.loop.create_future()
-        await self.waiter
-
-    def wake(self, _: object = None) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
-
-    def watch(self, when: float) -> None:
-        # In an empty context: the loop keeps that of a cancelled timer for long.
-        context = contextvars.Context()
-        self.timer = self.loop.call_at(when, self.look, context=context)
-
-    def look(self) -> None:
-        """Cancel the task if its time is up; give it up if that did not help."""
-        limit = self.limit
-        if limit is not None and self.loop.time() < limit.until:
-            pause = limit.seconds or GRACE
-            self.watch(min(limit.until, self.loop.time() + pause))
-        elif limit is None or limit.is_over:
-            self.given_up = True
-            self.wake()
-        else:
-            self.cancel()
-
-    def cancel(self) -> None:
-        """Cancel the task; it is given up if it is not done in time."""
-        limit = self.limit = self.limit or TimeLimit(GRACE)
-        if not limit.is_over:
-            limit.is_over = True
-            limit.until = self.loop.time() + GRACE
-            self.stop()
-            self.watch(limit.until)
-            self.task.cancel()
-
-    def stop(self) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
-
-
 async def run_to_completion(work: Coroutine[object, object, T]) -> T:
     """Run `work` to its end whatever cancels the caller, then deliver the cancel."""
-    shield = Shield()
-    try:
-        result = await shield.run(work)
-    finally:
-        shield.deliver()  # the work has told its failure by other ways
-    return result
+    return await _run(Shield(), work, None)
 
 
 async def bounded(work: Coroutine[object, object, T], seconds: float | None) -> T:
@@ -195,12 +161,16 @@ async def bounded(work: Coroutine[object, object, T], seconds: float | None) -> 
 
     Unlike `asyncio.timeout()` this also returns when `work` does not react.
     """
-    shield = Shield(forwards=True)
+    return await _run(Shield(forwards=True), work, seconds)
+
+
+async def _run(
+    shield: Shield, work: Coroutine[object, object, T], seconds: float | None
+) -> T:
     try:
-        result = await shield.run(work, TimeLimit(seconds))
+        return await shield.run(work, seconds)
     finally:
-        shield.deliver()
-    return result
+        shield.deliver()  # what the work raised is its context
 
 
 class TaskLock:

@@ -35,6 +35,8 @@ class Outcome(enum.Enum):
     PARTIAL = "partial"
     """One database committed, a later one of the same unit did not."""
 
+    __hash__ = object.__hash__  # an enum's own is a Python function
+
 
 class Cause(enum.Enum):
     """Why a unit of work was not committed."""
@@ -66,8 +68,7 @@ class State(enum.Enum):
     RESPONDING = "responding"
     CLOSED = "closed"
 
-    # An enum's own hash is a Python function, and states are looked up often.
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # an enum's own is a Python function
 
 
 UNDECIDED = frozenset({State.NEW, State.ACTIVE, State.ROLLBACK_ONLY})

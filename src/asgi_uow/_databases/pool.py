@@ -165,7 +165,6 @@ def attach_listeners(
         target.dialect.skip_autocommit_rollback = True
     event.listen(target, "connect", policy.on_connect)
     event.listen(target, "checkout", policy.on_checkout)
-    event.listen(target, "checkin", policy.on_checkin)
     event.listen(target, "reset", policy.on_reset)
 
 
@@ -231,10 +230,6 @@ class _Policy:
             message = "the connection did not answer after a time of idleness"
             raise sa_exc.DisconnectionError(message) from error
 
-    def on_checkin(self, _: object, entry: ConnectionPoolEntry) -> None:
-        """Remember since when a connection is idle."""
-        entry.info[IDLE_SINCE] = time.monotonic()
-
     def on_reset(
         self,
         dbapi_connection: DBAPIConnection,
@@ -247,13 +242,16 @@ class _Policy:
         connection would commit what failed. An error packet of MySQL carries no
         status flag, hence the mark that `on_error` leaves.
         """
+        info = entry.info
+        info[IDLE_SINCE] = time.monotonic()
         raw = self.dialect.get_driver_connection(dbapi_connection)
-        changed = entry.info.pop(SETTINGS_CHANGED, False)
-        if changed or (self.read_only and self.driver.reports_writable(raw)):
+        if info.pop(SETTINGS_CHANGED, False) or (
+            self.read_only and self.driver.reports_writable(raw)
+        ):
             entry.invalidate(soft=True)  # replaced before anybody else gets it
         if state.terminate_only or not state.asyncio_safe:
             return
-        if entry.info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw):
+        if info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw):
             dbapi_connection.rollback()
             if self.driver.is_known and self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
@@ -283,6 +281,17 @@ class _Policy:
         if connection.journal is not None:
             raw = connection.connection.driver_connection
             connection.journal.record_error(context, raw)
+
+
+def info_of(connection: sa.Connection) -> dict[Any, Any]:
+    """Give the pool's info of a connection; the public way makes five calls."""
+    entry = connection._dbapi_connection._connection_record  # type: ignore[union-attr]  # noqa: SLF001
+    return connection.info if entry is None else entry.info
+
+
+def has_isolation_level(connection: sa.Connection) -> bool:
+    """Tell whether its execution options, or its engine's, set one."""
+    return "isolation_level" in connection._execution_options  # noqa: SLF001
 
 
 def _check_statement(

@@ -87,7 +87,8 @@ async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
     `current_session` does.
     """
     unit = _require("parallel_read()")
-    participant, session = await unit.open_parallel(db)
+    participant = unit.reading("parallel_read()", db)
+    session = await participant.open_parallel()
     try:
         yield session
     finally:

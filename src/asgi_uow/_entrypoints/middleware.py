@@ -261,10 +261,9 @@ class _Exchange:
 
     async def answer(self, message: Message) -> None:
         """Pass what an `error_app` sends; it may not claim a success."""
-        if message["type"] == START:
-            if message["status"] < ERROR_STATUS:
-                text = "an error_app has to answer with a status at or above 400"
-                raise ValueError(text)
+        if message["type"] == START and message["status"] < ERROR_STATUS:
+            text = "an error_app has to answer with a status at or above 400"
+            raise ValueError(text)
         await self.forward(message)
 
     async def end(self, decision: Decision) -> None:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, orm
 
-from asgi_uow._databases.pool import AUTOCOMMIT, CANCEL_SQL, Connection
+from asgi_uow._databases.journal import Savepoints
+from asgi_uow._databases.pool import (
+    AUTOCOMMIT,
+    CANCEL_SQL,
+    Connection,
+    has_isolation_level,
+    info_of,
+)
+from asgi_uow._decision import WRITABLE, State
 from asgi_uow.errors import (
     ConfigurationError,
     ManagedTransactionError,
@@ -18,13 +26,43 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
     from sqlalchemy.orm import SessionTransaction
 
+    from asgi_uow._databases.engines import Engines
     from asgi_uow._databases.journal import Journal
-    from asgi_uow._decision import State
+    from asgi_uow.observers import Event
+
+
+class Shared:
+    """What the sessions of a unit of work have in common, also with units around it."""
+
+    __slots__ = ("committed", "events", "outages", "savepoints", "state", "writers")
+
+    def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
+        self.state = State.NEW
+        """That of the unit of work."""
+        self.outages: list[Exception] = []
+        """Errors that mean a database out of reach."""
+        self.events: list[Event] = around.events if around and hook else []
+        """What observers are told at the end; of a hook, with those of its unit."""
+        self.savepoints: Savepoints = (
+            around.savepoints if around and nested else Savepoints()
+        )
+        self.writers: list[ManagedSession] = around.writers if around else []
+        """The write sessions that were opened."""
+        self.committed: set[Engines] = around.committed if around else set()
+        """The databases in which something was committed."""
+
+    def has_written(self, db: Engines) -> bool:
+        """Tell whether reads of `db` must see what a unit among these has written."""
+        return db in self.committed or any(
+            each.database is db and bool(each.connections) for each in self.writers
+        )
 
 
 class ManagedSession(orm.Session):
     """Refuses to be ended by hand, also through `run_sync` and `sync_session`."""
 
+    database: Engines
+    shared: Shared
     journal: Journal
     """What the database has said against the transaction."""
 
@@ -39,9 +77,6 @@ class ManagedSession(orm.Session):
 
     driver_exposed: bool = False
     """Whether somebody was given the connection, and with it the driver's own."""
-
-    sealed: State | None = None
-    """What the unit of work has become, if nothing may be executed any more."""
 
     follows_savepoints: bool = False
 
@@ -138,13 +173,11 @@ class ManagedSession(orm.Session):
 
     def accept(self, connection: sa.Connection) -> None:
         """Take a connection on which a transaction has just begun."""
-        self.connected = self.connected or time.perf_counter()
-        info = connection.info
+        if self.connected is None:
+            self.connected = time.perf_counter()
+        info = info_of(connection)
         self.connections[connection] = info.get(CANCEL_SQL)
-        options = connection.get_execution_options()
-        if info.get(AUTOCOMMIT) or (
-            AUTOCOMMIT in info and "isolation_level" in options
-        ):
+        if AUTOCOMMIT in info and (info[AUTOCOMMIT] or has_isolation_level(connection)):
             _refuse_autocommit(connection)
         if isinstance(connection, Connection):
             connection.journal = self.journal
@@ -166,7 +199,7 @@ class ReadOnlySession(ManagedSession):
     def writer(self) -> ManagedSession | None:
         """The write session while reads belong into its transaction: it is in use."""
         sibling = self.sibling
-        if sibling is None or sibling.sealed is not None:
+        if sibling is None or sibling.shared.state not in WRITABLE:
             return None
         return sibling if sibling.connections or self.joins_always else None
 
@@ -179,7 +212,7 @@ class ReadOnlySession(ManagedSession):
 
     def accept(self, connection: sa.Connection) -> None:
         """Take a connection, unless it is the writer's."""
-        self.connections[connection] = connection.info.get(CANCEL_SQL)
+        self.connections[connection] = info_of(connection).get(CANCEL_SQL)
         if self.writer is None and self.connected is None:
             self.connected = time.perf_counter()
 

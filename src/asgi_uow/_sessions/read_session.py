@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from asgi_uow._concurrency import run_to_completion
 from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import READ_ONLY_CODES, causes, code_of
+from asgi_uow._decision import State
 from asgi_uow._sessions.managed import ReadOnlySession
 from asgi_uow._sessions.session import Session
 from asgi_uow.errors import ReadOnlySessionError
@@ -43,6 +44,7 @@ class ReadSession(Session):
     """Finds the replica to read from, where there is a choice."""
 
     sibling: Session | None = None
+    usable_in = frozenset(State) - {State.CLOSED}
 
     def follow(self, writer: Session, *, always: bool) -> None:
         """Read in the transaction of the unit's write session while that is in use."""

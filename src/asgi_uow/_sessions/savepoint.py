@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from anyio import CancelScope, fail_after
 from sqlalchemy.ext.asyncio import AsyncSessionTransaction
 
+from asgi_uow._decision import WRITABLE
 from asgi_uow.errors import ConcurrentUseError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Savepoint(AsyncSessionTransaction):
         then it is not known what this block has kept, and nothing will be.
         """
         async with self._locked():
-            if self.session.sync_session.sealed is not None:
+            if self.session.shared.state not in WRITABLE:
                 return  # the decision has ended it, as it ends all of them
             if not self.ended and not self._is_open():
                 error = ConcurrentUseError("A savepoint", "another task ended it")
@@ -104,7 +105,7 @@ class Savepoint(AsyncSessionTransaction):
             raise
 
     async def _call_due(self) -> None:
-        if self.session.savepoints.due:
+        if self.session.shared.savepoints.due:
             await self.session.call_due()
 
     def _is_open(self) -> bool:

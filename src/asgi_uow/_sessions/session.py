@@ -20,6 +20,7 @@ from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import is_unavailable
 from asgi_uow._databases.engines import execute_on_new_connection
 from asgi_uow._databases.journal import Journal
+from asgi_uow._decision import WRITABLE
 from asgi_uow._sessions.managed import ManagedSession
 from asgi_uow._sessions.savepoint import Savepoint
 from asgi_uow._sessions.statements import StatementSession, StreamResult, serialized
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from sqlalchemy.util.typing import TupleAny
 
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._databases.journal import Savepoints
+    from asgi_uow._sessions.managed import Shared
     from asgi_uow._sessions.statements import Fetch
 
     Call = Callable[..., Coroutine[object, object, object]]
@@ -62,7 +63,7 @@ def _guarded(method: F) -> F:
             raise
         finally:
             lock.release()
-        if self.savepoints.due:
+        if self.shared.savepoints.due:
             await self.call_due()
         return result
 
@@ -86,6 +87,9 @@ class Session(StatementSession):
     # Narrower than SQLAlchemy's, which only reads it.
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    usable_in = WRITABLE
+    """The states of its unit in which it may be called."""
+
     is_plain = True
     """Whether calls need nothing but the session's own connection."""
 
@@ -94,18 +98,16 @@ class Session(StatementSession):
         db: Engines,
         bind: AsyncEngine,
         options: Mapping[str, Any],
-        savepoints: Savepoints,
-        outages: list[Exception],
+        shared: Shared,
     ) -> None:
-        """Bind to `bind`, an engine of `db`; errors that are outages are appended."""
+        """Bind to `bind`, an engine of `db`."""
         super().__init__(bind, close_resets_only=False, **options)
         self.own_lock = TaskLock()
-        self.savepoints = savepoints
-        self.outages = outages
+        self.shared = shared
         self.streams: list[StreamResult] = []
         sync = self.sync_session
-        sync.connections = {}
-        sync.journal = Journal(db.facts, db.driver, savepoints)
+        sync.database, sync.shared, sync.connections = db, shared, {}
+        sync.journal = Journal(db.facts, db.driver, shared.savepoints)
 
     @property
     def host(self) -> Session:
@@ -119,8 +121,8 @@ class Session(StatementSession):
 
     def check(self, operation: str) -> None:
         """Raise unless the unit of work is open and no stream is in the way."""
-        if self.sync_session.sealed is not None:
-            raise UnitOfWorkClosedError(operation, self.sync_session.sealed)
+        if self.shared.state not in self.usable_in:
+            raise UnitOfWorkClosedError(operation, self.shared.state)
         if self.streams:
             self.refuse_while_streaming(operation)
 
@@ -153,14 +155,15 @@ class Session(StatementSession):
     def record_error(self, error: Exception) -> None:
         """Remember an error that means a database out of reach."""
         if is_unavailable(error):
-            self.outages.append(error)
+            self.shared.outages.append(error)
 
     async def call_due(self) -> None:
         """Call the `after_rollback` hooks of savepoints, if the rollback is proven."""
         # Not inside another call of this task: a hook may wait for its turn.
-        sync = self.sync_session
-        if sync.sealed is None and not self.lock.is_mine and self.doomed_by is None:
-            for callback in self.savepoints.take_due(by=sync.journal):
+        proven = self.shared.state in WRITABLE and self.doomed_by is None
+        if proven and not self.lock.is_mine:
+            journal = self.sync_session.journal
+            for callback in self.shared.savepoints.take_due(by=journal):
                 await callback()
 
     @property

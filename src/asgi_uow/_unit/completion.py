@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sqlalchemy import text
+from sqlalchemy import orm, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.util import greenlet_spawn
 
-from asgi_uow._concurrency import TimeLimit
+from asgi_uow import errors
 from asgi_uow._databases.driver_errors import is_in_doubt
 from asgi_uow._decision import Cause, Outcome
-from asgi_uow.errors import (
-    CommitFailedError,
-    DoomedError,
-    OutcomeUnknownError,
-    PartialCommitError,
-    TransactionGoneError,
-    UnitOfWorkFailedError,
-)
 from asgi_uow.observers import ReleaseFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
-
-    from sqlalchemy import orm
 
     from asgi_uow._concurrency import Shield
     from asgi_uow._databases.engines import Engines
@@ -44,14 +35,13 @@ class Ended:
     """What became of the work, and what is to be raised if it was not kept."""
 
     outcome: Outcome
-    kind: type[UnitOfWorkFailedError] = CommitFailedError
+    kind: type[errors.UnitOfWorkFailedError] = errors.CommitFailedError
     cause: Cause | None = None
     error: BaseException | None = None
     detail: str = ""
 
 
-COMMITTED = Ended(Outcome.COMMITTED)
-ROLLED_BACK = Ended(Outcome.ROLLED_BACK)
+COMMITTED, ROLLED_BACK = Ended(Outcome.COMMITTED), Ended(Outcome.ROLLED_BACK)
 
 
 class Commit:
@@ -63,21 +53,13 @@ class Commit:
         self.db = db
         self.session = session
         self.transaction_id: str | None = None
-        self.sent = False
-        self.in_doubt = False
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether there was anything to keep, and this was its COMMIT."""
-        return self.sent and bool(self.session.sync_session.connections)
+        self.sent = self.in_doubt = False
 
     async def prepare(self) -> None:
         """Have the server promise that it can commit."""
-        async with self.session.own_lock:
-            await self.session.close_streams()
-            await AsyncSession.run_sync(self.session, self._prepare)
+        await _in_lock(self.session, self._prepare)
 
-    def _prepare(self, _: orm.Session) -> None:
+    def _prepare(self) -> None:
         sync = self.session.sync_session
         self._require_whole(sync)
         sync.journal.is_ending = True
@@ -85,23 +67,19 @@ class Commit:
 
     async def run(self) -> None:
         """Commit, and give the connection back."""
-        session = self.session
-        async with session.own_lock:
-            if session.streams:
-                await session.close_streams()
-            if self.db.options.resolve_unknown and session.sync_session.connections:
+        if self.db.options.resolve_unknown and self.session.sync_session.connections:
+            async with self.session.own_lock:
                 question = text(self.db.facts.TRANSACTION_ID or "")
-                self.transaction_id = await AsyncSession.scalar(session, question)
-            await AsyncSession.run_sync(session, self._commit)
+                self.transaction_id = await AsyncSession.scalar(self.session, question)
+        await _in_lock(self.session, self._commit)
 
-    def _commit(self, _: orm.Session) -> None:
+    def _commit(self) -> None:
         # Checked, flushed, committed and closed in one greenlet.
         sync = self.session.sync_session
         self._require_whole(sync)
-        sync.journal.is_ending = True
-        self.sent = True
-        sync.commit()
-        sync.close()
+        sync.journal.is_ending = self.sent = True
+        orm.Session.commit(sync)
+        orm.Session.close(sync)
 
     def _require_whole(self, sync: ManagedSession) -> None:
         """Raise unless the transaction is there and whole, just before COMMIT.
@@ -118,59 +96,52 @@ class Commit:
                 message = "the connection was lost before COMMIT was sent"
                 raise ConnectionError(message)
             if facts.ENDS_TRANSACTIONS and not driver.in_transaction(raw):
-                raise sync.journal.doom(TransactionGoneError())
-            if facts.QUESTION_BEFORE_COMMIT is not None and sync.driver_exposed:
+                raise sync.journal.doom(errors.TransactionGoneError())
+            if sync.driver_exposed and facts.QUESTION_BEFORE_COMMIT is not None:
                 try:
                     sync.scalar(text(facts.QUESTION_BEFORE_COMMIT))
                 except DBAPIError as error:
-                    raise TransactionGoneError from error
+                    raise errors.TransactionGoneError from error
 
 
 class Completion:
     """Ends the sessions of a unit of work, one after the other, each bounded."""
 
-    __slots__ = ("_events", "_is_stuck", "_participants", "_shield", "_timeout")
+    __slots__ = ("_events", "_is_stuck", "_shield", "_timeout")
 
     def __init__(
-        self,
-        participants: Iterable[Participant],
-        events: list[Event],
-        shield: Shield,
-        timeout: float | None,
+        self, events: list[Event], shield: Shield, timeout: float | None
     ) -> None:
-        self._participants = [each for each in participants if each.writer is not None]
         self._events = events
         self._shield = shield
         self._timeout = timeout
         self._is_stuck = False
 
-    async def commit(self) -> Ended:
+    async def commit(self, participants: Iterable[Participant]) -> Ended:
         """COMMIT every session that executed something, in the order of first use.
 
         Sessions with `twophase=True` are all prepared before the first COMMIT.
         """
-        commits = [
-            Commit(each.db, each.writer) for each in self._participants if each.writer
-        ]
-        steps: list[tuple[Commit, Callable[[], Coroutine[object, object, None]]]] = [
-            (each, each.prepare)
-            for each in commits
-            if each.session.sync_session.twophase
-        ]
-        steps += [(each, each.run) for each in commits]
+        steps: list[tuple[Commit, Callable[[], Coroutine[object, object, None]]]] = []
+        prepares = 0
+        for each in participants:
+            if each.writer is not None:
+                commit = Commit(each.db, each.writer)
+                steps.append((commit, commit.run))
+                if each.writer.sync_session.twophase:
+                    steps.insert(prepares, (commit, commit.prepare))
+                    prepares += 1
         any_committed = False
         for commit, step in steps:
+            sync = commit.session.sync_session
             try:
-                await self._run(step())
+                await self._shield.run(step(), self._timeout)
             except Exception as error:  # noqa: BLE001  # becomes the failure
                 if not await self._was_kept(commit, error):
                     return self._refused(commit, error, any_committed=any_committed)
                 await self.discard(commit.session, error)
-            any_committed = any_committed or commit.is_kept
+            any_committed = any_committed or (commit.sent and bool(sync.connections))
         return COMMITTED
-
-    async def _run(self, work: Coroutine[object, object, None]) -> None:
-        await self._shield.run(work, TimeLimit(self._timeout))
 
     async def _was_kept(self, commit: Commit, error: Exception) -> bool:
         """Tell whether the work is kept all the same; settles what was in doubt."""
@@ -194,56 +165,48 @@ class Completion:
         self._is_stuck = isinstance(error, TimeoutError)
         cause = Cause.TIMEOUT if self._is_stuck else Cause.COMMIT_FAILED
         if any_committed:
-            return Ended(Outcome.PARTIAL, PartialCommitError, cause, error)
+            return Ended(Outcome.PARTIAL, errors.PartialCommitError, cause, error)
         if commit.in_doubt:
-            return Ended(Outcome.UNKNOWN, OutcomeUnknownError, cause, error)
-        doomed_by = commit.session.doomed_by
-        if isinstance(error, TransactionGoneError) and doomed_by is not None:
+            return Ended(Outcome.UNKNOWN, errors.OutcomeUnknownError, cause, error)
+        doom = commit.session.doomed_by
+        if isinstance(error, errors.TransactionGoneError) and doom is not None:
             # A statement in flight at the decision failed before its COMMIT.
-            return Ended(Outcome.ROLLED_BACK, DoomedError, Cause.DOOMED, doomed_by)
-        return Ended(Outcome.ROLLED_BACK, CommitFailedError, cause, error)
+            return Ended(Outcome.ROLLED_BACK, errors.DoomedError, Cause.DOOMED, doom)
+        return Ended(Outcome.ROLLED_BACK, errors.CommitFailedError, cause, error)
 
-    async def roll_back(self, *, proven: bool, after_failure: bool) -> None:
-        """Roll back and give the connections back clean, or throw them away."""
+    async def roll_back(self, session: Session, ended: Ended) -> None:
+        """Roll back and give the connection back clean, or throw it away."""
+        if self._is_stuck:
+            # What did not answer in time is not waited for again.
+            await self.discard(session)
+            return
+        sync = session.sync_session
 
-        def end(session: ManagedSession) -> None:
-            session.journal.is_ending = True
-            if not proven:
-                session.invalidate()
-            elif after_failure:
+        def end() -> None:
+            sync.journal.is_ending = True
+            if ended.outcome is not Outcome.ROLLED_BACK:
+                sync.invalidate()
+            elif ended.cause is not None:
                 # After a failed COMMIT close() alone sends nothing.
-                session.rollback()
-            session.close()
+                sync.rollback()
+            sync.close()
 
-        for each in self._participants:
-            session = each.writer
-            if session is None:
-                continue
-            if self._is_stuck:
-                # What did not answer in time is not waited for again.
-                await self.discard(session)
-                continue
-            try:
-                await self._run(_in_lock(session, end))
-            except Exception as error:  # noqa: BLE001  # reported; the outcome stands
-                await self.discard(session, error)
+        await self._close(session, end)
 
     async def close_reader(self, session: ReadSession) -> None:
         """Give the connection of a read session back, or throw it away."""
+        await self._close(session, lambda: orm.Session.close(session.sync_session))
 
-        def close(session: ManagedSession) -> None:
-            session.journal.is_ending = True
-            session.close()
-
+    async def _close(self, session: Session, end: Callable[[], None]) -> None:
         try:
-            await self._run(_in_lock(session, close))
-        except Exception as error:  # noqa: BLE001  # reported; nothing depends on it
+            await self._shield.run(_in_lock(session, end), self._timeout)
+        except Exception as error:  # noqa: BLE001  # reported; the outcome stands
             await self.discard(session, error)
 
     async def release_reader(self, session: ReadSession) -> None:
         """Have a read session that is idle hold no connection."""
         try:
-            await self._run(session.release_if_idle())
+            await self._shield.run(session.release_if_idle(), self._timeout)
         except Exception as error:  # noqa: BLE001  # reported; nothing depends on it
             self._report("giving a read connection back", error)
 
@@ -253,7 +216,7 @@ class Completion:
         if error is not None and not lost and session.doomed_by is None:
             self._report("closing the session", error)
         try:
-            await self._run(session.discard())
+            await self._shield.run(session.discard(), self._timeout)
         except Exception as again:  # noqa: BLE001  # reported; the outcome stands
             self._report("throwing the connection away", again)
 
@@ -261,9 +224,9 @@ class Completion:
         self._events.append(ReleaseFailed(operation, error))
 
 
-async def _in_lock(session: Session, end: Callable[[Any], None]) -> None:
-    """End a session in its greenlet, once no call is in flight."""
+async def _in_lock(session: Session, end: Callable[[], None]) -> None:
+    """End a session in a greenlet, once no call is in flight."""
     async with session.own_lock:
         if session.streams:
             await session.close_streams()
-        await AsyncSession.run_sync(session, lambda _: end(session.sync_session))
+        await greenlet_spawn(end)

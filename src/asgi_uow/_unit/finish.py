@@ -10,12 +10,12 @@ import contextvars
 import dataclasses
 import functools
 import time
-from collections import deque
 from typing import TYPE_CHECKING
 
 import anyio
 
-from asgi_uow._concurrency import Shield, TimeLimit
+from asgi_uow import errors
+from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import code_of, is_conflict
 from asgi_uow._decision import (
     COMMIT,
@@ -28,24 +28,19 @@ from asgi_uow._decision import (
     rollback,
 )
 from asgi_uow._unit.completion import ROLLED_BACK, Completion, Ended
-from asgi_uow._unit.hooks import call_hook, told
+from asgi_uow._unit.hooks import HookRun, call_hook, told
 from asgi_uow._unit.unit import UnitOfWork, current
-from asgi_uow.errors import (
-    BeforeCommitError,
-    CommitFailedError,
-    DoomedError,
-    PartialCommitError,
-)
 from asgi_uow.observers import CommitFailed, HookFailed, UnitFinished
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from asgi_uow._sessions.read_session import ReadSession
-    from asgi_uow._unit.hooks import Hook
+    from asgi_uow._unit.hooks import Hook, Work
     from asgi_uow._unit.participant import Participant
-    from asgi_uow.errors import UnitOfWorkFailedError
     from asgi_uow.observers import Event
+
+STATE_OF = {outcome: State[outcome.name] for outcome in Outcome}
 
 
 class HookStoppedError(Exception):
@@ -79,13 +74,12 @@ async def finish(
             cancelled, ended = raised, _stopped_by(raised)
         if ended.cause is not None:
             decision = rollback(ended.cause)
-        elif unit.doomed_by is not None:
-            decision = rollback(Cause.DOOMED, replace_response=True)
-    if decision.replace_response:
-        kind = CommitFailedError if error is not None else DoomedError
-        because = error or unit.doomed_by
-        ended = Ended(Outcome.ROLLED_BACK, kind, decision.cause, because)
     unit.doom = unit.doomed_by
+    if decision.commit and unit.doom is not None:
+        decision = rollback(Cause.DOOMED, replace_response=True)
+    if decision.replace_response:
+        kind = errors.CommitFailedError if error is not None else errors.DoomedError
+        ended = Ended(Outcome.ROLLED_BACK, kind, decision.cause, error or unit.doom)
     unit.move(State.COMMITTING if decision.commit else State.ROLLING_BACK)
     shield = Shield()
     try:
@@ -102,25 +96,30 @@ async def finish(
 async def _complete(
     unit: UnitOfWork, decision: Decision, ended: Ended, ending: float, shield: Shield
 ) -> None:
-    shared = unit.share()
-    timeout = unit.options.commit_timeout
-    completion = Completion(unit.participants.values(), shared.events, shield, timeout)
+    """Commit or roll back, and run the hooks of the outcome."""
+    events, timeout = unit.share().events, unit.options.commit_timeout
+    completion = Completion(events, shield, timeout)
+    participants = unit.participants.values()
     if decision.commit:
-        ended = await completion.commit()  # <- here, and nowhere else
-    if ended.outcome is Outcome.ROLLED_BACK:
-        ended = _partial_for_ddl(unit, decision, ended)
+        ended = await completion.commit(participants)  # <- here, and nowhere else
+    writers = [each.writer for each in participants if each.writer is not None]
     if ended.outcome is not Outcome.COMMITTED:
-        await completion.roll_back(
-            proven=ended.outcome is Outcome.ROLLED_BACK,
-            after_failure=ended.cause is not None,
-        )
+        ended = _partial_for_ddl(unit, decision, ended)
+        for writer in writers:
+            await completion.roll_back(writer, ended)
     _conclude(unit, decision, ended, ending)
-    if unit.hooks is not None and unit.hooks:
+    hooks = unit.hooks
+    if hooks is None or not hooks:
+        return
+    for participant in participants:
         # A hook that reads must not wait for the connection of its own request.
-        for participant in unit.participants.values():
-            if participant.reader is not None:
-                await completion.release_reader(participant.reader)
-        await _run_hooks_of(unit, ended.outcome, shield)
+        if participant.reader is not None:
+            await completion.release_reader(participant.reader)
+    if ended.outcome is Outcome.COMMITTED:
+        await run_hooks(unit, "after_rollback", hooks.take_undone(), shield)
+        await run_hooks(unit, "after_commit", hooks.take("after_commit"), shield)
+    elif ended.outcome is Outcome.ROLLED_BACK:
+        await run_hooks(unit, "after_rollback", hooks.take_rolled_back(), shield)
 
 
 def _conclude(
@@ -131,55 +130,46 @@ def _conclude(
     unit.outcome = ended.outcome
     if ended.cause is not None:
         unit.failure = _failure_of(unit, ended, ended.cause)
-    unit.move(State[ended.outcome.name])
+    unit.move(STATE_OF[ended.outcome])
     events = unit.share().events
-    detailed = unit.options.wants_details
     for participant in unit.participants.values():
-        writer = participant.writer
-        if writer is not None:
-            kept = writer.sync_session.journal.committed
-            if kept or ended.outcome is Outcome.COMMITTED:
-                participant.record_committed()
-            if detailed:
-                participant.report_release(writer, "write")
-            participant.report_implicit_commit()
+        participant.conclude(
+            committed=ended.outcome is Outcome.COMMITTED,
+            wants_details=unit.options.wants_details,
+        )
     if unit.failure is not None and not unit.is_hook:
         # That of a hook's own unit is the failure of the hook.
-        code = code_of(unit.failure.__cause__)
-        events.append(
-            CommitFailed(unit.failure, ended.outcome, unit.failure.cause, code)
-        )
+        failure = unit.failure
+        code = code_of(failure.__cause__)
+        events.append(CommitFailed(failure, ended.outcome, failure.cause, code))
     if unit.is_started and unit.options.wants_outcomes:
         now = time.perf_counter()
-        names = tuple(
-            db.name for db, each in unit.participants.items() if each.has_written
-        )
         seconds = now - unit.opened, now - ending
-        events.append(
-            UnitFinished(ended.outcome, unit.cause, unit.reason, names, *seconds)
-        )
-    _stamp(unit, events)
+        used = {db: each for db, each in unit.participants.items() if each.has_written}
+        what = ended.outcome, unit.cause, unit.reason, tuple(db.name for db in used)
+        events.append(UnitFinished(*what, *seconds))
+    if events:
+        _stamp(unit, events)
 
 
 def _partial_for_ddl(unit: UnitOfWork, decision: Decision, ended: Ended) -> Ended:
     """Tell whether DDL has kept a part of what is to be rolled back."""
-    for participant in unit.participants.values():
-        writer = participant.writer
-        statement = writer and writer.sync_session.journal.implicit_commit
-        if statement:
+    for each in unit.participants.values():
+        statement = each.writer and each.writer.sync_session.journal.implicit_commit
+        if statement and ended.outcome is Outcome.ROLLED_BACK:
             cause = ended.cause or decision.cause or Cause.COMMIT_FAILED
+            kind, error = errors.PartialCommitError, ended.error
             detail = f"MySQL committed by itself for {statement!r}"
-            error = ended.error
-            return Ended(Outcome.PARTIAL, PartialCommitError, cause, error, detail)
+            return Ended(Outcome.PARTIAL, kind, cause, error, detail)
     return ended
 
 
 def _stopped_by(error: BaseException) -> Ended:
     """Tell what it means that the preparation was stopped by `error`."""
-    kind: type[UnitOfWorkFailedError] = CommitFailedError
+    kind: type[errors.UnitOfWorkFailedError] = errors.CommitFailedError
     cause, detail = Cause.COMMIT_FAILED, ""
     if isinstance(error, HookStoppedError) and error.__cause__ is not None:
-        kind, cause, detail = BeforeCommitError, Cause.BEFORE_COMMIT, str(error)
+        kind, cause, detail = errors.BeforeCommitError, Cause.BEFORE_COMMIT, str(error)
         error = error.__cause__
     if isinstance(error, TimeoutError):
         cause = Cause.TIMEOUT
@@ -188,33 +178,31 @@ def _stopped_by(error: BaseException) -> Ended:
     return Ended(Outcome.ROLLED_BACK, kind, cause, error, detail)
 
 
-def _failure_of(unit: UnitOfWork, ended: Ended, cause: Cause) -> UnitOfWorkFailedError:
-    later = (
-        ended.outcome is Outcome.ROLLED_BACK
-        and ended.error is not None
-        and (is_outage(unit, ended.error) or is_conflict(ended.error))
-    )
+def _failure_of(
+    unit: UnitOfWork, ended: Ended, cause: Cause
+) -> errors.UnitOfWorkFailedError:
+    outcome, error = ended.outcome, ended.error
+    later = False
+    if outcome is Outcome.ROLLED_BACK and error is not None:
+        later = is_outage(unit, error) or is_conflict(error)
     retry_after = RETRY_AFTER if later else None
-    failure = ended.kind(
-        ended.outcome, cause, detail=ended.detail, retry_after=retry_after
-    )
-    failure.__cause__ = ended.error
+    failure = ended.kind(outcome, cause, detail=ended.detail, retry_after=retry_after)
+    failure.__cause__ = error
     return failure
 
 
 def is_outage(unit: UnitOfWork, error: BaseException) -> bool:
     """Tell whether `error` is, or follows from, a database out of reach."""
-    if unit.shared is None or not unit.shared.outages:
-        return False
+    outages = () if unit.shared is None else unit.shared.outages
     seen: list[BaseException] = []
-    ahead: list[BaseException | None] = [error]
+    ahead: list[BaseException | None] = [error] if outages else []
     while ahead:
         cause = ahead.pop()
         # A task group's only error, raised again by Starlette, has the group as
         # its context, and is in the group.
         if cause is None or any(cause is each for each in seen):
             continue
-        if any(cause is each for each in unit.shared.outages):
+        if any(cause is each for each in outages):
             return True
         seen.append(cause)
         ahead.append(cause.__cause__ or cause.__context__)
@@ -233,22 +221,22 @@ async def prepare(unit: UnitOfWork) -> None:
     raised, and what the flush raises.
     """
     for participant in unit.participants.values():
-        for reader in participant.readers():
-            reader.refuse_changes()
-    seconds = unit.options.hook_timeout
+        if participant.reader is not None:
+            for reader in participant.readers():
+                reader.refuse_changes()
     done = 0
     while True:
         if unit.hooks is not None:
             unit.quota = unit.hooks.quota
             done = await _call_before_commit(unit, done)
-        opened = len(unit.participants)
-        for participant in list(unit.participants.values()):
+        participants = unit.participants
+        for participant in participants.values():
             writer = participant.writer
             if writer is not None and writer.has_changes:
-                with anyio.fail_after(seconds):
+                with anyio.fail_after(unit.options.hook_timeout):
                     await writer.flush()
         waiting = unit.hooks is not None and unit.hooks.queue("before_commit")[done:]
-        if not waiting and opened == len(unit.participants):
+        if not waiting and participants is unit.participants:
             return
 
 
@@ -257,7 +245,7 @@ async def _call_before_commit(unit: UnitOfWork, done: int) -> int:
     hooks = unit.hooks.queue("before_commit") if unit.hooks is not None else []
     if done == len(hooks):
         return done
-    limit = TimeLimit(unit.options.hook_timeout)
+    shield = Shield(forwards=True)
     error: BaseException | None = None
 
     async def call_all() -> None:
@@ -267,11 +255,10 @@ async def _call_before_commit(unit: UnitOfWork, done: int) -> int:
             done += 1
             if not hook.is_dropped:
                 work = _watched(unit, "before_commit", hook, of=unit)
-                error = await call_hook(work, contextvars.copy_context(), limit)
+                error = await call_hook(work, contextvars.copy_context(), shield)
 
-    shield = Shield(forwards=True)
     try:
-        await shield.run(call_all(), limit, at_once=False)
+        await shield.run(call_all(), unit.options.hook_timeout, at_once=False)
     except TimeoutError as late:
         error = late
     finally:
@@ -296,95 +283,56 @@ Anything else it registers is about the unit of its own.
 """
 
 
-async def _run_hooks_of(unit: UnitOfWork, outcome: Outcome, shield: Shield) -> None:
-    hooks = unit.hooks
-    if hooks is None:
-        return
-    if outcome is Outcome.COMMITTED:
-        await run_hooks(unit, "after_rollback", hooks.take_undone(), shield)
-        await run_hooks(unit, "after_commit", hooks.take("after_commit"), shield)
-    elif outcome is Outcome.ROLLED_BACK:
-        await run_hooks(unit, "after_rollback", hooks.take_rolled_back(), shield)
-
-
 async def run_hooks(
     unit: UnitOfWork, phase: str, hooks: Iterable[Hook], shield: Shield
 ) -> None:
-    """Call every hook, also those registered meanwhile; none stops another.
+    """Call every hook, also those registered meanwhile; none stops another."""
 
-    All run in one task, but for what comes after one that ignores its cancellation.
-    """
-    run = _HookRun(unit, phase, hooks)
-    while run.waiting:
-        limit = TimeLimit(unit.options.hook_timeout)
-        try:
-            await shield.run(run.call_all(limit), limit, at_once=False)
-        except TimeoutError as error:
-            await shield.run(run.leave_behind(error))
+    def begin(hook: Hook) -> tuple[contextvars.Context, Work, UnitOfWork]:
+        own = _unit_for_hook(unit)
+        context = contextvars.copy_context()
+        context.run(current.set, own)
+        return context, _watched(own, phase, hook, of=unit), own
 
-
-class _HookRun:
-    """The hooks of one phase, called one after the other."""
-
-    __slots__ = ("phase", "running", "unit", "waiting")
-
-    def __init__(self, unit: UnitOfWork, phase: str, hooks: Iterable[Hook]) -> None:
-        self.unit = unit
-        self.phase = phase
-        self.waiting = deque(hooks)
-        self.running: tuple[Hook, UnitOfWork] | None = None
-
-    async def call_all(self, limit: TimeLimit) -> None:
-        """Call those that wait, until one comes back that was left behind."""
-        while self.waiting:
-            hook, own = self.running = self.waiting.popleft(), _unit_for_hook(self.unit)
-            context = contextvars.copy_context()
-            context.run(current.set, own)
-            work = _watched(own, self.phase, hook, of=self.unit)
-            error = await call_hook(work, context, limit)
-            if not self.is_running(own):
-                return
-            await self.end(hook, own, error)
-
-    def is_running(self, own: UnitOfWork) -> bool:
-        """Tell whether the hook of that unit was not left behind."""
-        return self.running is not None and self.running[1] is own
-
-    async def leave_behind(self, error: TimeoutError) -> None:
-        """Go on without the hook that is running."""
-        if self.running is not None:
-            running, self.running = self.running, None
-            await self.end(*running, error)
-
-    async def end(
-        self, hook: Hook, own: UnitOfWork, error: BaseException | None
-    ) -> None:
-        """End the hook's own unit, and take what it has registered."""
-        if own.hooks is not None:
-            for follower in FOLLOWS[self.phase]:
-                registered = own.hooks.take(follower)
-                if self.phase == "after_commit" and follower == "after_response":
-                    _queue(self.unit, follower).extend(registered)
-                else:
-                    self.waiting.extend(registered)
-        try:
-            await finish(own, _decide_hook(own, error))
-        except BaseException as failure:  # noqa: BLE001  # hook isolation
-            error = failure if error is None else error
-        finally:
-            await release(own)
+    async def end(hook: Hook, own: UnitOfWork, error: BaseException | None) -> None:
+        if own.is_used:
+            error = await _end_hook_unit(unit, own, phase, run, error)
         if error is not None:
-            failed = HookFailed(self.phase, hook.name, error, unit=self.unit)
-            self.unit.share().events.append(failed)
+            failed = HookFailed(phase, hook.name, error, unit=unit)
+            unit.share().events.append(failed)
+
+    run = HookRun(hooks, begin, end)
+    await run.run(shield, unit.options.hook_timeout)
+
+
+async def _end_hook_unit(
+    unit: UnitOfWork,
+    own: UnitOfWork,
+    phase: str,
+    run: HookRun[UnitOfWork],
+    error: BaseException | None,
+) -> BaseException | None:
+    """End the unit of a hook, and take what it has registered for the one around."""
+    for follower in FOLLOWS[phase]:
+        registered = [] if own.hooks is None else own.hooks.take(follower)
+        if phase == "after_commit" and follower == "after_response":
+            _queue(unit, follower).extend(registered)
+        else:
+            run.waiting.extend(registered)
+    try:
+        await finish(own, _decide_hook(own, error))
+    except BaseException as failure:  # noqa: BLE001  # hook isolation
+        error = failure if error is None else error
+    finally:
+        await release(own)
+    return error
 
 
 def _queue(unit: UnitOfWork, phase: str) -> list[Hook]:
     return unit.hooks.queue(phase) if unit.hooks is not None else []
 
 
-def _watched(
-    own: UnitOfWork, phase: str, hook: Hook, of: UnitOfWork
-) -> Coroutine[object, object, None]:
+def _watched(own: UnitOfWork, phase: str, hook: Hook, of: UnitOfWork) -> Work:
     if own.options.wants_details:
         return told(own.options.tell, phase, hook, own, of)
     return hook.call()
@@ -393,11 +341,13 @@ def _watched(
 def _unit_for_hook(unit: UnitOfWork) -> UnitOfWork:
     """Make the unit that one hook gets for itself; its parts come when it asks."""
     own = UnitOfWork()
-    own.databases, own.options = unit.databases, unit.options
+    own.databases, own.options, own.must_see = (
+        unit.databases,
+        unit.options,
+        unit.must_see,
+    )
     own.around, own.is_hook = unit, True
-    own.must_see = unit.must_see
-    if unit.hooks is not None:
-        own.quota = unit.hooks.quota
+    own.quota = None if unit.hooks is None else unit.hooks.quota
     if unit.is_nested:
         outer = [db for each in unit.outwards() for db in each.databases]
         own.databases = tuple(dict.fromkeys((*unit.databases, *outer)))
@@ -444,11 +394,11 @@ async def _call_undone(unit: UnitOfWork, hook: Hook) -> None:
 
 async def release(unit: UnitOfWork) -> None:
     """Close what is left open, run the `after_response` hooks, tell what is left."""
-    if unit.shared is None:
-        unit.move(State.CLOSED)
+    unit.move(State.CLOSED)
+    shared = unit.shared
+    if shared is None:
         return
     shield = Shield()
-    unit.move(State.CLOSED)
     try:
         for participant in unit.participants.values():
             for reader in participant.readers():
@@ -458,33 +408,17 @@ async def release(unit: UnitOfWork) -> None:
             await run_hooks(unit, "after_response", hooks, shield)
     finally:
         tell(unit)
-        _forget(unit)
+        # A leaked context may keep the unit alive.
+        for participant in unit.participants.values():
+            participant.parallel.clear()
+            if participant.writer is not None:
+                shared.writers.remove(participant.writer.sync_session)
+        if unit.hooks is not None:
+            unit.hooks.queues.clear()
+            if not unit.is_nested:
+                shared.savepoints.clear()
+        unit.participants = {}
     shield.deliver()
-
-
-async def _close_reader(
-    unit: UnitOfWork, participant: Participant, session: ReadSession, shield: Shield
-) -> None:
-    events = participant.shared.events
-    completion = Completion((), events, shield, unit.options.commit_timeout)
-    await completion.close_reader(session)
-    if unit.options.wants_details:
-        participant.report_release(session, "read")
-
-
-def _forget(unit: UnitOfWork) -> None:
-    """Let go of what was closed: a leaked context may keep the unit alive."""
-    shared = unit.share()
-    for participant in unit.participants.values():
-        shared.writers[:] = [
-            each for each in shared.writers if each[1] is not participant.writer
-        ]
-        participant.parallel.clear()
-    if unit.hooks is not None:
-        unit.hooks.queues.clear()
-    if not unit.is_nested:
-        shared.savepoints.clear()
-    unit.participants = {}
 
 
 async def close_parallel(
@@ -498,20 +432,29 @@ async def close_parallel(
         shield.deliver()
 
 
+async def _close_reader(
+    unit: UnitOfWork, participant: Participant, session: ReadSession, shield: Shield
+) -> None:
+    events, timeout = participant.shared.events, unit.options.commit_timeout
+    await Completion(events, shield, timeout).close_reader(session)
+    if unit.options.wants_details:
+        participant.report_release(session, "read")
+
+
 def tell(unit: UnitOfWork) -> None:
     """Tell the observers, in the task and context of the request.
 
     Sentry's own ASGI middleware drops what was reported in another context before.
     The events of a hook's unit are told with those of the unit whose hook it is.
     """
-    shared = unit.shared
-    if shared is None or not shared.events:
+    events = [] if unit.shared is None else unit.shared.events
+    if not events:
         return
-    _stamp(unit, shared.events)
+    _stamp(unit, events)
     if not unit.is_hook:
-        events = list(shared.events)
-        shared.events.clear()
-        for each in events:
+        told_now = list(events)
+        events.clear()
+        for each in told_now:
             unit.options.tell(each)
 
 

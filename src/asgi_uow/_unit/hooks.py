@@ -8,9 +8,10 @@ import inspect
 import time
 import types
 import warnings
+from collections import deque
 from contextlib import suppress
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 import anyio.to_thread
 
@@ -19,11 +20,15 @@ from asgi_uow.observers import HookFinished, HookStarted
 
 if TYPE_CHECKING:
     import contextvars
-    from collections.abc import Callable, Coroutine, Generator, Mapping
+    from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
 
-    from asgi_uow._concurrency import TimeLimit
+    from asgi_uow._concurrency import Shield
     from asgi_uow._databases.journal import Frame
     from asgi_uow.observers import Event
+
+    Work: TypeAlias = Coroutine[object, object, None]
+
+Owner = TypeVar("Owner")
 
 PHASES = ("before_commit", "after_commit", "after_rollback", "after_response")
 
@@ -161,33 +166,77 @@ def check_callable(phase: str, fn: object) -> Callable[..., object]:
     raise TypeError(message)
 
 
+class HookRun(Generic[Owner]):
+    """Calls hooks one after the other, each in a context of its own.
+
+    `begin(hook)` gives context, work and an owner; `end(hook, owner, error)` comes
+    after it. All run in one task, but for what follows a hook that ignores its
+    cancellation: that one is left behind.
+    """
+
+    __slots__ = ("_begin", "_end", "_running", "waiting")
+
+    def __init__(
+        self,
+        hooks: Iterable[Hook],
+        begin: Callable[[Hook], tuple[contextvars.Context, Work, Owner]],
+        end: Callable[[Hook, Owner, BaseException | None], Work],
+    ) -> None:
+        self.waiting = deque(hooks)
+        self._begin = begin
+        self._end = end
+        self._running: tuple[Hook, Owner] | None = None
+
+    async def run(self, shield: Shield, seconds: float | None) -> None:
+        """Call all, also those added to `waiting`, each for so many seconds."""
+        while self.waiting:
+            try:
+                await shield.run(self._call_all(shield), seconds, at_once=False)
+            except TimeoutError as error:
+                if self._running is not None:
+                    running, self._running = self._running, None
+                    await shield.run(self._end(*running, error), at_once=False)
+
+    async def _call_all(self, shield: Shield) -> None:
+        while self.waiting:
+            hook = self.waiting.popleft()
+            context, work, owner = self._begin(hook)
+            running = self._running = hook, owner
+            error = await call_hook(work, context, shield)
+            if self._running is not running:
+                return  # it was left behind, and comes back now
+            await self._end(hook, owner, error)
+
+
 async def call_hook(
-    work: Coroutine[object, object, None],
-    context: contextvars.Context,
-    limit: TimeLimit,
+    work: Work, context: contextvars.Context, shield: Shield
 ) -> BaseException | None:
-    """Run the `work` of one hook in a context of its own; give what it raised.
+    """Run the `work` of one hook in a context; give what it raised.
 
     A hook that does not suspend costs no task. One that does suspends this task, which
-    is cancelled when its time is up, and left behind if the hook ignores that.
+    is cancelled when its time is up.
     """
-    limit.restart()
+    shield.restart()
     error = await _run_in(context, work)
-    is_late = limit.is_over
-    limit.pause()
+    is_late = shield.is_late
+    shield.pause()
     task = asyncio.current_task()
     if task is not None and task.cancelling():
-        await _forget_cancellation(task)
+        # What cancelled one hook must not cancel the next one.
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        while task.cancelling():
+            task.uncancel()
         if error is None:
             return TimeoutError("it went on after its time")
         if is_late and isinstance(error, asyncio.CancelledError):
-            return TimeoutError(f"no answer within {limit.seconds} seconds")
+            return TimeoutError(f"no answer within {shield.seconds} seconds")
     return error
 
 
 @types.coroutine
 def _run_in(
-    context: contextvars.Context, work: Coroutine[object, object, None]
+    context: contextvars.Context, work: Work
 ) -> Generator[object, object, BaseException | None]:
     """Drive `work` in a context; give what it raised."""
     resume: Callable[..., object] = work.send
@@ -205,14 +254,6 @@ def _run_in(
             resume, value = work.throw, error
         else:
             resume = work.send
-
-
-async def _forget_cancellation(task: asyncio.Task[object]) -> None:
-    """Have what cancelled one hook not cancel the next one."""
-    with suppress(asyncio.CancelledError):
-        await asyncio.sleep(0)
-    while task.cancelling():
-        task.uncancel()
 
 
 async def told(

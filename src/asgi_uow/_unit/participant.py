@@ -6,7 +6,7 @@ import functools
 import time
 from typing import TYPE_CHECKING, Literal
 
-from asgi_uow._databases.journal import Savepoints
+from asgi_uow._decision import WRITABLE
 from asgi_uow._reading.route import Route
 from asgi_uow._sessions.read_session import ReadSession
 from asgi_uow._sessions.session import Session
@@ -16,91 +16,53 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._decision import State
     from asgi_uow._reading.causal import MustSee
-    from asgi_uow.observers import Event
-
-
-class Shared:
-    """What the sessions of a unit of work have in common, also with units around it."""
-
-    __slots__ = ("committed", "events", "outages", "savepoints", "writers")
-
-    def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
-        self.outages: list[Exception] = []
-        """Errors that mean a database out of reach."""
-        self.events: list[Event] = around.events if around and hook else []
-        """What observers are told at the end; of a hook, with those of its unit."""
-        self.savepoints: Savepoints = (
-            around.savepoints if around and nested else Savepoints()
-        )
-        self.writers: list[tuple[Engines, Session]] = around.writers if around else []
-        """The write sessions that were opened."""
-        self.committed: set[Engines] = around.committed if around else set()
-        """The databases in which something was committed."""
-
-    def has_written(self, db: Engines) -> bool:
-        """Tell whether reads of `db` must see what a unit among these has written."""
-        return db in self.committed or any(
-            each is db and bool(session.sync_session.connections)
-            for each, session in self.writers
-        )
+    from asgi_uow._sessions.managed import Shared
 
 
 class Participant:
     """The sessions of one database: a writer, a reader, readers of parallel tasks."""
 
-    __slots__ = ("db", "must_see", "parallel", "reader", "route", "shared", "writer")
+    __slots__ = ("_must_see", "_route", "db", "parallel", "reader", "shared", "writer")
 
     def __init__(self, db: Engines, shared: Shared, must_see: MustSee) -> None:
         self.db = db
         self.shared = shared
-        self.must_see = must_see
-        self.route: Route | None = None
         self.writer: Session | None = None
         self.reader: ReadSession | None = None
         self.parallel: list[ReadSession] = []
+        self._must_see = must_see
+        self._route: Route | None = None
 
     def open_writer(self) -> Session:
-        """Give the write session; it connects when it executes."""
-        if self.writer is None:
-            db, shared = self.db, self.shared
-            self.writer = Session(
-                db, db.engine, db.write_options, shared.savepoints, shared.outages
-            )
-            shared.writers.append((db, self.writer))
-            for reader in self.readers():
-                reader.follow(self.writer, always=db.is_memory)
-        return self.writer
+        """Make the write session; it connects when it executes."""
+        db = self.db
+        writer = self.writer = Session(db, db.engine, db.write_options, self.shared)
+        self.shared.writers.append(writer.sync_session)
+        for reader in self.readers():
+            reader.follow(writer, always=db.is_memory)
+        return writer
 
     def open_reader(self) -> ReadSession:
-        """Give the read session."""
-        if self.reader is None:
-            self.reader = self._make_reader()
-        return self.reader
+        """Make a read session."""
+        db, shared = self.db, self.shared
+        reader = ReadSession(db, db.read_engine, db.read_options, shared)
+        if db.replicas:
+            if self._route is None:
+                wrote = functools.partial(shared.has_written, db)
+                self._route = Route(db, shared.events, wrote, self._must_see)
+            reader.route = self._route
+        if self.writer is not None:
+            reader.follow(self.writer, always=db.is_memory)
+        return reader
 
     async def open_parallel(self) -> ReadSession:
-        """Give one more read session, to one task among several."""
+        """Make one more read session, for one task among several."""
         if self.reader is not None:
             # Requests that hold one connection and wait for a second can deadlock.
             await self.reader.release_if_idle()
-        session = self._make_reader()
-        self.parallel.append(session)
-        return session
-
-    def _make_reader(self) -> ReadSession:
-        db, shared = self.db, self.shared
-        session = ReadSession(
-            db, db.read_engine, db.read_options, shared.savepoints, shared.outages
-        )
-        if db.replicas:
-            if self.route is None:
-                wrote = functools.partial(shared.has_written, db)
-                self.route = Route(db, shared.events, wrote, self.must_see)
-            session.route = self.route
-        if self.writer is not None:
-            session.follow(self.writer, always=db.is_memory)
-        return session
+        self.parallel.append(self.open_reader())
+        return self.parallel[-1]
 
     def readers(self) -> Iterator[ReadSession]:
         """Give the read sessions that are open."""
@@ -117,36 +79,26 @@ class Participant:
     def holds_connection(self) -> bool:
         """Whether another unit would have to wait for a connection held here.
 
-        For the writer's until it is sealed; in memory also for a reader's.
+        For the writer's until the end begins; in memory also for a reader's.
         """
-        writer = None if self.writer is None else self.writer.sync_session
-        if writer is not None and writer.connections and writer.sealed is None:
+        if self.has_written and self.shared.state in WRITABLE:
             return True
-        return (
-            self.db.is_memory
-            and self.reader is not None
-            and any(not each.closed for each in self.reader.sync_session.connections)
+        reader = self.reader if self.db.is_memory else None
+        return reader is not None and any(
+            not each.closed for each in reader.sync_session.connections
         )
 
-    def seal(self, state: State, *, readers: bool) -> None:
-        """Have the write session, or all, refuse every further call."""
-        if self.writer is not None:
-            self.writer.sync_session.sealed = state
-        if readers:
-            for reader in self.readers():
-                reader.sync_session.sealed = state
-
-    def record_committed(self) -> None:
-        """Record that something was committed: later reads must see it."""
-        if self.has_written:
+    def conclude(self, *, committed: bool, wants_details: bool) -> None:
+        """Record what the end of the write session means for reads; tell of it."""
+        if self.writer is None:
+            return
+        journal = self.writer.sync_session.journal
+        if self.has_written and (committed or journal.committed):
             self.shared.committed.add(self.db)
-
-    def report_implicit_commit(self) -> None:
-        """Tell of DDL for which MySQL has committed."""
-        if self.writer is not None:
-            statement = self.writer.sync_session.journal.implicit_commit
-            if statement is not None:
-                self.shared.events.append(ImplicitCommit(statement))
+        if wants_details:
+            self.report_release(self.writer, "write")
+        if journal.implicit_commit is not None:
+            self.shared.events.append(ImplicitCommit(journal.implicit_commit))
 
     def report_release(
         self, session: Session, access: Literal["read", "write"]

@@ -18,8 +18,9 @@ from asgi_uow._decision import (
     State,
 )
 from asgi_uow._reading.causal import NOTHING
+from asgi_uow._sessions.managed import Shared
 from asgi_uow._unit.hooks import Hook, Hooks, Quota, check_callable
-from asgi_uow._unit.participant import Participant, Shared
+from asgi_uow._unit.participant import Participant
 from asgi_uow.errors import (
     NestedUnitOfWorkError,
     UnitOfWorkClosedError,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from asgi_uow._databases.engines import Engines
     from asgi_uow._reading.causal import MustSee
-    from asgi_uow._sessions.read_session import ReadSession
     from asgi_uow._sessions.session import Session
     from asgi_uow.errors import UnitOfWorkFailedError
     from asgi_uow.observers import Event, Observer
@@ -61,11 +61,10 @@ class UnitOptions:
     @property
     def wants_outcomes(self) -> bool:
         """Whether one wants `UnitFinished`."""
-        return self.wants_details or any(
-            each.log.isEnabledFor(logging.DEBUG)
-            for each in self.observers
-            if isinstance(each, LoggingObserver)
-        )
+        for each in self.observers:
+            if self.wants_details or each.log.isEnabledFor(logging.DEBUG):  # type: ignore[attr-defined]  # all are LoggingObserver
+                return True
+        return False
 
     def tell(self, event: Event) -> None:
         """Call every observer."""
@@ -123,8 +122,9 @@ class UnitOfWork:
         """
         if self.doom is None:
             for each in self.participants.values():
-                if each.writer is not None and each.writer.doomed_by is not None:
-                    return each.writer.doomed_by
+                error = None if each.writer is None else each.writer.doomed_by
+                if error is not None:
+                    return error
         return self.doom
 
     # What handlers use
@@ -142,30 +142,32 @@ class UnitOfWork:
             operation = "session()"
             raise UnitOfWorkClosedError(operation, self.state)
         participant = self.participants.get(db) or self._enlist(db)
-        if participant.writer is None:
-            # The enclosing unit cannot end before this one does: a deadlock.
-            if db.facts.SINGLE_WRITER and self.is_blocked_by_others(db):
-                raise NestedUnitOfWorkError(db)
-            participant.open_writer()
-            self.start()
+        if participant.writer is not None:
+            return participant.writer
+        # The enclosing unit cannot end before this one does: a deadlock.
+        if self.around is not None and self.is_blocked_by_others(db):
+            raise NestedUnitOfWorkError(db)
+        self.start()
         return participant.open_writer()
 
     def read_session(self, db: Engines | None = None) -> Session:
         """Give the read-only session of `db`; open until the unit is closed."""
-        participant = self._reading("read_session()", db)
+        participant = self.reading("read_session()", db)
         if participant.reader is None:
-            participant.open_reader()
-            self.start()
-        return participant.open_reader()
+            participant.reader = participant.open_reader()
+        return participant.reader
 
-    async def open_parallel(
-        self, db: Engines | None = None
-    ) -> tuple[Participant, ReadSession]:
-        """Give one more read session, for one task; see `parallel_read`."""
-        participant = self._reading("parallel_read()", db)
-        session = await participant.open_parallel()
+    def reading(self, operation: str, db: Engines | None) -> Participant:
+        """Give the participant that opens read sessions of `db`."""
+        db = self.databases[0] if db is None else db
+        if db not in self.databases:
+            return self._around(operation, db).reading(operation, db)
+        if self.state is CLOSED:
+            raise UnitOfWorkClosedError(operation, self.state)
+        if db.is_memory and self.state in WRITABLE:
+            self.session(db)  # there is one connection for both
         self.start()
-        return participant, session
+        return self.participants.get(db) or self._enlist(db)
 
     def set_rollback_only(self, reason: str) -> None:
         """Have nothing kept, whatever the response; `reason` is for observers."""
@@ -209,6 +211,7 @@ class UnitOfWork:
             around = None if self.around is None else self.around.share()
             nested, hook = self.is_nested, self.is_hook
             self.shared = Shared(around, nested=nested, hook=hook)
+            self.shared.state = self.state
         return self.shared
 
     def start(self) -> None:
@@ -226,16 +229,6 @@ class UnitOfWork:
         self.participants = {**self.participants, db: participant}
         return participant
 
-    def _reading(self, operation: str, db: Engines | None) -> Participant:
-        db = self.databases[0] if db is None else db
-        if db not in self.databases:
-            return self._around(operation, db)._reading(operation, db)  # noqa: SLF001
-        if self.state is CLOSED:
-            raise UnitOfWorkClosedError(operation, self.state)
-        if db.is_memory and self.state in WRITABLE:
-            self.session(db)  # there is one connection for both
-        return self.participants.get(db) or self._enlist(db)
-
     def _around(self, operation: str, db: Engines) -> UnitOfWork:
         if self.around is None or not self.is_nested:
             raise UnknownDatabaseError(operation, db)
@@ -249,9 +242,8 @@ class UnitOfWork:
             operation = f"becoming {state.value}"
             raise UnitOfWorkClosedError(operation, self.state)
         self.state = state
-        if state not in WRITABLE:
-            for participant in self.participants.values():
-                participant.seal(state, readers=state is CLOSED)
+        if self.shared is not None:
+            self.shared.state = state
 
     def conclude_unused(self, *, commit: bool) -> None:
         """End a unit of which nothing was asked: no statement, nothing to tell."""
@@ -288,8 +280,10 @@ class UnitOfWork:
         return participant is not None and participant.holds_connection
 
     def is_blocked_by_others(self, db: Engines) -> bool:
-        """Tell whether a unit that encloses this one holds such a connection."""
-        return any(unit.holds(db) for unit in self.outwards())
+        """Tell whether a unit around holds the one connection that can write."""
+        return db.facts.SINGLE_WRITER and any(
+            each.holds(db) for each in self.outwards()
+        )
 
     def __repr__(self) -> str:
         """Show state and databases, without passwords."""
