@@ -31,6 +31,6 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|contextlib|sqlalchemy|starlette|anyio|typing)\b.*"),
     ("py:.*", r"Exception|BaseException|bool|dict|float|int|list|str|tuple"),
-    ("py:.*", r"(asgi_uow\._states\.)?(Cause|State)"),  # described, not importable
-    ("py:class", r"asgi_uow\._text\.TextSession"),
+    ("py:.*", r"(asgi_uow\._decision\.)?(Cause|State)"),  # described, not importable
+    ("py:class", r"asgi_uow\._sessions\.statements\.StatementSession"),
 ]

@@ -35,6 +35,7 @@ SANIC = ROOT / "docs" / "howto" / "sanic.md"
 PAGES = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted({*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/howto").glob("*.md")}),
 ]
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
