@@ -7,13 +7,14 @@ import contextvars
 import functools
 import math
 import sys
+import types
 from collections import deque
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from anyio import CancelScope
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Generator
 
     AnyTask: TypeAlias = asyncio.Task[object]
 
@@ -22,12 +23,45 @@ T = TypeVar("T")
 GRACE = 7.0
 """Seconds a timed-out operation gets to close its connection; psycopg takes 5."""
 
-# A task that never has to wait costs no turn of the event loop.
-_start_at_once = (
-    functools.partial(asyncio.Task, eager_start=True)
-    if sys.version_info >= (3, 12)
-    else asyncio.Task
-)
+
+if sys.version_info >= (3, 12):
+    _start_at_once = functools.partial(asyncio.Task, eager_start=True)
+else:  # pragma: no cover  # measured on later Pythons
+
+    def _start_at_once(
+        work: Coroutine[object, object, T], *, loop: asyncio.AbstractEventLoop
+    ) -> asyncio.Future[T]:
+        """Do as an eager task does: what never has to wait takes no turn of the loop.
+
+        Not for work that binds itself to the current task before it waits.
+        """
+        try:
+            waits_for = work.send(None)
+        except StopIteration as stop:
+            done = loop.create_future()
+            done.set_result(stop.value)
+            return done
+        except BaseException as error:  # noqa: BLE001  # raised by result()
+            done = loop.create_future()
+            done.set_exception(error)
+            return done
+        return asyncio.Task(_go_on(work, waits_for), loop=loop)
+
+    @types.coroutine
+    def _go_on(
+        work: Coroutine[object, object, T], waits_for: object
+    ) -> Generator[object, object, T]:
+        while True:
+            try:
+                value = yield waits_for
+            except BaseException as error:  # noqa: BLE001  # the work's to handle
+                resume, value = work.throw, error
+            else:
+                resume = work.send
+            try:
+                waits_for = resume(value)
+            except StopIteration as stop:
+                return stop.value
 
 
 class Shield:
@@ -77,13 +111,16 @@ class Shield:
         self.seconds, self._gave_up = seconds, False
         self.restart()
         task = (_start_at_once if at_once else asyncio.Task)(work, loop=self._loop)
-        if not task.done():
-            asyncio._unregister_task(task)  # noqa: SLF001  # public in the link above
-            await self._wait(task)
-        if not task.done() or (self.is_late and task.cancelled()):
-            message = f"no answer within {seconds} seconds"
-            raise TimeoutError(message)
-        return task.result()
+        try:
+            if not task.done():
+                asyncio._unregister_task(task)  # noqa: SLF001  # public in the link
+                await self._wait(task)
+            if not task.done() or (self.is_late and task.cancelled()):
+                message = f"no answer within {seconds} seconds"
+                raise TimeoutError(message)
+            return task.result()
+        finally:
+            del task  # an error in it refers to this frame
 
     def restart(self) -> None:
         """Give the work all its seconds again, for its next step."""

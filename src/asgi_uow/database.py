@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary, ref
 
+from asgi_uow import errors
 from asgi_uow._databases import configuration, known
 from asgi_uow._databases.engines import DatabaseOptions, Engines
 from asgi_uow._databases.health import check
 from asgi_uow._decision import WRITABLE, State, decide_exit
 from asgi_uow._unit.finish import finish, release
 from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current
-from asgi_uow.errors import NestedUnitOfWorkError, NoUnitOfWorkError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,7 +63,7 @@ class Database(Engines):
             session_options=session_options,
         )
         super().__init__(engine, readers, options)
-        self._entered: list[tuple[weakref.ref[Task], weakref.ref[UnitOfWork]]] = []
+        self._entered: WeakKeyDictionary[UnitOfWork, ref[Task]] = WeakKeyDictionary()
 
     @classmethod
     def from_url(
@@ -119,11 +119,8 @@ class Database(Engines):
         a key that looks misspelt and leaves all others alone.
         """
         config = configuration.read(mapping, prefix)
-        return cls.from_url(
-            config.url,
-            read_urls=config.read_urls,
-            **config.engine_options,
-        )
+        urls = config.read_urls
+        return cls.from_url(config.url, read_urls=urls, **config.engine_options)
 
     @property
     def write(self) -> Session:
@@ -146,7 +143,7 @@ class Database(Engines):
     async def __aenter__(self) -> UnitOfWork:
         """Open a unit of work for this database; see `unit_of_work`."""
         unit = await unit_of_work(self).__aenter__()
-        self._entered.append((weakref.ref(_task()), weakref.ref(unit)))
+        self._entered[unit] = ref(_task())
         return unit
 
     async def __aexit__(
@@ -160,17 +157,18 @@ class Database(Engines):
 
     def _take_entered(self) -> UnitOfWork:
         """Give the unit that is being left: this task's last, or one left behind."""
-        alive = [(task(), unit) for task, ref in self._entered if (unit := ref())]
-        mine = [unit for task, unit in alive if task is _task()]
-        behind = [unit for task, unit in alive if task is None or task.done()]
-        found = mine or behind or [unit for _, unit in alive]
-        if not found or not (mine or behind or len(found) == 1):
-            operation = "leaving a unit of work that another task has entered"
-            raise NoUnitOfWorkError(operation)
-        unit = found[-1]
-        self._entered = [
-            each for each in self._entered if each[1]() not in {None, unit}
-        ]
+        task, unit = _task(), current.get()
+        entered = None if unit is None else self._entered.get(unit)
+        if unit is None or entered is None or entered() is not task:
+            alive = [(each, by()) for each, by in self._entered.items()]
+            mine = [each for each, by in alive if by is task]
+            behind = [each for each, by in alive if by is None or by.done()]
+            found = mine or behind or [each for each, _ in alive]
+            if not found or not (mine or behind or len(found) == 1):
+                operation = "leaving a unit of work that another task has entered"
+                raise errors.NoUnitOfWorkError(operation)
+            unit = found[-1]
+        del self._entered[unit]
         return unit
 
 
@@ -181,7 +179,7 @@ def _task() -> Task:
 def _current(operation: str) -> UnitOfWork:
     unit = current.get()
     if unit is None:
-        raise NoUnitOfWorkError(operation)
+        raise errors.NoUnitOfWorkError(operation)
     return unit
 
 
@@ -226,12 +224,14 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         if db.facts.SINGLE_WRITER and (
             around.holds(db) or around.is_blocked_by_others(db)
         ):
-            raise NestedUnitOfWorkError(db)  # it would wait for the outer forever
+            raise errors.NestedUnitOfWorkError(
+                db
+            )  # it would wait for the outer forever
         if self.independent or around.state not in WRITABLE:
             return
         # A hook has a unit of its own, which is in the way only once it is used.
         if around.holds(db) if around.is_hook else around.serves(db):
-            raise NestedUnitOfWorkError(db)
+            raise errors.NestedUnitOfWorkError(db)
 
     async def __aexit__(
         self,

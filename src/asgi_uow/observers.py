@@ -284,6 +284,11 @@ class LoggingObserver:
         """Log to `log`."""
         self.log = log
 
+    @property
+    def logs_outcomes(self) -> bool:
+        """Whether `UnitFinished` is logged at all."""
+        return self.log.isEnabledFor(logging.DEBUG)
+
     def __call__(self, event: Event, /) -> None:
         """Write one line, with a traceback for a failure."""
         level, line = LINES.get(type(event), (logging.NOTSET, ""))

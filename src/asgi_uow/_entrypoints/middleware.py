@@ -171,10 +171,16 @@ class UnitOfWorkMiddleware:
         started = exchange.stage is PASSING or exchange.is_forwarded
         if self.error_app is not None and not started:
             scope[FAILURE] = failure
-            await self.error_app(scope, receive, exchange.answer)
+            try:
+                await self.error_app(scope, receive, exchange.answer)
+            finally:
+                scope.pop(FAILURE, None)
         exchange.stage = ANSWERED
-        if failure is not error:
-            raise failure from failure.__cause__
+        try:
+            if failure is not error:
+                raise failure from failure.__cause__
+        finally:
+            del failure, error  # their tracebacks refer to this frame
 
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def disposing(message: Message) -> None:

@@ -153,7 +153,7 @@ class Completion:
             return False
         seconds = self._timeout or RESOLVE_SECONDS
         settling = commit.db.was_committed(commit.transaction_id, seconds)
-        kept = await self._shield.run(settling)
+        kept = await self._shield.run(settling, at_once=False)
         commit.in_doubt = kept is None
         return bool(kept)
 

@@ -417,7 +417,7 @@ async def release(unit: UnitOfWork) -> None:
             unit.hooks.queues.clear()
             if not unit.is_nested:
                 shared.savepoints.clear()
-        unit.participants = {}
+        unit.participants, unit.failure = {}, None
     shield.deliver()
 
 

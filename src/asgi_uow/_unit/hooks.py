@@ -203,9 +203,12 @@ class HookRun(Generic[Owner]):
             context, work, owner = self._begin(hook)
             running = self._running = hook, owner
             error = await call_hook(work, context, shield)
-            if self._running is not running:
-                return  # it was left behind, and comes back now
-            await self._end(hook, owner, error)
+            try:
+                if self._running is not running:
+                    return  # it was left behind, and comes back now
+                await self._end(hook, owner, error)
+            finally:
+                del error  # its traceback refers to this frame
 
 
 async def call_hook(
@@ -218,20 +221,23 @@ async def call_hook(
     """
     shield.restart()
     error = await _run_in(context, work)
-    is_late = shield.is_late
-    shield.pause()
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        # What cancelled one hook must not cancel the next one.
-        with suppress(asyncio.CancelledError):
-            await asyncio.sleep(0)
-        while task.cancelling():
-            task.uncancel()
-        if error is None:
-            return TimeoutError("it went on after its time")
-        if is_late and isinstance(error, asyncio.CancelledError):
-            return TimeoutError(f"no answer within {shield.seconds} seconds")
-    return error
+    try:
+        is_late = shield.is_late
+        shield.pause()
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            # What cancelled one hook must not cancel the next one.
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+            while task.cancelling():
+                task.uncancel()
+            if error is None:
+                return TimeoutError("it went on after its time")
+            if is_late and isinstance(error, asyncio.CancelledError):
+                return TimeoutError(f"no answer within {shield.seconds} seconds")
+        return error
+    finally:
+        del error  # its traceback refers to this frame
 
 
 @types.coroutine

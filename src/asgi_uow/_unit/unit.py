@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from asgi_uow._decision import (
-    TRANSITIONS,
-    UNDECIDED,
-    WRITABLE,
-    Cause,
-    Outcome,
-    State,
-)
+from asgi_uow import errors
+from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import NOTHING
 from asgi_uow._sessions.managed import Shared
 from asgi_uow._unit.hooks import Hook, Hooks, Quota, check_callable
 from asgi_uow._unit.participant import Participant
-from asgi_uow.errors import (
-    NestedUnitOfWorkError,
-    UnitOfWorkClosedError,
-    UnknownDatabaseError,
-)
 from asgi_uow.observers import LoggingObserver, UnitStarted, notify
 
 if TYPE_CHECKING:
@@ -34,9 +22,7 @@ if TYPE_CHECKING:
     from asgi_uow._databases.engines import Engines
     from asgi_uow._reading.causal import MustSee
     from asgi_uow._sessions.session import Session
-    from asgi_uow.errors import UnitOfWorkFailedError
     from asgi_uow.observers import Event, Observer
-
 
 # Python 3.11 takes long for each member of an enum.
 COMMITTED = State.COMMITTED, Outcome.COMMITTED
@@ -62,12 +48,11 @@ class UnitOptions:
     def wants_outcomes(self) -> bool:
         """Whether one wants `UnitFinished`."""
         for each in self.observers:
-            if self.wants_details or each.log.isEnabledFor(logging.DEBUG):  # type: ignore[attr-defined]  # all are LoggingObserver
+            if not isinstance(each, LoggingObserver) or each.logs_outcomes:
                 return True
         return False
 
     def tell(self, event: Event) -> None:
-        """Call every observer."""
         notify(self.observers, event)
 
 
@@ -90,7 +75,7 @@ class UnitOfWork:
     reason: str | None = None
     """What `set_rollback_only` was given."""
     attempt: int = 1
-    failure: UnitOfWorkFailedError | None = None
+    failure: errors.UnitOfWorkFailedError | None = None
     """What is raised because a commit was wanted and the work was not kept."""
 
     around: UnitOfWork | None = None
@@ -138,15 +123,13 @@ class UnitOfWork:
         db = self.databases[0] if db is None else db
         if db not in self.databases:
             return self._around("session()", db).session(db)
-        if self.state not in WRITABLE:
-            operation = "session()"
-            raise UnitOfWorkClosedError(operation, self.state)
+        self._check("session()", WRITABLE)
         participant = self.participants.get(db) or self._enlist(db)
         if participant.writer is not None:
             return participant.writer
         # The enclosing unit cannot end before this one does: a deadlock.
         if self.around is not None and self.is_blocked_by_others(db):
-            raise NestedUnitOfWorkError(db)
+            raise errors.NestedUnitOfWorkError(db)
         self.start()
         return participant.open_writer()
 
@@ -163,7 +146,7 @@ class UnitOfWork:
         if db not in self.databases:
             return self._around(operation, db).reading(operation, db)
         if self.state is CLOSED:
-            raise UnitOfWorkClosedError(operation, self.state)
+            raise errors.UnitOfWorkClosedError(operation, self.state)
         if db.is_memory and self.state in WRITABLE:
             self.session(db)  # there is one connection for both
         self.start()
@@ -171,14 +154,14 @@ class UnitOfWork:
 
     def set_rollback_only(self, reason: str) -> None:
         """Have nothing kept, whatever the response; `reason` is for observers."""
-        self.check_undecided("set_rollback_only()")
+        self._check("set_rollback_only()", UNDECIDED)
         self.reason, self.is_used = reason, True
         if self.state is not State.ROLLBACK_ONLY:
             self.move(State.ROLLBACK_ONLY)
 
     def force_commit(self) -> None:
         """Have everything committed whatever the status of the response."""
-        self.check_undecided("force_commit()")
+        self._check("force_commit()", UNDECIDED)
         self.forced = self.is_used = True
 
     def register(
@@ -189,9 +172,7 @@ class UnitOfWork:
         kwargs: Mapping[str, object],
     ) -> Hook:
         """Register a hook; raises as `after_commit` says."""
-        if self.state not in WRITABLE:
-            operation = f"{phase}()"
-            raise UnitOfWorkClosedError(operation, self.state)
+        self._check(f"{phase}()", WRITABLE)
         call = check_callable(phase, fn)
         if self.quota is not None:
             self.quota.take(phase)
@@ -220,7 +201,7 @@ class UnitOfWork:
             self.move(State.ACTIVE)
         if not self.is_started:
             self.is_started = True
-            self.opened = self.opened or time.perf_counter()
+            self.opened = time.perf_counter()
             if self.options.wants_details:
                 self.options.tell(UnitStarted(unit=self))
 
@@ -231,32 +212,26 @@ class UnitOfWork:
 
     def _around(self, operation: str, db: Engines) -> UnitOfWork:
         if self.around is None or not self.is_nested:
-            raise UnknownDatabaseError(operation, db)
+            raise errors.UnknownDatabaseError(operation, db)
         return self.around
-
-    # Its state
 
     def move(self, state: State) -> None:
         """Take a step; raises `UnitOfWorkClosedError` for one that does not exist."""
         if state not in TRANSITIONS[self.state]:
             operation = f"becoming {state.value}"
-            raise UnitOfWorkClosedError(operation, self.state)
+            raise errors.UnitOfWorkClosedError(operation, self.state)
         self.state = state
         if self.shared is not None:
             self.shared.state = state
 
     def conclude_unused(self, *, commit: bool) -> None:
         """End a unit of which nothing was asked: no statement, nothing to tell."""
-        if commit:
-            self.state, self.outcome = COMMITTED
-        else:
-            self.state, self.outcome = ROLLED_BACK
-            self.cause = Cause.STATUS
+        self.state, self.outcome = COMMITTED if commit else ROLLED_BACK
+        self.cause = None if commit else Cause.STATUS
 
-    def check_undecided(self, operation: str) -> None:
-        """Raise `UnitOfWorkClosedError` once the end has been decided."""
-        if self.state not in UNDECIDED:
-            raise UnitOfWorkClosedError(operation, self.state)
+    def _check(self, operation: str, states: frozenset[State]) -> None:
+        if self.state not in states:
+            raise errors.UnitOfWorkClosedError(operation, self.state)
 
     # Units around
 
@@ -281,9 +256,8 @@ class UnitOfWork:
 
     def is_blocked_by_others(self, db: Engines) -> bool:
         """Tell whether a unit around holds the one connection that can write."""
-        return db.facts.SINGLE_WRITER and any(
-            each.holds(db) for each in self.outwards()
-        )
+        around = self.outwards() if db.facts.SINGLE_WRITER else ()
+        return any(each.holds(db) for each in around)
 
     def __repr__(self) -> str:
         """Show state and databases, without passwords."""
