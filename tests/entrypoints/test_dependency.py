@@ -72,6 +72,9 @@ async def db(sqlite: SQLiteBackend) -> AsyncIterator[WatchedDatabase]:
     await shop.create(sqlite)
     db = WatchedDatabase.from_url(sqlite.url)
     db.places = []
+    async with db:  # what is asked for once
+        assert db.write, db.read
+    db.places = []
     yield db
     await db.dispose()
 

@@ -29,7 +29,7 @@ from asgi_uow._decision import (
 )
 from asgi_uow._unit.completion import ROLLED_BACK, Completion, Ended
 from asgi_uow._unit.hooks import HookRun, call_hook, told
-from asgi_uow._unit.unit import UnitOfWork, current
+from asgi_uow._unit.unit import CLOSED, UnitOfWork, current
 from asgi_uow.observers import CommitFailed, HookFailed, UnitFinished
 
 if TYPE_CHECKING:
@@ -297,6 +297,8 @@ async def run_hooks(
     async def end(hook: Hook, own: UnitOfWork, error: BaseException | None) -> None:
         if own.is_used:
             error = await _end_hook_unit(unit, own, phase, run, error)
+        else:
+            own.state = CLOSED
         if error is not None:
             failed = HookFailed(phase, hook.name, error, unit=unit)
             unit.share().events.append(failed)
