@@ -181,8 +181,8 @@ class UnitOfWorkFailedError(AsgiUowError, RuntimeError):
         self._end = f": {detail}" if detail else "."
 
     def __str__(self) -> str:
-        outcome, cause = self.outcome.value, self.cause.value
-        return f"{self.what} (outcome: {outcome}, cause: {cause}){self._end}"
+        about = f"outcome: {self.outcome.value}, cause: {self.cause.value}"
+        return f"{self.what} ({about}){self._end}"
 
 
 class BeforeCommitError(UnitOfWorkFailedError):
