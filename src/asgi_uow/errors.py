@@ -62,9 +62,8 @@ class EngineNotInitialisedError(AsgiUowError, RuntimeError):
     """A `Database` that has no engine yet was used."""
 
     template = (
-        "This Database has no engine: create it with Database(engine), "
-        "Database.from_url(...) or Database.from_config(...), or assign db.engine "
-        "before its first use."
+        "This Database has no engine: use Database(engine), Database.from_url(...) or "
+        "Database.from_config(...), or assign db.engine before its first use."
     )
 
 
@@ -175,8 +174,7 @@ class UnitOfWorkFailedError(AsgiUowError, RuntimeError):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(outcome, cause)
-        self.outcome = outcome
-        self.cause = cause
+        self.outcome, self.cause = outcome, cause
         self.retry_after = retry_after
         self._end = f": {detail}" if detail else "."
 

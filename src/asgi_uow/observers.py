@@ -67,6 +67,7 @@ class UnitFinished(_About):
 
     outcome: Outcome
     cause: Cause | None
+    """None when committed."""
     reason: str | None
     """What `set_rollback_only(reason)` was given."""
     databases: tuple[str, ...]
@@ -239,8 +240,8 @@ LINES: Mapping[type[object], tuple[int, str]] = {
 class LoggingObserver:
     """Writes every event to the logger `asgi_uow`, or to another one.
 
-    `UnitFinished` is logged at DEBUG, failures at ERROR, with the traceback where there
-    is one. What else is told is not logged.
+    `UnitFinished` is logged at DEBUG, `ReaderFailed` at WARNING, failures at ERROR,
+    with the traceback where there is one. What else is told is not logged.
     """
 
     def __init__(self, log: logging.Logger = logger) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow._databases import known
@@ -157,10 +158,10 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         driver = parsed.get_driver_name()
         extra = database.EXTRAS.get(driver) if database else None
         raise MissingDriverError(driver, extra) from error
-    except sa.exc.NoSuchModuleError as error:
+    except sa_exc.NoSuchModuleError as error:
         message = f"SQLAlchemy knows no database {parsed.drivername!r}."
         raise ConfigurationError(message) from error
-    except (TypeError, sa.exc.ArgumentError) as error:
+    except (TypeError, sa_exc.ArgumentError) as error:
         raise ConfigurationError(str(error)) from error
 
 
@@ -186,7 +187,7 @@ def _with_safe_connection(options: Mapping[str, Any]) -> dict[str, Any]:
 def _async_url(url: str | sa.URL) -> sa.URL:
     try:
         parsed = sa.make_url(url)
-    except (sa.exc.ArgumentError, ValueError):
+    except (sa_exc.ArgumentError, ValueError):
         # Not chained: SQLAlchemy 2.0 quotes the string, password and all.
         message = (
             "The database URL cannot be read; it should look like "

@@ -10,7 +10,7 @@ import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import sqlalchemy as sa
+from sqlalchemy import exc as sa_exc
 
 from asgi_uow._databases import known, postgresql
 
@@ -24,7 +24,7 @@ RECOVERY_CONFLICT = postgresql.RECOVERY_CONFLICT
 # Where the errors of drivers, and SQLAlchemy's wrappers of them, are defined.
 PACKAGES = {"sqlalchemy.dialects"}.union(*(each.PACKAGES for each in FACTS))
 # What SQLAlchemy raises with the message of a driver, or with parameters, inside.
-WRAPPERS = (sa.exc.StatementError, sa.exc.PendingRollbackError)
+WRAPPERS = (sa_exc.StatementError, sa_exc.PendingRollbackError)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -48,7 +48,7 @@ def code_of(error: BaseException | None) -> str | int | None:
 
 def is_lost(error: BaseException) -> bool:
     """Tell whether the connection is gone."""
-    if isinstance(error, sa.exc.DBAPIError):
+    if isinstance(error, sa_exc.DBAPIError):
         return error.connection_invalidated
     return isinstance(error, OSError)
 
@@ -60,12 +60,12 @@ def is_in_doubt(error: BaseException) -> bool:
 
 def is_unavailable(error: BaseException) -> bool:
     """Tell whether the database could not be reached; trying again may help."""
-    if isinstance(error, sa.exc.TimeoutError) or is_lost(error):
+    if isinstance(error, sa_exc.TimeoutError) or is_lost(error):
         return True
     code = code_of(error)
     if code is None:
         # psycopg that could not connect: no server, so no SQLSTATE and no statement.
-        return isinstance(error, sa.exc.OperationalError) and error.statement is None
+        return isinstance(error, sa_exc.OperationalError) and error.statement is None
     # "57P" stands for 57P01 and all others that begin so.
     classes = {code[:2], code[:3]} if isinstance(code, str) else set()
     return not known.codes("unavailable").isdisjoint({code, *classes})
@@ -162,6 +162,6 @@ def _quotations(error: BaseException, *texts: str) -> Iterator[str]:
 def _without_data(error: BaseException) -> str:
     code = code_of(error)
     told = "message left out" if code is None else f"driver code {code}"
-    if isinstance(error, sa.exc.StatementError) and error.statement is not None:
+    if isinstance(error, sa_exc.StatementError) and error.statement is not None:
         return f"{told}\n[SQL: {error.statement}]"
     return told

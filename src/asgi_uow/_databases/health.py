@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import anyio
 import sqlalchemy as sa
+from sqlalchemy import exc as sa_exc
 
 from asgi_uow._databases import driver_errors, known
 
@@ -111,16 +112,15 @@ class Health:
 
 async def check(db: Engines, seconds: float) -> Health:
     """Ask every server at once, each for at most so many seconds."""
-    servers: list[tuple[Role, AsyncEngine]] = [("writer", db.read_engine)]
-    servers += [("reader", replica.engine) for replica in db.replicas]
+    engines = [db.read_engine, *(replica.engine for replica in db.replicas)]
     found: dict[int, ServerHealth] = {}
 
-    async def ask(number: int, role: Role, engine: AsyncEngine) -> None:
-        found[number] = await _ask(role, engine, seconds)
+    async def ask(number: int, engine: AsyncEngine) -> None:
+        found[number] = await _ask("reader" if number else "writer", engine, seconds)
 
     async with anyio.create_task_group() as group:
-        for number, server in enumerate(servers):
-            group.start_soon(ask, number, *server)
+        for number, engine in enumerate(engines):
+            group.start_soon(ask, number, engine)
     [writer, *readers] = (found[number] for number in sorted(found))
     return Health(writer, tuple(readers))
 
@@ -139,7 +139,7 @@ async def _ask(role: Role, engine: AsyncEngine, seconds: float) -> ServerHealth:
                     error = "it takes no writes: it is a replica"
     except TimeoutError:
         error = f"no answer within {seconds} seconds"
-    except (sa.exc.SQLAlchemyError, OSError) as raised:
+    except (sa_exc.SQLAlchemyError, OSError) as raised:
         code = driver_errors.code_of(raised)
         error = type(raised).__name__ + (f" {code}" if code is not None else "")
     took, name = time.perf_counter() - started, known.shown(engine.url)
@@ -152,7 +152,7 @@ async def _lag(connection: AsyncConnection) -> float | None:
         return None
     try:
         row = (await connection.execute(sa.text(statement))).mappings().first()
-    except sa.exc.DBAPIError as error:
+    except sa_exc.DBAPIError as error:
         if driver_errors.is_lost(error):
             raise
         return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from anyio import current_time
+from sqlalchemy import exc as sa_exc
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -138,7 +139,7 @@ async def wait_for(connection: AsyncConnection, position: str, seconds: float) -
     try:
         parameters = {"position": position, "left": left}
         return bool(await connection.scalar(waiting, parameters) == 0)
-    except sa.exc.DBAPIError as error:
+    except sa_exc.DBAPIError as error:
         if code_of(error) not in GTID_NEVER_CODES:
             raise
         return False

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from anyio import current_time, move_on_after, sleep
+from sqlalchemy import exc as sa_exc
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -191,7 +192,7 @@ async def was_committed(
                 async with engine.connect() as connection:
                     result = await connection.execute(sa.text(STATUS), {"id": number})
                     status, epoch_now = result.one()
-            except (sa.exc.DBAPIError, OSError) as error:
+            except (sa_exc.DBAPIError, OSError) as error:
                 status = code_of(error)
             if status == "committed" and epoch_now != epoch:
                 break
