@@ -211,26 +211,22 @@ class Observer(Protocol):
     def __call__(self, event: Event, /) -> object: ...
 
 
-_UNIT_FINISHED = (
+_UNIT = (
     "unit of work %(outcome)s in %(seconds).4f s (cause: %(cause)s, "
     "reason: %(reason)s, databases: %(databases)s)"
 )
-_COMMIT_FAILED = (
-    "unit of work not kept: %(outcome)s, cause %(cause)s, driver code %(code)s"
-)
+_COMMIT = "unit of work not kept: %(outcome)s, cause %(cause)s, driver code %(code)s"
 _IMPLICIT = "the database committed in the middle of a unit of work: %(statement)s"
+_RELEASE = "%(operation)s failed; the connection was thrown away"
 _FAILED = "reader %(database)s is left alone for %(seconds).1f s after %(error)s"
 _BEHIND = "reader %(database)s was behind for more than %(seconds).1f s"
 # What is logged of an event; the others are beginnings, or what went well.
 LINES: Mapping[type[object], tuple[int, str]] = {
-    UnitFinished: (logging.DEBUG, _UNIT_FINISHED),
-    CommitFailed: (logging.ERROR, _COMMIT_FAILED),
+    UnitFinished: (logging.DEBUG, _UNIT),
+    CommitFailed: (logging.ERROR, _COMMIT),
     HookFailed: (logging.ERROR, "%(phase)s hook %(hook)s failed"),
     ImplicitCommit: (logging.ERROR, _IMPLICIT),
-    ReleaseFailed: (
-        logging.ERROR,
-        "%(operation)s failed; the connection was thrown away",
-    ),
+    ReleaseFailed: (logging.ERROR, _RELEASE),
     ReaderFailed: (logging.WARNING, _FAILED),
     ReaderRestored: (logging.INFO, "reader %(database)s is used again"),
     ReaderBehind: (logging.DEBUG, _BEHIND),

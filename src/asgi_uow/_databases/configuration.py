@@ -35,8 +35,12 @@ ONE_CONNECTION: Mapping[str, object] = {
     "pool_recycle": -1,
 }
 
-TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})
-FALSE = frozenset({"0", "false", "f", "no", "n", "off", ""})
+NOT_ASYNC = (
+    "{!r} is not an async driver: leave the driver out to get the usual one, or name "
+    "an async one."
+)
+TRUE = {"1", "true", "t", "yes", "y", "on"}
+FALSE = {"0", "false", "f", "no", "n", "off", ""}
 
 
 def _boolean(value: object) -> bool:
@@ -66,7 +70,7 @@ def _urls(value: object) -> tuple[str, ...]:
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)):
         raise TypeError(parts)
-    return tuple(part for part in map(_url, parts) if part)
+    return tuple(filter(None, map(_url, parts)))
 
 
 def _pool_class(value: object) -> type[sa.Pool]:
@@ -152,7 +156,9 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         options = _with_safe_connection(options)
     forced = ONE_CONNECTION if known.is_memory(parsed) else {}
     try:
-        _check_async(parsed)
+        # Before SQLAlchemy looks for the driver: to install it would not help.
+        if not parsed.get_dialect().get_async_dialect_cls(parsed).is_async:
+            raise ConfigurationError(NOT_ASYNC.format(parsed.drivername))
         return create_async_engine(parsed, **{**defaults, **options, **forced})
     except ModuleNotFoundError as error:
         driver = parsed.get_driver_name()
@@ -163,16 +169,6 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         raise ConfigurationError(message) from error
     except (TypeError, sa_exc.ArgumentError) as error:
         raise ConfigurationError(str(error)) from error
-
-
-def _check_async(url: sa.URL) -> None:
-    # Before SQLAlchemy looks for the driver: to install it would not help.
-    if not url.get_dialect().get_async_dialect_cls(url).is_async:
-        message = (
-            f"{url.drivername!r} is not an async driver: leave the driver out "
-            "to get the usual one, or name an async one."
-        )
-        raise ConfigurationError(message)
 
 
 def _with_safe_connection(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,10 +27,7 @@ Meaning: TypeAlias = Literal[
 
 
 class Driver(Protocol):
-    """What a driver's connection, untyped here, can be asked without a round trip.
-
-    What the methods return is right, if slow, for a driver that nobody knows.
-    """
+    """Asked without a round trip; what it returns here is right for any, if slow."""
 
     is_known: bool = False  # if not, its connections are always rolled back
     savepoints_survive: bool = False  # an error aborts at most the innermost of them
@@ -122,11 +119,10 @@ DATABASES: Mapping[str, Database] = {  # by SQLAlchemy's name of the dialect
     "sqlite": sqlite,
 }
 
+_FACTS = DATABASES.values()
 _UNKNOWN = _UnknownDriver()
 _DRIVERS: Mapping[str, Driver] = {
-    name: driver
-    for database in DATABASES.values()
-    for name, driver in database.DRIVERS.items()
+    name: driver for each in _FACTS for name, driver in each.DRIVERS.items()
 }
 
 
@@ -149,8 +145,7 @@ def names() -> tuple[str, ...]:
 
 @functools.cache
 def codes(meaning: Meaning) -> frozenset[int | str]:
-    tables = (database.CODES for database in DATABASES.values())
-    return frozenset().union(*(table.get(meaning, ()) for table in tables))
+    return frozenset().union(*(each.CODES.get(meaning, ()) for each in _FACTS))
 
 
 class Kind(enum.Enum):
@@ -171,7 +166,6 @@ _STANDARD = (
     r"COMMIT\b|BEGIN\b|START\s+TRANSACTION\b|"
     r"ROLLBACK\b(?!(?:\s+(?:WORK|TRANSACTION))?\s+TO\b)"
 )
-_FACTS = DATABASES.values()
 _CONTROL = _pattern(_STANDARD, *(each.TRANSACTION_CONTROL for each in _FACTS))
 _COMMITS = _pattern(*(each.IMPLICIT_COMMIT for each in _FACTS))
 _SETTINGS = re.compile(r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|set_config)\b")
@@ -186,12 +180,10 @@ def kind_of(statement: str) -> Kind:
 
 @functools.lru_cache(maxsize=1024)
 def changes_settings(statement: str) -> bool:
-    """Tell whether the connection may no longer be what its pool made it."""
     return _SETTINGS.search(statement) is not None
 
 
 def is_memory(url: URL) -> bool:
-    """Tell whether the database lives in its one connection."""
     return DATABASES.get(url.get_backend_name()) is sqlite and sqlite.is_memory(url)
 
 

@@ -39,10 +39,10 @@ BEGIN_SNAPSHOT: str | None = None
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
 CODES: Mapping[str, frozenset[int | str]] = {
     "read_only": frozenset({1290, 1792, 1836}),
-    # Too many connections (1040, 1203, 1226), node not ready, shutting down, host
-    # blocked, not reached, lost.
     "unavailable": frozenset(
-        {1040, 1047, 1053, 1129, 1203, 1226, 2002, 2003, 2006, 2013}
+        {1040, 1203, 1226}  # too many connections
+        | {1047, 1053, 1129}  # node not ready, shutting down, host blocked
+        | {2002, 2003, 2006, 2013}  # not reached, lost
     ),
     "conflict": frozenset({1020, 1205, 1213, 3101}),
     # asyncmy refuses with `InterfaceError(0, ...)` after a statement was cancelled.
@@ -68,15 +68,11 @@ IMPLICIT_COMMIT: str | None = (
 
 GTID = r"[0-9]{1,10}-[0-9]{1,10}-[0-9]{1,20}"
 GTID_LIST = re.compile(rf"{GTID}(?:,{GTID})*")
-GTID_NEVER_CODES = {1941, 1969}  # too large for a GTID; max_statement_time is over
 
 
 class Asyncmy:
-    is_known = True
-    savepoints_survive = False
-    cursor_needs_begin = False
-    exclusive_streams = True
-    cancels_on_server = False
+    is_known = exclusive_streams = True
+    savepoints_survive = cursor_needs_begin = cancels_on_server = False
     in_transaction = methodcaller("get_transaction_status")
     is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
 
@@ -140,14 +136,14 @@ async def wait_for(connection: AsyncConnection, position: str, seconds: float) -
         parameters = {"position": position, "left": left}
         return bool(await connection.scalar(waiting, parameters) == 0)
     except sa_exc.DBAPIError as error:
-        if code_of(error) not in GTID_NEVER_CODES:
+        # A number that is too large for a GTID; max_statement_time is over.
+        if code_of(error) not in {1941, 1969}:
             raise
         return False
 
 
 async def was_committed(*_: object) -> bool | None:
-    """Return None: the server keeps no outcome of a transaction."""
-    return None
+    return None  # the server keeps no outcome of a transaction
 
 
 def _is_mariadb(dialect: sa.Dialect) -> bool:
@@ -155,11 +151,11 @@ def _is_mariadb(dialect: sa.Dialect) -> bool:
 
 
 def _covers(reached: str, position: str) -> bool:
-    """Compare by sequence number in each domain; the server's id does not count."""
+    # By sequence number in each domain; the server's id does not count.
     numbers = dict(_gtids(reached))
     return all(numbers.get(domain, -1) >= number for domain, number in _gtids(position))
 
 
 def _gtids(position: str) -> list[tuple[int, int]]:
-    parts = [gtid.split("-") for gtid in position.split(",") if gtid]
-    return [(int(domain), int(number)) for domain, _, number in parts]
+    parts = re.findall("([0-9]+)-[0-9]+-([0-9]+)", position)
+    return [(int(domain), int(number)) for domain, number in parts]

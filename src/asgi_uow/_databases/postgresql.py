@@ -69,28 +69,20 @@ LSN = re.compile(r"[0-9A-F]{1,8}/[0-9A-F]{1,8}")
 PAGE_HEADER, SEGMENT_HEADER = 0x18, 0x28
 LONGEST_PAUSE = 0.05  # seconds between two questions to a server
 
-# NULL if nothing was written. The statistics are reset by every crash, also of a
-# single backend, and by no restart.
-TRANSACTION_ID: str | None = (
-    "SELECT CAST(pg_current_xact_id_if_assigned() AS text)"
-    " || '@' || CAST((SELECT stats_reset FROM pg_stat_bgwriter) AS text)"
+# The statistics are reset by every crash, also of a single backend, and by no restart.
+EPOCH = "CAST((SELECT stats_reset FROM pg_stat_bgwriter) AS text)"
+TRANSACTION_ID: str | None = (  # NULL if nothing was written
+    f"SELECT CAST(pg_current_xact_id_if_assigned() AS text) || '@' || {EPOCH}"
 )
-STATUS = (
-    "SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8)),"
-    " CAST((SELECT stats_reset FROM pg_stat_bgwriter) AS text)"
-)
+STATUS = f"SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8)), {EPOCH}"
 # 22023: the server has not given the id to anybody (since it crashed).
 ANSWERS: Mapping[object, bool] = {"committed": True, "aborted": False, "22023": False}
-
 PSYCOPG_IN_ERROR = 3  # pq.TransactionStatus.INERROR: only ROLLBACK is accepted
 
 
 class _Driver:
-    is_known = True
-    savepoints_survive = True
-    cursor_needs_begin = True
+    is_known = savepoints_survive = cursor_needs_begin = cancels_on_server = True
     exclusive_streams = False
-    cancels_on_server = True
 
 
 class Asyncpg(_Driver):

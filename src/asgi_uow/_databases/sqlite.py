@@ -43,10 +43,8 @@ IMPLICIT_COMMIT: str | None = None
 
 class Aiosqlite:
     is_known = True
-    savepoints_survive = False
-    cursor_needs_begin = False
-    exclusive_streams = False
-    cancels_on_server = False
+    savepoints_survive = cursor_needs_begin = False
+    exclusive_streams = cancels_on_server = False
     cancel_sql = None
     in_transaction = attrgetter("in_transaction")
 

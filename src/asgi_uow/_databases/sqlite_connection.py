@@ -127,8 +127,7 @@ class Connection(aiosqlite.Connection):
         self._stopped = False
 
     def begin(self, statement: str) -> None:
-        """Begin a transaction with `statement`, just before the next statement."""
-        self._begin = statement
+        self._begin = statement  # executed just before the next statement
 
     def _take_begin(self) -> str | None:
         begin, self._begin = self._begin, None
@@ -174,8 +173,7 @@ class Connection(aiosqlite.Connection):
 
     async def call(self, fn: Callable[[], T], begin: str | None = None) -> T:
         """Run `fn` in the thread; when cancelled, interrupt, clean up, then go on."""
-        raw = self._conn
-        steps = [fn] if begin is None else [fn, partial(raw.execute, begin)]
+        steps = [fn] if begin is None else [fn, partial(self._conn.execute, begin)]
         try:
             result: T = await super()._execute(_take_steps, steps)  # type: ignore[no-untyped-call]
         except asyncio.CancelledError:
