@@ -62,8 +62,8 @@ class EngineNotInitialisedError(AsgiUowError, RuntimeError):
     """A `Database` that has no engine yet was used."""
 
     template = (
-        "This Database has no engine: use Database(engine), Database.from_url(...) or "
-        "Database.from_config(...), or assign db.engine before its first use."
+        "This Database has no engine: create it with Database(engine), "
+        "Database.from_url(...) or from_config(...), or assign db.engine before use."
     )
 
 
@@ -130,9 +130,8 @@ class TransactionGoneError(AsgiUowError, RuntimeError):
     """The database has ended the transaction; another statement would be kept alone."""
 
     template = (
-        "The database has rolled this transaction back by itself after an error, and "
-        "nothing of this unit of work will be kept. Let that error leave the handler "
-        "instead of going on."
+        "The database has rolled this transaction back after an error: nothing of this "
+        "unit is kept. Let that error leave the handler instead of going on."
     )
 
 
@@ -140,9 +139,8 @@ class ConcurrentUseError(AsgiUowError, RuntimeError):
     """A call came in between that the session cannot serve at the same time."""
 
     template = (
-        "{} came in between: on the same session {}. Let that end first (a stream: "
-        "read it to its end, or `await result.close()`), or await the two one after "
-        "the other."
+        "{} came in between: on the same session {}. Let that end first; a stream ends "
+        "when it is read to its end, or with `await result.close()`."
     )
 
 

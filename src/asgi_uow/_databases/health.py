@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import random
 import sys
@@ -112,17 +113,11 @@ class Health:
 
 async def check(db: Engines, seconds: float) -> Health:
     """Ask every server at once, each for at most so many seconds."""
-    engines = [db.read_engine, *(replica.engine for replica in db.replicas)]
-    found: dict[int, ServerHealth] = {}
-
-    async def ask(number: int, engine: AsyncEngine) -> None:
-        found[number] = await _ask("reader" if number else "writer", engine, seconds)
-
-    async with anyio.create_task_group() as group:
-        for number, engine in enumerate(engines):
-            group.start_soon(ask, number, engine)
-    [writer, *readers] = (found[number] for number in sorted(found))
-    return Health(writer, tuple(readers))
+    async with asyncio.TaskGroup() as group:
+        writer = group.create_task(_ask("writer", db.read_engine, seconds))
+        asked = [_ask("reader", replica.engine, seconds) for replica in db.replicas]
+        readers = [group.create_task(each) for each in asked]
+    return Health(writer.result(), tuple(each.result() for each in readers))
 
 
 async def _ask(role: Role, engine: AsyncEngine, seconds: float) -> ServerHealth:
