@@ -173,7 +173,8 @@ class Connection(aiosqlite.Connection):
 
     async def call(self, fn: Callable[[], T], begin: str | None = None) -> T:
         """Run `fn` in the thread; when cancelled, interrupt, clean up, then go on."""
-        steps = [fn] if begin is None else [fn, partial(self._conn.execute, begin)]
+        raw = self._conn  # raises if it is closed
+        steps = [fn] if begin is None else [fn, partial(raw.execute, begin)]
         try:
             result: T = await super()._execute(_take_steps, steps)  # type: ignore[no-untyped-call]
         except asyncio.CancelledError:
