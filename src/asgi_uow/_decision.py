@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from collections.abc import Set as AbstractSet
     from typing import TypeAlias
 
     Headers: TypeAlias = list[tuple[bytes, bytes]]
     CommitWhen: TypeAlias = Callable[[int, Headers], bool]
 
 ERROR_STATUS = 400
-
-RETRY_AFTER = 1
-"""Seconds a client is asked to wait before it tries again."""
+RETRY_AFTER = 1  # seconds a client is asked to wait before it tries again
 
 
 class Outcome(enum.Enum):
@@ -25,13 +23,10 @@ class Outcome(enum.Enum):
 
     COMMITTED = "committed"
     """The database acknowledged COMMIT, or there was nothing to commit."""
-
     ROLLED_BACK = "rolled back"
     """Nothing was kept, and that is proven."""
-
     UNKNOWN = "unknown"
     """The connection died between sending COMMIT and its answer."""
-
     PARTIAL = "partial"
     """One database committed, a later one of the same unit did not."""
 
@@ -73,32 +68,21 @@ class State(enum.Enum):
 
 UNDECIDED = frozenset({State.NEW, State.ACTIVE, State.ROLLBACK_ONLY})
 WRITABLE = UNDECIDED | {State.PREPARING}
-SETTLED = frozenset(
-    {State.COMMITTED, State.ROLLED_BACK, State.UNKNOWN, State.PARTIAL},
-)
+SETTLED = frozenset({State[outcome.name] for outcome in Outcome})
 
-TRANSITIONS = MappingProxyType(
-    {
-        State.NEW: {
-            State.ACTIVE,
-            State.ROLLBACK_ONLY,
-            State.PREPARING,
-            State.ROLLING_BACK,
-        },
-        State.ACTIVE: {State.ROLLBACK_ONLY, State.PREPARING, State.ROLLING_BACK},
-        State.ROLLBACK_ONLY: {State.ROLLING_BACK},
-        State.PREPARING: {State.COMMITTING, State.ROLLING_BACK},
-        State.COMMITTING: SETTLED,
-        State.ROLLING_BACK: {State.ROLLED_BACK, State.PARTIAL},
-        State.COMMITTED: {State.RESPONDING, State.CLOSED},
-        State.ROLLED_BACK: {State.RESPONDING, State.CLOSED},
-        State.UNKNOWN: {State.RESPONDING, State.CLOSED},
-        State.PARTIAL: {State.RESPONDING, State.CLOSED},
-        State.RESPONDING: {State.CLOSED},
-        State.CLOSED: frozenset(),
-    },
-)
-"""Every permitted step; `UnitOfWork` refuses any other."""
+_ENDS = {State.PREPARING, State.ROLLING_BACK}
+# Every permitted step; `UnitOfWork` refuses any other.
+TRANSITIONS: Mapping[State, AbstractSet[State]] = {
+    State.NEW: {State.ACTIVE, State.ROLLBACK_ONLY, *_ENDS},
+    State.ACTIVE: {State.ROLLBACK_ONLY, *_ENDS},
+    State.ROLLBACK_ONLY: {State.ROLLING_BACK},
+    State.PREPARING: {State.COMMITTING, State.ROLLING_BACK},
+    State.COMMITTING: SETTLED,
+    State.ROLLING_BACK: {State.ROLLED_BACK, State.PARTIAL},
+    **{settled: {State.RESPONDING, State.CLOSED} for settled in SETTLED},
+    State.RESPONDING: {State.CLOSED},
+    State.CLOSED: set(),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,15 +91,13 @@ class Decision:
 
     commit: bool
     cause: Cause | None = None
-    replace_response: bool = False
-    """The response claims a success that is not so: replace it by an error."""
+    replace_response: bool = False  # it claims a success that is not so
 
 
 COMMIT = Decision(commit=True)
 
 
 def rollback(cause: Cause, *, replace_response: bool = False) -> Decision:
-    """Decide against the work."""
     return Decision(commit=False, cause=cause, replace_response=replace_response)
 
 

@@ -63,8 +63,7 @@ class EngineNotInitialisedError(AsgiUowError, RuntimeError):
 
     template = (
         "This Database has no engine: create it with Database(engine), "
-        "Database.from_url(...) or Database.from_config(...), or assign db.engine "
-        "before its first use."
+        "Database.from_url(...) or from_config(...), or assign db.engine before use."
     )
 
 
@@ -131,9 +130,8 @@ class TransactionGoneError(AsgiUowError, RuntimeError):
     """The database has ended the transaction; another statement would be kept alone."""
 
     template = (
-        "The database has rolled this transaction back by itself after an error, and "
-        "nothing of this unit of work will be kept. Let that error leave the handler "
-        "instead of going on."
+        "The database has rolled this transaction back after an error: nothing of this "
+        "unit is kept. Let that error leave the handler instead of going on."
     )
 
 
@@ -141,9 +139,8 @@ class ConcurrentUseError(AsgiUowError, RuntimeError):
     """A call came in between that the session cannot serve at the same time."""
 
     template = (
-        "{} came in between: on the same session {}. Let that end first (a stream: "
-        "read it to its end, or `await result.close()`), or await the two one after "
-        "the other."
+        "{} came in between: on the same session {}. Let that end first; a stream ends "
+        "when it is read to its end, or with `await result.close()`."
     )
 
 
@@ -175,14 +172,13 @@ class UnitOfWorkFailedError(AsgiUowError, RuntimeError):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(outcome, cause)
-        self.outcome = outcome
-        self.cause = cause
+        self.outcome, self.cause = outcome, cause
         self.retry_after = retry_after
         self._end = f": {detail}" if detail else "."
 
     def __str__(self) -> str:
-        outcome, cause = self.outcome.value, self.cause.value
-        return f"{self.what} (outcome: {outcome}, cause: {cause}){self._end}"
+        about = f"outcome: {self.outcome.value}, cause: {self.cause.value}"
+        return f"{self.what} ({about}){self._end}"
 
 
 class BeforeCommitError(UnitOfWorkFailedError):

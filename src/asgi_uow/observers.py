@@ -14,7 +14,6 @@ import dataclasses
 import enum
 import logging
 import time
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ __all__ = [
     "ReaderFailed",
     "ReaderRestored",
     "ReleaseFailed",
-    "RetryScheduled",
     "UnitFinished",
     "UnitStarted",
 ]
@@ -45,7 +43,7 @@ logger: logging.Logger = logging.getLogger("asgi_uow")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _About:  # every event says which unit of work it is about
+class _About:
     unit: object = dataclasses.field(default=None, compare=False, repr=False)
     """The unit of work it is about: the same object in all events of one unit."""
     at: int = dataclasses.field(default_factory=time.time_ns, compare=False, repr=False)
@@ -128,22 +126,19 @@ class HookFailed(_About):
     """
 
     phase: str
-    """`after_commit`, `after_rollback` or `after_response`."""
     hook: str
-    """The qualified name of the callable."""
     error: BaseException
     """What it raised; a `TimeoutError` when it took too long."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConnectionReleased(_About):
-    """A session gave its connection back, or it was thrown away."""
+    """A session gave its connection back after `seconds`, or it was thrown away."""
 
     database: str
     """The URL of the writer, without its password."""
     access: Literal["read", "write"]
     seconds: float
-    """How long the connection was held."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -164,7 +159,7 @@ class ImplicitCommit(_About):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReaderFailed(_About):
-    """A read replica could not be reached; it is left alone for a while.
+    """A read replica could not be reached; it is left alone for `seconds`.
 
     The unit went on with another one, or with the writer's server.
     """
@@ -173,7 +168,6 @@ class ReaderFailed(_About):
     """The URL of the replica, without its password."""
     error: Exception
     seconds: float
-    """For how long it is left alone."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,7 +175,6 @@ class ReaderRestored(_About):
     """A read replica that had failed is used again."""
 
     database: str
-    """The URL of the replica, without its password."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -192,21 +185,8 @@ class ReaderBehind(_About):
     """
 
     database: str
-    """The URL of the replica, without its password."""
     seconds: float
     """How long it was waited for, at most."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RetryScheduled(_About):
-    """A request will be run again after a failure that may not repeat itself."""
-
-    attempt: int
-    """The number of the attempt that comes; the first of all was 1."""
-    seconds: float
-    """The pause before it."""
-    error: BaseException
-    """Why the attempt before could not be kept."""
 
 
 Event: TypeAlias = (
@@ -222,66 +202,45 @@ Event: TypeAlias = (
     | ReaderFailed
     | ReaderRestored
     | ReaderBehind
-    | RetryScheduled
 )
 
 
 class Observer(Protocol):
     """Anything that can be called with one event."""
 
-    def __call__(self, event: Event, /) -> object:
-        """Take note of the event."""
+    def __call__(self, event: Event, /) -> object: ...
 
 
-LINES: Mapping[type[object], tuple[int, str]] = MappingProxyType(
-    {
-        UnitFinished: (
-            logging.DEBUG,
-            (
-                "unit of work %(outcome)s in %(seconds).4f s (cause: %(cause)s, "
-                "reason: %(reason)s, databases: %(databases)s)"
-            ),
-        ),
-        CommitFailed: (
-            logging.ERROR,
-            "unit of work not kept: %(outcome)s, cause %(cause)s, driver code %(code)s",
-        ),
-        HookFailed: (logging.ERROR, "%(phase)s hook %(hook)s failed"),
-        ImplicitCommit: (
-            logging.ERROR,
-            "the database committed in the middle of a unit of work: %(statement)s",
-        ),
-        ReleaseFailed: (
-            logging.ERROR,
-            "%(operation)s failed; the connection was thrown away",
-        ),
-        ReaderFailed: (
-            logging.WARNING,
-            "reader %(database)s is left alone for %(seconds).1f s after %(error)s",
-        ),
-        ReaderRestored: (logging.INFO, "reader %(database)s is used again"),
-        ReaderBehind: (
-            logging.DEBUG,
-            "reader %(database)s was behind for more than %(seconds).1f s",
-        ),
-        RetryScheduled: (
-            logging.WARNING,
-            "attempt %(attempt)d in %(seconds).3f s, after %(error)s",
-        ),
-    }
+_UNIT = (
+    "unit of work %(outcome)s in %(seconds).4f s (cause: %(cause)s, "
+    "reason: %(reason)s, databases: %(databases)s)"
 )
-"""What is logged of an event; the others are beginnings, or what went well."""
+_COMMIT = "unit of work not kept: %(outcome)s, cause %(cause)s, driver code %(code)s"
+_IMPLICIT = "the database committed in the middle of a unit of work: %(statement)s"
+_RELEASE = "%(operation)s failed; the connection was thrown away"
+_FAILED = "reader %(database)s is left alone for %(seconds).1f s after %(error)s"
+_BEHIND = "reader %(database)s was behind for more than %(seconds).1f s"
+# What is logged of an event; the others are beginnings, or what went well.
+LINES: Mapping[type[object], tuple[int, str]] = {
+    UnitFinished: (logging.DEBUG, _UNIT),
+    CommitFailed: (logging.ERROR, _COMMIT),
+    HookFailed: (logging.ERROR, "%(phase)s hook %(hook)s failed"),
+    ImplicitCommit: (logging.ERROR, _IMPLICIT),
+    ReleaseFailed: (logging.ERROR, _RELEASE),
+    ReaderFailed: (logging.WARNING, _FAILED),
+    ReaderRestored: (logging.INFO, "reader %(database)s is used again"),
+    ReaderBehind: (logging.DEBUG, _BEHIND),
+}
 
 
 class LoggingObserver:
     """Writes every event to the logger `asgi_uow`, or to another one.
 
-    `UnitFinished` is logged at DEBUG, `RetryScheduled` at WARNING, failures at ERROR,
+    `UnitFinished` is logged at DEBUG, `ReaderFailed` at WARNING, failures at ERROR,
     with the traceback where there is one. What else is told is not logged.
     """
 
     def __init__(self, log: logging.Logger = logger) -> None:
-        """Log to `log`."""
         self.log = log
 
     @property
@@ -290,25 +249,20 @@ class LoggingObserver:
         return self.log.isEnabledFor(logging.DEBUG)
 
     def __call__(self, event: Event, /) -> None:
-        """Write one line, with a traceback for a failure."""
         level, line = LINES.get(type(event), (logging.NOTSET, ""))
         if line and self.log.isEnabledFor(level):
             error = getattr(event, "error", None) if level >= logging.ERROR else None
-            fields = [each.name for each in dataclasses.fields(event) if each.repr]
-            values = {name: _shown(getattr(event, name)) for name in fields}
+            names = [each.name for each in dataclasses.fields(event) if each.repr]
+            values = {name: _shown(getattr(event, name)) for name in names}
             self.log.log(level, line, values, exc_info=error)
 
 
 def _shown(value: object) -> object:
-    match value:
-        case enum.Enum():
-            return value.value
-        case tuple():
-            return ", ".join(map(str, value)) or "none"
-        case BaseException():
-            return type(value).__qualname__  # a message may hold data
-        case _:
-            return value
+    if isinstance(value, BaseException):
+        return type(value).__qualname__  # a message may hold data
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def notify(observers: Iterable[Observer], event: Event) -> None:

@@ -6,7 +6,7 @@ installing it. Without an SDK, or with none configured, nothing is recorded.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakKeyDictionary
 
 from opentelemetry import context, metrics, trace
@@ -19,16 +19,18 @@ from asgi_uow._decision import Cause, Outcome
 if TYPE_CHECKING:
     from contextvars import Token
 
-    from opentelemetry.util.types import AttributeValue
+    from opentelemetry.util.types import Attributes, AttributeValue
+
+    Running: TypeAlias = tuple[trace.Span, Token[context.Context]]
 
 __all__ = ["OpenTelemetryObserver"]
 
+# Seconds, as the semantic conventions have them; the SDK's own are milliseconds.
 BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
-"""Seconds, as the semantic conventions have them; the SDK's own are milliseconds."""
 
-NOT_PROVEN = frozenset({Outcome.UNKNOWN, Outcome.PARTIAL})
-NOT_KEPT = frozenset({Cause.BEFORE_COMMIT, Cause.COMMIT_FAILED, Cause.TIMEOUT})
-"""Causes of a rollback where a commit was wanted."""
+NOT_PROVEN = {Outcome.UNKNOWN, Outcome.PARTIAL}
+# Causes of a rollback where a commit was wanted.
+NOT_KEPT = {Cause.BEFORE_COMMIT, Cause.COMMIT_FAILED, Cause.TIMEOUT}
 
 
 class OpenTelemetryObserver:
@@ -56,9 +58,7 @@ class OpenTelemetryObserver:
             explicit_bucket_boundaries_advisory=BUCKETS,
         )
         self._spans: WeakKeyDictionary[object, trace.Span] = WeakKeyDictionary()
-        self._running: WeakKeyDictionary[
-            object, tuple[trace.Span, Token[context.Context]]
-        ] = WeakKeyDictionary()
+        self._running: WeakKeyDictionary[object, Running] = WeakKeyDictionary()
 
     def __call__(self, event: of.Event, /) -> None:
         match event:
@@ -91,30 +91,29 @@ class OpenTelemetryObserver:
         self._units.add(1, ended)
         failed = event.outcome in NOT_PROVEN or event.cause in NOT_KEPT
         databases = _databases(event.databases)
-        reason = {} if event.reason is None else {"asgi_uow.reason": event.reason}
-        span.set_attributes({**ended, **databases, **reason})
+        span.set_attributes({**ended, **databases})
+        if event.reason is not None:
+            span.set_attribute("asgi_uow.reason", event.reason)
         spans = [span]
         if event.databases:
             wanted = failed or event.outcome is Outcome.COMMITTED
-            end = self._tracer.start_span(
-                "commit" if wanted else "rollback",
-                trace.set_span_in_context(span),
-                attributes=databases,
-                start_time=event.at - round(event.ending * 1e9),
-            )
-            spans.append(end)
+            started = event.at - round(event.ending * 1e9)
+            name = "commit" if wanted else "rollback"
+            spans.append(self._start(name, span, databases, started))
         for each in spans:
             if failed:
                 each.set_status(trace.StatusCode.ERROR)
             each.end(event.at)
 
+    def _start(
+        self, name: str, above: trace.Span, about: Attributes, at: int
+    ) -> trace.Span:
+        around = trace.set_span_in_context(above)
+        return self._tracer.start_span(name, around, attributes=about, start_time=at)
+
     def _start_hook(self, event: of.HookStarted) -> None:
-        span = self._tracer.start_span(
-            f"{event.phase} {event.hook}",
-            trace.set_span_in_context(self._spans[event.of]),
-            attributes=_hook(event),
-            start_time=event.at,
-        )
+        name = f"{event.phase} {event.hook}"
+        span = self._start(name, self._spans[event.of], _hook(event), event.at)
         token = context.attach(trace.set_span_in_context(span))
         self._running[event.unit] = (span, token)
 
@@ -157,13 +156,11 @@ def _without_user(name: str) -> URL:
 def _databases(names: tuple[str, ...]) -> dict[str, AttributeValue]:
     """Name the databases; one alone also as the semantic conventions want it."""
     urls = [_without_user(name) for name in names]
-    known: dict[str, AttributeValue | None] = {
-        "asgi_uow.databases": tuple(url.render_as_string() for url in urls)
-    }
+    shown = tuple(url.render_as_string() for url in urls)
+    known: dict[str, AttributeValue | None] = {"asgi_uow.databases": shown}
     if len(urls) == 1:
         [url] = urls
         known["db.system.name"] = url.get_backend_name()
         known["db.namespace"] = url.database
-        known["server.address"] = url.host
-        known["server.port"] = url.port
+        known |= {"server.address": url.host, "server.port": url.port}
     return {name: value for name, value in known.items() if value is not None}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import os
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sanic import HTTPResponse
@@ -18,12 +18,7 @@ from sanic.exceptions import ServerError
 from sanic.http.constants import HTTP
 
 from asgi_uow._decision import commit_below_400
-from asgi_uow._entrypoints.middleware import (
-    FAILURE,
-    START,
-    UnitOfWorkMiddleware,
-    problem_details,
-)
+from asgi_uow._entrypoints import middleware as mw
 from asgi_uow._unit.finish import is_outage
 from asgi_uow._unit.unit import current
 from asgi_uow.database import Database
@@ -76,7 +71,7 @@ def setup(
     if not databases:
         app.ctx.db = Database.from_config(app.config)
         databases = (app.ctx.db,)
-    middleware = UnitOfWorkMiddleware(
+    middleware = mw.UnitOfWorkMiddleware(
         _application,
         *databases,
         commit_when=commit_when,
@@ -104,7 +99,7 @@ class _Server:
     """
 
     databases: Sequence[Database]
-    middleware: UnitOfWorkMiddleware
+    middleware: mw.UnitOfWorkMiddleware
     commit_timeout: float | None
     process: int = dataclasses.field(default_factory=os.getpid)
     serving: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
@@ -137,8 +132,7 @@ class _Server:
         upgrade = request.headers.getone("upgrade", "").lower() == "websocket"
         scope: Scope = {"type": "websocket" if upgrade else "http", REQUEST: request}
         if self.middleware.causal_reads is not None:
-            scope["headers"] = _encoded(request)
-            scope["scheme"] = request.scheme
+            scope |= {"headers": _encoded(request), "scheme": request.scheme}
         self.serving.add(task)
         try:
             await self.middleware(scope, _receive, _send)
@@ -147,9 +141,7 @@ class _Server:
 
 
 def _encoded(request: Request[Any, Any]) -> Headers:
-    def encode(text: str) -> bytes:
-        return text.encode(errors="surrogateescape")  # as Sanic decodes them
-
+    encode = partial(str.encode, errors="surrogateescape")  # as Sanic decodes them
     return [(encode(name), encode(value)) for name, value in request.headers.items()]
 
 
@@ -186,29 +178,24 @@ def _gate(
     write_head = stream.response_func
     was_refused = False
 
-    async def write(
-        data: bytes,
-        end_stream: bool,  # noqa: FBT001  # Sanic's
-        known: int,
-        headers: Headers,
-    ) -> None:
+    async def write(written: tuple[bytes, bool], known: int, headers: Headers) -> None:
         if stream.response_func is gate:
             for name, value in headers[known:]:  # the middleware's own
                 stream.response.headers.add(name.decode(), value.decode())
-            await write_head(data, end_stream)
+            await write_head(*written)
         else:  # another task's send, which came in meanwhile, was the first
-            await stream.response.send(data, end_stream)
+            await stream.response.send(*written)
 
     async def gate(data: bytes, end_stream: bool) -> None:  # noqa: FBT001  # Sanic's
         nonlocal was_refused
         response = stream.response
         headers = [(name.lower(), value) for name, value in response.processed_headers]
-        start = {
-            "type": START,
+        start: Message = {
+            "type": mw.START,
             "status": response.status,
             "headers": headers,
-            WRITE: functools.partial(write, data, end_stream, len(headers)),
         }
+        start[WRITE] = partial(write, (data, end_stream), len(headers))
         try:
             await send(start)
         except UnitOfWorkFailedError as failure:
@@ -247,7 +234,7 @@ async def _problem(request: Request[Any, Any], error: Exception) -> HTTPResponse
     async def keep(message: Message) -> None:
         messages.append(message)
 
-    await problem_details({FAILURE: error}, _receive, keep)
+    await mw.problem_details({mw.FAILURE: error}, _receive, keep)
     [start, body] = messages
     headers = {name.decode(): value.decode() for name, value in start["headers"]}
     return HTTPResponse(body["body"], start["status"], headers)

@@ -37,28 +37,20 @@ class SentryObserver:
         match event:
             case CommitFailed():
                 outcome, cause = event.outcome.value, event.cause.value
-                comment = f"unit of work not kept: {outcome}"
-                group = [outcome, cause, str(event.code)]
-                _capture(event.error, comment, group, outcome=outcome, cause=cause)
-            case HookFailed():
-                comment = f"{event.phase} hook failed"
-                group = [event.phase, event.hook]
-                _capture(event.error, comment, group, handler=event.hook)
+                about = {"comment": f"unit of work not kept: {outcome}"}
+                about |= {"outcome": outcome, "cause": cause}
+                _capture(event.error, about, outcome, cause, str(event.code))
+            case HookFailed(phase=phase, hook=hook):
+                about = {"comment": f"{phase} hook failed", "handler": hook}
+                _capture(event.error, about, phase, hook)
             case ReleaseFailed():
                 comment = f"{event.operation} failed"
-                _capture(event.error, comment, [comment])
+                _capture(event.error, {"comment": comment}, comment)
             case _:  # nothing was raised, or it is told of again
                 pass
 
 
-def _capture(
-    error: BaseException,
-    comment: str,
-    group: list[str],
-    *,
-    handler: str | None = None,
-    **extras: str,
-) -> None:
+def _capture(error: BaseException, about: dict[str, str], *group: str) -> None:
     client = sentry_sdk.get_client()
     event, hint = event_from_exception(
         error,
@@ -71,7 +63,6 @@ def _capture(
             exception["value"] = redact(str(exception["value"] or ""))
     event["fingerprint"] = ["{{ default }}", *group]
     with sentry_sdk.new_scope() as scope:
-        about = {"comment": comment, "handler": handler, "code": code_of(error)}
-        for name, value in {**about, **extras}.items():
+        for name, value in {"handler": None, "code": code_of(error), **about}.items():
             scope.set_extra(name, value)
         scope.capture_event(event, hint=hint)

@@ -33,8 +33,8 @@ from asgi_uow.observers import (
     HookStarted,
     ImplicitCommit,
     LoggingObserver,
+    ReaderFailed,
     ReleaseFailed,
-    RetryScheduled,
     UnitFinished,
     UnitStarted,
 )
@@ -63,7 +63,7 @@ ALL: list[Event] = [
     ConnectionReleased("sqlite://", "read", 1.0),
     ReleaseFailed("closing the session", BROKEN),
     ImplicitCommit("CREATE TABLE other (id INTEGER)"),
-    RetryScheduled(2, 0.1, BROKEN),
+    ReaderFailed("sqlite://", BROKEN, 0.1),
 ]
 PHASES = [
     (before_commit, 200),
@@ -413,12 +413,13 @@ async def test_released_once_for_reads_of_the_writer(db: Database) -> None:
 # The logging observer
 
 
-def test_retry_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_reader_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """It is one line at WARNING; the error's message, which may hold data, is not."""
-    LoggingObserver()(RetryScheduled(2, 0.25, ValueError("ann@example.com")))
+    LoggingObserver()(ReaderFailed("sqlite://", ValueError("ann@example.com"), 0.25))
     [record] = caplog.records
     assert logging.WARNING == record.levelno
-    assert "attempt 2 in 0.250 s, after ValueError" == record.getMessage()
+    expected = "reader sqlite:// is left alone for 0.2 s after ValueError"
+    assert expected == record.getMessage()
 
 
 async def test_beginnings_are_not_logged(

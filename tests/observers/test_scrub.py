@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from asgi_uow import Database, UnitOfWorkMiddleware, after_commit, current_session
-from asgi_uow.observers import LoggingObserver, RetryScheduled
+from asgi_uow.observers import LoggingObserver, ReaderFailed
 from asgi_uow.sentry import SentryObserver
 from tests.integration.frameworks.driver import Server
 from tests.support.asgi import endpoint
@@ -309,7 +309,7 @@ async def test_breadcrumbs(db: Database) -> None:
     async def work() -> None:
         for hook in (insert, wrapped):
             after_commit(hook)
-        after_commit(log, RetryScheduled(2, 0.1, ValueError(SECRET)))
+        after_commit(log, ReaderFailed("sqlite://", ValueError(SECRET), 0.1))
         after_commit(insert)
 
     transport = await send(db, work)

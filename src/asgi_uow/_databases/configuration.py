@@ -8,11 +8,9 @@ import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import sqlalchemy.pool
-from sqlalchemy import URL, make_url
+import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from asgi_uow._databases import known
 from asgi_uow.errors import ConfigurationError, MissingDriverError
@@ -24,36 +22,32 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-POOL_TIMEOUT = 10.0
-"""Seconds to wait for a free connection. SQLAlchemy's 30 are long for a client, and a
-pool does not wake those who wait when the server is back."""
-
 DEFAULTS: Mapping[str, object] = {
-    # A listener sends ROLLBACK only where it is needed.
-    "pool_reset_on_return": None,
+    "pool_reset_on_return": None,  # a listener sends ROLLBACK only where it is needed
     # Errors go to logs and error trackers, parameters are people's data.
     "hide_parameters": True,
 }
-
+# An in-memory database is its connection: one, for one unit at a time, for good.
 ONE_CONNECTION: Mapping[str, object] = {
-    "poolclass": AsyncAdaptedQueuePool,
+    "poolclass": sa.AsyncAdaptedQueuePool,
     "pool_size": 1,
     "max_overflow": 0,
     "pool_recycle": -1,
 }
-"""An in-memory database is its connection: one, for one unit at a time, for good."""
 
-TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})
-FALSE = frozenset({"0", "false", "f", "no", "n", "off", ""})
+NOT_ASYNC = (
+    "{!r} is not an async driver: leave the driver out to get the usual one, or name "
+    "an async one."
+)
+TRUE = {"1", "true", "t", "yes", "y", "on"}
+FALSE = {"0", "false", "f", "no", "n", "off", ""}
 
 
 def _boolean(value: object) -> bool:
     word = str(value).strip().lower()
-    if word in TRUE:
-        return True
-    if word in FALSE:
-        return False
-    raise ValueError(word)
+    if word not in TRUE | FALSE:
+        raise ValueError(word)
+    return word in TRUE
 
 
 def _echo(value: object) -> bool | str:
@@ -67,7 +61,7 @@ def _number(kind: Callable[[str], T], value: object) -> T:
 
 
 def _url(value: object) -> str:
-    if isinstance(value, URL):
+    if isinstance(value, sa.URL):
         return value.render_as_string(hide_password=False)
     return str(value).strip()
 
@@ -76,12 +70,12 @@ def _urls(value: object) -> tuple[str, ...]:
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)):
         raise TypeError(parts)
-    return tuple(part for part in map(_url, parts) if part)
+    return tuple(filter(None, map(_url, parts)))
 
 
-def _pool_class(value: object) -> type[sqlalchemy.pool.Pool]:
-    found = getattr(sqlalchemy.pool, value, None) if isinstance(value, str) else value
-    if isinstance(found, type) and issubclass(found, sqlalchemy.pool.Pool):
+def _pool_class(value: object) -> type[sa.Pool]:
+    found = getattr(sa.pool, value, None) if isinstance(value, str) else value
+    if isinstance(found, type) and issubclass(found, sa.Pool):
         return found
     raise ValueError(value)
 
@@ -116,44 +110,37 @@ def read(mapping: Mapping[str, object], prefix: str) -> Config:
     Raises `ConfigurationError` naming key and expected kind, never the value.
     Warns of a key that looks like a misspelt one.
     """
-    values = {
-        key.removeprefix(prefix): value
-        for key, value in mapping.items()
-        if key.startswith(prefix)
-    }
-    for name in values:
-        _warn_if_misspelt(name, prefix)
-    if not values.get("URL"):
+    for key in mapping:
+        if key.startswith(prefix):
+            _warn_if_misspelt(key.removeprefix(prefix), prefix)
+    if not mapping.get(f"{prefix}URL"):
         message = f"{prefix}URL is missing: set it to a URL such as sqlite:///app.db."
         raise ConfigurationError(message)
-    found: dict[str, Any] = {
-        option: _cast(prefix + name, values[name], cast, kind)
-        for name, (option, cast, kind) in _KEYS.items()
-        if values.get(name) is not None
-    }
+    found: dict[str, Any] = {}
+    for name, (option, cast, kind) in _KEYS.items():
+        key = prefix + name
+        if (value := mapping.get(key)) is None:
+            continue
+        try:
+            found[option] = cast(value)
+        except (TypeError, ValueError):
+            message = f"{key} must be {kind}; what it is set to cannot be read as that."
+            raise ConfigurationError(message) from None
     return Config(found.pop("url"), found.pop("read_urls", ()), found)
-
-
-def _cast(key: str, value: object, cast: Callable[[object], T], kind: str) -> T:
-    try:
-        return cast(value)
-    except (TypeError, ValueError):
-        message = f"{key} must be {kind}; what it is set to cannot be read as that."
-        raise ConfigurationError(message) from None
 
 
 def _warn_if_misspelt(name: str, prefix: str) -> None:
     # Without the prefix: DATABASE_USER is nearer to DATABASE_URL than USER to URL.
     near = difflib.get_close_matches(name, _KEYS, n=1, cutoff=0.8)
     if near and name not in _KEYS:
-        warnings.warn(
+        message = (
             f"{prefix}{name} is not a configuration key of asgi-uow; "
-            f"did you mean {prefix}{near[0]}?",
-            stacklevel=4,
+            f"did you mean {prefix}{near[0]}?"
         )
+        warnings.warn(message, stacklevel=4)
 
 
-def create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
+def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
     """Make an engine with defaults that suit the database; `options` win over them.
 
     Raises `ConfigurationError` for what cannot work, never showing a password.
@@ -162,12 +149,16 @@ def create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
     database = known.DATABASES.get(parsed.get_backend_name())
     defaults = {**DEFAULTS, **(database.ENGINE_OPTIONS if database else {})}
     if "poolclass" not in options:
-        defaults["pool_timeout"] = POOL_TIMEOUT
+        # SQLAlchemy's 30 seconds are long for a client, and a pool does not wake those
+        # who wait when the server is back.
+        defaults["pool_timeout"] = 10.0
     if parsed.drivername == "sqlite+aiosqlite":
         options = _with_safe_connection(options)
     forced = ONE_CONNECTION if known.is_memory(parsed) else {}
     try:
-        _check_async(parsed)
+        # Before SQLAlchemy looks for the driver: to install it would not help.
+        if not parsed.get_dialect().get_async_dialect_cls(parsed).is_async:
+            raise ConfigurationError(NOT_ASYNC.format(parsed.drivername))
         return create_async_engine(parsed, **{**defaults, **options, **forced})
     except ModuleNotFoundError as error:
         driver = parsed.get_driver_name()
@@ -180,16 +171,6 @@ def create_engine(url: str | URL, options: Mapping[str, Any]) -> AsyncEngine:
         raise ConfigurationError(str(error)) from error
 
 
-def _check_async(url: URL) -> None:
-    # Before SQLAlchemy looks for the driver: to install it would not help.
-    if not url.get_dialect().get_async_dialect_cls(url).is_async:
-        message = (
-            f"{url.drivername!r} is not an async driver: leave the driver out "
-            "to get the usual one, or name an async one."
-        )
-        raise ConfigurationError(message)
-
-
 def _with_safe_connection(options: Mapping[str, Any]) -> dict[str, Any]:
     try:
         from asgi_uow._databases.sqlite_connection import connect  # noqa: PLC0415  # needs the extra
@@ -199,9 +180,9 @@ def _with_safe_connection(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "connect_args": {"async_creator_fn": connect, **theirs}}
 
 
-def _async_url(url: str | URL) -> URL:
+def _async_url(url: str | sa.URL) -> sa.URL:
     try:
-        parsed = make_url(url)
+        parsed = sa.make_url(url)
     except (sa_exc.ArgumentError, ValueError):
         # Not chained: SQLAlchemy 2.0 quotes the string, password and all.
         message = (
@@ -216,7 +197,6 @@ def _async_url(url: str | URL) -> URL:
     if database is None:
         return parsed
     if "+" not in parsed.drivername:
-        drivername = f"{parsed.drivername}+{database.DEFAULT_DRIVER}"
-        parsed = parsed.set(drivername=drivername)
-    missing = database.URL_QUERY.keys() - parsed.query.keys()
-    return parsed.update_query_dict({key: database.URL_QUERY[key] for key in missing})
+        driver = database.DEFAULT_DRIVER
+        parsed = parsed.set(drivername=f"{parsed.drivername}+{driver}")
+    return parsed.update_query_dict({**database.URL_QUERY, **parsed.query})

@@ -17,20 +17,14 @@ from asgi_uow._databases import known, postgresql
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+FACTS = known.DATABASES.values()
 READ_ONLY_CODES = known.codes("read_only")
-UNAVAILABLE_CODES = known.codes("unavailable")
-CONFLICT_CODES = known.codes("conflict")
-IN_DOUBT_CODES = known.codes("in_doubt")
-DISCONNECT_CODES = known.codes("disconnect")
 RECOVERY_CONFLICT = postgresql.RECOVERY_CONFLICT
 
-PACKAGES = frozenset({"sqlalchemy.dialects"}).union(
-    *(database.PACKAGES for database in known.DATABASES.values())
-)
-"""Where the errors of drivers, and SQLAlchemy's wrappers of them, are defined."""
-
+# Where the errors of drivers, and SQLAlchemy's wrappers of them, are defined.
+PACKAGES = {"sqlalchemy.dialects"}.union(*(each.PACKAGES for each in FACTS))
+# What SQLAlchemy raises with the message of a driver, or with parameters, inside.
 WRAPPERS = (sa_exc.StatementError, sa_exc.PendingRollbackError)
-"""What SQLAlchemy raises with the message of a driver, or with parameters, inside."""
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -48,24 +42,20 @@ def code_of(error: BaseException | None) -> str | int | None:
     MySQL's number comes first: asyncmy errors carry a SQLSTATE too, and 40000 or
     HY000 says less than 1213.
     """
-    for cause in causes(error):
-        for database in known.DATABASES.values():
-            code = database.code_of(cause)
-            if code is not None:
-                return code
-    return None
+    codes = (each.code_of(cause) for cause in causes(error) for each in FACTS)
+    return next((code for code in codes if code is not None), None)
 
 
 def is_lost(error: BaseException) -> bool:
     """Tell whether the connection is gone."""
-    return isinstance(error, OSError) or (
-        isinstance(error, sa_exc.DBAPIError) and error.connection_invalidated
-    )
+    if isinstance(error, sa_exc.DBAPIError):
+        return error.connection_invalidated
+    return isinstance(error, OSError)
 
 
 def is_in_doubt(error: BaseException) -> bool:
     """Tell whether a COMMIT that ended with `error` may have been carried out."""
-    return is_lost(error) or code_of(error) in IN_DOUBT_CODES
+    return is_lost(error) or code_of(error) in known.codes("in_doubt")
 
 
 def is_unavailable(error: BaseException) -> bool:
@@ -78,22 +68,21 @@ def is_unavailable(error: BaseException) -> bool:
         return isinstance(error, sa_exc.OperationalError) and error.statement is None
     # "57P" stands for 57P01 and all others that begin so.
     classes = {code[:2], code[:3]} if isinstance(code, str) else set()
-    return not UNAVAILABLE_CODES.isdisjoint({code, *classes})
+    return not known.codes("unavailable").isdisjoint({code, *classes})
 
 
 def is_conflict(error: BaseException) -> bool:
     """Tell whether another transaction was in the way; trying again may help."""
-    return code_of(error) in CONFLICT_CODES
+    return code_of(error) in known.codes("conflict")
 
 
 def is_driver_disconnect(error: BaseException) -> bool:
     """Tell whether a connection is of no use, although SQLAlchemy does not know it."""
-    return code_of(error) in DISCONNECT_CODES
+    return code_of(error) in known.codes("disconnect")
 
 
 def message_of(error: BaseException) -> str:
-    """Give its message; never fails, whatever its class does."""
-    with suppress(Exception):
+    with suppress(Exception):  # whatever its class does
         return str(error)
     return "message cannot be read"
 
@@ -107,11 +96,8 @@ class Redactor:
     """
 
     def __init__(
-        self,
-        error: BaseException,
-        text_of: Callable[[BaseException], str] = message_of,
+        self, error: BaseException, text_of: Callable[[BaseException], str] = message_of
     ) -> None:
-        """Look at `error` and all behind it; `text_of` gives what is to be reduced."""
         self._exact: dict[str, str] = {}
         self._quoted: dict[str, str] = {}
         self._found: dict[int, tuple[BaseException, bool]] = {}
@@ -126,19 +112,16 @@ class Redactor:
         self._longest_first = sorted(filter(None, self._quoted), key=len, reverse=True)
 
     def _look(self, error: BaseException, *, database: bool) -> None:
-        """Find what is behind: causes, contexts, members of groups."""
         database = database or _is_of_database(error)
         if self._found.get(id(error), (error, None))[1] in {True, database}:
             return
         self._found[id(error)] = (error, database)
-        behind = (error.__cause__, error.__context__)
         members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-        for each in (*behind, *members):
+        for each in (error.__cause__, error.__context__, *members):
             if each is not None:
                 self._look(each, database=database)
 
     def __call__(self, text: str) -> str:
-        """Give `text` without the messages of database errors."""
         if text in self._exact:
             return self._exact[text]
         for message in self._longest_first:
@@ -157,17 +140,15 @@ class Redactor:
 
 
 def name_of(kind: type[BaseException]) -> str:
-    """Name a class of exceptions with its module."""
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{module}{kind.__qualname__}"
 
 
 def _is_of_database(error: BaseException) -> bool:
-    return isinstance(error, WRAPPERS) or any(
-        f"{kind.__module__}.".startswith(f"{package}.")
-        for kind in type(error).__mro__
-        for package in PACKAGES
-    )
+    prefixes = tuple(f"{package}." for package in PACKAGES)
+    kinds = type(error).__mro__
+    is_driver_s = any(f"{each.__module__}.".startswith(prefixes) for each in kinds)
+    return is_driver_s or isinstance(error, WRAPPERS)
 
 
 def _quotations(error: BaseException, *texts: str) -> Iterator[str]:

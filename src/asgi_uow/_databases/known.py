@@ -1,8 +1,4 @@
-"""Which databases and drivers there are.
-
-A new database is one file of facts, as `Database` describes them, and one row in
-`DATABASES`.
-"""
+"""Databases and drivers: a new one is a file as `Database` describes, and a row."""
 
 from __future__ import annotations
 
@@ -31,11 +27,7 @@ Meaning: TypeAlias = Literal[
 
 
 class Driver(Protocol):
-    """What a driver's connection can be asked without a round trip.
-
-    The connection has no type here, since drivers are optional. What the methods
-    return here is right, if slow, for a driver that nobody knows.
-    """
+    """Asked without a round trip; what it returns here is right for any, if slow."""
 
     is_known: bool = False  # if not, its connections are always rolled back
     savepoints_survive: bool = False  # an error aborts at most the innermost of them
@@ -95,62 +87,42 @@ class Database(Protocol):
     @property
     def DRIVERS(self) -> Mapping[str, Driver]: ...  # noqa: N802  # read-only
 
-    def code_of(self, error: BaseException, /) -> int | str | None:
-        """Find the code in a driver's error, or in SQLAlchemy's around it."""
-        ...
+    # Finds the code in a driver's error, or in SQLAlchemy's around it.
+    def code_of(self, error: BaseException, /) -> int | str | None: ...
 
-    def set_up(
-        self, dbapi_connection: Any, /, *, read_only: bool
-    ) -> Mapping[str, object]:
-        """Prepare a new connection; give what is to be kept in its pool's info."""
-        ...
+    # Prepares a new connection; gives what is to be kept in its pool's info.
+    def set_up(self, raw: Any, /, *, read_only: bool) -> Mapping[str, object]: ...
 
-    async def position(self, connection: AsyncConnection, /) -> str | None:
-        """Tell how far a replica must be to have all commits the writer has answered.
+    # How far a replica must be to have all commits the writer has answered; None where
+    # nothing can be waited for. Asked after COMMIT on an AUTOCOMMIT connection.
+    async def position(self, connection: AsyncConnection, /) -> str | None: ...
 
-        Asked after COMMIT on an AUTOCOMMIT connection to the writer; one round trip.
-        None where nothing can be waited for.
-        """
-        ...
-
+    # Waits until the server has reached `position`, as a promoted replica has; False if
+    # it has not in time, or for what is no position. Asked before anything is read, in
+    # AUTOCOMMIT or in a transaction that ends with it; one round trip where the server
+    # is there already. `seconds` bounds the waiting, not what the network takes.
     async def wait_for(
         self, connection: AsyncConnection, position: str, seconds: float, /
-    ) -> bool:
-        """Wait until the server has reached `position`; False if it has not in time.
+    ) -> bool: ...
 
-        Asked on a connection to a replica before anything is read, in AUTOCOMMIT or
-        in a transaction that ends with it; one round trip where the server is there
-        already. A writer (a promoted replica) is there. False also for what is no
-        position of this database, and the connection can be used on. `seconds`
-        bounds the waiting, not what the network takes.
-        """
-        ...
-
+    # What became of a transaction (by TRANSACTION_ID); None if it cannot be told. Asks
+    # again for so many `seconds` while the server is away or still at it.
     async def was_committed(
         self, engine: AsyncEngine, transaction: str, seconds: float, /
-    ) -> bool | None:
-        """Ask what became of a transaction; None if it cannot be told.
-
-        `transaction` is what TRANSACTION_ID gave. Asks again for so many `seconds`
-        while the server is away or still at it.
-        """
-        ...
+    ) -> bool | None: ...
 
 
-DATABASES: Mapping[str, Database] = {
+DATABASES: Mapping[str, Database] = {  # by SQLAlchemy's name of the dialect
     "mysql": mysql,
     "mariadb": mysql,
     "postgresql": postgresql,
     "sqlite": sqlite,
 }
-"""By SQLAlchemy's name of the dialect."""
 
-
+_FACTS = DATABASES.values()
 _UNKNOWN = _UnknownDriver()
 _DRIVERS: Mapping[str, Driver] = {
-    name: driver
-    for database in DATABASES.values()
-    for name, driver in database.DRIVERS.items()
+    name: driver for each in _FACTS for name, driver in each.DRIVERS.items()
 }
 
 
@@ -171,39 +143,32 @@ def names() -> tuple[str, ...]:
     return tuple(DATABASES)
 
 
+@functools.cache
 def codes(meaning: Meaning) -> frozenset[int | str]:
-    """Join what the databases call so."""
-    tables = (database.CODES for database in DATABASES.values())
-    return frozenset().union(*(table.get(meaning, ()) for table in tables))
+    return frozenset().union(*(each.CODES.get(meaning, ()) for each in _FACTS))
 
 
 class Kind(enum.Enum):
     """What a statement does to the transaction it is sent in."""
 
     PLAIN = enum.auto()
-    TRANSACTION_CONTROL = enum.auto()
-    """Begins or ends it, behind the back of the unit of work."""
-    IMPLICIT_COMMIT = enum.auto()
-    """Commits it, where the database has `COMMITS_FOR_DDL`."""
+    TRANSACTION_CONTROL = enum.auto()  # begins or ends it, unseen by the unit of work
+    IMPLICIT_COMMIT = enum.auto()  # commits it, where the database COMMITS_FOR_DDL
 
 
 def _pattern(*statements: str | None) -> re.Pattern[str]:
     comments = r"(?:\s|/\*.*?\*/|--[^\n]*\n|\#[^\n]*\n)*"
     alternatives = "|".join(filter(None, statements))
-    return re.compile(f"{comments}(?:{alternatives})", re.IGNORECASE | re.DOTALL)
+    return re.compile(f"(?is){comments}(?:{alternatives})")
 
 
 _STANDARD = (
     r"COMMIT\b|BEGIN\b|START\s+TRANSACTION\b|"
     r"ROLLBACK\b(?!(?:\s+(?:WORK|TRANSACTION))?\s+TO\b)"
 )
-_CONTROL = _pattern(
-    _STANDARD, *(each.TRANSACTION_CONTROL for each in DATABASES.values())
-)
-_COMMITS = _pattern(*(each.IMPLICIT_COMMIT for each in DATABASES.values()))
-_SETTINGS = re.compile(
-    r"\b(?:CALL|SET|RESET|DISCARD|PRAGMA|set_config)\b", re.IGNORECASE
-)
+_CONTROL = _pattern(_STANDARD, *(each.TRANSACTION_CONTROL for each in _FACTS))
+_COMMITS = _pattern(*(each.IMPLICIT_COMMIT for each in _FACTS))
+_SETTINGS = re.compile(r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|set_config)\b")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -215,12 +180,10 @@ def kind_of(statement: str) -> Kind:
 
 @functools.lru_cache(maxsize=1024)
 def changes_settings(statement: str) -> bool:
-    """Tell whether the connection may no longer be what its pool made it."""
     return _SETTINGS.search(statement) is not None
 
 
 def is_memory(url: URL) -> bool:
-    """Tell whether the database lives in its one connection."""
     return DATABASES.get(url.get_backend_name()) is sqlite and sqlite.is_memory(url)
 
 

@@ -6,30 +6,28 @@ import re
 from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
+import sqlalchemy as sa
 from anyio import current_time
 from sqlalchemy import exc as sa_exc
-from sqlalchemy import text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sqlalchemy import Dialect
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 DEFAULT_DRIVER: str = "asyncmy"
 EXTRAS: Mapping[str, str] = {"asyncmy": "mysql"}
 PACKAGES = frozenset({"asyncmy", "aiomysql", "pymysql", "MySQLdb"})
 URL_QUERY: Mapping[str, str] = {"charset": "utf8mb4"}
+# The server closes a connection that is idle for wait_timeout, 28800 seconds.
 ENGINE_OPTIONS: Mapping[str, object] = {"pool_recycle": 1800}
-"""The server closes a connection that is idle for wait_timeout, 28800 seconds."""
-
 SINGLE_WRITER: bool = False
 COMMITS_FOR_DDL: bool = True
 READ_ONLY_STATEMENT: str = "SET SESSION TRANSACTION READ ONLY"
 IS_READ_ONLY: str = "SELECT @@global.read_only"
 LAG: str | None = "SHOW SLAVE STATUS"
+# The key in a connection's info: does 1205 roll everything back there?
 ROLLBACK_ON_TIMEOUT = "asgi_uow.rollback_on_timeout"
-"""The key in a connection's info: does 1205 roll everything back there?"""
 TRANSACTION_ID: str | None = None
 QUESTION_BEFORE_COMMIT: str | None = None
 ENDS_TRANSACTIONS: bool = False
@@ -41,10 +39,10 @@ BEGIN_SNAPSHOT: str | None = None
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
 CODES: Mapping[str, frozenset[int | str]] = {
     "read_only": frozenset({1290, 1792, 1836}),
-    # Too many connections (1040, 1203, 1226), node not ready, shutting down, host
-    # blocked, not reached, lost.
     "unavailable": frozenset(
-        {1040, 1047, 1053, 1129, 1203, 1226, 2002, 2003, 2006, 2013}
+        {1040, 1203, 1226}  # too many connections
+        | {1047, 1053, 1129}  # node not ready, shutting down, host blocked
+        | {2002, 2003, 2006, 2013}  # not reached, lost
     ),
     "conflict": frozenset({1020, 1205, 1213, 3101}),
     # asyncmy refuses with `InterfaceError(0, ...)` after a statement was cancelled.
@@ -53,43 +51,28 @@ CODES: Mapping[str, frozenset[int | str]] = {
     "syntax": frozenset({1064}),
 }
 
+# The whole transaction is rolled back, whatever the savepoints: snapshot conflict,
+# commit and rollback errors, lock table full, deadlock, XA, replication.
 ABORTING_CODES = frozenset({1020, 1180, 1181, 1206, 1213, 1402, 1613, 1614, 3101})
-"""The whole transaction is rolled back, whatever the savepoints: snapshot conflict,
-commit and rollback errors, lock table full, deadlock, XA, replication."""
 
 TRANSACTION_CONTROL: str = (
     r"(?:UN)?LOCK\s+TABLES\b|"
     r"SET\s+(?:SESSION\s+|GLOBAL\s+|@@(?:\w+\.)?)?AUTOCOMMIT\b"
 )
+# https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
 IMPLICIT_COMMIT: str | None = (
     r"(?:CREATE(?:\s+OR\s+REPLACE)?|DROP)\s+(?!TEMPORARY\b|OR\b)|ALTER\b|"
     r"TRUNCATE\b|RENAME\b|GRANT\b|REVOKE\b|ANALYZE\b|OPTIMIZE\b|REPAIR\b|CHECK\b|"
     r"FLUSH\b|INSTALL\b|UNINSTALL\b|CACHE\s+INDEX\b|LOAD\s+INDEX\b|SET\s+PASSWORD\b"
 )
-"""https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/"""
-
-GTID_WRITTEN = "SELECT @@gtid_binlog_pos"
-"""Not gtid_current_pos: that may name what is in no binary log of this server."""
-
-GTID_REACHED = "SELECT @@gtid_current_pos"
-"""What is visible here: what was applied, and what was written here as a primary."""
-
-GTID_WAIT = "SELECT MASTER_GTID_WAIT(:position, :seconds)"
-"""A statement of its own: what is read beside it may be older than its answer."""
 
 GTID = r"[0-9]{1,10}-[0-9]{1,10}-[0-9]{1,20}"
 GTID_LIST = re.compile(rf"{GTID}(?:,{GTID})*")
 
-GTID_NEVER_CODES = frozenset({1941, 1969})
-"""A number that is too large for a GTID; max_statement_time is over."""
-
 
 class Asyncmy:
-    is_known = True
-    savepoints_survive = False
-    cursor_needs_begin = False
-    exclusive_streams = True
-    cancels_on_server = False
+    is_known = exclusive_streams = True
+    savepoints_survive = cursor_needs_begin = cancels_on_server = False
     in_transaction = methodcaller("get_transaction_status")
     is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
 
@@ -129,7 +112,8 @@ async def position(connection: AsyncConnection) -> str | None:
     """Return the last GTID in MariaDB's binary log; None on MySQL or without a log."""
     if not _is_mariadb(connection.dialect):
         return None
-    written: str | None = (await connection.execute(text(GTID_WRITTEN))).scalar()
+    # Not gtid_current_pos: that may name what is in no binary log of this server.
+    written: str | None = await connection.scalar(sa.text("SELECT @@gtid_binlog_pos"))
     return written or None
 
 
@@ -138,40 +122,40 @@ async def wait_for(connection: AsyncConnection, position: str, seconds: float) -
     if not (_is_mariadb(connection.dialect) and GTID_LIST.fullmatch(position)):
         return False
     # Not MASTER_GTID_WAIT alone: it counts only what was replicated, so a promoted
-    # server would seem late for ever.
+    # server would seem late for ever. In a statement of its own: what is read beside it
+    # may be older than its answer.
     end = current_time() + seconds
-    reached = (await connection.execute(text(GTID_REACHED))).scalar()
+    reached = await connection.scalar(sa.text("SELECT @@gtid_current_pos"))
     if _covers(str(reached), position):
         return True
     left = end - current_time()
     if left <= 0:  # less than 0 would wait for ever
         return False
-    parameters = {"position": position, "seconds": left}
+    waiting = sa.text("SELECT MASTER_GTID_WAIT(:position, :left)")
     try:
-        result = await connection.execute(text(GTID_WAIT), parameters)
+        parameters = {"position": position, "left": left}
+        return bool(await connection.scalar(waiting, parameters) == 0)
     except sa_exc.DBAPIError as error:
-        if code_of(error) not in GTID_NEVER_CODES:
+        # A number that is too large for a GTID; max_statement_time is over.
+        if code_of(error) not in {1941, 1969}:
             raise
         return False
-    return bool(result.scalar() == 0)
 
 
 async def was_committed(*_: object) -> bool | None:
-    """Return None: the server keeps no outcome of a transaction."""
-    return None
+    return None  # the server keeps no outcome of a transaction
 
 
-def _is_mariadb(dialect: Dialect) -> bool:
-    """Return what the server said, not what the URL calls it."""
-    return bool(getattr(dialect, "is_mariadb", False))
+def _is_mariadb(dialect: sa.Dialect) -> bool:
+    return bool(getattr(dialect, "is_mariadb", False))  # says the server, not the URL
 
 
 def _covers(reached: str, position: str) -> bool:
-    """Compare by sequence number in each domain; the server's id does not count."""
+    # By sequence number in each domain; the server's id does not count.
     numbers = dict(_gtids(reached))
     return all(numbers.get(domain, -1) >= number for domain, number in _gtids(position))
 
 
 def _gtids(position: str) -> list[tuple[int, int]]:
-    parts = [gtid.split("-") for gtid in position.split(",") if gtid]
-    return [(int(domain), int(number)) for domain, _, number in parts]
+    parts = re.findall("([0-9]+)-[0-9]+-([0-9]+)", position)
+    return [(int(domain), int(number)) for domain, number in parts]

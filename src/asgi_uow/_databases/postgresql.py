@@ -7,9 +7,9 @@ import select
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
+import sqlalchemy as sa
 from anyio import current_time, move_on_after, sleep
 from sqlalchemy import exc as sa_exc
-from sqlalchemy import text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,8 +32,8 @@ LAG: str | None = (
     " ELSE EXTRACT(EPOCH FROM clock_timestamp() - pg_last_xact_replay_timestamp())"
     ' END AS "Seconds_Behind_Master"'
 )
+# Asked where the driver was used past SQLAlchemy: an error aborts the transaction.
 QUESTION_BEFORE_COMMIT: str | None = "SELECT 1"
-"""Asked where the driver was used past SQLAlchemy: an error aborts the transaction."""
 ENDS_TRANSACTIONS: bool = False
 TELLS_AUTOCOMMIT: bool = True
 BEGIN_WRITE: str | None = None
@@ -48,61 +48,41 @@ CODES: Mapping[str, frozenset[int | str]] = {
     "in_doubt": frozenset({"40003"}),  # statement_completion_unknown
 }
 
-RECOVERY_CONFLICT = "40001"
-"""A replica has stopped a read that was in the way of its replication."""
+RECOVERY_CONFLICT = "40001"  # a replica stopped a read in the way of its replication
 
 TRANSACTION_CONTROL: str = r"END\b|ABORT\b"
 IMPLICIT_COMMIT: str | None = None
 
+# Not pg_current_wal_lsn(): with synchronous_commit=off a commit is beyond that.
 LSN_WRITTEN = (
     "SELECT CAST(pg_current_wal_insert_lsn() AS text),"
     " CAST(current_setting('wal_block_size') AS integer),"
     " pg_size_bytes(current_setting('wal_segment_size'))"
 )
-"""Not pg_current_wal_lsn(): with synchronous_commit=off a commit is beyond that."""
-
+# On a server that was promoted pg_last_wal_replay_lsn() stands still.
 LSN_REACHED = (
     "SELECT NOT pg_is_in_recovery() OR"
     " pg_last_wal_replay_lsn() >= CAST(CAST(:position AS text) AS pg_lsn)"
 )
-"""On a server that was promoted pg_last_wal_replay_lsn() stands still."""
-
 LSN = re.compile(r"[0-9A-F]{1,8}/[0-9A-F]{1,8}")
-
+# Bytes at the start of each page of WAL, and of the first page of a segment.
 PAGE_HEADER, SEGMENT_HEADER = 0x18, 0x28
-"""Bytes at the start of each page of WAL, and of the first page of a segment."""
+LONGEST_PAUSE = 0.05  # seconds between two questions to a server
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.05
-"""Seconds between two questions to a replica; each pause doubles."""
-
-TRANSACTION_ID: str | None = (
-    "SELECT CAST(pg_current_xact_id_if_assigned() AS text)"
-    " || '@' || CAST((SELECT stats_reset FROM pg_stat_bgwriter) AS text)"
+# The statistics are reset by every crash, also of a single backend, and by no restart.
+EPOCH = "CAST((SELECT stats_reset FROM pg_stat_bgwriter) AS text)"
+TRANSACTION_ID: str | None = (  # NULL if nothing was written
+    f"SELECT CAST(pg_current_xact_id_if_assigned() AS text) || '@' || {EPOCH}"
 )
-"""NULL if nothing was written. The statistics are reset by every crash, also of a
-single backend, and by no restart."""
-
-STATUS = (
-    "SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8)),"
-    " CAST((SELECT stats_reset FROM pg_stat_bgwriter) AS text)"
-)
-
+STATUS = f"SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8)), {EPOCH}"
+# 22023: the server has not given the id to anybody (since it crashed).
 ANSWERS: Mapping[object, bool] = {"committed": True, "aborted": False, "22023": False}
-"""22023: the server has not given the id to anybody (since it crashed)."""
-
-STATUS_PAUSE = 0.05
-"""Seconds between two questions to a server that cannot tell yet."""
-
-PSYCOPG_IN_ERROR = 3
-"""psycopg.pq.TransactionStatus.INERROR: until ROLLBACK nothing else is accepted."""
+PSYCOPG_IN_ERROR = 3  # pq.TransactionStatus.INERROR: only ROLLBACK is accepted
 
 
 class _Driver:
-    is_known = True
-    savepoints_survive = True
-    cursor_needs_begin = True
+    is_known = savepoints_survive = cursor_needs_begin = cancels_on_server = True
     exclusive_streams = False
-    cancels_on_server = True
 
 
 class Asyncpg(_Driver):
@@ -157,41 +137,33 @@ def code_of(error: BaseException) -> str | None:
 
 
 def set_up(*_: object, **__: object) -> Mapping[str, object]:
-    """Do nothing."""
     return {}
 
 
 async def position(connection: AsyncConnection) -> str | None:
     """Return the LSN up to which the server has written its log."""
-    lsn, page, segment = (await connection.execute(text(LSN_WRITTEN))).one()
-    return _before_header(lsn, page, segment)
+    return _before_header(*(await connection.execute(sa.text(LSN_WRITTEN))).one())
 
 
 async def wait_for(connection: AsyncConnection, position: str, seconds: float) -> bool:
     """Ask until the LSN is reached."""
     if not LSN.fullmatch(position):
         return False
-    end = current_time() + seconds
-    pause = FIRST_PAUSE
-    while True:
-        result = await connection.execute(text(LSN_REACHED), {"position": position})
-        if result.scalar():
-            return True
+    end, pause = current_time() + seconds, 0.001
+    while not await connection.scalar(sa.text(LSN_REACHED), {"position": position}):
         left = end - current_time()
         if left <= 0:
             return False
         await sleep(min(pause, left))
         pause = min(2 * pause, LONGEST_PAUSE)
+    return True
 
 
 def _before_header(lsn: str, page: int, segment: int) -> str:
-    """Return the start of a page for a position that is just behind its header.
-
-    A record that ends where its page ends puts the insert position behind the header
-    of the next page, which is still empty. A replica that has replayed the record
-    stands before that header, until somebody writes more. Nothing is lost: what a
-    page holds of a record comes after the header.
-    """
+    # A record that ends where its page ends puts the insert position behind the header
+    # of the next page, which is still empty. A replica that has replayed the record
+    # stands before that header, until somebody writes more. Nothing is lost: what a
+    # page holds of a record comes after the header.
     high, low = (int(part, 16) for part in lsn.split("/"))
     header = SEGMENT_HEADER if low % segment < page else PAGE_HEADER
     return f"{high:X}/{low - header:X}" if low % page == header else lsn
@@ -200,22 +172,17 @@ def _before_header(lsn: str, page: int, segment: int) -> str:
 async def was_committed(
     engine: AsyncEngine, transaction: str, seconds: float
 ) -> bool | None:
-    """Ask for the status of a transaction until the server can tell it.
-
-    After a crash the id of a lost transaction may be another's: then "committed"
-    proves nothing, but "aborted", or an id that is not given out yet, still proves
-    the loss.
-    """
-    transaction_id, _, epoch = transaction.partition("@")
-    answer: bool | None = None
-    epoch_now: str | None = None
+    # After a crash the id of a lost transaction may be another's: then "committed"
+    # proves nothing, but "aborted", or an id that is not given out yet, still proves
+    # the loss.
+    number, _, epoch = transaction.partition("@")
+    answer = epoch_now = None
     with move_on_after(seconds):
         while answer is None:
-            await sleep(STATUS_PAUSE)
+            await sleep(LONGEST_PAUSE)
             try:
                 async with engine.connect() as connection:
-                    parameters = {"id": transaction_id}
-                    result = await connection.execute(text(STATUS), parameters)
+                    result = await connection.execute(sa.text(STATUS), {"id": number})
                     status, epoch_now = result.one()
             except (sa_exc.DBAPIError, OSError) as error:
                 status = code_of(error)

@@ -23,34 +23,28 @@ IS_READ_ONLY: str = "SELECT 0"
 LAG: str | None = None
 TRANSACTION_ID: str | None = None
 QUESTION_BEFORE_COMMIT: str | None = None
+# After some errors SQLite rolls back by itself and goes on in autocommit mode.
 ENDS_TRANSACTIONS: bool = True
-"""After some errors SQLite rolls back by itself and goes on in autocommit mode."""
 TELLS_AUTOCOMMIT: bool = False
 BEGIN_WRITE: str | None = "BEGIN IMMEDIATE"
 BEGIN_SNAPSHOT: str | None = "BEGIN"
 
-BUSY_TIMEOUT = 5000
-"""Milliseconds a statement waits for a lock."""
-
-WAL_PAUSE = 50
-"""Milliseconds between two attempts to have a file keep a write-ahead log."""
+BUSY_TIMEOUT = 5000  # milliseconds a statement waits for a lock
+WAL_PAUSE = 50  # between two attempts to have a file keep a write-ahead log
 
 # https://www.sqlite.org/rescode.html
 CODES: Mapping[str, frozenset[int | str]] = {
     "read_only": frozenset({"SQLITE_READONLY"}),
     "conflict": frozenset({"SQLITE_BUSY"}),
 }
-
 TRANSACTION_CONTROL: str = r"END\b"
 IMPLICIT_COMMIT: str | None = None
 
 
 class Aiosqlite:
     is_known = True
-    savepoints_survive = False
-    cursor_needs_begin = False
-    exclusive_streams = False
-    cancels_on_server = False
+    savepoints_survive = cursor_needs_begin = False
+    exclusive_streams = cancels_on_server = False
     cancel_sql = None
     in_transaction = attrgetter("in_transaction")
 
@@ -58,8 +52,7 @@ class Aiosqlite:
         return False
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
-        # SQLite rolls back by itself after some errors, and says so when asked.
-        return not raw.in_transaction
+        return not raw.in_transaction  # SQLite says so when asked
 
     def reports_writable(self, _: object) -> bool:
         return False
@@ -70,19 +63,14 @@ DRIVERS = {"aiosqlite": Aiosqlite()}
 
 def code_of(error: BaseException) -> str | None:
     """Return the name of the result code, such as SQLITE_BUSY."""
-    origin = getattr(error, "orig", None) or error
-    code: object = getattr(origin, "sqlite_errorname", None)
-    return code if isinstance(code, str) else None
+    return getattr(getattr(error, "orig", None) or error, "sqlite_errorname", None)
 
 
 def is_memory(url: URL) -> bool:
-    """Tell whether the database lives in one connection."""
     database = url.database or ":memory:"
-    return (
-        database.startswith((":memory:", "file::memory:"))
-        or "mode=memory" in database
-        or url.query.get("mode") == "memory"
-    )
+    by_name = database.startswith((":memory:", "file::memory:"))
+    by_mode = "mode=memory" in database or url.query.get("mode") == "memory"
+    return by_name or by_mode
 
 
 def set_up(dbapi_connection: Any, *, read_only: bool) -> Mapping[str, object]:  # noqa: ARG001
@@ -96,11 +84,9 @@ def set_up(dbapi_connection: Any, *, read_only: bool) -> Mapping[str, object]:  
 
 
 def _use_wal(dbapi_connection: Any, cursor: Any) -> None:
-    """Have the file keep a write-ahead log; other connections may be at it as well.
-
-    The change from another journal takes an exclusive lock and does not wait for it;
-    BEGIN EXCLUSIVE does, in its place. Once the file has changed, nothing is locked.
-    """
+    # Other connections may be at it as well. The change from another journal takes an
+    # exclusive lock and does not wait for it; BEGIN EXCLUSIVE does, in its place. Once
+    # the file has changed, nothing is locked.
     attempts = BUSY_TIMEOUT // WAL_PAUSE
     cursor.execute(f"PRAGMA busy_timeout = {WAL_PAUSE}")
     while _is_busy(cursor, "PRAGMA journal_mode = WAL", raises=not attempts):
@@ -122,16 +108,12 @@ def _is_busy(cursor: Any, statement: str, *, raises: bool = False) -> bool:
     return False
 
 
-async def position(_: object) -> str | None:
-    """Return None: there are no replicas."""
-    return None
+async def position(*_: object) -> None:
+    """Return None: there are no replicas, and no outcome of a transaction is kept."""
 
 
 async def wait_for(*_: object) -> bool:
-    """Return False: there are no replicas."""
     return False
 
 
-async def was_committed(*_: object) -> bool | None:
-    """Return None: no outcome of a transaction is kept."""
-    return None
+was_committed = position

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CHUNK = 64
-"""Rows fetched ahead; aiosqlite's own default."""
+CHUNK = 64  # rows fetched ahead; aiosqlite's own default
 
 
 class Cursor(aiosqlite.Cursor):
@@ -52,8 +51,7 @@ class Cursor(aiosqlite.Cursor):
         return self
 
     async def execute(self, sql: str, parameters: Any = None) -> Self:
-        given = () if parameters is None else parameters
-        return await self._start("execute", sql, given)
+        return await self._start("execute", sql, parameters)
 
     async def executemany(self, sql: str, parameters: Any) -> Self:
         return await self._start("executemany", sql, parameters)
@@ -87,8 +85,7 @@ class Cursor(aiosqlite.Cursor):
         missing = size - len(self._rows)
         if self._has_more and missing > 0:
             await self._conn.call(partial(self._read, max(missing, CHUNK)))
-        rows = self._rows[:size]
-        del self._rows[:size]
+        rows, self._rows = self._rows[:size], self._rows[size:]
         return rows
 
     def _check(self) -> None:
@@ -102,37 +99,35 @@ class Cursor(aiosqlite.Cursor):
         cursor: Any = self.connection.cursor()
         cursor.arraysize, cursor.row_factory = self.arraysize, self.row_factory
         self._cursor, self._has_more = cursor, False
-        getattr(cursor, method)(*args)
+        getattr(cursor, method)(*(each for each in args if each is not None))
         self._read(CHUNK)
 
     def _read(self, size: int) -> None:
-        rows: list[Any] = []
+        self._has_more = False
         try:
+            # Not returned: the thread refers to a result until its next call.
             rows = self._cursor.fetchmany(size)
+            self._rows += rows
+            self._has_more = len(rows) == size
         finally:
             # Closed after an error, too: a row that cannot be decoded keeps its lock.
-            self._has_more = len(rows) == size
             if self._has_more:
                 self._conn.cursors.add(self._cursor)
             else:
                 self._cursor.close()
-        # Not returned: the thread refers to a result until its next call.
-        self._rows += rows
 
 
 class Connection(aiosqlite.Connection):
     """Stops and undoes what was cancelled before anybody hears of it."""
 
     def __init__(self, connector: Callable[[], sqlite3.Connection]) -> None:
-        """Connect with `connector`, in the connection's own thread."""
         super().__init__(connector, CHUNK)
         self.cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
         self._begin: str | None = None
         self._stopped = False
 
     def begin(self, statement: str) -> None:
-        """Begin a transaction with `statement`, just before the next statement."""
-        self._begin = statement
+        self._begin = statement  # executed just before the next statement
 
     def _take_begin(self) -> str | None:
         begin, self._begin = self._begin, None
@@ -140,7 +135,6 @@ class Connection(aiosqlite.Connection):
 
     @property
     def in_transaction(self) -> bool:
-        """Whether a transaction is open, or will be with the next statement."""
         return self._begin is not None or super().in_transaction
 
     def cursor(self) -> Cursor:  # type: ignore[override]  # awaited or entered alike
@@ -160,14 +154,10 @@ class Connection(aiosqlite.Connection):
 
     def stop(self) -> asyncio.Future[None] | None:
         """Stop the thread, once: a second request would wait for its answer forever."""
-        if self._stopped:
-            return None
-        self._stopped = True
-        future: asyncio.Future[None] | None = super().stop()
-        return future
+        was_stopped, self._stopped = self._stopped, True
+        return None if was_stopped else super().stop()
 
     async def _connect(self) -> Connection:
-        """Connect to the end, then close again when cancelled."""
         try:
             await run_to_completion(super()._connect())
         except asyncio.CancelledError:
@@ -183,7 +173,7 @@ class Connection(aiosqlite.Connection):
 
     async def call(self, fn: Callable[[], T], begin: str | None = None) -> T:
         """Run `fn` in the thread; when cancelled, interrupt, clean up, then go on."""
-        raw = self._conn
+        raw = self._conn  # raises if it is closed
         steps = [fn] if begin is None else [fn, partial(raw.execute, begin)]
         try:
             result: T = await super()._execute(_take_steps, steps)  # type: ignore[no-untyped-call]
@@ -211,9 +201,8 @@ class Connection(aiosqlite.Connection):
 
 
 def _take_steps(steps: list[Callable[[], T]]) -> T | None:
-    """Take the last step first; the thread refers to the list until its next call."""
     result = None
-    while steps:
+    while steps:  # emptied, as the thread refers to the list until its next call
         result = steps.pop()()
     return result
 

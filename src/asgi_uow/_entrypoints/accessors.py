@@ -24,8 +24,7 @@ P = ParamSpec("P")
 
 
 def _require(operation: str) -> UnitOfWork:
-    unit = current.get()
-    if unit is None:
+    if (unit := current.get()) is None:
         raise NoUnitOfWorkError(operation)
     if unit.state is State.CLOSED:
         raise UnitOfWorkClosedError(operation, unit.state)
@@ -130,7 +129,7 @@ def before_commit(
     `hook_timeout` seconds, has everything rolled back. It may register others.
     Raises `TypeError` if `fn` is not callable.
     """
-    _register("before_commit", fn, args, kwargs)
+    register(_require("before_commit()"), "before_commit", fn, args, kwargs)
 
 
 def after_commit(fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -142,7 +141,7 @@ def after_commit(fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) 
     is of a unit of its own, committed when it returns. At most once: a process that
     dies after COMMIT calls it never.
     """
-    _register("after_commit", fn, args, kwargs)
+    register(_require("after_commit()"), "after_commit", fn, args, kwargs)
 
 
 def after_rollback(
@@ -153,37 +152,24 @@ def after_rollback(
     The rollback of the savepoint that is open now, or else of the unit. Not called
     while the outcome is unknown. A session is of a unit of its own.
     """
-    _register("after_rollback", fn, args, kwargs)
+    register(_require("after_rollback()"), "after_rollback", fn, args, kwargs)
 
 
 def after_response(
     fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
 ) -> None:
     """Call `fn` as `after_commit` does, but after the application has returned."""
-    _register("after_response", fn, args, kwargs)
-
-
-def _register(
-    phase: str,
-    fn: Callable[..., object],
-    args: tuple[object, ...],
-    kwargs: dict[str, object],
-) -> None:
-    register(_require(f"{phase}()"), phase, fn, args, kwargs)
+    register(_require("after_response()"), "after_response", fn, args, kwargs)
 
 
 @overload
 def deferred(fn: Callable[P, object], /) -> Callable[P, None]: ...
 @overload
 def deferred(
-    *,
-    when: Callable[P, bool] | None = None,
+    *, when: Callable[P, bool] | None = None
 ) -> Callable[[Callable[P, object]], Callable[P, None]]: ...
 def deferred(
-    fn: Callable[P, object] | None = None,
-    /,
-    *,
-    when: Callable[P, bool] | None = None,
+    fn: Callable[P, object] | None = None, /, *, when: Callable[P, bool] | None = None
 ) -> Callable[P, None] | Callable[[Callable[P, object]], Callable[P, None]]:
     """Make calls of a function wait for the commit, as with `after_commit`.
 

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from asgi_uow.errors import ConfigurationError
 
@@ -17,19 +17,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from asgi_uow._asgi import Headers
+    from asgi_uow._databases.engines import Engines
 
-READ_FROM_WRITER = ""
-"""The position of a write whose position could not be learnt."""
-
+READ_FROM_WRITER = ""  # the position of a write whose position could not be learnt
 SHORTEST_SECRET = 16
-LONGEST_TOKEN = 4096
-"""Bytes of a cookie's name and value that browsers keep; longer ones are refused."""
+LONGEST_TOKEN = 4096  # bytes of a cookie's name and value that browsers keep
+CLOCK_SKEW = 5.0  # seconds by which the clocks of two application servers may differ
 
-CLOCK_SKEW = 5.0
-"""Seconds by which the clocks of two application servers may differ."""
-
+# What a cookie and a header can be called. https://www.rfc-editor.org/rfc/rfc9110
 NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-"""What a cookie and a header can be called. https://www.rfc-editor.org/rfc/rfc9110"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,7 +73,7 @@ class CausalReads:
         tokens = filter(None, map(self._open, self._tokens(headers)))
         found: dict[str, str] = {}
         for _, positions in sorted(tokens, key=lambda token: token[0]):
-            found = self.merge(found, positions)
+            found |= positions
         return found
 
     @staticmethod
@@ -118,20 +114,18 @@ class CausalReads:
                         yield token.strip()
 
     def _seal(self, positions: Mapping[str, str]) -> bytes:
-        issued = round(self.clock(), 3)
-        payload = json.dumps([issued, dict(positions)], separators=(",", ":"))
-        encoded = _encode(payload.encode())
-        return encoded + b"." + self._sign(self._keys[0], encoded)
+        token = [round(self.clock(), 3), dict(positions)]
+        payload = _encode(json.dumps(token, separators=(",", ":")).encode())
+        return payload + b"." + self._sign(self._keys[0], payload)
 
     def _open(self, token: bytes) -> tuple[float, dict[str, str]] | None:
-        """Give time and positions of a token; only what we signed is decoded."""
         payload, _, signature = token.partition(b".")
         signatures = (self._sign(key, payload) for key in self._keys)
-        if not self._fits(token) or not any(
-            hmac.compare_digest(each, signature) for each in signatures
-        ):
+        are_equal = (hmac.compare_digest(each, signature) for each in signatures)
+        if not (self._fits(token) and any(are_equal)):
             return None
-        issued, positions = json.loads(_decode(payload))
+        padded = payload + b"=" * (-len(payload) % 4)
+        issued, positions = json.loads(base64.urlsafe_b64decode(padded))
         is_current = -CLOCK_SKEW <= self.clock() - issued <= self.max_age
         return (issued, positions) if is_current else None
 
@@ -145,13 +139,6 @@ class CausalReads:
         return len(self._name) + len(b"=") + len(token) <= LONGEST_TOKEN
 
 
-class Keyed(Protocol):
-    """A database, as tokens know it."""
-
-    @property
-    def key(self) -> str: ...
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class MustSee:
     """What the client of a request has written before, and must see."""
@@ -159,8 +146,7 @@ class MustSee:
     positions: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     seconds: float = 0.0
 
-    def position(self, db: Keyed) -> str | None:
-        """Give the position for one database."""
+    def position(self, db: Engines) -> str | None:
         return self.positions.get(db.key) if self.positions else None
 
 
@@ -168,9 +154,8 @@ NOTHING = MustSee()
 
 
 def _keys(secret: object) -> tuple[bytes, ...]:
-    secrets = secret if isinstance(secret, (list, tuple)) else [secret]
-    keys = tuple(map(_key, secrets))
-    if not keys or min(map(len, keys)) < SHORTEST_SECRET:
+    keys = tuple(map(_key, secret if isinstance(secret, (list, tuple)) else [secret]))
+    if min(map(len, keys), default=0) < SHORTEST_SECRET:
         message = (
             f"CausalReads(secret): pass a str or bytes of at least {SHORTEST_SECRET} "
             "bytes, or a list of them; secrets.token_hex() makes one."
@@ -199,7 +184,3 @@ def _check_name(option: str, value: object) -> None:
 
 def _encode(data: bytes) -> bytes:
     return base64.urlsafe_b64encode(data).rstrip(b"=")
-
-
-def _decode(text: bytes) -> bytes:
-    return base64.urlsafe_b64decode(text + b"=" * (-len(text) % 4))
