@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import exc as sa_exc
@@ -23,8 +23,14 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-RESERVED = ("sync_session_class", "close_resets_only", "bind", "autocommit")
+RESERVED = {"sync_session_class", "close_resets_only", "bind", "autocommit"}
 """Options of SQLAlchemy's `Session` that are the unit of work's to set."""
+
+READ_OPTIONS = {
+    "autoflush": False,
+    "twophase": False,
+    "join_transaction_mode": "rollback_only",
+}
 
 CANCEL_SECONDS = 2.0
 """Seconds for connecting to a server and stopping a cancelled statement there."""
@@ -40,14 +46,10 @@ class DatabaseOptions:
     session_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in RESERVED:
-            if name in self.session_options:
-                message = (
-                    f"The session option {name!r} belongs to asgi-uow; leave it out."
-                )
-                raise ConfigurationError(message)
-        if self.read_isolation not in {None, "REPEATABLE READ"}:
-            isolation = self.read_isolation
+        for name in sorted(RESERVED & self.session_options.keys()):
+            message = f"The session option {name!r} belongs to asgi-uow; leave it out."
+            raise ConfigurationError(message)
+        if (isolation := self.read_isolation) not in {None, "REPEATABLE READ"}:
             message = f"read_isolation is 'REPEATABLE READ' or None: {isolation!r}"
             raise ConfigurationError(message)
 
@@ -57,6 +59,8 @@ class Engines:
 
     is_memory = False
     owns_engines = False
+    _engine: AsyncEngine | None = None
+    _read_engine: AsyncEngine | None = None
 
     def __init__(
         self,
@@ -66,17 +70,9 @@ class Engines:
     ) -> None:
         self.options = options
         self._readers = tuple(readers)
-        self.replicas: tuple[Replica, ...] = tuple(map(Replica, self._readers))
-        self._engine: AsyncEngine | None = None
-        self._read_engine: AsyncEngine | None = None
-        shared = {"expire_on_commit": False, **options.session_options}
-        self.write_options: Mapping[str, Any] = shared
-        self.read_options: Mapping[str, Any] = {
-            **shared,
-            "autoflush": False,
-            "twophase": False,
-            "join_transaction_mode": "rollback_only",
-        }
+        self.replicas = tuple(map(Replica, self._readers))
+        self.write_options = {"expire_on_commit": False, **options.session_options}
+        self.read_options = self.write_options | READ_OPTIONS
         self._check_not_a_reader(engine)
         for reader in self._readers:
             _check_engine(reader)
@@ -136,22 +132,20 @@ class Engines:
         """The engines that read sessions use: the replicas, or the read engine."""
         return self._readers or (self.read_engine,)
 
-    @functools.cached_property
+    @cached_property
     def facts(self) -> known.Database:
-        """What is known of the database."""
         return known.database_of(self.engine.dialect)
 
-    @functools.cached_property
+    @cached_property
     def driver(self) -> known.Driver:
-        """What is known of the writer's driver."""
         return known.driver_of(self.engine.dialect)
 
-    @functools.cached_property
+    @cached_property
     def name(self) -> str:
         """The writer's URL without its password."""
         return known.shown(self.engine.url)
 
-    @functools.cached_property
+    @cached_property
     def key(self) -> str:
         """Names the database in tokens: the same in every process, and no secret."""
         url = self.engine.url
@@ -180,7 +174,6 @@ class Engines:
             await self._read_engine.dispose()
 
     def __repr__(self) -> str:
-        """Show the URL without its password."""
         shown = "no engine" if self._engine is None else self.name
         return f"{type(self).__name__}({shown})"
 
@@ -201,19 +194,19 @@ def derive_engine(engine: AsyncEngine) -> AsyncEngine:
 
 async def execute_on_new_connection(engine: Engine, statement: str) -> None:
     """Run a statement on a connection of its own, for a few seconds at most."""
-
-    async def run() -> None:
-        async with aside.connect() as connection:
-            await connection.exec_driver_sql(statement)
-
     aside = derive_engine(AsyncEngine(engine))
     try:
-        await bounded(run(), CANCEL_SECONDS)
+        await bounded(_execute(aside, statement), CANCEL_SECONDS)
     except (sa_exc.DBAPIError, OSError):
         # It ended by itself, or the server is gone and its locks with it.
         logger.debug("%s was not run", statement, exc_info=True)
     finally:
         await aside.dispose()
+
+
+async def _execute(engine: AsyncEngine, statement: str) -> None:
+    async with engine.connect() as connection:
+        await connection.exec_driver_sql(statement)
 
 
 def _check_engine(engine: object) -> None:
@@ -222,17 +215,15 @@ def _check_engine(engine: object) -> None:
             f"Database() takes an AsyncEngine, not {type(engine).__name__}: use "
             "create_async_engine(...), or Database.from_url(url) for a URL."
         )
-        raise ConfigurationError(message)
-    if not known.is_known(engine.dialect):
-        message = (
-            f"asgi-uow does not know the database {engine.dialect.name!r}; it knows "
-            f"{', '.join(known.names())}."
-        )
-        raise ConfigurationError(message)
-    if isinstance(engine.sync_engine.pool, StaticPool):
+    elif not known.is_known(engine.dialect):
+        name, names = engine.dialect.name, ", ".join(known.names())
+        message = f"asgi-uow does not know the database {name!r}; it knows {names}."
+    elif isinstance(engine.sync_engine.pool, StaticPool):
         message = (
             "A StaticPool hands its one connection to several units of work at once, "
             "and the rollback of one undoes the work of another. Use "
             "Database.from_url(...), or a queue pool with pool_size=1, max_overflow=0."
         )
-        raise ConfigurationError(message)
+    else:
+        return
+    raise ConfigurationError(message)

@@ -61,15 +61,12 @@ class Savepoints:
 
     @property
     def innermost(self) -> Frame | None:
-        """The savepoint that was opened last."""
         return next(reversed(self._opened.values()), None)
 
     def open(self, key: object) -> None:
-        """Record SAVEPOINT."""
         self._opened[key] = Frame(self.innermost)
 
     def release(self, key: object) -> None:
-        """Record RELEASE."""
         self._opened.pop(key, None)
 
     def roll_back(self, key: object, by: object = None) -> None:
@@ -97,7 +94,6 @@ class Savepoints:
         return taken
 
     def clear(self) -> None:
-        """Forget everything: the unit of work has ended."""
         self._callbacks.clear()
         self.due.clear()
 
@@ -156,12 +152,8 @@ class Journal:
         error = context.original_exception
         self.last = context.sqlalchemy_exception or error
         code = code_of(error)
-        connection = context.connection
-        undone_on_timeout = (
-            code in LOCK_TIMEOUTS
-            and connection is not None
-            and bool(connection.info.get(ROLLBACK_ON_TIMEOUT))
-        )
+        info = context.connection.info if context.connection is not None else {}
+        undone_on_timeout = code in LOCK_TIMEOUTS and info.get(ROLLBACK_ON_TIMEOUT)
         if context.is_disconnect or undone_on_timeout:
             self.doom(self.last)
         elif self._driver.aborts_transaction(raw, error):
@@ -181,12 +173,10 @@ class Journal:
         if self.entries and not is_open and not commits_for_ddl:
             raise TransactionGoneError from self.doomed_by
         if kind is known.Kind.TRANSACTION_CONTROL:
-            operation = f"{statement!r}"
-            raise ManagedTransactionError(operation)
+            raise ManagedTransactionError(repr(statement))
         self._implicit_commit = self.implicit_commit
-        self.ddl = None
-        if kind is known.Kind.IMPLICIT_COMMIT and commits_for_ddl and is_open:
-            self.ddl = statement
+        commits = kind is known.Kind.IMPLICIT_COMMIT and commits_for_ddl and is_open
+        self.ddl = statement if commits else None
 
     def check_commit(self) -> None:
         """Refuse a COMMIT of aborted work, or one that is not the unit's."""
@@ -203,7 +193,6 @@ class Journal:
             self.doom(self.last or ManagedTransactionError(operation))
 
     def open_savepoint(self, name: str) -> None:
-        """Record SAVEPOINT."""
         self._names.append(name)
         self.savepoints.open((self, name))
 
@@ -212,11 +201,11 @@ class Journal:
         if name not in self._names:
             return
         depth = self._names.index(name)
-        for left in reversed(self._names[depth:]):
+        while len(self._names) > depth:
+            key = (self, self._names.pop())
             if undone:
-                self.savepoints.roll_back((self, left), by=self)
+                self.savepoints.roll_back(key, by=self)
             else:
-                self.savepoints.release((self, left))
-        del self._names[depth:]
+                self.savepoints.release(key)
         if undone:
             self.entries = [each for each in self.entries if each[1] <= depth]

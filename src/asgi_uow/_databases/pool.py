@@ -12,29 +12,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy import exc as sa_exc
+from sqlalchemy.exc import DisconnectionError
 
+from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
-from asgi_uow._databases.driver_errors import (
-    READ_ONLY_CODES,
-    code_of,
-    is_driver_disconnect,
-)
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import RootTransaction
-    from sqlalchemy.engine.interfaces import (
-        DBAPIConnection,
-        ExceptionContext,
-        ExecutionContext,
-    )
+    from sqlalchemy.engine import RootTransaction, interfaces
+    from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
-    from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
+    from sqlalchemy.pool import ConnectionPoolEntry as Entry
+    from sqlalchemy.pool import PoolResetState
 
     from asgi_uow._databases.journal import Journal
 
     Isolation = Literal["REPEATABLE READ"] | None
+    Context = interfaces.ExecutionContext | None
 
 AUTOCOMMIT = "asgi_uow.autocommit"
 CANCEL_SQL = "asgi_uow.cancel_sql"
@@ -45,9 +39,7 @@ SETTINGS_CHANGED = "asgi_uow.settings_changed"
 PING_AFTER_IDLE = 30.0
 """Seconds of idleness after which a connection is pinged before it is handed out."""
 
-CHANGING_OPTIONS = frozenset(
-    {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
-)
+CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
 """Execution options after which a connection is not what its pool made it."""
 
 
@@ -59,14 +51,13 @@ class Connection(sa.Connection):
 
     def _begin_impl(self, transaction: RootTransaction) -> None:
         super()._begin_impl(transaction)
-        if self.begins_with is not None:
-            begin = getattr(self.connection.driver_connection, "begin", None)
-            if begin is not None:
-                begin(self.begins_with)  # sent with the first statement
-            else:
-                self._begin_with(self.begins_with)
-
-    def _begin_with(self, statement: str) -> None:
+        statement = self.begins_with
+        if statement is None:
+            return
+        begin = getattr(self.connection.driver_connection, "begin", None)
+        if begin is not None:
+            begin(statement)  # sent with the first statement
+            return
         cursor = self.connection.cursor()
         try:
             cursor.execute(statement)
@@ -81,17 +72,22 @@ class Connection(sa.Connection):
         if not self.invalidated and not self.closed:
             self.info.pop(ERROR_SEEN, None)
 
+    def record_error(self, context: interfaces.ExceptionContext) -> None:
+        if not self.closed:
+            self.info[ERROR_SEEN] = True
+            if self.journal is not None:
+                self.journal.record_error(context, self.connection.driver_connection)
+
 
 class WriterConnection(Connection):
     """Asks its journal before COMMIT, and tells it of savepoints."""
 
     def _commit_impl(self) -> None:
-        if self.journal is None:
-            super()._commit_impl()
-            return
-        self.journal.check_commit()
+        if self.journal is not None:
+            self.journal.check_commit()
         super()._commit_impl()
-        self.journal.committed = True
+        if self.journal is not None:
+            self.journal.committed = True
 
     def _commit_twophase_impl(self, xid: Any, is_prepared: bool) -> None:  # noqa: FBT001
         if self.journal is not None:
@@ -153,19 +149,20 @@ def attach_listeners(
     policy = _Policy(target, read_only=read_only, read_isolation=read_isolation)
     # Not events of the engine: one listener there costs each statement 50 calls.
     target._connection_cls = policy.connection_class  # noqa: SLF001
-    event.listen(target, "handle_error", policy.on_error)
     check = _note_settings if read_only else _check_statement
-    for name in ("do_execute", "do_executemany"):
-        event.listen(target, name, check)
-    event.listen(
-        target, "do_execute_no_params", lambda _, sql, at: check(_, sql, (), at)
-    )
+    for name, listener in (
+        ("connect", policy.on_connect),
+        ("checkout", policy.on_checkout),
+        ("reset", policy.on_reset),
+        ("handle_error", policy.on_error),
+        ("do_execute", check),
+        ("do_executemany", check),
+        ("do_execute_no_params", lambda _, sql, context: check(_, sql, (), context)),
+    ):
+        event.listen(target, name, listener)
     if read_only:
         # In AUTOCOMMIT there is nothing to roll back when a connection is closed.
         target.dialect.skip_autocommit_rollback = True
-    event.listen(target, "connect", policy.on_connect)
-    event.listen(target, "checkout", policy.on_checkout)
-    event.listen(target, "reset", policy.on_reset)
 
 
 class _Policy:
@@ -180,61 +177,48 @@ class _Policy:
         self.is_memory = known.is_memory(engine.url)
         self.read_only = read_only
         self.read_isolation: Isolation = read_isolation
-        self.connection_class = self._connection_class()
 
-    def _connection_class(self) -> type[Connection]:
+    @property
+    def connection_class(self) -> type[Connection]:
         begins = self.database.BEGIN_WRITE is not None
         if not self.read_only:
             return LockingWriterConnection if begins else WriterConnection
         snapshot = begins and self.read_isolation is not None
         return SnapshotConnection if snapshot else ReaderConnection
 
-    def on_connect(
-        self, dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry
-    ) -> None:
+    def on_connect(self, dbapi: DBAPIConnection, entry: Entry) -> None:
         """Set up a connection; as the last listener, so nothing set before survives."""
-        entry.info.update(
-            self.database.set_up(dbapi_connection, read_only=self.read_only)
-        )
+        entry.info.update(self.database.set_up(dbapi, read_only=self.read_only))
         if self.read_only:
-            self.dialect.set_isolation_level(dbapi_connection, "AUTOCOMMIT")
-            cursor = dbapi_connection.cursor()
+            self.dialect.set_isolation_level(dbapi, "AUTOCOMMIT")
+            cursor = dbapi.cursor()
             cursor.execute(self.database.READ_ONLY_STATEMENT)
             cursor.close()
-            if self.read_isolation is not None and self.database.BEGIN_SNAPSHOT is None:
-                isolation = self.read_isolation
-                self.dialect.set_isolation_level(dbapi_connection, isolation)
+            isolation = self.read_isolation
+            if isolation is not None and self.database.BEGIN_SNAPSHOT is None:
+                self.dialect.set_isolation_level(dbapi, isolation)
         elif self.database.TELLS_AUTOCOMMIT:
-            detected = self.dialect.detect_autocommit_setting(dbapi_connection)
-            entry.info[AUTOCOMMIT] = detected
+            entry.info[AUTOCOMMIT] = self.dialect.detect_autocommit_setting(dbapi)
         if self.driver.cancel_sql is not None:
-            raw = self.dialect.get_driver_connection(dbapi_connection)
+            raw = self.dialect.get_driver_connection(dbapi)
             entry.info[CANCEL_SQL] = self.driver.cancel_sql(raw)
 
-    def on_checkout(
-        self,
-        dbapi_connection: DBAPIConnection,
-        entry: ConnectionPoolEntry,
-        _: object,
-    ) -> None:
+    def on_checkout(self, dbapi: DBAPIConnection, entry: Entry, _: object) -> None:
         """Replace a connection that is dead, or does not answer after idleness."""
         idle_since: float | None = entry.info.pop(IDLE_SINCE, None)
-        if self.driver.is_dead(self.dialect.get_driver_connection(dbapi_connection)):
+        if self.driver.is_dead(self.dialect.get_driver_connection(dbapi)):
             message = "the connection was closed while it was idle"
-            raise sa_exc.DisconnectionError(message)
+            raise DisconnectionError(message)
         if idle_since is None or time.monotonic() - idle_since < PING_AFTER_IDLE:
             return
         try:
-            self.dialect.do_ping(dbapi_connection)
+            self.dialect.do_ping(dbapi)
         except self.dialect.loaded_dbapi.Error as error:
             message = "the connection did not answer after a time of idleness"
-            raise sa_exc.DisconnectionError(message) from error
+            raise DisconnectionError(message) from error
 
     def on_reset(
-        self,
-        dbapi_connection: DBAPIConnection,
-        entry: ConnectionPoolEntry,
-        state: PoolResetState,
+        self, dbapi: DBAPIConnection, entry: Entry, state: PoolResetState
     ) -> None:
         """Send ROLLBACK only if a transaction is open or an error was seen.
 
@@ -244,43 +228,33 @@ class _Policy:
         """
         info = entry.info
         info[IDLE_SINCE] = time.monotonic()
-        raw = self.dialect.get_driver_connection(dbapi_connection)
-        if info.pop(SETTINGS_CHANGED, False) or (
-            self.read_only and self.driver.reports_writable(raw)
-        ):
+        raw = self.dialect.get_driver_connection(dbapi)
+        writable = self.read_only and self.driver.reports_writable(raw)
+        if info.pop(SETTINGS_CHANGED, False) or writable:
             entry.invalidate(soft=True)  # replaced before anybody else gets it
         if state.terminate_only or not state.asyncio_safe:
             return
         if info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw):
-            dbapi_connection.rollback()
+            dbapi.rollback()
             if self.driver.is_known and self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
-                cursor = dbapi_connection.cursor()
+                cursor = dbapi.cursor()
                 cursor.execute("ROLLBACK")
                 cursor.close()
 
-    def on_error(self, context: ExceptionContext) -> None:
+    def on_error(self, context: interfaces.ExceptionContext) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
-        if is_driver_disconnect(context.original_exception):
+        if failures.is_driver_disconnect(context.original_exception):
             context.is_disconnect = True
         if self.is_memory and not isinstance(context.original_exception, Exception):
             context.is_disconnect = False  # the connection is the database
         connection = context.connection
-        if connection is not None and not connection.invalidated:
-            self._record(context, connection)
+        if isinstance(connection, Connection) and not connection.invalidated:
+            connection.record_error(context)
         error = context.sqlalchemy_exception
-        if self.read_only and error and code_of(error) in READ_ONLY_CODES:
+        if self.read_only and failures.code_of(error) in failures.READ_ONLY_CODES:
             operation = "A statement"
             raise ReadOnlySessionError(operation) from error
-
-    @staticmethod
-    def _record(context: ExceptionContext, connection: sa.Connection) -> None:
-        if connection.closed or not isinstance(connection, Connection):
-            return
-        connection.info[ERROR_SEEN] = True
-        if connection.journal is not None:
-            raw = connection.connection.driver_connection
-            connection.journal.record_error(context, raw)
 
 
 def info_of(connection: sa.Connection) -> dict[Any, Any]:
@@ -289,28 +263,18 @@ def info_of(connection: sa.Connection) -> dict[Any, Any]:
     return connection.info if entry is None else entry.info
 
 
-def has_isolation_level(connection: sa.Connection) -> bool:
-    """Tell whether its execution options, or its engine's, set one."""
-    return "isolation_level" in connection._execution_options  # noqa: SLF001
-
-
-def _check_statement(
-    _: object, statement: str, __: object, context: ExecutionContext | None
-) -> None:
+def _check_statement(_: object, statement: str, __: object, context: Context) -> None:
     """Have the journal look at a statement, but for the many that are plain."""
     connection = None if context is None else context.root_connection
-    journal = connection.journal if isinstance(connection, Connection) else None
-    if connection is None or journal is None:
+    if not isinstance(connection, Connection) or connection.journal is None:
         return
+    journal = connection.journal
     is_plain = known.kind_of(statement) is known.Kind.PLAIN
     if not is_plain or journal.entries or journal.ddl is not None:
-        raw = connection.connection.driver_connection
-        journal.check_statement(statement, raw)
+        journal.check_statement(statement, connection.connection.driver_connection)
 
 
-def _note_settings(
-    _: object, statement: str, __: object, context: ExecutionContext | None
-) -> None:
+def _note_settings(_: object, statement: str, __: object, context: Context) -> None:
     # One of them may be what makes the connection read-only.
     connection = None if context is None else context.root_connection
     if isinstance(connection, Connection) and known.changes_settings(statement):

@@ -10,13 +10,8 @@ import anyio
 from sqlalchemy import exc as sa_exc
 
 from asgi_uow._concurrency import run_to_completion
+from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
-from asgi_uow._databases.driver_errors import (
-    RECOVERY_CONFLICT,
-    code_of,
-    is_lost,
-    is_unavailable,
-)
 from asgi_uow._databases.health import by_free_connections
 from asgi_uow._reading.causal import NOTHING, READ_FROM_WRITER
 from asgi_uow.observers import ReaderBehind, ReaderFailed, ReaderRestored, logger
@@ -45,20 +40,11 @@ class Reader(Protocol):
     """A read session, as its route sees it."""
 
     @property
-    def is_connected(self) -> bool:
-        """Whether it holds a connection."""
-
-    def is_bound_to(self, engine: AsyncEngine) -> bool:
-        """Tell whether it reads from that server."""
-
-    def bind_to(self, engine: AsyncEngine) -> None:
-        """Have it read from that server."""
-
-    async def open_connection(self) -> AsyncConnection:
-        """Connect it to the server that it is bound to."""
-
-    async def release_connection(self) -> None:
-        """Have it give its connection back."""
+    def is_connected(self) -> bool: ...
+    def is_bound_to(self, engine: AsyncEngine) -> bool: ...
+    def bind_to(self, engine: AsyncEngine) -> None: ...
+    async def open_connection(self) -> AsyncConnection: ...
+    async def release_connection(self) -> None: ...
 
 
 class Route:
@@ -105,14 +91,12 @@ class Route:
         replication, before anything was read. A statement that took too long is slow
         elsewhere too.
         """
-        replica = next(
-            (each for each in self._replicas if reader.is_bound_to(each.engine)), None
-        )
-        lost = is_lost(error) and not isinstance(error, TimeoutError)
-        conflict = code_of(error) == RECOVERY_CONFLICT
-        if replica is None or not (lost or conflict):
+        bound = (each for each in self._replicas if reader.is_bound_to(each.engine))
+        replica = next(bound, None)
+        if replica is None or (self.has_read and replica is self._choice):
             return False
-        if self.has_read and replica is self._choice:
+        lost = failures.is_lost(error) and not isinstance(error, TimeoutError)
+        if not lost and failures.code_of(error) != failures.RECOVERY_CONFLICT:
             return False
         await reader.release_connection()
         self._report_failed(replica, error)
@@ -126,16 +110,12 @@ class Route:
 
     def _candidates(self) -> Iterator[Replica]:
         if self._is_chosen:
-            if self._choice is not None:
-                yield self._choice
-            else:
+            if self._choice is None:
                 return
+            yield self._choice
         self._is_chosen = False
-        yield from (
-            each
-            for each in by_free_connections(self._replicas)
-            if each not in self._lost
-        )
+        healthy = by_free_connections(self._replicas)
+        yield from (each for each in healthy if each not in self._lost)
 
     async def _choose(self, reader: Reader) -> None:
         for replica in self._candidates():
@@ -157,7 +137,7 @@ class Route:
             await run_to_completion(reader.release_connection())
             if self.has_read or not isinstance(error, UNREACHABLE):
                 raise
-            if not is_unavailable(error):
+            if not failures.is_unavailable(error):
                 raise
             # To wait in vain for a busy pool says nothing about the server.
             if not (busy and isinstance(error, TimeoutError | sa_exc.TimeoutError)):
@@ -189,17 +169,13 @@ class Route:
         return reached
 
     def _report_failed(self, replica: Replica, error: Exception) -> None:
-        conflict = code_of(error) == RECOVERY_CONFLICT
-        seconds = None if conflict else replica.trip()
-        if seconds is not None:
+        conflict = failures.code_of(error) == failures.RECOVERY_CONFLICT
+        if not conflict and (seconds := replica.trip()) is not None:
             self._events.append(ReaderFailed(replica.name, error, seconds))
 
 
 async def _end_snapshot(connection: AsyncConnection) -> None:
-    """Have the next statement take a snapshot: that of the wait is too old.
-
-    Only where `read_isolation` has begun a transaction for the wait.
-    """
+    """End the transaction that `read_isolation` began: its snapshot is too old."""
     raw = await connection.get_raw_connection()
     driver = known.driver_of(connection.dialect)
     if driver.in_transaction(raw.driver_connection):
@@ -214,7 +190,6 @@ async def written_position(db: Engines, seconds: float) -> str | None:
     """
     if not db.replicas:
         return None
-    found: str | None = None
     try:
         with anyio.fail_after(seconds):
             async with db.read_engine.connect() as connection:

@@ -7,24 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, orm
 
+from asgi_uow import errors
+from asgi_uow._databases import pool
 from asgi_uow._databases.journal import Savepoints
-from asgi_uow._databases.pool import (
-    AUTOCOMMIT,
-    CANCEL_SQL,
-    Connection,
-    has_isolation_level,
-    info_of,
-)
 from asgi_uow._decision import WRITABLE, State
-from asgi_uow.errors import (
-    ConfigurationError,
-    ManagedTransactionError,
-    ReadOnlySessionError,
-)
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
-    from sqlalchemy.orm import SessionTransaction
 
     from asgi_uow._databases.engines import Engines
     from asgi_uow._databases.journal import Journal
@@ -43,9 +32,8 @@ class Shared:
         """Errors that mean a database out of reach."""
         self.events: list[Event] = around.events if around and hook else []
         """What observers are told at the end; of a hook, with those of its unit."""
-        self.savepoints: Savepoints = (
-            around.savepoints if around and nested else Savepoints()
-        )
+        self.savepoints: Savepoints
+        self.savepoints = around.savepoints if around and nested else Savepoints()
         self.writers: list[ManagedSession] = around.writers if around else []
         """The write sessions that were opened."""
         self.committed: set[Engines] = around.committed if around else set()
@@ -59,36 +47,26 @@ class Shared:
 
 
 class ManagedSession(orm.Session):
-    """Refuses to be ended by hand, also through `run_sync` and `sync_session`."""
+    """Only the unit of work may end it, also through `run_sync` and `sync_session`."""
 
     database: Engines
     shared: Shared
     journal: Journal
-    """What the database has said against the transaction."""
-
     connections: dict[sa.Connection, str | None]
     """Those on which it has begun a transaction, and what cancels a statement there."""
-
     connected: float | None = None
     """Since when it holds a connection of its own, by `time.perf_counter()`."""
-
-    held: float = 0.0
+    held = 0.0
     """Seconds for which it has held those that it has given back."""
-
-    driver_exposed: bool = False
+    driver_exposed = False
     """Whether somebody was given the connection, and with it the driver's own."""
+    follows_savepoints = False
 
-    follows_savepoints: bool = False
-
-    def _only_the_unit(self, operation: str) -> None:
-        if not self.journal.is_ending:
-            raise ManagedTransactionError(operation)
-
-    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002
+    def begin(self, nested: bool = False) -> orm.SessionTransaction:  # noqa: FBT001, FBT002
         """Open a SAVEPOINT; a transaction is the unit's to begin."""
         if not nested:
             operation = "session.begin()"
-            raise ManagedTransactionError(operation)
+            raise errors.ManagedTransactionError(operation)
         if not self.follows_savepoints:
             # Not for every session: listeners cost all that open no savepoint too.
             self.follows_savepoints = True
@@ -98,42 +76,44 @@ class ManagedSession(orm.Session):
         self.journal.savepoints.open(transaction)
         return transaction
 
+    def _only_the_unit(self, operation: str) -> None:
+        if not self.journal.is_ending:
+            raise errors.ManagedTransactionError(operation)
+
     def commit(self) -> None:
-        """Commit, if the unit of work says so."""
         self._only_the_unit("session.commit()")
         super().commit()
 
     def prepare(self) -> None:
-        """Prepare a two-phase commit, if the unit of work says so."""
         self._only_the_unit("session.prepare()")
         super().prepare()
 
     def rollback(self) -> None:
-        """Roll back, if the unit of work says so."""
         self._only_the_unit("session.rollback()")
         super().rollback()
 
     def close(self) -> None:
-        """Close, if the unit of work says so."""
         self._only_the_unit("session.close()")
         super().close()
 
+    def invalidate(self) -> None:
+        self._only_the_unit("session.invalidate()")
+        super().invalidate()
+
+    def reset(self) -> None:
+        operation = "session.reset()"
+        raise errors.ManagedTransactionError(operation)
+
     def connection(self, *args: Any, **kwargs: Any) -> sa.Connection:
-        """Give the connection; what its driver is asked for is not seen from here."""
         self.driver_exposed = True
         return super().connection(*args, **kwargs)
-
-    def own_connection(self) -> sa.Connection:
-        """Give the connection to asgi-uow itself."""
-        return super().connection()
 
     def release_connection(self) -> None:
         """Give the connection back; the next call takes another.
 
         Objects stay loaded, which they would not after a rollback.
         """
-        transaction = self.get_transaction()
-        if transaction is not None:
+        if (transaction := self.get_transaction()) is not None:
             transaction.close()
         self.connections.clear()
         if self.connected is not None:
@@ -143,10 +123,10 @@ class ManagedSession(orm.Session):
     def take_cancel_sql(self) -> list[tuple[sa.Engine, str]]:
         """Give, once, what cancels statements in flight on the connections held."""
         found = [
-            (connection.engine, statement)
-            for connection, statement in self.connections.items()
+            (each.engine, statement)
+            for each, statement in self.connections.items()
             # One that was given back may be running somebody else's statement.
-            if statement is not None and not connection.closed
+            if statement is not None and not each.closed
         ]
         self.connections = dict.fromkeys(self.connections)
         return found
@@ -161,25 +141,16 @@ class ManagedSession(orm.Session):
                 connection.close()
         super().close()
 
-    def reset(self) -> None:
-        """Refuse."""
-        operation = "session.reset()"
-        raise ManagedTransactionError(operation)
-
-    def invalidate(self) -> None:
-        """Invalidate the connection, if the unit of work says so."""
-        self._only_the_unit("session.invalidate()")
-        super().invalidate()
-
     def accept(self, connection: sa.Connection) -> None:
-        """Take a connection on which a transaction has just begun."""
         if self.connected is None:
             self.connected = time.perf_counter()
-        info = info_of(connection)
-        self.connections[connection] = info.get(CANCEL_SQL)
-        if AUTOCOMMIT in info and (info[AUTOCOMMIT] or has_isolation_level(connection)):
-            _refuse_autocommit(connection)
-        if isinstance(connection, Connection):
+        info = pool.info_of(connection)
+        self.connections[connection] = info.get(pool.CANCEL_SQL)
+        if pool.AUTOCOMMIT in info:
+            options = connection._execution_options  # noqa: SLF001  # also its engine's
+            if info[pool.AUTOCOMMIT] or "isolation_level" in options:
+                _refuse_autocommit(connection)
+        if isinstance(connection, pool.Connection):
             connection.journal = self.journal
 
 
@@ -191,8 +162,7 @@ class ReadOnlySession(ManagedSession):
 
     sibling: ManagedSession | None = None
     """The write session of the unit."""
-
-    joins_always: bool = False
+    joins_always = False
     """Whether there is one connection for both, as with SQLite in memory."""
 
     @property
@@ -205,40 +175,35 @@ class ReadOnlySession(ManagedSession):
 
     def get_bind(self, *args: object, **kwargs: object) -> sa.Engine | sa.Connection:
         """Read from the writer's transaction once the unit has used it."""
-        writer = self.writer
-        if writer is not None:
-            return writer.own_connection()
+        if (writer := self.writer) is not None:
+            return orm.Session.connection(writer)  # its driver is not exposed
         return super().get_bind(*args, **kwargs)  # type: ignore[arg-type]
 
     def accept(self, connection: sa.Connection) -> None:
-        """Take a connection, unless it is the writer's."""
-        self.connections[connection] = info_of(connection).get(CANCEL_SQL)
+        self.connections[connection] = pool.info_of(connection).get(pool.CANCEL_SQL)
         if self.writer is None and self.connected is None:
             self.connected = time.perf_counter()
 
     def execute(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refuse DML."""
         return super().execute(_no_dml(statement), *args, **kwargs)
 
     def scalar(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refuse DML."""
         return super().scalar(_no_dml(statement), *args, **kwargs)
 
     def scalars(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refuse DML."""
         return super().scalars(_no_dml(statement), *args, **kwargs)
 
 
 def _no_dml(statement: Any) -> Any:
     if getattr(statement, "is_dml", False):
         operation = str(getattr(statement, "__visit_name__", "DML")).upper()
-        raise ReadOnlySessionError(operation)
+        raise errors.ReadOnlySessionError(operation)
     return statement
 
 
 @event.listens_for(ManagedSession, "after_begin", propagate=True)
 def _accept_connection(
-    session: ManagedSession, _: SessionTransaction, connection: sa.Connection
+    session: ManagedSession, _: orm.SessionTransaction, connection: sa.Connection
 ) -> None:
     if connection not in session.connections:
         session.accept(connection)
@@ -251,23 +216,22 @@ def _refuse_autocommit(connection: sa.Connection) -> None:
             "The engine, or the execution options of the connection, say AUTOCOMMIT: "
             "nothing could be rolled back. Leave the isolation level out."
         )
-        raise ConfigurationError(message)
+        raise errors.ConfigurationError(message)
 
 
 def _release_savepoint(session: ManagedSession) -> None:
     # SQLAlchemy calls it for COMMIT too.
-    savepoint = session.get_nested_transaction()
-    if savepoint is not None:
+    if (savepoint := session.get_nested_transaction()) is not None:
         session.journal.savepoints.release(savepoint)
 
 
-def _end_savepoint(session: ManagedSession, transaction: SessionTransaction) -> None:
+def _end_savepoint(session: ManagedSession, ended: orm.SessionTransaction) -> None:
     # A savepoint whose RELEASE was seen has been released already.
-    if transaction.nested:
-        session.journal.savepoints.roll_back(transaction, by=session.journal)
+    if ended.nested:
+        session.journal.savepoints.roll_back(ended, by=session.journal)
 
 
 @event.listens_for(ReadOnlySession, "before_flush", propagate=True)
 def _refuse_flush(*_: object) -> None:
     operation = "A flush"
-    raise ReadOnlySessionError(operation)
+    raise errors.ReadOnlySessionError(operation)

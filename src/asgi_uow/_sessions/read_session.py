@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -11,26 +11,18 @@ from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import READ_ONLY_CODES, causes, code_of
 from asgi_uow._decision import State
 from asgi_uow._sessions.managed import ReadOnlySession
-from asgi_uow._sessions.session import Session
+from asgi_uow._sessions.session import READS, Session
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from asgi_uow._reading.route import Route
     from asgi_uow._sessions.savepoint import Savepoint
-
-    Call: TypeAlias = Callable[..., Coroutine[object, object, object]]
+    from asgi_uow._sessions.statements import Call
 
 UNCONNECTED = frozenset({"flush", "close"})
 """Calls that need no connection."""
-
-REPEATABLE = frozenset(
-    {"execute", "scalar", "scalars", "stream", "stream_scalars", "get", "get_one"}
-)
-"""The reads that are made again if the server is lost before anything was read."""
 
 
 class ReadSession(Session):
@@ -39,10 +31,8 @@ class ReadSession(Session):
     sync_session_class = ReadOnlySession
     # Narrower still.
     sync_session: ReadOnlySession  # pyright: ignore[reportIncompatibleVariableOverride]
-
     route: Route | None = None
     """Finds the replica to read from, where there is a choice."""
-
     sibling: Session | None = None
     usable_in = frozenset(State) - {State.CLOSED}
 
@@ -71,8 +61,7 @@ class ReadSession(Session):
         self, operation: str, method: Call, args: tuple[object, ...], kwargs: Any
     ) -> object:
         """Read in the writer's transaction, or from the server that the route finds."""
-        writer = self.writer
-        if writer is not None:
+        if (writer := self.writer) is not None:
             async with writer.own_lock:
                 writer.refuse_while_streaming(operation)
                 return await method(self, *args, **kwargs)
@@ -83,7 +72,8 @@ class ReadSession(Session):
             try:
                 result = await method(self, *args, **kwargs)
             except Exception as error:
-                again = method.__name__ in REPEATABLE
+                # Again on another server, if this one was lost before it was read from.
+                again = method.__name__ in READS
                 if not (again and await self.route.fail_over(self, error)):
                     raise
             else:
@@ -132,27 +122,22 @@ class ReadSession(Session):
     async def release_connection(self) -> None:
         """Give the connection back; the next call takes another."""
         await self.close_streams()
-        await AsyncSession.run_sync(
-            self, lambda _: self.sync_session.release_connection()
-        )
+        sync = self.sync_session
+        await AsyncSession.run_sync(self, lambda _: sync.release_connection())
 
     # What the route asks for
 
     def is_bound_to(self, engine: AsyncEngine) -> bool:
-        """Tell whether it reads from that server."""
         return self.sync_session.bind is engine.sync_engine
 
     def bind_to(self, engine: AsyncEngine) -> None:
-        """Read from that server."""
         self.sync_session.bind = engine.sync_engine
 
     @property
     def is_connected(self) -> bool:
-        """Whether it holds a connection."""
         return bool(self.sync_session.connections)
 
     async def open_connection(self) -> AsyncConnection:
-        """Connect to the server that it is bound to."""
         return await AsyncSession.connection(self)
 
     async def before_stream(self) -> None:

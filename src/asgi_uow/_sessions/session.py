@@ -11,10 +11,11 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anyio import current_effective_deadline
+import anyio
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncResult, AsyncSession
 
+from asgi_uow import errors
 from asgi_uow._concurrency import TaskLock, run_to_completion
 from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import is_unavailable
@@ -24,22 +25,23 @@ from asgi_uow._decision import WRITABLE
 from asgi_uow._sessions.managed import ManagedSession
 from asgi_uow._sessions.savepoint import Savepoint
 from asgi_uow._sessions.statements import StatementSession, StreamResult, serialized
-from asgi_uow.errors import ConcurrentUseError, UnitOfWorkClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
-    from sqlalchemy.engine import Engine
+    import sqlalchemy as sa
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.util.typing import TupleAny
 
     from asgi_uow._databases.engines import Engines
     from asgi_uow._sessions.managed import Shared
-    from asgi_uow._sessions.statements import Fetch
-
-    Call = Callable[..., Coroutine[object, object, object]]
+    from asgi_uow._sessions.statements import Call
 
 F = TypeVar("F", bound="Call")
+
+READS = ("execute", "scalar", "scalars", "stream", "stream_scalars", "get", "get_one")
+CHANGES = ("refresh", "run_sync", "delete", "delete_all", "merge", "merge_all", "flush")
+ENDS = ("connection", "commit", "rollback", "close", "reset", "invalidate")
 
 
 def _guarded(method: F) -> F:
@@ -89,16 +91,11 @@ class Session(StatementSession):
 
     usable_in = WRITABLE
     """The states of its unit in which it may be called."""
-
     is_plain = True
     """Whether calls need nothing but the session's own connection."""
 
     def __init__(
-        self,
-        db: Engines,
-        bind: AsyncEngine,
-        options: Mapping[str, Any],
-        shared: Shared,
+        self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
     ) -> None:
         """Bind to `bind`, an engine of `db`."""
         super().__init__(bind, close_resets_only=False, **options)
@@ -107,7 +104,8 @@ class Session(StatementSession):
         self.streams: list[StreamResult] = []
         sync = self.sync_session
         sync.database, sync.shared, sync.connections = db, shared, {}
-        sync.journal = Journal(db.facts, db.driver, shared.savepoints)
+        self.journal = Journal(db.facts, db.driver, shared.savepoints)
+        sync.journal = self.journal
 
     @property
     def host(self) -> Session:
@@ -116,13 +114,12 @@ class Session(StatementSession):
 
     @property
     def lock(self) -> TaskLock:
-        """The lock to hold during a call."""
         return self.host.own_lock
 
     def check(self, operation: str) -> None:
         """Raise unless the unit of work is open and no stream is in the way."""
         if self.shared.state not in self.usable_in:
-            raise UnitOfWorkClosedError(operation, self.shared.state)
+            raise errors.UnitOfWorkClosedError(operation, self.shared.state)
         if self.streams:
             self.refuse_while_streaming(operation)
 
@@ -132,11 +129,10 @@ class Session(StatementSession):
             known.driver_of(connection.dialect).exclusive_streams
             for connection in self.sync_session.connections
         ):
-            raise ConcurrentUseError(operation, "a stream() is still being read")
+            raise errors.ConcurrentUseError(operation, "a stream() is still being read")
 
     @property
     def is_streaming(self) -> bool:
-        """Whether rows of a stream may still be on their way."""
         return any(each.is_open for each in self.streams)
 
     async def route_call(
@@ -153,17 +149,19 @@ class Session(StatementSession):
             await cancel_statements(self.sync_session.take_cancel_sql())
 
     def record_error(self, error: Exception) -> None:
-        """Remember an error that means a database out of reach."""
         if is_unavailable(error):
             self.shared.outages.append(error)
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the unit of work has begun to end."""
+        return self.shared.state not in WRITABLE
 
     async def call_due(self) -> None:
         """Call the `after_rollback` hooks of savepoints, if the rollback is proven."""
         # Not inside another call of this task: a hook may wait for its turn.
-        proven = self.shared.state in WRITABLE and self.doomed_by is None
-        if proven and not self.lock.is_mine:
-            journal = self.sync_session.journal
-            for callback in self.shared.savepoints.take_due(by=journal):
+        if not self.is_decided and self.doomed_by is None and not self.lock.is_mine:
+            for callback in self.shared.savepoints.take_due(by=self.journal):
                 await callback()
 
     @property
@@ -172,10 +170,9 @@ class Session(StatementSession):
 
         A failed flush dooms too: SQLAlchemy has rolled the transaction back.
         """
-        journal = self.sync_session.journal
-        if not journal.entries and not self.sync_session.is_active:
-            return journal.last
-        return journal.doomed_by
+        if not self.journal.entries and not self.sync_session.is_active:
+            return self.journal.last
+        return self.journal.doomed_by
 
     @property
     def has_changes(self) -> bool:
@@ -201,7 +198,7 @@ class Session(StatementSession):
         self.check(operation)
         # SQLAlchemy only warns, and may lose the object.
         if self.sync_session._flushing and not self.lock.is_mine:  # noqa: SLF001
-            raise ConcurrentUseError(operation, "another task is flushing")
+            raise errors.ConcurrentUseError(operation, "another task is flushing")
 
     def add(self, instance: object, *, _warn: bool = True) -> None:
         """Place an object in the session; it is inserted at the next flush."""
@@ -215,9 +212,9 @@ class Session(StatementSession):
 
     def watch(self, stream: AsyncResult[*TupleAny]) -> AsyncResult[*TupleAny]:
         """Have the fetches of a stream wait for other calls too."""
-        lock = self.lock
+        host, lock = self.host, self.lock
 
-        async def serialize(fetch: Fetch) -> object:
+        async def serialize(fetch: Call) -> object:
             async with lock:
                 try:
                     return await fetch()
@@ -228,47 +225,25 @@ class Session(StatementSession):
                     raise
 
         watched = serialized(stream, serialize)
-        host = self.host
         host.streams = [each for each in host.streams if each.is_open]
         host.streams.append(watched)
         return watched
 
 
-async def cancel_statements(cancel_sql: list[tuple[Engine, str]]) -> None:
+async def cancel_statements(cancel_sql: list[tuple[sa.Engine, str]]) -> None:
     """Cancel statements in flight on their server, from other connections.
 
     MySQL goes on with a statement that was cancelled, locks and all, although the
     connection is gone. So does PostgreSQL if an anyio scope was cancelled: its drivers
     send a cancel request, but need an await for it, which the scope cancels too.
     """
-    in_cancelled_scope = current_effective_deadline() == -math.inf
+    in_cancelled_scope = anyio.current_effective_deadline() == -math.inf
     for engine, statement in cancel_sql:
         if in_cancelled_scope or not known.driver_of(engine.dialect).cancels_on_server:
             await run_to_completion(execute_on_new_connection(engine, statement))
 
 
 # `delete_all`, `merge_all`: SQLAlchemy 2.1.
-for _name in (
-    "execute",
-    "scalar",
-    "scalars",
-    "stream",
-    "stream_scalars",
-    "get",
-    "get_one",
-    "refresh",
-    "run_sync",
-    "delete",
-    "delete_all",
-    "merge",
-    "merge_all",
-    "flush",
-    "connection",
-    "commit",
-    "rollback",
-    "close",
-    "reset",
-    "invalidate",
-):
+for _name in (*READS, *CHANGES, *ENDS):
     if hasattr(StatementSession, _name):
         setattr(Session, _name, _guarded(getattr(StatementSession, _name)))

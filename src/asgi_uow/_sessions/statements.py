@@ -17,32 +17,30 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Executable
     from sqlalchemy.engine import Result, ScalarResult
-    from sqlalchemy.engine.interfaces import _CoreAnyExecuteParams as Params
+    from sqlalchemy.engine.interfaces import _CoreAnyExecuteParams
     from sqlalchemy.sql.selectable import TypedReturnsRows
     from sqlalchemy.util.typing import TupleAny
     from typing_extensions import TypeVarTuple
 
     Ts = TypeVarTuple("Ts")
-
-    Fetch: TypeAlias = Callable[[], Coroutine[object, object, object]]
-    Serialize: TypeAlias = Callable[[Fetch], Coroutine[object, object, object]]
-    """Makes a fetch once no other call is in flight."""
+    Params: TypeAlias = _CoreAnyExecuteParams | None
+    Call: TypeAlias = Callable[..., Coroutine[object, object, object]]
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Stream")
 
 OPTIONS = frozenset({"execution_options", "bind_arguments"})
+OF_ONE = ("first", "one", "one_or_none", "scalar", "scalar_one", "scalar_one_or_none")
+OF_MANY = ("__anext__", "all", "close", "fetchall", "fetchmany", "fetchone", "freeze")
 
 
 def _coerce(
-    statement: Executable | str, params: Params | None, named: dict[str, Any]
-) -> tuple[Executable, Params | None, dict[str, Any]]:
+    statement: Executable | str, params: Params, named: dict[str, Any]
+) -> tuple[Executable, Params, dict[str, Any]]:
     """Give statement, parameters and options as SQLAlchemy takes them."""
     if isinstance(statement, str):
         statement = text(statement)
-    options: dict[str, Any] = {}
-    if named:
-        options = {key: named.pop(key) for key in OPTIONS & named.keys()}
+    options = {key: named.pop(key) for key in OPTIONS & named.keys()} if named else {}
     if named and params is not None:
         message = "Pass the parameters as a mapping or by name, not both."
         raise TypeError(message)
@@ -50,10 +48,7 @@ def _coerce(
 
 
 class StatementSession(AsyncSession):
-    """SQLAlchemy's `AsyncSession` that also takes strings.
-
-    `execution_options` and `bind_arguments` go on to SQLAlchemy.
-    """
+    """SQLAlchemy's `AsyncSession` that also takes strings."""
 
     async def before_stream(self) -> None:
         """Be told that `stream()` was called; for a subclass."""
@@ -64,17 +59,14 @@ class StatementSession(AsyncSession):
 
     @overload
     async def execute(
-        self,
-        statement: TypedReturnsRows[*Ts],
-        params: Params | None = None,
-        **named: object,
+        self, statement: TypedReturnsRows[*Ts], params: Params = None, **named: object
     ) -> Result[*Ts]: ...
     @overload
     async def execute(
-        self, statement: Executable | str, params: Params | None = None, **named: object
+        self, statement: Executable | str, params: Params = None, **named: object
     ) -> Result[*TupleAny]: ...
     async def execute(
-        self, statement: Executable | str, params: Params | None = None, **named: Any
+        self, statement: Executable | str, params: Params = None, **named: Any
     ) -> Result[*TupleAny]:
         """Execute a statement, or plain SQL with named parameters."""
         statement, params, options = _coerce(statement, params, named)
@@ -82,18 +74,15 @@ class StatementSession(AsyncSession):
 
     @overload
     async def scalar(
-        self,
-        statement: TypedReturnsRows[T],
-        params: Params | None = None,
-        **named: object,
+        self, statement: TypedReturnsRows[T], params: Params = None, **named: object
     ) -> T | None: ...
     @overload
     async def scalar(
-        self, statement: Executable | str, params: Params | None = None, **named: object
+        self, statement: Executable | str, params: Params = None, **named: object
     ) -> Any: ...
     # SQLAlchemy has one overload more, for a bug of mypy.
     async def scalar(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, statement: Executable | str, params: Params | None = None, **named: Any
+        self, statement: Executable | str, params: Params = None, **named: Any
     ) -> Any:
         """Give the first column of the first row, or None."""
         statement, params, options = _coerce(statement, params, named)
@@ -101,17 +90,14 @@ class StatementSession(AsyncSession):
 
     @overload
     async def scalars(
-        self,
-        statement: TypedReturnsRows[T],
-        params: Params | None = None,
-        **named: object,
+        self, statement: TypedReturnsRows[T], params: Params = None, **named: object
     ) -> ScalarResult[T]: ...
     @overload
     async def scalars(
-        self, statement: Executable | str, params: Params | None = None, **named: object
+        self, statement: Executable | str, params: Params = None, **named: object
     ) -> ScalarResult[Any]: ...
     async def scalars(
-        self, statement: Executable | str, params: Params | None = None, **named: Any
+        self, statement: Executable | str, params: Params = None, **named: Any
     ) -> ScalarResult[Any]:
         """Give the first column of every row."""
         statement, params, options = _coerce(statement, params, named)
@@ -119,17 +105,14 @@ class StatementSession(AsyncSession):
 
     @overload
     async def stream(
-        self,
-        statement: TypedReturnsRows[*Ts],
-        params: Params | None = None,
-        **named: object,
+        self, statement: TypedReturnsRows[*Ts], params: Params = None, **named: object
     ) -> AsyncResult[*Ts]: ...
     @overload
     async def stream(
-        self, statement: Executable | str, params: Params | None = None, **named: object
+        self, statement: Executable | str, params: Params = None, **named: object
     ) -> AsyncResult[*TupleAny]: ...
     async def stream(
-        self, statement: Executable | str, params: Params | None = None, **named: Any
+        self, statement: Executable | str, params: Params = None, **named: Any
     ) -> AsyncResult[*TupleAny]:
         """Execute and stream the rows through a server-side cursor."""
         statement, params, options = _coerce(statement, params, named)
@@ -138,17 +121,14 @@ class StatementSession(AsyncSession):
 
     @overload
     async def stream_scalars(
-        self,
-        statement: TypedReturnsRows[T],
-        params: Params | None = None,
-        **named: object,
+        self, statement: TypedReturnsRows[T], params: Params = None, **named: object
     ) -> AsyncScalarResult[T]: ...
     @overload
     async def stream_scalars(
-        self, statement: Executable | str, params: Params | None = None, **named: object
+        self, statement: Executable | str, params: Params = None, **named: object
     ) -> AsyncScalarResult[Any]: ...
     async def stream_scalars(
-        self, statement: Executable | str, params: Params | None = None, **named: Any
+        self, statement: Executable | str, params: Params = None, **named: Any
     ) -> AsyncScalarResult[Any]:
         """Stream the first column of every row."""
         statement, params, options = _coerce(statement, params, named)
@@ -160,7 +140,8 @@ class Stream:
 
     _real_result: Any
     fetchmany: Any
-    serialize: Serialize
+    serialize: Call
+    """Makes a fetch once no other call is in flight."""
 
     @property
     def is_open(self) -> bool:
@@ -178,11 +159,9 @@ class StreamResult(Stream, AsyncResult[Any]):
     """What `Session.stream()` gives."""
 
     def scalars(self, index: Any = 0) -> StreamScalarResult:
-        """Stream one column of every row."""
         return _adopt(StreamScalarResult, super().scalars(index), self.serialize)
 
     def mappings(self) -> StreamMappingResult:
-        """Stream the rows as mappings."""
         return _adopt(StreamMappingResult, super().mappings(), self.serialize)
 
 
@@ -194,12 +173,12 @@ class StreamMappingResult(Stream, AsyncMappingResult):
     """What `mappings()` of a stream gives."""
 
 
-def serialized(result: AsyncResult[Any], serialize: Serialize) -> StreamResult:
+def serialized(result: AsyncResult[Any], serialize: Call) -> StreamResult:
     """Give a stream like `result` whose fetches wait for other calls."""
     return _adopt(StreamResult, result, serialize)
 
 
-def _adopt(cls: type[S], plain: object, serialize: Serialize) -> S:
+def _adopt(cls: type[S], plain: object, serialize: Call) -> S:
     """Make a `cls` of SQLAlchemy's own result; constructors differ by version."""
     stream = cls.__new__(cls)
     for base in type(plain).__mro__:
@@ -210,9 +189,7 @@ def _adopt(cls: type[S], plain: object, serialize: Serialize) -> S:
     return stream
 
 
-def _waits(
-    fetch: Callable[..., Coroutine[object, object, object]],
-) -> Callable[..., Coroutine[object, object, object]]:
+def _waits(fetch: Call) -> Call:
     @functools.wraps(fetch)
     async def call(self: Stream, *args: object) -> object:
         return await self.serialize(functools.partial(fetch, self, *args))
@@ -221,20 +198,6 @@ def _waits(
 
 
 for _class in (StreamResult, StreamScalarResult, StreamMappingResult):
-    for _name in (
-        "__anext__",
-        "all",
-        "close",
-        "fetchall",
-        "fetchmany",
-        "fetchone",
-        "first",
-        "freeze",
-        "one",
-        "one_or_none",
-        "scalar",
-        "scalar_one",
-        "scalar_one_or_none",
-    ):
+    for _name in (*OF_ONE, *OF_MANY):
         if hasattr(_class, _name):
             setattr(_class, _name, _waits(getattr(_class, _name)))
