@@ -209,8 +209,9 @@ async def test_close_of_a_cursor_does_not_begin(
     cursor = await connection.cursor().execute(SELECT)
     connection.begin(BEGIN)
     assert 200 == len(await cursor.fetchall())
-    cursor = await connection.cursor().execute(SELECT)
+    assert not is_locked(sqlite)
     await connection.rollback()
+    cursor = await connection.cursor().execute(SELECT)
     connection.begin(BEGIN)
     await cursor.close()
     assert connection.in_transaction
@@ -442,8 +443,9 @@ async def test_stream(connection: Connection, calls: Callable[[], int]) -> None:
     assert 0 == calls()
     assert 100 == len(await cursor.fetchmany(100))
     assert 164 <= len(made) <= 165
-    assert 36 == len(await cursor.fetchall())
+    await cursor.fetchone()
     assert list(range(200)) == made
+    assert 35 == len(await cursor.fetchall())
     assert 2 == calls()
     await cursor.close()
     assert 0 == calls()
@@ -521,11 +523,11 @@ async def test_idle_thread_refers_to_nothing(connection: Connection) -> None:
 
     connection.row_factory = lambda *_: Row()  # type: ignore[assignment]
     cursor = await connection.cursor().execute(SELECT)
-    [first, *_] = [*await cursor.fetchmany(64), *await cursor.fetchall()]
-    references = [weakref.ref(each) for each in (first, cursor)]
-    del first, _, cursor
+    rows = [*await cursor.fetchmany(64), *await cursor.fetchall()]
+    references = [weakref.ref(each) for each in (rows[0], rows[-1], cursor)]
+    del rows, cursor
     gc.collect()
-    assert [None, None] == [each() for each in references]
+    assert [None] * 3 == [each() for each in references]
 
 
 # Cancelled
@@ -577,6 +579,7 @@ async def test_cancelled_while_running(
     wake = partial(asyncio.get_running_loop().call_soon_threadsafe, running.set)
     await connection.create_function("wake", 0, wake)
     reading = await connection.cursor().execute(SELECT)
+    plain = await connection.execute(SELECT)
     connection.begin(BEGIN)
     cursor = connection.cursor()
     sql = f"INSERT INTO numbers SELECT 1000 + ifnull(wake(), 0) + ({ENDLESS})"
@@ -586,6 +589,7 @@ async def test_cancelled_while_running(
     kept = await ended(task)
     assert await is_clean(connection, sqlite)
     assert "closed" in str(await tried(reading.fetchmany(100)))
+    assert "closed" in str(await tried(plain.fetchmany(100)))
     assert kept.__traceback__ is not None
 
 
@@ -688,9 +692,11 @@ async def test_cancelled_while_others_close(connection: Connection) -> None:
 async def test_cancelled_close(connection: Connection) -> None:
     """A cancelled close says so, and the connection is closed."""
     raw = connection._conn
-    task = asyncio.ensure_future(connection.close())
-    await asyncio.sleep(0)
-    task.cancel()
+    async with busy_thread(connection):
+        task = asyncio.ensure_future(connection.close())
+        await asyncio.sleep(0)
+        task.cancel()
+        await eventually(2, queued(connection))
     await ended(task)
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         raw.interrupt()
