@@ -178,7 +178,8 @@ class Connection(aiosqlite.Connection):
         try:
             result: T = await super()._execute(_take_steps, steps)  # type: ignore[no-untyped-call]
         except asyncio.CancelledError:
-            steps.clear()
+            if begin is not None:
+                steps.clear()  # one that has not begun is left out
             with suppress(ValueError, sqlite3.ProgrammingError):  # closed meanwhile
                 await run_to_completion(self._undo())
             raise
