@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from asgi_uow import UnitOfWorkMiddleware
@@ -57,12 +58,7 @@ class Question:
     async def contestant(self, name: str, url: str) -> AsyncGenerator[Request, None]:
         """Make an application, give the function that sends it one request."""
         async with AsyncExitStack() as stack:
-            app = self.contestants[name](url, stack)
-
-            async def request() -> None:
-                await app(_scope(), _receive, _send)
-
-            yield request
+            yield partial(ask, self.contestants[name](url, stack))
 
 
 def questions() -> list[Question]:
@@ -132,6 +128,11 @@ def _insert(place: str) -> Question:
         },
         place,
     )
+
+
+async def ask(app: ASGIApp) -> None:
+    """Send one request as a server would."""
+    await app(_scope(), _receive, _send)
 
 
 def _scope() -> dict[str, object]:
