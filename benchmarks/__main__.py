@@ -8,7 +8,7 @@ import sys
 
 from . import instructions, measure
 from .databases import Databases
-from .memory import CONTESTANTS, parked_bytes
+from .memory import parked_bytes
 from .questions import chosen
 from .tables import print_table
 
@@ -19,7 +19,7 @@ async def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each question")
     options = parser.parse_args()
-    held = {name: await parked_bytes(each) for name, each in CONTESTANTS.items()}
+    without, held = await parked_bytes()
     times: dict[tuple[str, str], measure.Time] = {}
     async with Databases() as databases:
         urls = await databases.urls(chosen(options.only))
@@ -32,14 +32,7 @@ async def main() -> None:
         ("question", "contestant", *measure.TITLES, *instructions.TITLES),
         [(*names, *times[names].cells(), *counts[names].cells()) for names in times],
     )
-    first = next(iter(held.values()))
-    print_table(
-        ("", "contestant", "bytes", "more"),
-        [
-            ("parked request", name, f"{number:,.0f}", f"{number - first:+,.0f}")
-            for name, number in held.items()
-        ],
-    )
+    print(f"A parked request holds {held:,.0f} bytes, {without:,.0f} without us.")
 
 
 if __name__ == "__main__":

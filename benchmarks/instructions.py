@@ -59,6 +59,8 @@ async def count(
 
     Each repetition has other hashes, so other collisions of them: medians count.
     """
+    if not VALGRIND:
+        print("valgrind is not installed: calls of Python functions are counted.")
     totals = [await _totals(urls, seed) for seed in range(repeats)]
     counts = {}
     for question in urls:

@@ -7,42 +7,43 @@ import gc
 import tracemalloc
 from typing import TYPE_CHECKING
 
-from .apps import NoOp, answer, ours
+from asgi_uow import UnitOfWorkMiddleware
+
+from .apps import NoOp, handler, unused_database
 from .questions import ask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from asgi_uow._asgi import ASGIApp, Receive, Scope, Send
+    from asgi_uow._asgi import ASGIApp, Scope
 
 REQUESTS = 1000
-CONTESTANTS: dict[str, Callable[[ASGIApp], ASGIApp]] = {
-    "no-op middleware": NoOp,
-    "ours": ours,
-}
 
 
-async def parked_bytes(middleware: Callable[[ASGIApp], ASGIApp]) -> float:
-    """Return the bytes of one request that waits in a handler and uses nothing."""
+async def parked_bytes() -> tuple[float, float]:
+    """Return the bytes that a request holds in a no-op middleware and in ours."""
     goes_on = asyncio.Event()
 
-    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+    async def park(scope: Scope) -> None:  # noqa: ARG001
         await goes_on.wait()
-        await answer(scope, receive, send)
 
-    app = middleware(handler)
-    for measured in (False, True):  # the first time imports and fills caches
+    app = handler(park)
+    return (
+        await _held(NoOp(app), goes_on),
+        await _held(UnitOfWorkMiddleware(app, unused_database()), goes_on),
+    )
+
+
+async def _held(app: ASGIApp, goes_on: asyncio.Event) -> float:
+    held = 0
+    for _ in range(2):  # the first time fills caches, too
         goes_on.clear()
         gc.collect()
-        if measured:
-            tracemalloc.start()
-        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.start()
         tasks = [asyncio.create_task(ask(app)) for _ in range(REQUESTS)]
         await asyncio.sleep(0)
         gc.collect()
-        held = tracemalloc.get_traced_memory()[0] - before
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
         goes_on.set()
         await asyncio.gather(*tasks)
         del tasks
-    tracemalloc.stop()
     return held / REQUESTS

@@ -24,7 +24,7 @@ from tests.servers.process import HOST, free_port
 
 from .databases import Databases
 from .questions import chosen
-from .served import CONTESTANTS
+from .served import MAKERS
 from .tables import print_table
 
 if TYPE_CHECKING:
@@ -46,13 +46,10 @@ BOOT_SECONDS = 30.0
 class Load:
     """What a server did under load."""
 
-    rate: float
-    """Requests per second."""
-    p50: float
+    rate: float  # requests per second
+    p50: float  # milliseconds
     p99: float
-    """Milliseconds."""
-    cpu: float
-    """Microseconds of the server per request."""
+    cpu: float  # microseconds of the server per request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +59,12 @@ class Site:
     process: asyncio.subprocess.Process
     port: int
 
-    async def load(self, path: str, connections: int, seconds: float) -> Load:
+    async def load(self, connections: int, seconds: int) -> Load:
         """Send requests for so many seconds."""
         before = self._cpu_seconds()
         wrk = await asyncio.create_subprocess_exec(
             *("wrk", "--latency", "-t1", f"-c{connections}", f"-d{seconds}s"),
-            f"http://{HOST}:{self.port}/{path}",
+            f"http://{HOST}:{self.port}/",
             stdout=asyncio.subprocess.PIPE,
         )
         output = (await wrk.communicate())[0].decode()
@@ -89,11 +86,14 @@ class Site:
 
 
 @asynccontextmanager
-async def serve(contestant: str, url: str) -> AsyncGenerator[Site, None]:
+async def serve(
+    statement: str, contestant: str, url: str
+) -> AsyncGenerator[Site, None]:
     """Run a contestant in a process of its own."""
     port = free_port()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "benchmarks.served", contestant, url, str(port)),
+        *(sys.executable, "-m", "benchmarks.served"),
+        *(statement, contestant, url, str(port)),
         cwd=Path(__file__).parents[1],
     )
     try:
@@ -115,21 +115,21 @@ async def compare(
     question: Question, url: str, options: argparse.Namespace
 ) -> list[tuple[str, ...]]:
     """Put load on all contestants in turn; return the lines of the table."""
-    path = question.name.partition("-")[0]
+    statement = question.name.partition("-")[0]
     lines = []
     async with AsyncExitStack() as stack:
         sites = {
-            name: await stack.enter_async_context(serve(name, url))
-            for name in CONTESTANTS
+            name: await stack.enter_async_context(serve(statement, name, url))
+            for name in MAKERS[statement]
             if importlib.util.find_spec(name)
         }
         for connections in options.connections:
             loads: dict[str, list[Load]] = {name: [] for name in sites}
             for site in sites.values():
-                await site.load(path, connections, 1)
+                await site.load(connections, 1)
             for _ in range(options.rounds):
                 for name in random.sample(list(sites), len(sites)):
-                    load = await sites[name].load(path, connections, options.seconds)
+                    load = await sites[name].load(connections, options.seconds)
                     loads[name].append(load)
             title = f"{question.name}, {connections} connections"
             lines += [(title, *_cells(name, loads)) for name in sites]
@@ -162,7 +162,7 @@ async def main() -> None:
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("wrk is not installed.")
-    for name in CONTESTANTS:
+    for name in MAKERS["insert"]:
         if importlib.util.find_spec(name) is None:
             print(f"{name} is left out: it is not installed.")
     lines = []
