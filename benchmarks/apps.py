@@ -77,75 +77,78 @@ def on_starlette(
 
 
 def by_hand(
-    statement: TextClause, *, sends_commit: bool = True, **engine_options: Any
-) -> Maker:
-    """Return what makes the code people write, on an engine with these options."""
+    statement: TextClause,
+    url: str,
+    stack: AsyncExitStack,
+    *,
+    sends_commit: bool = True,
+    **engine_options: Any,
+) -> ASGIApp:
+    """Make the code people write, on an engine with these options."""
+    engine = _engine(url, stack, **engine_options)
+    if not sends_commit:
+        engine.dialect.do_commit = _send_nothing  # type: ignore[method-assign]
+    sessions = async_sessionmaker(engine, expire_on_commit=False)
 
-    def make(url: str, stack: AsyncExitStack) -> ASGIApp:
-        engine = _engine(url, stack, **engine_options)
-        if not sends_commit:
-            engine.dialect.do_commit = _send_nothing  # type: ignore[method-assign]
-        sessions = async_sessionmaker(engine, expire_on_commit=False)
+    async def execute(scope: Scope) -> None:  # noqa: ARG001
+        async with sessions.begin() as session:
+            await session.execute(statement)
 
-        async def execute(scope: Scope) -> None:  # noqa: ARG001
-            async with sessions.begin() as session:
-                await session.execute(statement)
-
-        return handler(execute)
-
-    return make
+    return handler(execute)
 
 
 def _send_nothing(dbapi_connection: object) -> None:
     pass
 
 
-def ours(statement: TextClause, session: Callable[[], AsyncSession]) -> Maker:
-    def make(url: str, stack: AsyncExitStack) -> ASGIApp:
-        database = Database.from_url(url)
-        stack.push_async_callback(database.dispose)
+def ours(
+    statement: TextClause,
+    session: Callable[[], AsyncSession],
+    url: str,
+    stack: AsyncExitStack,
+) -> ASGIApp:
+    database = Database.from_url(url)
+    stack.push_async_callback(database.dispose)
 
-        async def execute(scope: Scope) -> None:  # noqa: ARG001
-            await session().execute(statement)
+    async def execute(scope: Scope) -> None:  # noqa: ARG001
+        await session().execute(statement)
 
-        return UnitOfWorkMiddleware(handler(execute), database)
-
-    return make
-
-
-def context_async_sqlalchemy(statement: TextClause) -> Maker:
-    def make(url: str, stack: AsyncExitStack) -> ASGIApp:
-        peer: Any = importlib.import_module("context_async_sqlalchemy")
-        engine = _engine(url, stack)
-        database = peer.DBConnect(lambda _: engine, async_sessionmaker, host=url)
-
-        async def execute(scope: Scope) -> None:  # noqa: ARG001
-            session = await peer.db_session(database)
-            await session.execute(statement)
-
-        app: ASGIApp = peer.ASGIHTTPDBSessionMiddleware(handler(execute))
-        return app
-
-    return make
+    return UnitOfWorkMiddleware(handler(execute), database)
 
 
-def advanced_alchemy(statement: TextClause) -> Maker:
-    def make(url: str, stack: AsyncExitStack) -> ASGIApp:
-        peer: Any = importlib.import_module("advanced_alchemy.extensions.starlette")
-        engine = _engine(url, stack)
-        config = peer.SQLAlchemyAsyncConfig(
-            engine_instance=engine, commit_mode="autocommit"
-        )
-        alchemy = peer.AdvancedAlchemy(config)
+def context_async_sqlalchemy(
+    statement: TextClause, url: str, stack: AsyncExitStack
+) -> ASGIApp:
+    peer: Any = importlib.import_module("context_async_sqlalchemy")
+    engine = _engine(url, stack)
 
-        async def execute(scope: Scope) -> None:
-            session = alchemy.get_async_session(Request(scope))
-            await session.execute(statement)
+    def connect(host: str) -> AsyncEngine:  # noqa: ARG001
+        return engine
 
-        app: ASGIApp = peer.config.SessionMiddleware(handler(execute), config)
-        return app
+    database = peer.DBConnect(connect, async_sessionmaker, host=url)
 
-    return make
+    async def execute(scope: Scope) -> None:  # noqa: ARG001
+        session = await peer.db_session(database)
+        await session.execute(statement)
+
+    app: ASGIApp = peer.ASGIHTTPDBSessionMiddleware(handler(execute))
+    return app
+
+
+def advanced_alchemy(statement: TextClause, url: str, stack: AsyncExitStack) -> ASGIApp:
+    peer: Any = importlib.import_module("advanced_alchemy.extensions.starlette")
+    engine = _engine(url, stack)
+    config = peer.SQLAlchemyAsyncConfig(
+        engine_instance=engine, commit_mode="autocommit"
+    )
+    alchemy = peer.AdvancedAlchemy(config)
+
+    async def execute(scope: Scope) -> None:
+        session = alchemy.get_async_session(Request(scope))
+        await session.execute(statement)
+
+    app: ASGIApp = peer.config.SessionMiddleware(handler(execute), config)
+    return app
 
 
 def _engine(url: str, stack: AsyncExitStack, **options: Any) -> AsyncEngine:

@@ -59,28 +59,28 @@ def chosen(names: Iterable[str]) -> list[Question]:
 
 
 def _questions() -> Iterable[Question]:
-    yield Question(
+    yield _without_database(
         "untouched",
         {
-            "no-op middleware": lambda *_: apps.NoOp(apps.handler(_nothing)),
-            "ours": lambda *_: apps.in_our_middleware(_nothing),
+            "no-op middleware": lambda: apps.NoOp(apps.handler(_nothing)),
+            "ours": lambda: apps.in_our_middleware(_nothing),
         },
     )
-    yield Question(
+    yield _without_database(
         "untouched-starlette",
         {
-            "no-op middleware": lambda *_: apps.on_starlette(apps.NoOp),
-            "ours": lambda *_: apps.on_starlette(
+            "no-op middleware": lambda: apps.on_starlette(apps.NoOp),
+            "ours": lambda: apps.on_starlette(
                 UnitOfWorkMiddleware, apps.unused_database()
             ),
         },
     )
-    yield Question(
+    yield _without_database(
         "hook",
         {
-            "awaited call": lambda *_: apps.in_our_middleware(_await_calls),
-            "async hook": lambda *_: apps.in_our_middleware(_register(_nothing)),
-            "hook in a thread": lambda *_: apps.in_our_middleware(_register(int)),
+            "awaited call": lambda: apps.in_our_middleware(_await_calls),
+            "async hook": lambda: apps.in_our_middleware(_register(_nothing)),
+            "hook in a thread": lambda: apps.in_our_middleware(_register(int)),
         },
         parts=HOOKS,
     )
@@ -88,6 +88,17 @@ def _questions() -> Iterable[Question]:
         yield Question(f"select-{place}", _selecting(place), place)
     for place in PLACES:
         yield Question(f"insert-{place}", _inserting(), place)
+
+
+def _without_database(
+    name: str, contestants: Mapping[str, Callable[[], ASGIApp]], parts: int = 1
+) -> Question:
+    def make(contestant: str, url: str, stack: AsyncExitStack) -> ASGIApp:  # noqa: ARG001
+        return contestants[contestant]()
+
+    return Question(
+        name, {each: partial(make, each) for each in contestants}, parts=parts
+    )
 
 
 def _selecting(place: str) -> dict[str, Maker]:
@@ -98,20 +109,20 @@ def _selecting(place: str) -> dict[str, Maker]:
     }
     # In AUTOCOMMIT mode SQLAlchemy still commits. PostgreSQL's drivers know that
     # nothing is open; the others ask the database: a trip more than ours makes.
-    with_commit = {"with a COMMIT": apps.by_hand(SELECT, **alike)}
+    with_commit = {"with a COMMIT": partial(apps.by_hand, SELECT, **alike)}
     return {
-        "same trips": apps.by_hand(SELECT, sends_commit=False, **alike),
+        "same trips": partial(apps.by_hand, SELECT, sends_commit=False, **alike),
         **({} if place.startswith("postgresql") else with_commit),
-        "as written": apps.by_hand(SELECT),
-        "ours": apps.ours(SELECT, current_read_session),
+        "as written": partial(apps.by_hand, SELECT),
+        "ours": partial(apps.ours, SELECT, current_read_session),
     }
 
 
 def _inserting() -> dict[str, Maker]:
     return {
-        "same trips": apps.by_hand(INSERT, pool_reset_on_return=None),
-        "as written": apps.by_hand(INSERT),
-        "ours": apps.ours(INSERT, current_session),
+        "same trips": partial(apps.by_hand, INSERT, pool_reset_on_return=None),
+        "as written": partial(apps.by_hand, INSERT),
+        "ours": partial(apps.ours, INSERT, current_session),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 
 MAKERS: dict[str, dict[str, Maker]] = {
     statement: {
-        "sqlalchemy": apps.by_hand(text),
-        "asgi_uow": apps.ours(text, session),
-        "context_async_sqlalchemy": apps.context_async_sqlalchemy(text),
-        "advanced_alchemy": apps.advanced_alchemy(text),
+        "sqlalchemy": partial(apps.by_hand, text),
+        "asgi_uow": partial(apps.ours, text, session),
+        "context_async_sqlalchemy": partial(apps.context_async_sqlalchemy, text),
+        "advanced_alchemy": partial(apps.advanced_alchemy, text),
     }
     for statement, text, session in (
         ("insert", apps.INSERT, current_session),
