@@ -33,8 +33,6 @@ VALGRIND = (
     if shutil.which("valgrind")
     else []
 )
-
-
 TITLES = ("instructions" if VALGRIND else "Python calls", "ratio")
 
 

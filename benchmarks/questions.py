@@ -80,7 +80,9 @@ def _questions() -> Iterable[Question]:
         {
             "awaited call": lambda: apps.in_our_middleware(_await_calls),
             "async hook": lambda: apps.in_our_middleware(_register(_nothing)),
-            "hook in a thread": lambda: apps.in_our_middleware(_register(int)),
+            "hook in a thread": lambda: apps.in_our_middleware(
+                _register(_nothing_sync)
+            ),
         },
         parts=HOOKS,
     )
@@ -127,6 +129,10 @@ def _inserting() -> dict[str, Maker]:
 
 
 async def _nothing(*_: Scope) -> None:
+    pass
+
+
+def _nothing_sync() -> None:
     pass
 
 
