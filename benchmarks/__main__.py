@@ -8,6 +8,7 @@ import sys
 
 from . import instructions, measure
 from .databases import Databases
+from .memory import parked_bytes
 from .questions import chosen
 from .tables import print_table
 
@@ -18,6 +19,7 @@ async def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each question")
     options = parser.parse_args()
+    without, held = await parked_bytes()
     times: dict[tuple[str, str], measure.Time] = {}
     async with Databases() as databases:
         urls = await databases.urls(chosen(options.only))
@@ -28,8 +30,10 @@ async def main() -> None:
         counts = await instructions.count(urls)
     print_table(
         ("question", "contestant", *measure.TITLES, *instructions.TITLES),
-        [(*names, *times[names].cells(), *counts[names].cells()) for names in times],
+        [(*names, *times[names].cells(), *counts[names]) for names in times],
     )
+    more = f"{held - without:,.0f} more than in a no-op middleware"
+    print(f"A parked request holds {held:,.0f} bytes: {more}.")
 
 
 if __name__ == "__main__":

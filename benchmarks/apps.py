@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Concatenate, ParamSpec
+import importlib
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from asgi_uow import (
-    Database,
-    UnitOfWorkMiddleware,
-    after_commit,
-    current_read_session,
-    current_session,
-)
+from asgi_uow import Database, UnitOfWorkMiddleware
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from contextlib import AsyncExitStack
 
     from sqlalchemy import TextClause
-    from starlette.requests import Request
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
+
+    Maker: TypeAlias = Callable[[str, AsyncExitStack], ASGIApp]
+    """Makes an application on the database of a URL; the stack closes its engines."""
 
 P = ParamSpec("P")
 SELECT = text("SELECT name FROM thing WHERE id = 1")
 INSERT = text("INSERT INTO note (content) VALUES ('something to keep')")
-HOOKS = 10
 
 
 class NoOp:
@@ -46,26 +44,30 @@ class NoOp:
         await self.app(scope, receive, forward)
 
 
-async def answer(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": b"done"})
+def handler(work: Callable[[Scope], Awaitable[object]]) -> ASGIApp:
+    """Return an application that works, then answers."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
+        await work(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    return app
 
 
-def ours(app: ASGIApp) -> UnitOfWorkMiddleware:
-    return UnitOfWorkMiddleware(app, unused())
-
-
-def unused() -> Database:
+def unused_database() -> Database:
     return Database.from_url("sqlite:///never-opened.db")
 
 
-def starlette(
+def in_our_middleware(work: Callable[[Scope], Awaitable[object]]) -> ASGIApp:
+    return UnitOfWorkMiddleware(handler(work), unused_database())
+
+
+def on_starlette(
     middleware: Callable[Concatenate[ASGIApp, P], ASGIApp],
     *args: P.args,
     **kwargs: P.kwargs,
-) -> Starlette:
-    """Return an application with one route and one middleware."""
-
+) -> ASGIApp:
     async def endpoint(request: Request) -> PlainTextResponse:  # noqa: ARG001
         return PlainTextResponse("done")
 
@@ -74,78 +76,82 @@ def starlette(
     return app
 
 
-def our_select(url: str, stack: AsyncExitStack) -> ASGIApp:
-    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
-        await current_read_session().execute(SELECT)
-        await answer(scope, receive, send)
-
-    return UnitOfWorkMiddleware(handler, _database(url, stack))
-
-
-def our_insert(url: str, stack: AsyncExitStack) -> ASGIApp:
-    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
-        await current_session().execute(INSERT)
-        await answer(scope, receive, send)
-
-    return UnitOfWorkMiddleware(handler, _database(url, stack))
-
-
-def _database(url: str, stack: AsyncExitStack) -> Database:
-    database = Database.from_url(url)
-    stack.push_async_callback(database.dispose)
-    return database
-
-
 def by_hand(
     statement: TextClause,
+    url: str,
+    stack: AsyncExitStack,
     *,
     sends_commit: bool = True,
-    **engine_options: object,
-) -> Callable[[str, AsyncExitStack], ASGIApp]:
-    """Return what makes the code people write, on an engine with these options."""
+    **engine_options: Any,
+) -> ASGIApp:
+    """Make the code people write, on an engine with these options."""
+    engine = _engine(url, stack, **engine_options)
+    if not sends_commit:
+        engine.dialect.do_commit = _send_nothing  # type: ignore[method-assign]
+    sessions = async_sessionmaker(engine, expire_on_commit=False)
 
-    def make(url: str, stack: AsyncExitStack) -> ASGIApp:
-        engine = create_async_engine(url, **engine_options)
-        stack.push_async_callback(engine.dispose)
-        if not sends_commit:
-            engine.dialect.do_commit = _send_nothing  # type: ignore[method-assign, assignment]
-        sessions = async_sessionmaker(engine, expire_on_commit=False)
+    async def execute(scope: Scope) -> None:  # noqa: ARG001
+        async with sessions.begin() as session:
+            await session.execute(statement)
 
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            async with sessions.begin() as session:
-                await session.execute(statement)
-            await answer(scope, receive, send)
-
-        return app
-
-    return make
+    return handler(execute)
 
 
-def _send_nothing(connection: object) -> None:
+def _send_nothing(dbapi_connection: object) -> None:
     pass
 
 
-async def empty() -> None:
-    pass
+def ours(
+    statement: TextClause,
+    session: Callable[[], AsyncSession],
+    url: str,
+    stack: AsyncExitStack,
+) -> ASGIApp:
+    database = Database.from_url(url)
+    stack.push_async_callback(database.dispose)
+
+    async def execute(scope: Scope) -> None:  # noqa: ARG001
+        await session().execute(statement)
+
+    return UnitOfWorkMiddleware(handler(execute), database)
 
 
-def empty_sync() -> None:
-    pass
+def context_async_sqlalchemy(
+    statement: TextClause, url: str, stack: AsyncExitStack
+) -> ASGIApp:
+    peer: Any = importlib.import_module("context_async_sqlalchemy")
+    engine = _engine(url, stack)
+
+    def connect(host: str) -> AsyncEngine:  # noqa: ARG001
+        return engine
+
+    database = peer.DBConnect(connect, async_sessionmaker, host=url)
+
+    async def execute(scope: Scope) -> None:  # noqa: ARG001
+        session = await peer.db_session(database)
+        await session.execute(statement)
+
+    app: ASGIApp = peer.ASGIHTTPDBSessionMiddleware(handler(execute))
+    return app
 
 
-async def awaits(scope: Scope, receive: Receive, send: Send) -> None:
-    for _ in range(HOOKS):
-        await empty()
-    await answer(scope, receive, send)
+def advanced_alchemy(statement: TextClause, url: str, stack: AsyncExitStack) -> ASGIApp:
+    peer: Any = importlib.import_module("advanced_alchemy.extensions.starlette")
+    engine = _engine(url, stack)
+    config = peer.SQLAlchemyAsyncConfig(
+        engine_instance=engine, commit_mode="autocommit"
+    )
+    alchemy = peer.AdvancedAlchemy(config)
+
+    async def execute(scope: Scope) -> None:
+        session = alchemy.get_async_session(Request(scope))
+        await session.execute(statement)
+
+    app: ASGIApp = peer.config.SessionMiddleware(handler(execute), config)
+    return app
 
 
-async def registers(scope: Scope, receive: Receive, send: Send) -> None:
-    for _ in range(HOOKS):
-        after_commit(empty)
-    await answer(scope, receive, send)
-
-
-async def registers_sync(scope: Scope, receive: Receive, send: Send) -> None:
-    for _ in range(HOOKS):
-        after_commit(empty_sync)
-    await answer(scope, receive, send)
+def _engine(url: str, stack: AsyncExitStack, **options: Any) -> AsyncEngine:
+    engine = create_async_engine(url, **options)
+    stack.push_async_callback(engine.dispose)
+    return engine

@@ -16,64 +16,60 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from .questions import questions
-
-# All, whatever is asked: addresses of objects decide about hash collisions.
-DIALECTS = (
-    "sqlite+aiosqlite",
-    "mysql+asyncmy",
-    "postgresql+asyncpg",
-    "postgresql+psycopg",
-)
+from .questions import PLACES, chosen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractAsyncContextManager
     from types import FrameType
 
-    from .questions import Question
+    from .questions import Request
 
 
 def main(urls: dict[str, str], requests: Sequence[int], *, count_calls: bool) -> None:
     """Print for each fork: question, contestant, process id, calls."""
-    for dialect in DIALECTS:
+    # All of them, whatever is asked: where objects lie decides about collisions.
+    for dialect in PLACES.values():
         create_async_engine(f"{dialect}://")  # imports the driver
     gc.collect()  # else a full collection falls into some of the forks
-    for question in questions():
+    for question in chosen(urls):
         for contestant in question.contestants if question.name in urls else ():
             for number in requests:
-                if process := os.fork():
-                    if os.waitpid(process, 0)[1] != 0:
-                        sys.exit(f"{question.name}, {contestant}: failed")
-                    continue
-                counter = _CallCounter()
-                if count_calls:
-                    counter.start()
-                asyncio.run(_ask(question, contestant, urls[question.name], number))
-                sys.setprofile(None)
-                cells = (question.name, contestant, os.getpid(), counter.calls)
-                print(*cells, sep="\t", flush=True)
-                os._exit(0)  # at once: the end of Python costs the same for all
+                process = os.fork()
+                if not process:
+                    request = question.contestant(contestant, urls[question.name])
+                    calls = _run(request, number, count_calls=count_calls)
+                    print(question.name, contestant, os.getpid(), calls, sep="\t")
+                    sys.stdout.flush()
+                    os._exit(0)  # at once: the end of Python is not measured
+                if os.waitpid(process, 0)[1] != 0:
+                    sys.exit(f"{question.name}, {contestant}: failed")
 
 
-async def _ask(question: Question, contestant: str, url: str, number: int) -> None:
-    async with question.contestant(contestant, url) as request:
-        for _ in range(number):
-            await request()
+def _run(
+    contestant: AbstractAsyncContextManager[Request], number: int, *, count_calls: bool
+) -> int:
+    """Make so many requests; return how many Python calls they were, if counted.
 
+    Each resumption of a coroutine counts as a call.
+    """
+    calls = 0
 
-class _CallCounter:
-    """Counts calls of Python functions; each resumption of a coroutine counts."""
+    def count(frame: FrameType, event: str, argument: object) -> None:  # noqa: ARG001
+        nonlocal calls
+        calls += event == "call"
 
-    def __init__(self) -> None:
-        self.calls = 0
+    async def main() -> None:
+        async with contestant as request:
+            for _ in range(number):
+                await request()
 
-    def start(self) -> None:
-        threading.setprofile(self._count)
-        sys.setprofile(self._count)
-
-    def _count(self, frame: FrameType, event: str, argument: object) -> None:  # noqa: ARG002
-        if event == "call":
-            self.calls += 1
+    if count_calls:
+        threading.setprofile(count)
+        sys.setprofile(count)
+    asyncio.run(main())
+    sys.setprofile(None)
+    return calls
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import json
 import os
 import re
@@ -34,33 +33,20 @@ VALGRIND = (
     if shutil.which("valgrind")
     else []
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Count:
-    """What one part of a request costs."""
-
-    number: float
-    ratio: float
-    """To the first contestant of the question."""
-
-    def cells(self) -> tuple[str, ...]:
-        """Return the columns of the table."""
-        return (f"{self.number:,.0f}", f"{self.ratio:.3f}")
-
-
 TITLES = ("instructions" if VALGRIND else "Python calls", "ratio")
 
 
 async def count(
     urls: Mapping[Question, str], repeats: int = 1
-) -> dict[tuple[str, str], Count]:
-    """Count by question and contestant, each question on the database of its URL.
+) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Return number and ratio by question and contestant, as texts.
 
     Each repetition has other hashes, so other collisions of them: medians count.
     """
+    if not VALGRIND:
+        print("valgrind is not installed: calls of Python functions are counted.")
     totals = [await _totals(urls, seed) for seed in range(repeats)]
-    counts = {}
+    counts: dict[tuple[str, str], tuple[str, ...]] = {}
     for question in urls:
         parts = (REQUESTS[1] - REQUESTS[0]) * question.parts
         numbers = {}
@@ -69,7 +55,8 @@ async def count(
             numbers[name] = statistics.median((b - a) / parts for a, b in pairs)
         first = next(iter(numbers.values()))
         for name, number in numbers.items():
-            counts[question.name, name] = Count(number, number / first)
+            cells = f"{number:,.0f}", f"{number / first:.3f}"
+            counts[question.name, name] = cells
     return counts
 
 
@@ -118,7 +105,7 @@ async def main() -> None:
         counts = await count(urls, options.repeats)
     print_table(
         ("question", "contestant", *TITLES),
-        [(*names, *number.cells()) for names, number in counts.items()],
+        [(*names, *cells) for names, cells in counts.items()],
     )
 
 

@@ -4,42 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from asgi_uow import UnitOfWorkMiddleware
-
-from .apps import (
-    HOOKS,
-    INSERT,
-    SELECT,
-    NoOp,
-    answer,
-    awaits,
-    by_hand,
-    our_insert,
-    our_select,
-    ours,
-    registers,
-    registers_sync,
-    starlette,
-    unused,
+from asgi_uow import (
+    UnitOfWorkMiddleware,
+    after_commit,
+    current_read_session,
+    current_session,
 )
+
+from . import apps
+from .apps import INSERT, SELECT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 
-    from asgi_uow._asgi import ASGIApp, Message
+    from asgi_uow._asgi import ASGIApp, Message, Scope
+
+    from .apps import Maker
 
     Request: TypeAlias = Callable[[], Awaitable[None]]
-    Maker: TypeAlias = Callable[[str, AsyncExitStack], ASGIApp]
 
-PLACES = (
-    "sqlite-aiosqlite",
-    "mariadb-asyncmy",
-    "postgresql-asyncpg",
-    "postgresql-psycopg",
-)
-"""Databases and drivers."""
+PLACES = {  # and SQLAlchemy's dialects
+    "sqlite-aiosqlite": "sqlite+aiosqlite",
+    "mariadb-asyncmy": "mysql+asyncmy",
+    "postgresql-asyncpg": "postgresql+asyncpg",
+    "postgresql-psycopg": "postgresql+psycopg",
+}
+HOOKS = 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,81 +50,108 @@ class Question:
     async def contestant(self, name: str, url: str) -> AsyncGenerator[Request, None]:
         """Make an application, give the function that sends it one request."""
         async with AsyncExitStack() as stack:
-            app = self.contestants[name](url, stack)
-
-            async def request() -> None:
-                await app(_scope(), _receive, _send)
-
-            yield request
-
-
-def questions() -> list[Question]:
-    """Return all questions, in the order of the table."""
-    return [
-        Question(
-            "untouched",
-            {
-                "no-op middleware": lambda *_: NoOp(answer),
-                "ours": lambda *_: ours(answer),
-            },
-        ),
-        Question(
-            "untouched-starlette",
-            {
-                "no-op middleware": lambda *_: starlette(NoOp),
-                "ours": lambda *_: starlette(UnitOfWorkMiddleware, unused()),
-            },
-        ),
-        Question(
-            "hook",
-            {
-                "awaited call": lambda *_: ours(awaits),
-                "async hook": lambda *_: ours(registers),
-                "hook in a thread": lambda *_: ours(registers_sync),
-            },
-            parts=HOOKS,
-        ),
-        *(_select(place) for place in PLACES),
-        *(_insert(place) for place in PLACES),
-    ]
+            yield partial(ask, self.contestants[name](url, stack))
 
 
 def chosen(names: Iterable[str]) -> list[Question]:
-    """Return the questions whose names begin with one of these."""
-    return [each for each in questions() if each.name.startswith(tuple(names))]
+    """Return the questions whose names begin with one of these, in order."""
+    return [each for each in _questions() if each.name.startswith(tuple(names))]
 
 
-def _select(place: str) -> Question:
+def _questions() -> Iterable[Question]:
+    yield _without_database(
+        "untouched",
+        {
+            "no-op middleware": lambda: apps.NoOp(apps.handler(_nothing)),
+            "ours": lambda: apps.in_our_middleware(_nothing),
+        },
+    )
+    yield _without_database(
+        "untouched-starlette",
+        {
+            "no-op middleware": lambda: apps.on_starlette(apps.NoOp),
+            "ours": lambda: apps.on_starlette(
+                UnitOfWorkMiddleware, apps.unused_database()
+            ),
+        },
+    )
+    yield _without_database(
+        "hook",
+        {
+            "awaited call": lambda: apps.in_our_middleware(_await_calls),
+            "async hook": lambda: apps.in_our_middleware(_register(_nothing)),
+            "hook in a thread": lambda: apps.in_our_middleware(
+                _register(_nothing_sync)
+            ),
+        },
+        parts=HOOKS,
+    )
+    for place in PLACES:
+        yield Question(f"select-{place}", _selecting(place), place)
+    for place in PLACES:
+        yield Question(f"insert-{place}", _inserting(), place)
+
+
+def _without_database(
+    name: str, contestants: Mapping[str, Callable[[], ASGIApp]], parts: int = 1
+) -> Question:
+    def make(contestant: str, url: str, stack: AsyncExitStack) -> ASGIApp:  # noqa: ARG001
+        return contestants[contestant]()
+
+    return Question(
+        name, {each: partial(make, each) for each in contestants}, parts=parts
+    )
+
+
+def _selecting(place: str) -> dict[str, Maker]:
     alike: dict[str, Any] = {
         "isolation_level": "AUTOCOMMIT",
         "skip_autocommit_rollback": True,
         "pool_reset_on_return": None,
     }
-    # In AUTOCOMMIT mode SQLAlchemy still commits. On PostgreSQL the drivers know that
+    # In AUTOCOMMIT mode SQLAlchemy still commits. PostgreSQL's drivers know that
     # nothing is open; the others ask the database: a trip more than ours makes.
-    with_commit = {"with a COMMIT": by_hand(SELECT, **alike)}
-    return Question(
-        f"select-{place}",
-        {
-            "same trips": by_hand(SELECT, sends_commit=False, **alike),
-            **({} if place.startswith("postgresql") else with_commit),
-            "as written": by_hand(SELECT),
-            "ours": our_select,
-        },
-        place,
-    )
+    with_commit = {"with a COMMIT": partial(apps.by_hand, SELECT, **alike)}
+    return {
+        "same trips": partial(apps.by_hand, SELECT, sends_commit=False, **alike),
+        **({} if place.startswith("postgresql") else with_commit),
+        "as written": partial(apps.by_hand, SELECT),
+        "ours": partial(apps.ours, SELECT, current_read_session),
+    }
 
 
-def _insert(place: str) -> Question:
-    return Question(
-        f"insert-{place}",
-        {
-            "same trips": by_hand(INSERT, pool_reset_on_return=None),
-            "as written": by_hand(INSERT),
-            "ours": our_insert,
-        },
-        place,
-    )
+def _inserting() -> dict[str, Maker]:
+    return {
+        "same trips": partial(apps.by_hand, INSERT, pool_reset_on_return=None),
+        "as written": partial(apps.by_hand, INSERT),
+        "ours": partial(apps.ours, INSERT, current_session),
+    }
+
+
+async def _nothing(*_: Scope) -> None:
+    pass
+
+
+def _nothing_sync() -> None:
+    pass
+
+
+async def _await_calls(scope: Scope) -> None:  # noqa: ARG001
+    for _ in range(HOOKS):
+        await _nothing()
+
+
+def _register(hook: Callable[[], object]) -> Callable[[Scope], Awaitable[None]]:
+    async def register(scope: Scope) -> None:  # noqa: ARG001
+        for _ in range(HOOKS):
+            after_commit(hook)
+
+    return register
+
+
+async def ask(app: ASGIApp) -> None:
+    """Send one request as a server would."""
+    await app(_scope(), _receive, _send)
 
 
 def _scope() -> dict[str, object]:
