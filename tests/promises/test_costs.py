@@ -7,6 +7,7 @@ hold yet names the issue that will make it hold, and fails as soon as it does.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import sys
 import weakref
@@ -14,6 +15,8 @@ from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from asgi_uow import (
     Database,
@@ -37,7 +40,7 @@ from tests.support.costs import Steps, ask, cost, garbage_of, live
 from tests.support.databases import DRIVERS, on, shop_database
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
     from tests.servers import Backend
@@ -54,7 +57,6 @@ def issue(number: int, *, on: bool = True, why: str) -> pytest.MarkDecorator:
 
 # A request that touches nothing
 
-UNTOUCHED_OBJECTS = 2
 UNTOUCHED_CALLS = 3
 """More than a middleware makes that passes everything on."""
 
@@ -86,37 +88,35 @@ async def test_untouched_objects(stack: str) -> None:
     when all is over.
     """
     waits = (asyncio.Future, asyncio.Handle, asyncio.Event, asyncio.Lock)
-    seen: list[list[object]] = []
+    seen: list[dict[str, int]] = []
     known: set[int] = set()
 
     def look() -> None:
-        seen.append([each for each in live(waits) if id(each) not in known])
+        new = [each for each in live(waits) if id(each) not in known]
+        references = {
+            type(each).__name__: weakref.getweakrefcount(each) for each in new
+        }
+        seen.append(references)
 
-    async def look_and_pass_on(scope: Scope, receive: Receive, send: Send) -> None:
+    async def look_and_answer(scope: Scope, receive: Receive, send: Send) -> None:
         look()
         await answer(scope, receive, send)
 
     async def send(message: Message) -> None:
         look()
 
-    app: ASGIApp = UnitOfWorkMiddleware(look_and_pass_on, unused())
+    app: ASGIApp = UnitOfWorkMiddleware(look_and_answer, unused())
     if stack == "starlette":
-        inner = starlette(UnitOfWorkMiddleware, unused())
-        inner.router.default = look_and_pass_on
-        inner.router.routes.clear()
-        app = inner
+        inside = Starlette(routes=[Mount("/", look_and_answer)])
+        inside.add_middleware(UnitOfWorkMiddleware, unused())
+        app = inside
     await app(http_scope(), no_body, send)  # Starlette builds its stack once
     seen.clear()
     before = live(waits)
     known.update(map(id, before))
     await app(http_scope(), no_body, send)
     look()
-    *inside, after = seen
-    names = [sorted(type(each).__name__ for each in objects) for objects in inside]
-    references = [weakref.getweakrefcount(each) for one in inside for each in one]
-    assert [UNTOUCHED_OBJECTS] * 3 >= [len(each) for each in names], names
-    assert 0 == sum(references)
-    assert [] == after
+    assert [{"UnitOfWork": 0, "_Exchange": 0}] * 3 + [{}] == seen
 
 
 # One statement
@@ -134,8 +134,8 @@ MOST_CALLS = {"select": 1.00, "insert": 1.05}
 HOPS = {"select": 1, "insert": 2}
 """Of SQLite's thread, which executes, and commits."""
 
-CALLS_LEFT = {
-    "select": {name: not IS_EAGER for name in ("asyncmy", "asyncpg", "psycopg")},
+CALLS_LEFT: dict[str, dict[str, bool]] = {
+    "select": dict.fromkeys(("asyncmy", "asyncpg", "psycopg"), not IS_EAGER),
     "insert": {
         "aiosqlite": not IS_EAGER,
         "asyncmy": True,
@@ -363,25 +363,46 @@ CLEAN = {
     "rollback only": (give_up, 200),
 }
 CYCLES = {
-    "stream": "a StreamResult's `serialize` closes over the result it was made of",
+    "stream": "a stream's `serialize` closes over the result it was made of",
     "stream left open": "as for a stream",
+    "hook that fails": "call_hook() and _HookRun.call_all() keep their `error`",
+    "before_commit fails": "UnitOfWork.failure, and the failure in the scope",
 }
+"""What is left for now, and what makes it so."""
+NO_CYCLE_BEFORE_312 = "hook that fails"
+
+
+async def left_by(backend: Backend, names: Iterable[str]) -> dict[str, list[str]]:
+    """Name what requests leave of ours to the garbage collector."""
+    found: dict[str, list[str]] = {}
+    async with shop_database(backend) as db:
+        for name in names:
+            handler, status = CLEAN[name]
+            app = UnitOfWorkMiddleware(endpoint(handler, status), db, observers=())
+            if left := await garbage_of(functools.partial(ask, app)):
+                found[name] = left
+    return found
+
+
+@on(*DRIVERS)
+async def test_no_garbage(backend: Backend) -> None:
+    """A request that has ended leaves nothing of ours to the garbage collector."""
+    assert {} == await left_by(backend, CLEAN.keys() - CYCLES)
 
 
 @on(*DRIVERS)
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=issue(10, why=CYCLES[name]) if name in CYCLES else ())
-        for name in CLEAN
+        pytest.param(
+            name, marks=issue(10, on=IS_EAGER or name != NO_CYCLE_BEFORE_312, why=why)
+        )
+        for name, why in CYCLES.items()
     ],
 )
-async def test_no_garbage(backend: Backend, name: str) -> None:
-    """A request that has ended leaves nothing of ours to the garbage collector."""
-    handler, status = CLEAN[name]
-    async with shop_database(backend) as db:
-        app = UnitOfWorkMiddleware(endpoint(handler, status), db, observers=())
-        assert [] == await garbage_of(lambda: ask(app))
+async def test_no_garbage_later(backend: Backend, name: str) -> None:
+    """The same for those that have a cycle today."""
+    assert {} == await left_by(backend, [name])
 
 
 @on(*DRIVERS)
@@ -429,6 +450,6 @@ async def test_garbage_of_errors(backend: Backend, name: str) -> None:
     }
     async with shop_database(backend) as db:
         app = UnitOfWorkMiddleware(endpoint(handlers[name]), db, observers=())
-        left = await garbage_of(lambda: ask(app))
+        left = await garbage_of(functools.partial(ask, app))
     assert len(left) <= DATABASE_ERRORS[name], left
     assert left.count("UnitOfWork") <= 1
