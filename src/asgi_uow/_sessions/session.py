@@ -248,7 +248,7 @@ async def cancel_statements(cancel_sql: list[tuple[Engine, str]]) -> None:
 
 
 # `delete_all`, `merge_all`: SQLAlchemy 2.1.
-for _name in (
+for _name in {
     "execute",
     "scalar",
     "scalars",
@@ -269,6 +269,5 @@ for _name in (
     "close",
     "reset",
     "invalidate",
-):
-    if hasattr(StatementSession, _name):
-        setattr(Session, _name, _guarded(getattr(StatementSession, _name)))
+}.intersection(dir(StatementSession)):
+    setattr(Session, _name, _guarded(getattr(StatementSession, _name)))
