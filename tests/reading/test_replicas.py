@@ -497,7 +497,7 @@ async def test_hooks_see_what_their_request_must_see(
 
 async def test_one_wait_for_all_readers(mariadb: MariaDBBackend) -> None:
     """The seconds are for all readers together: the second is only asked."""
-    causal = CausalReads("a secret of the tests, long enough", wait=0.05)
+    causal = CausalReads("a secret of the tests, long enough", wait=0.5)
     waits: list[str] = []
 
     def note(*args: Any) -> None:

@@ -8,10 +8,12 @@ run ends, however it ends.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from subprocess import DEVNULL
 from typing import TYPE_CHECKING
 
 import pytest
@@ -51,13 +53,15 @@ APT = threading.Lock()
 
 
 def install(kind: type[Server]) -> None:  # pragma: no cover - needs a network
-    """Install a server with apt-get, if root."""
-    if is_root():
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    """Install a server with apt-get, if root and if there is one."""
+    if is_root() and shutil.which("apt-get"):
         command = ["apt-get", "install", "--yes", "--no-install-recommends"]
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         with APT:
-            subprocess.run(["apt-get", "update"], env=environment, check=False)
-            subprocess.run([*command, kind.package], env=environment, check=False)
+            for words in (["apt-get", "update"], [*command, kind.package]):
+                print(f"{kind.name} {MISSING}: {' '.join(words)}")  # noqa: T201
+                # Errors are shown, progress is not.
+                subprocess.run(words, env=environment, stdout=DEVNULL, check=False)
 
 
 class RunningServers:

@@ -244,6 +244,5 @@ async def cancel_statements(cancel_sql: list[tuple[sa.Engine, str]]) -> None:
 
 
 # `delete_all`, `merge_all`: SQLAlchemy 2.1.
-for _name in (*READS, *CHANGES, *ENDS):
-    if hasattr(StatementSession, _name):
-        setattr(Session, _name, _guarded(getattr(StatementSession, _name)))
+for _name in {*READS, *CHANGES, *ENDS}.intersection(dir(StatementSession)):
+    setattr(Session, _name, _guarded(getattr(StatementSession, _name)))
