@@ -20,7 +20,6 @@ from asgi_uow import (
     current_session,
     current_unit_of_work,
     force_commit,
-    savepoint,
     set_rollback_only,
 )
 from asgi_uow.errors import (
@@ -277,29 +276,6 @@ async def test_p5_failing_hook_changes_nothing(db: Database, backend: Backend) -
     assert response.error is None
     assert ["first", "last"] == fired
     assert [1] == await shop.items(backend)
-
-
-# P6 comes with the frames of savepoints; what the database keeps is right today.
-
-
-async def test_savepoint_undoes_only_what_is_inside(
-    db: Database, backend: Backend
-) -> None:
-    """What fails inside savepoint() is undone, the rest is committed."""
-
-    async def handler() -> None:
-        await shop.insert(1)
-        with pytest.raises(ZeroDivisionError):
-            async with savepoint():
-                await shop.insert(2)
-                raise ZeroDivisionError
-        async with current_session().begin_nested():
-            await shop.insert(3)
-
-    response = await handle(handler, db)
-
-    assert 200 == response.status
-    assert [1, 3] == await shop.items(backend)
 
 
 # P7

@@ -350,7 +350,10 @@ async def test_block_that_registers_itself(sqlite: SQLiteBackend) -> None:
     assert 1 == len(errors)
 
 
-async def test_hook_whose_name_cannot_be_read(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_hook_whose_name_cannot_be_read(
+    db: Database, backend: SQLiteBackend
+) -> None:
     """P5: a callable that refuses its name fails like any other hook."""
     called: list[str] = []
 
@@ -365,45 +368,44 @@ async def test_hook_whose_name_cannot_be_read(sqlite: SQLiteBackend) -> None:
         after_commit(Proxy())
         after_commit(called.append, "second")
 
-    async with shop_database(sqlite) as db:
-        errors = await failures(handler, db)
+    errors = await failures(handler, db)
     assert 1 == len(errors)
     assert ["second"] == called
 
 
-async def test_many_before_commit_hooks(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_many_before_commit_hooks(db: Database, backend: SQLiteBackend) -> None:
     """Hooks are looked through once, not once per hook."""
     called: list[int] = []
 
     async def note(number: int) -> None:
         called.append(number)
 
-    async with shop_database(sqlite) as db:
+    async def handler() -> None:
+        for number in range(3000):
+            before_commit(note, number)
 
-        async def handler() -> None:
-            for number in range(3000):
-                before_commit(note, number)
-
-        assert [] == await failures(handler, db)
+    assert [] == await failures(handler, db)
     assert list(range(3000)) == called
 
 
-async def test_before_commit_hook_dropped_on_the_way(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_before_commit_hook_dropped_on_the_way(
+    db: Database, backend: SQLiteBackend
+) -> None:
     """P6: a savepoint undone by a before_commit hook takes the next ones with it."""
     called: list[str] = []
 
-    async with shop_database(sqlite) as db:
+    async def handler() -> None:
+        opened = await current_session().begin_nested()
 
-        async def handler() -> None:
-            opened = await current_session().begin_nested()
+        async def undo() -> None:
+            await opened.rollback()
 
-            async def undo() -> None:
-                await opened.rollback()
+        before_commit(undo)
+        before_commit(called.append, "dropped")
 
-            before_commit(undo)
-            before_commit(called.append, "dropped")
-
-        await failures(handler, db)
+    await failures(handler, db)
     assert [] == called
 
 
@@ -426,21 +428,22 @@ async def test_nothing_is_current_after_a_hook(db: Database) -> None:
     assert current.get() is None
 
 
+@on("asyncmy")
 async def test_read_connection_that_cannot_be_given_back(
-    mariadb: MariaDBBackend,
+    db: Database,
+    backend: MariaDBBackend,
 ) -> None:
     """A read connection that is lost before the hooks is no harm to them."""
     called: list[str] = []
-    async with shop_database(mariadb) as db:
 
-        async def handler() -> None:
-            await current_read_session().scalar(COUNT)
-            after_commit(called.append, "hook")
-            await mariadb.kill_connections()
+    async def handler() -> None:
+        await current_read_session().scalar(COUNT)
+        after_commit(called.append, "hook")
+        await backend.kill_connections()
 
-        await failures(handler, db)
-        assert ["hook"] == called
-        assert [0, 0] == checked_out(db)
+    await failures(handler, db)
+    assert ["hook"] == called
+    assert [0, 0] == checked_out(db)
 
 
 async def test_task_that_reads_while_hooks_run(db: Database) -> None:
@@ -467,7 +470,10 @@ async def test_task_that_reads_while_hooks_run(db: Database) -> None:
     assert [0, 0] == checked_out(db)
 
 
-async def test_listener_that_breaks_giving_back(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_listener_that_breaks_giving_back(
+    db: Database, backend: SQLiteBackend
+) -> None:
     """P5: a listener that fails when a read connection is given back stops no hook."""
     called: list[str] = []
     events: list[Event] = []
@@ -475,15 +481,13 @@ async def test_listener_that_breaks_giving_back(sqlite: SQLiteBackend) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    async with shop_database(sqlite) as db:
+    async def handler() -> None:
+        session = current_read_session()
+        await session.scalar(COUNT)
+        event.listen(session.sync_session, "after_transaction_end", fail, once=True)
+        after_commit(called.append, "hook")
 
-        async def handler() -> None:
-            session = current_read_session()
-            await session.scalar(COUNT)
-            event.listen(session.sync_session, "after_transaction_end", fail, once=True)
-            after_commit(called.append, "hook")
-
-        response = await handle(handler, db, observers=[events.append])
+    response = await handle(handler, db, observers=[events.append])
 
     assert 200 == response.status
     assert ["hook"] == called

@@ -321,10 +321,11 @@ async def test_in_memory() -> None:
 # What hooks register
 
 
+@on("aiosqlite")
 @pytest.mark.parametrize("register", [before_commit, after_commit, after_response])
 @pytest.mark.parametrize("fails", [False, True])
 async def test_registering_in_hooks(
-    register: Register, fails: bool, sqlite: SQLiteBackend
+    register: Register, fails: bool, db: Database, backend: SQLiteBackend
 ) -> None:
     """What a hook registers comes last, and also when that hook then fails."""
     called: list[str] = []
@@ -339,14 +340,16 @@ async def test_registering_in_hooks(
         register(hook)
         register(called.append, "second")
 
-    async with shop_database(sqlite) as db:
-        response = await Sent(db, handler).send()
+    response = await Sent(db, handler).send()
 
     assert 200 == response.status
     assert ["first", "second", "registered"] == called
 
 
-async def test_registering_for_a_later_phase(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_registering_for_a_later_phase(
+    db: Database, backend: SQLiteBackend
+) -> None:
     """Hooks register for later phases, and for one that has passed for at once."""
     called: list[str] = []
 
@@ -362,13 +365,15 @@ async def test_registering_for_a_later_phase(sqlite: SQLiteBackend) -> None:
         called.append("first")
         after_commit(middle)
 
-    async with shop_database(sqlite) as db:
-        await Sent(db, functools.partial(before_commit, first)).send()
+    await Sent(db, functools.partial(before_commit, first)).send()
 
     assert ["first", "middle", "last", "the commit is proven still"] == called
 
 
-async def test_registering_after_a_rollback(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_registering_after_a_rollback(
+    db: Database, backend: SQLiteBackend
+) -> None:
     """After a rollback a hook may add to it; a commit is then that of its own unit."""
     called: list[str] = []
 
@@ -378,14 +383,14 @@ async def test_registering_after_a_rollback(sqlite: SQLiteBackend) -> None:
         after_commit(called.append, "compensated")
         after_response(called.append, "and released")
 
-    async with shop_database(sqlite) as db:
-        await Sent(db, functools.partial(after_rollback, compensate), 404).send()
+    await Sent(db, functools.partial(after_rollback, compensate), 404).send()
 
     assert ["compensated", "and released", "rolled back too"] == called
-    assert [1] == await shop.items(sqlite)
+    assert [1] == await shop.items(backend)
 
 
-async def test_rollback_of_a_hook(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_rollback_of_a_hook(db: Database, backend: SQLiteBackend) -> None:
     """What a hook registers for a rollback is called if its own work is undone."""
     called: list[str] = []
 
@@ -399,11 +404,10 @@ async def test_rollback_of_a_hook(sqlite: SQLiteBackend) -> None:
         after_commit(hook, fails=True)
         after_commit(hook, fails=False)
 
-    async with shop_database(sqlite) as db:
-        await Sent(db, handler).send()
+    await Sent(db, handler).send()
 
     assert ["fails: True"] == called
-    assert [1] == await shop.items(sqlite)
+    assert [1] == await shop.items(backend)
 
 
 async def test_savepoint_in_a_hook(db: Database, backend: Backend) -> None:
@@ -426,8 +430,11 @@ async def test_savepoint_in_a_hook(db: Database, backend: Backend) -> None:
     assert [2] == await shop.items(backend)
 
 
+@on("aiosqlite")
 @pytest.mark.parametrize(("register", "status"), REGISTER)
-async def test_too_many(register: Register, status: int, sqlite: SQLiteBackend) -> None:
+async def test_too_many(
+    register: Register, status: int, db: Database, backend: SQLiteBackend
+) -> None:
     """Hooks may register 100 others: one that registers itself comes to an end."""
     calls: list[int] = []
 
@@ -435,9 +442,8 @@ async def test_too_many(register: Register, status: int, sqlite: SQLiteBackend) 
         calls.append(len(calls))
         register(again)
 
-    async with shop_database(sqlite) as db:
-        sent = Sent(db, functools.partial(register, again), status)
-        response = await sent.send()
+    sent = Sent(db, functools.partial(register, again), status)
+    response = await sent.send()
 
     assert status == response.status
     assert MOST_BY_HOOKS + 1 == len(calls)
@@ -446,27 +452,27 @@ async def test_too_many(register: Register, status: int, sqlite: SQLiteBackend) 
     assert "register itself again" in str(failure.error)
 
 
-async def test_too_many_before_commit(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_too_many_before_commit(db: Database, backend: SQLiteBackend) -> None:
     """In the transaction the 101st has everything rolled back."""
 
     async def again() -> None:
         before_commit(again)
 
-    async with shop_database(sqlite) as db:
+    async def handler() -> None:
+        await shop.insert(1)
+        before_commit(again)
 
-        async def handler() -> None:
-            await shop.insert(1)
-            before_commit(again)
-
-        response = await handle(handler, db)
+    response = await handle(handler, db)
 
     assert 500 == response.status
     assert response.error is not None
     assert isinstance(response.error.__cause__, TooManyHooksError)
-    assert [] == await shop.items(sqlite)
+    assert [] == await shop.items(backend)
 
 
-async def test_no_limit_for_handlers(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_no_limit_for_handlers(db: Database, backend: SQLiteBackend) -> None:
     """The limit is on hooks that register hooks, not on handlers."""
     called: list[int] = []
 
@@ -474,8 +480,7 @@ async def test_no_limit_for_handlers(sqlite: SQLiteBackend) -> None:
         for number in range(3 * MOST_BY_HOOKS):
             after_commit(called.append, number)
 
-    async with shop_database(sqlite) as db:
-        await Sent(db, handler).send()
+    await Sent(db, handler).send()
 
     assert list(range(300)) == called
 
@@ -537,6 +542,7 @@ FORMS: dict[str, Callable[[BaseException], Callable[[], object]]] = {
 }
 
 
+@on("aiosqlite")
 @pytest.mark.parametrize(("register", "status"), REGISTER)
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("form", FORMS)
@@ -545,7 +551,8 @@ async def test_p5_failures(
     error: BaseException,
     register: Register,
     status: int,
-    sqlite: SQLiteBackend,
+    db: Database,
+    backend: SQLiteBackend,
 ) -> None:
     """P5: whatever fails in whatever way, the others run and the response leaves."""
     called: list[str] = []
@@ -556,9 +563,8 @@ async def test_p5_failures(
         register(fails)
         register(called.append, "after")
 
-    async with shop_database(sqlite) as db:
-        sent = Sent(db, handler, status)
-        response = await sent.send()
+    sent = Sent(db, handler, status)
+    response = await sent.send()
 
     assert (status, None) == (response.status, response.error)
     assert {"before", "after"} == set(called)
@@ -568,13 +574,15 @@ async def test_p5_failures(
     assert error in {failure.error, failure.error.__cause__}
 
 
+@on("aiosqlite")
 @pytest.mark.parametrize(("register", "status"), REGISTER)
 @pytest.mark.parametrize("hangs", [hang, swallow, lambda: hang()])
 async def test_p5_hanging(
     hangs: Callable[[], object],
     register: Register,
     status: int,
-    sqlite: SQLiteBackend,
+    db: Database,
+    backend: SQLiteBackend,
 ) -> None:
     """P5: a hook past its time is cancelled and reported, even if it ignores that."""
     called: list[str] = []
@@ -584,9 +592,8 @@ async def test_p5_hanging(
         register(hangs)
         register(called.append, "after")
 
-    async with shop_database(sqlite) as db:
-        sent = Sent(db, handler, status, hook_timeout=0.5)
-        response = await sent.send()
+    sent = Sent(db, handler, status, hook_timeout=0.5)
+    response = await sent.send()
 
     assert (status, None) == (response.status, response.error)
     assert {"before", "after"} == set(called)
@@ -594,7 +601,8 @@ async def test_p5_hanging(
     assert isinstance(failure.error, TimeoutError)
 
 
-async def test_p5_hanging_thread(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_p5_hanging_thread(db: Database, backend: SQLiteBackend) -> None:
     """P5: a sync hook past its time is reported and left to its thread."""
     go_on = threading.Event()
     called: list[str] = []
@@ -603,9 +611,8 @@ async def test_p5_hanging_thread(sqlite: SQLiteBackend) -> None:
         after_commit(go_on.wait, 60)
         after_commit(called.append, "after")
 
-    async with shop_database(sqlite) as db:
-        sent = Sent(db, handler, hook_timeout=0.5)
-        response = await sent.send()
+    sent = Sent(db, handler, hook_timeout=0.5)
+    response = await sent.send()
 
     go_on.set()
     assert 200 == response.status
