@@ -123,10 +123,7 @@ async def test_options_win(mariadb: MariaDBBackend) -> None:
     ],
 )
 def test_a_database_that_cannot_work(
-    url: str,
-    options: dict[str, Any],
-    kind: type[ConfigurationError],
-    message: str,
+    url: str, options: dict[str, Any], kind: type[ConfigurationError], message: str
 ) -> None:
     """The error says what to change, and shows no password."""
     with pytest.raises(kind, match=message) as caught:

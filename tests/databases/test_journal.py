@@ -132,8 +132,7 @@ async def test_swallowed_on_the_raw_connection(db: Database, backend: Backend) -
 
 @on("aiosqlite")
 async def test_rolled_back_on_the_raw_connection(
-    db: Database,
-    backend: SQLiteBackend,
+    db: Database, backend: SQLiteBackend
 ) -> None:
     """P2: a transaction that was rolled back through the driver itself is gone."""
 

@@ -160,7 +160,7 @@ async def _forget(message: Message) -> None:
 @on("asyncmy")
 @pytest.mark.parametrize("outcome", ["complete", "failed"])
 async def test_engines_are_closed_after_the_lifespan(
-    db: Database, backend: MariaDBBackend, outcome: str
+    db: Database, outcome: str
 ) -> None:
     """Engines made by from_url are disposed of before the server hears of the end."""
     counts: list[int] = []

@@ -327,9 +327,7 @@ async def test_failed_hook_is_logged_as_an_error(
     assert "ZeroDivisionError: a bug in the hook" in caplog.text
 
 
-def test_other_failures_are_logged_as_errors(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_other_failures_are_logged_as_errors(caplog: pytest.LogCaptureFixture) -> None:
     """So are a connection thrown away, and a commit by DDL; another logger will do."""
     observer = LoggingObserver(logging.getLogger("elsewhere"))
     observer(ReleaseFailed("closing the write session", OSError("the disk is gone")))

@@ -386,9 +386,7 @@ async def test_cancelled_sqlite_statement_leaves_no_lock(
     assert [] == await shop.items(backend)
 
 
-async def test_end_of_asyncio_run_waits_for_the_commit(
-    mariadb: MariaDBBackend,
-) -> None:
+async def test_end_of_asyncio_run_waits_for_the_commit(mariadb: MariaDBBackend) -> None:
     """P10: a COMMIT in flight is finished although the event loop is to end."""
     may_end = threading.Event()
     fired: list[str] = []

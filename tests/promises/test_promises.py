@@ -156,7 +156,7 @@ async def test_p2_framework_may_answer_the_failure_itself(
     [(200, ["after_commit", "after_response"]), (404, ["after_rollback"])],
 )
 async def test_p3_hooks_run_for_the_proven_outcome(
-    db: Database, backend: Backend, status: int, expected: list[str]
+    db: Database, status: int, expected: list[str]
 ) -> None:
     """P3: after_commit and after_rollback exclude each other."""
     fired: list[str] = []
@@ -380,7 +380,7 @@ async def test_p8_write_session_is_closed_for_good(
 # P9
 
 
-async def test_p9_leaked_task_gets_no_service(db: Database, backend: Backend) -> None:
+async def test_p9_leaked_task_gets_no_service(db: Database) -> None:
     """P9: a task that outlives its request is refused, read and write."""
     over = asyncio.Event()
     tasks: list[asyncio.Task[list[str]]] = []
@@ -505,9 +505,7 @@ async def test_p10_cancelled_commit_is_finished(
 # P12
 
 
-async def test_p12_untouched_request_opens_nothing(
-    db: Database, backend: Backend
-) -> None:
+async def test_p12_untouched_request_opens_nothing(db: Database) -> None:
     """P12: a request that touches no session connects to nothing."""
 
     async def handler() -> None:

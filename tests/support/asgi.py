@@ -13,6 +13,7 @@ from asgi_uow import (
     after_rollback,
     current_unit_of_work,
 )
+from asgi_uow.observers import HookFailed
 from tests.support.observer import Events
 
 if TYPE_CHECKING:
@@ -81,6 +82,11 @@ class Response:
         length = sum(len(each.get("body", b"")) for each in self.messages[1:])
         announced = int(self.headers.get("content-length", length))
         return ends == [*([False] * (len(ends) - 1)), True] and announced == length
+
+    @property
+    def failures(self) -> list[HookFailed]:
+        """What was told of hooks that failed."""
+        return self.events.of(HookFailed)
 
     @property
     def unit(self) -> UnitOfWork:

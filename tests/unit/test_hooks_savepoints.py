@@ -533,8 +533,7 @@ async def test_p6_savepoint_in_a_before_commit_hook(db: Database) -> None:
 
 @on("aiosqlite")
 async def test_p5_undone_hook_on_sqlite_does_not_wait_for_itself(
-    db: Database,
-    backend: SQLiteBackend,
+    db: Database, backend: SQLiteBackend
 ) -> None:
     """P5: the hook of a savepoint cannot write while its unit holds the only lock.
 
