@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from asgi_uow import (
     UnitOfWorkMiddleware,
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from asgi_uow import Database, UnitOfWork
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
 
-    Handler = Callable[[], Awaitable[object]]
-
+Handler: TypeAlias = "Callable[[], Awaitable[object]]"
 START = "http.response.start"
 BODY = "http.response.body"
 
