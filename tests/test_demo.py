@@ -78,9 +78,7 @@ async def test_every_line_is_as_promised(backend: Backend) -> None:
 
 
 def test_default_database_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Without DATABASE_URL the demo uses a SQLite file, which it removes."""
     monkeypatch.delenv("DATABASE_URL", raising=False)
@@ -93,8 +91,7 @@ def test_default_database_leaves_nothing(
 
 
 def test_broken_promise_is_found_out(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A shop that keeps a dry run makes the demo fail, and it says why."""
 
@@ -115,8 +112,7 @@ def test_broken_promise_is_found_out(
 
 
 def test_failure_of_the_demo_is_not_hidden(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An unexpected crash of a handler is shown with its traceback."""
 

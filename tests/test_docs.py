@@ -111,9 +111,7 @@ def test_the_page_about_sanic_runs(tmp_path: Path) -> None:
     ids=lambda page: page.name,
 )
 def test_every_python_block_runs(
-    page: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a page shows does what the page says."""
     monkeypatch.chdir(tmp_path)

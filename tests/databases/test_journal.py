@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from contextlib import closing, suppress
+from contextlib import asynccontextmanager, closing, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy import exc as sa_exc
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.pool import NullPool
 
 from asgi_uow import (
     Database,
     Outcome,
     Session,
-    UnitOfWork,
-    after_commit,
-    after_rollback,
     current_read_session,
     current_session,
     current_unit_of_work,
@@ -29,47 +29,37 @@ from asgi_uow.errors import (
     TransactionGoneError,
 )
 from asgi_uow.observers import CommitFailed, ImplicitCommit, UnitFinished
-from tests.servers.backend import MariaDBBackend
+from tests.servers import MariaDB, MariaDBBackend
 from tests.support import shop
-from tests.support.asgi import handle
+from tests.support.asgi import Response, handle
 from tests.support.databases import DRIVERS, on, shop_database
-from tests.support.private import Cause
+from tests.support.private import Cause, ManagedSession
 from tests.support.shop import Item
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncGenerator, Callable
 
-    from asgi_uow.observers import Event
     from tests.servers.backend import (
         Backend,
         PostgreSQLBackend,
         SQLiteBackend,
     )
-    from tests.support.asgi import Response
 
 pytestmark = on(*DRIVERS)
 
 
-class Request:
-    """One request, its unit and everything that was reported."""
+INSERT_OR_ROLLBACK = "INSERT OR ROLLBACK INTO items (id) VALUES (1)"
 
-    def __init__(self, db: Database, handler: Callable[[], Awaitable[object]]) -> None:
-        self.events: list[Event] = []
-        self.fired: list[str] = []
-        self.units: list[UnitOfWork] = []
-        self._db = db
-        self._handler = handler
 
-    async def send(self, status: int = 200) -> Response:
-        async def handler() -> None:
-            self.units.append(current_unit_of_work())
-            after_commit(self.fired.append, "commit")
-            after_rollback(self.fired.append, "rollback")
-            await self._handler()
-
-        return await handle(
-            handler, self._db, status=status, observers=[self.events.append]
-        )
+async def check_doomed(
+    response: Response, backend: Backend, status: int = 500
+) -> BaseException | None:
+    """Nothing was kept, and client and hooks were told so; give the cause."""
+    assert status == response.status
+    assert isinstance(response.error, DoomedError)
+    assert ["rollback"] == response.hooks
+    assert [] == await shop.items(backend)
+    return response.error.__cause__
 
 
 def is_postgresql(backend: Backend) -> bool:
@@ -84,24 +74,17 @@ async def test_swallowed_statement_error(db: Database, backend: Backend) -> None
         with suppress(sa_exc.IntegrityError):
             await shop.insert(1)
 
-    sent = Request(db, handler)
-    response = await sent.send()
+    response = await handle(handler, db, hooks=True)
 
     if is_postgresql(backend):
-        assert 500 == response.status
-        assert isinstance(response.error, DoomedError)
-        assert isinstance(response.error.__cause__, sa_exc.IntegrityError)
-        assert response.error.__cause__ is sent.units[0].doomed_by
-        assert ["rollback"] == sent.fired
-        assert [] == await shop.items(backend)
-        *_, failed, finished = sent.events
-        assert isinstance(failed, CommitFailed)
-        assert "23505" == failed.code
-        assert isinstance(finished, UnitFinished)
-        assert Cause.DOOMED is finished.cause
+        cause = await check_doomed(response, backend)
+        assert isinstance(cause, sa_exc.IntegrityError)
+        assert cause is response.unit.doomed_by
+        assert "23505" == response.events.only(CommitFailed).code
+        assert Cause.DOOMED is response.events.only(UnitFinished).cause
     else:
         assert 200 == response.status
-        assert ["commit"] == sent.fired
+        assert ["commit"] == response.hooks
         assert [1] == await shop.items(backend)
 
 
@@ -119,13 +102,9 @@ async def test_swallowed_in_the_middle_of_a_stream(
         with pytest.raises(Exception, match="division by zero"):
             await rows.all()
 
-    sent = Request(db, handler)
-    response = await sent.send()
+    response = await handle(handler, db, hooks=True)
 
-    assert 500 == response.status
-    assert isinstance(response.error, DoomedError)
-    assert ["rollback"] == sent.fired
-    assert [] == await shop.items(backend)
+    await check_doomed(response, backend)
 
 
 async def test_swallowed_on_the_raw_connection(db: Database, backend: Backend) -> None:
@@ -141,22 +120,19 @@ async def test_swallowed_on_the_raw_connection(db: Database, backend: Backend) -
             else:
                 await raw.execute("INSERT INTO items (id) VALUES (1)")
 
-    sent = Request(db, handler)
-    response = await sent.send()
+    response = await handle(handler, db, hooks=True)
 
     if is_postgresql(backend):
-        assert 500 == response.status
-        assert isinstance(response.error, DoomedError)
-        assert ["rollback"] == sent.fired
-        assert [] == await shop.items(backend)
+        await check_doomed(response, backend)
     else:
         assert 200 == response.status
-        assert ["commit"] == sent.fired
+        assert ["commit"] == response.hooks
         assert [1] == await shop.items(backend)
 
 
+@on("aiosqlite")
 async def test_rolled_back_on_the_raw_connection(
-    sqlite: SQLiteBackend,
+    db: Database, backend: SQLiteBackend
 ) -> None:
     """P2: a transaction that was rolled back through the driver itself is gone."""
 
@@ -166,13 +142,11 @@ async def test_rolled_back_on_the_raw_connection(
         raw: Any = (await connection.get_raw_connection()).driver_connection
         await raw.rollback()
 
-    async with shop_database(sqlite) as db:
-        sent = Request(db, handler)
-        response = await sent.send()
+    response = await handle(handler, db, hooks=True)
 
     assert 500 == response.status
     assert isinstance(response.error, DoomedError)
-    assert [] == await shop.items(sqlite)
+    assert [] == await shop.items(backend)
 
 
 async def test_swallowed_inside_a_savepoint(db: Database, backend: Backend) -> None:
@@ -191,11 +165,10 @@ async def test_swallowed_inside_a_savepoint(db: Database, backend: Backend) -> N
         async with savepoint():
             await shop.insert(3)
 
-    sent = Request(db, handler)
-    response = await sent.send()
+    response = await handle(handler, db, hooks=True)
 
     assert 200 == response.status
-    assert ["commit"] == sent.fired
+    assert ["commit"] == response.hooks
     assert [1, 3] == await shop.items(backend)
 
 
@@ -215,8 +188,7 @@ async def test_error_swallowed_inside_an_open_savepoint(
                 with suppress(sa_exc.IntegrityError):
                     await shop.insert(1)
 
-    sent = Request(db, handler)
-    response = await sent.send()
+    response = await handle(handler, db, hooks=True)
 
     assert (500 if is_postgresql(backend) else 200) == response.status
     kept = [] if is_postgresql(backend) else [1, 2]
@@ -239,7 +211,7 @@ async def test_outer_savepoint_undoes_what_the_inner_could_not(
                             await shop.insert(1)
                 raise ZeroDivisionError
 
-    response = await Request(db, handler).send()
+    response = await handle(handler, db)
 
     assert 200 == response.status
     assert [1] == await shop.items(backend)
@@ -255,44 +227,46 @@ async def test_doomed_error_response_is_left_alone(
         with suppress(sa_exc.IntegrityError):
             await shop.insert(1)
 
-    sent = Request(db, handler)
-    response = await sent.send(409)
+    response = await handle(handler, db, status=409, hooks=True)
 
     assert 409 == response.status
     assert response.error is None
-    assert ["rollback"] == sent.fired
+    assert ["rollback"] == response.hooks
     assert [] == await shop.items(backend)
 
 
-async def test_doomed_outside_a_request(postgresql: PostgreSQLBackend) -> None:
+@on("asyncpg")
+async def test_doomed_outside_a_request(
+    db: Database, backend: PostgreSQLBackend
+) -> None:
     """Leaving `async with db:` raises when the work is gone."""
-    async with shop_database(postgresql) as db:
-        with pytest.raises(DoomedError, match="already given"):
-            async with db:
+    with pytest.raises(DoomedError, match="already given"):
+        async with db:
+            await shop.insert(1)
+            with suppress(sa_exc.IntegrityError):
                 await shop.insert(1)
-                with suppress(sa_exc.IntegrityError):
-                    await shop.insert(1)
 
-        assert [] == await shop.items(postgresql)
+    assert [] == await shop.items(backend)
 
 
-async def test_doomed_by_a_before_commit_hook(postgresql: PostgreSQLBackend) -> None:
+@on("asyncpg")
+async def test_doomed_by_a_before_commit_hook(
+    db: Database, backend: PostgreSQLBackend
+) -> None:
     """An error swallowed in a before_commit hook is seen just before COMMIT."""
 
     async def swallow() -> None:
         with suppress(sa_exc.IntegrityError):
             await shop.insert(1)
 
-    async with shop_database(postgresql) as db:
+    async def handler() -> None:
+        await shop.insert(1)
+        current_unit_of_work().register("before_commit", swallow, (), {})
 
-        async def handler() -> None:
-            await shop.insert(1)
-            current_unit_of_work().register("before_commit", swallow, (), {})
+    response = await handle(handler, db)
 
-        response = await Request(db, handler).send()
-
-        assert isinstance(response.error, DoomedError)
-        assert [] == await shop.items(postgresql)
+    assert isinstance(response.error, DoomedError)
+    assert [] == await shop.items(backend)
 
 
 async def test_swallowed_flush_error(db: Database, backend: Backend) -> None:
@@ -304,31 +278,29 @@ async def test_swallowed_flush_error(db: Database, backend: Backend) -> None:
         with suppress(sa_exc.IntegrityError):
             await current_session().flush()
 
-    sent = Request(db, handler)
-    response = await sent.send()
+    response = await handle(handler, db, hooks=True)
 
-    assert 500 == response.status
-    assert isinstance(response.error, DoomedError)
-    assert isinstance(response.error.__cause__, sa_exc.IntegrityError)
-    assert ["rollback"] == sent.fired
-    assert [] == await shop.items(backend)
+    cause = await check_doomed(response, backend)
+    assert isinstance(cause, sa_exc.IntegrityError)
 
 
-async def test_client_side_error_dooms_nothing(postgresql: PostgreSQLBackend) -> None:
+@on("asyncpg")
+async def test_client_side_error_dooms_nothing(
+    db: Database, backend: PostgreSQLBackend
+) -> None:
     """An error that never reached the server has aborted no transaction."""
-    async with shop_database(postgresql) as db:
 
-        async def handler() -> None:
-            await shop.insert(1)
-            with pytest.raises(sa_exc.DBAPIError):
-                await current_session().execute(
-                    "INSERT INTO items (id) VALUES (:id)", id="text"
-                )
+    async def handler() -> None:
+        await shop.insert(1)
+        with pytest.raises(sa_exc.DBAPIError):
+            await current_session().execute(
+                "INSERT INTO items (id) VALUES (:id)", id="text"
+            )
 
-        response = await Request(db, handler).send()
+    response = await handle(handler, db)
 
-        assert 200 == response.status
-        assert [1] == await shop.items(postgresql)
+    assert 200 == response.status
+    assert [1] == await shop.items(backend)
 
 
 async def test_read_session_error_dooms_nothing(db: Database, backend: Backend) -> None:
@@ -339,34 +311,44 @@ async def test_read_session_error_dooms_nothing(db: Database, backend: Backend) 
             await current_read_session().execute("SELECT * FROM nowhere")
         await shop.insert(1)
 
-    response = await Request(db, handler).send()
+    response = await handle(handler, db)
 
     assert 200 == response.status
     assert [1] == await shop.items(backend)
 
 
-async def test_joined_read_error_dooms(postgresql: PostgreSQLBackend) -> None:
+@on("asyncpg")
+async def test_joined_read_error_dooms(
+    db: Database, backend: PostgreSQLBackend
+) -> None:
     """Once reads share the writer's transaction, so does what fails there."""
-    async with shop_database(postgresql) as db:
 
-        async def handler() -> None:
-            await shop.insert(1)
-            with pytest.raises(sa_exc.DBAPIError):
-                await current_read_session().execute("SELECT * FROM nowhere")
+    async def handler() -> None:
+        await shop.insert(1)
+        with pytest.raises(sa_exc.DBAPIError):
+            await current_read_session().execute("SELECT * FROM nowhere")
 
-        response = await Request(db, handler).send()
+    response = await handle(handler, db)
 
-        assert isinstance(response.error, DoomedError)
-        assert [] == await shop.items(postgresql)
+    assert isinstance(response.error, DoomedError)
+    assert [] == await shop.items(backend)
 
 
-async def deadlock(victim: Database, other: Database) -> None:
+@asynccontextmanager
+async def rival_of(backend: MariaDBBackend) -> AsyncGenerator[AsyncConnection]:
+    """A connection that the journal does not know of."""
+    engine = create_async_engine(backend.url, poolclass=NullPool)
+    async with engine.connect() as rival:
+        yield rival
+
+
+async def deadlock(backend: MariaDBBackend) -> None:
     """Make the statement of the current unit the victim of a real deadlock.
 
     MariaDB ends the transaction that has changed fewer rows.
     """
-    await current_session(victim).execute("UPDATE items SET parent = 1 WHERE id = 1")
-    async with other.engine.connect() as rival:
+    await current_session().execute("UPDATE items SET parent = 1 WHERE id = 1")
+    async with rival_of(backend) as rival:
         for number in (2, 3, 4, 5):
             await rival.exec_driver_sql(
                 f"UPDATE items SET parent = 2 WHERE id = {number}"
@@ -375,101 +357,76 @@ async def deadlock(victim: Database, other: Database) -> None:
             rival.exec_driver_sql("UPDATE items SET parent = 3 WHERE id = 1")
         )
         try:
-            await current_session(victim).execute(
-                "UPDATE items SET parent = 4 WHERE id = 2",
-            )
+            await current_session().execute("UPDATE items SET parent = 4 WHERE id = 2")
         finally:
             await blocked
 
 
+@on("asyncmy")
 @pytest.mark.parametrize("inside_savepoint", [False, True])
 async def test_swallowed_deadlock(
-    mariadb: MariaDBBackend, inside_savepoint: bool
+    db: Database, backend: MariaDBBackend, inside_savepoint: bool
 ) -> None:
     """P2: after a swallowed deadlock nothing is kept, later writes included.
 
     Inside a savepoint it surfaces as 1305; the journal still knows of 1213.
     """
-    async with shop_database(mariadb) as db, mariadb_rival(mariadb) as rival:
-        await mariadb.execute("INSERT INTO items (id) VALUES (1), (2), (3), (4), (5)")
+    await backend.execute("INSERT INTO items (id) VALUES (1), (2), (3), (4), (5)")
 
-        async def handler() -> None:
-            await shop.insert(100)
-            with suppress(sa_exc.DBAPIError):
-                if inside_savepoint:
-                    async with savepoint():
-                        await deadlock(db, rival)
-                else:
-                    await deadlock(db, rival)
-            await shop.insert(200)
+    async def handler() -> None:
+        await shop.insert(100)
+        with suppress(sa_exc.DBAPIError):
+            async with savepoint() if inside_savepoint else nullcontext():
+                await deadlock(backend)
+        await shop.insert(200)
 
-        sent = Request(db, handler)
-        response = await sent.send()
+    response = await handle(handler, db, hooks=True)
 
-        assert 503 == response.status
-        assert isinstance(response.error, DoomedError)
-        assert ["rollback"] == sent.fired
-        assert 1213 == next(e.code for e in sent.events if isinstance(e, CommitFailed))
-        assert [1, 2, 3, 4, 5] == await shop.items(mariadb)
+    assert 503 == response.status
+    assert isinstance(response.error, DoomedError)
+    assert ["rollback"] == response.hooks
+    assert 1213 == response.events.only(CommitFailed).code
+    assert [1, 2, 3, 4, 5] == await shop.items(backend)
 
 
-def mariadb_rival(mariadb: MariaDBBackend) -> _Rival:
-    return _Rival(mariadb.url)
-
-
-class _Rival:
-    def __init__(self, url: str) -> None:
-        self.db = Database.from_url(url)
-
-    async def __aenter__(self) -> Database:
-        return self.db
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.db.dispose()
-
-
-async def test_sqlite_busy(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite", connect_args={"timeout": 0})
+async def test_sqlite_busy(db: Database, backend: SQLiteBackend) -> None:
     """BUSY at BEGIN is an error of the statement; nothing was there to be lost."""
-    async with shop_database(sqlite, connect_args={"timeout": 0}) as db:
-        async with db:
-            await db.write.execute("PRAGMA user_version")
+    async with db:
+        await db.write.execute("PRAGMA user_version")
 
-        async def handler() -> None:
-            await current_session().execute("PRAGMA busy_timeout = 0")
+    async def handler() -> None:
+        await current_session().execute("PRAGMA busy_timeout = 0")
 
-        async def locked() -> None:
-            await shop.insert(1)
+    async def locked() -> None:
+        await shop.insert(1)
 
-        await Request(db, handler).send()
-        with closing(sqlite3.connect(sqlite.path)) as other:
-            other.execute("BEGIN IMMEDIATE")
-            sent = Request(db, locked)
-            response = await sent.send()
+    await handle(handler, db)
+    with closing(sqlite3.connect(backend.path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        response = await handle(locked, db, hooks=True)
 
-        assert isinstance(response.error, sa_exc.OperationalError)
-        assert "SQLITE_BUSY" == response.error.orig.sqlite_errorname  # type: ignore[union-attr]
-        assert ["rollback"] == sent.fired
-        assert [] == await shop.items(sqlite)
+    assert isinstance(response.error, sa_exc.OperationalError)
+    assert "SQLITE_BUSY" == response.error.orig.sqlite_errorname  # type: ignore[union-attr]
+    assert ["rollback"] == response.hooks
+    assert [] == await shop.items(backend)
 
 
-async def test_sqlite_that_rolled_back_by_itself(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_sqlite_that_rolled_back_by_itself(
+    db: Database, backend: SQLiteBackend
+) -> None:
     """An error after which SQLite has rolled everything back dooms the unit."""
-    async with shop_database(sqlite) as db:
 
-        async def handler() -> None:
-            await shop.insert(1)
-            await shop.insert(2)
-            with suppress(sa_exc.IntegrityError):
-                await current_session().execute(
-                    "INSERT OR ROLLBACK INTO items (id) VALUES (1)"
-                )
+    async def handler() -> None:
+        await shop.insert(1)
+        await shop.insert(2)
+        with suppress(sa_exc.IntegrityError):
+            await current_session().execute(INSERT_OR_ROLLBACK)
 
-        sent = Request(db, handler)
-        response = await sent.send()
+    response = await handle(handler, db, hooks=True)
 
-        assert isinstance(response.error, DoomedError)
-        assert ["rollback"] == sent.fired
-        assert [] == await shop.items(sqlite)
+    await check_doomed(response, backend)
 
 
 async def test_swallowed_cancellation_of_a_statement(
@@ -488,8 +445,7 @@ async def test_swallowed_cancellation_of_a_statement(
         with suppress(TimeoutError):
             await asyncio.wait_for(current_session().execute(slow), 0.05)
 
-    sent = Request(db, handler)
-    response = await sent.send()
+    response = await handle(handler, db, hooks=True)
 
     assert response.status >= 500
     assert isinstance(response.error, DoomedError)
@@ -497,67 +453,71 @@ async def test_swallowed_cancellation_of_a_statement(
     assert 0 == await backend.open_transactions()
 
 
-async def test_implicit_commit_is_reported(mariadb: MariaDBBackend) -> None:
+@on("asyncmy")
+async def test_implicit_commit_is_reported(
+    db: Database, backend: MariaDBBackend
+) -> None:
     """DDL commits what was written before it; committed, the unit is whole."""
-    async with shop_database(mariadb) as db:
 
-        async def handler() -> None:
-            await shop.insert(1)
-            await current_session().execute("CREATE TABLE other (id INTEGER)")
-            await shop.insert(2)
+    async def handler() -> None:
+        await shop.insert(1)
+        await current_session().execute("CREATE TABLE other (id INTEGER)")
+        await shop.insert(2)
 
-        sent = Request(db, handler)
-        response = await sent.send()
+    response = await handle(handler, db, hooks=True)
 
-        assert 200 == response.status
-        assert [1, 2] == await shop.items(mariadb)
-        assert ImplicitCommit("CREATE TABLE other (id INTEGER)") in sent.events
-        assert ["commit"] == sent.fired
+    assert 200 == response.status
+    assert [1, 2] == await shop.items(backend)
+    assert ImplicitCommit("CREATE TABLE other (id INTEGER)") in response.events
+    assert ["commit"] == response.hooks
 
 
-async def test_implicit_commit_cannot_be_rolled_back(mariadb: MariaDBBackend) -> None:
+@on("asyncmy")
+async def test_implicit_commit_cannot_be_rolled_back(
+    db: Database, backend: MariaDBBackend
+) -> None:
     """Rolled back after DDL, a part is kept: PARTIAL, a plain 500, no hook."""
-    async with shop_database(mariadb) as db:
 
-        async def handler() -> None:
-            await shop.insert(1)
-            await current_session().execute("CREATE TABLE other (id INTEGER)")
-            await shop.insert(2)
+    async def handler() -> None:
+        await shop.insert(1)
+        await current_session().execute("CREATE TABLE other (id INTEGER)")
+        await shop.insert(2)
 
-        sent = Request(db, handler)
-        response = await sent.send(404)
+    response = await handle(handler, db, status=404, hooks=True)
 
-        assert 500 == response.status
-        assert isinstance(response.error, PartialCommitError)
-        assert "CREATE TABLE other" in str(response.error)
-        assert Outcome.PARTIAL is sent.units[0].outcome
-        assert [] == sent.fired
-        assert [1] == await shop.items(mariadb)
+    assert 500 == response.status
+    assert isinstance(response.error, PartialCommitError)
+    assert "CREATE TABLE other" in str(response.error)
+    assert Outcome.PARTIAL is response.unit.outcome
+    assert [] == response.hooks
+    assert [1] == await shop.items(backend)
 
 
-async def test_ddl_that_is_not_understood(mariadb: MariaDBBackend) -> None:
+@on("asyncmy")
+async def test_ddl_that_is_not_understood(
+    db: Database, backend: MariaDBBackend
+) -> None:
     """A syntax error in DDL has committed nothing, then or later."""
-    async with shop_database(mariadb) as db:
 
-        async def handler() -> None:
-            await shop.insert(1)
-            with suppress(sa_exc.ProgrammingError):
-                await current_session().execute("CREATE TABLET other (id INTEGER)")
-            await shop.insert(2)
+    async def handler() -> None:
+        await shop.insert(1)
+        with suppress(sa_exc.ProgrammingError):
+            await current_session().execute("CREATE TABLET other (id INTEGER)")
+        await shop.insert(2)
 
-        sent = Request(db, handler)
-        response = await sent.send(404)
+    response = await handle(handler, db, status=404, hooks=True)
 
-        assert 404 == response.status
-        assert ["rollback"] == sent.fired
-        assert [] == await shop.items(mariadb)
+    assert 404 == response.status
+    assert ["rollback"] == response.hooks
+    assert [] == await shop.items(backend)
 
 
 @pytest.mark.parametrize("how", ["connection", "transaction"])
-async def test_commit_by_hand_through_the_back_door(
-    db: Database, backend: Backend, how: str
+@pytest.mark.parametrize("by_hand", ["commit", "rollback"])
+async def test_ended_by_hand_through_the_back_door(
+    db: Database, backend: Backend, by_hand: str, how: str
 ) -> None:
-    """COMMIT through the connection or the transaction is refused, and nothing kept."""
+    """Through connection or transaction COMMIT is refused; either dooms the unit."""
 
     async def handler() -> None:
         await shop.insert(1)
@@ -565,39 +525,84 @@ async def test_commit_by_hand_through_the_back_door(
         transaction = session.get_transaction()
         assert transaction is not None
         back_door = await session.connection() if how == "connection" else transaction
-        with suppress(ManagedTransactionError):
-            await back_door.commit()
+        if by_hand == "commit":
+            with suppress(ManagedTransactionError):
+                await back_door.commit()
+        else:
+            await back_door.rollback()
+            with suppress(sa_exc.InvalidRequestError, TransactionGoneError):
+                await shop.insert(2)
 
-    sent = Request(db, handler)
-    response = await sent.send()
+    response = await handle(handler, db, hooks=True)
 
-    assert 500 == response.status
-    assert isinstance(response.error, DoomedError)
-    assert isinstance(response.error.__cause__, ManagedTransactionError)
-    assert ["rollback"] == sent.fired
-    assert [] == await shop.items(backend)
+    cause = await check_doomed(response, backend)
+    if by_hand == "commit":
+        assert isinstance(cause, ManagedTransactionError)
 
 
-@pytest.mark.parametrize("how", ["connection", "transaction"])
-async def test_rollback_by_hand_through_the_back_door(
-    db: Database, backend: Backend, how: str
+# Errors of the databases' own kinds
+
+
+@on("aiosqlite")
+async def test_listener_that_dooms_before_commit(
+    db: Database, backend: SQLiteBackend
 ) -> None:
-    """ROLLBACK through the back door dooms: what came before is gone."""
+    """A SQLAlchemy before_commit listener that swallows what dooms is seen too."""
+
+    def doom(session: ManagedSession) -> None:
+        with suppress(sa_exc.IntegrityError):
+            [connection] = session.connections
+            connection.exec_driver_sql(INSERT_OR_ROLLBACK)
 
     async def handler() -> None:
         await shop.insert(1)
-        session = current_session()
-        transaction = session.get_transaction()
-        assert transaction is not None
-        back_door = await session.connection() if how == "connection" else transaction
-        await back_door.rollback()
-        with suppress(sa_exc.InvalidRequestError, TransactionGoneError):
+        event.listen(current_session().sync_session, "before_commit", doom)
+
+    response = await handle(handler, db, hooks=True)
+
+    await check_doomed(response, backend)
+
+
+@on("aiosqlite")
+@pytest.mark.parametrize("status", [200, 409])
+async def test_nothing_is_kept_alone(
+    db: Database, backend: SQLiteBackend, status: int
+) -> None:
+    """After SQLite's own rollback a statement would commit itself: refused."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        with suppress(sa_exc.IntegrityError):
+            await current_session().execute(INSERT_OR_ROLLBACK)
+        with pytest.raises(TransactionGoneError, match="leave the handler"):
             await shop.insert(2)
 
-    sent = Request(db, handler)
-    response = await sent.send()
+    response = await handle(handler, db, status=status, hooks=True)
 
-    assert 500 == response.status
-    assert isinstance(response.error, DoomedError)
-    assert ["rollback"] == sent.fired
+    assert (500 if status == 200 else 409) == response.status
+    assert ["rollback"] == response.hooks
     assert [] == await shop.items(backend)
+
+
+async def test_lock_wait_timeout_that_rolls_back(mariadb_port: int) -> None:
+    """With innodb_rollback_on_timeout 1205 has undone everything: doomed."""
+
+    async def handler() -> None:
+        session = current_session()
+        await session.execute("SET innodb_lock_wait_timeout = 1")
+        await shop.insert(1)
+        with suppress(sa_exc.OperationalError):
+            await shop.insert(2)
+        await shop.insert(3)
+
+    with MariaDB("--innodb-rollback-on-timeout=ON") as server:
+        async with (
+            MariaDBBackend(server.port) as backend,
+            shop_database(backend) as db,
+            rival_of(backend) as rival,
+        ):
+            await rival.exec_driver_sql("INSERT INTO items (id) VALUES (2)")
+            response = await handle(handler, db, hooks=True)
+            await rival.rollback()
+
+            await check_doomed(response, backend, status=503)

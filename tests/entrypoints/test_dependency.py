@@ -73,7 +73,7 @@ async def db(sqlite: SQLiteBackend) -> AsyncIterator[WatchedDatabase]:
     db = WatchedDatabase.from_url(sqlite.url)
     db.places = []
     async with db:  # what is asked for once
-        assert db.write, db.read
+        assert db.write is not db.read
     db.places = []
     yield db
     await db.dispose()

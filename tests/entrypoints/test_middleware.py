@@ -34,7 +34,7 @@ from tests.support.asgi import (
     respond,
     serve,
 )
-from tests.support.databases import DRIVERS, on, shop_database
+from tests.support.databases import DRIVERS, on
 
 if TYPE_CHECKING:
     from asgi_uow._asgi import Message, Receive, Scope, Send
@@ -157,28 +157,27 @@ async def _forget(message: Message) -> None:
     """Drop a message."""
 
 
+@on("asyncmy")
 @pytest.mark.parametrize("outcome", ["complete", "failed"])
 async def test_engines_are_closed_after_the_lifespan(
-    mariadb: MariaDBBackend, outcome: str
+    db: Database, outcome: str
 ) -> None:
     """Engines made by from_url are disposed of before the server hears of the end."""
     counts: list[int] = []
 
-    async with shop_database(mariadb) as db:
+    async def lifespan(scope: Scope, receive: Receive, send: Send) -> None:
+        with pytest.raises(NoUnitOfWorkError):
+            current_session()
+        await send({"type": "lifespan.startup.complete"})
+        async with db:
+            await shop.insert(1)
+        await send({"type": f"lifespan.shutdown.{outcome}"})
 
-        async def lifespan(scope: Scope, receive: Receive, send: Send) -> None:
-            with pytest.raises(NoUnitOfWorkError):
-                current_session()
-            await send({"type": "lifespan.startup.complete"})
-            async with db:
-                await shop.insert(1)
-            await send({"type": f"lifespan.shutdown.{outcome}"})
+    async def server(message: Message) -> None:
+        counts.append(db.engine.sync_engine.pool.checkedin())  # type: ignore[attr-defined]
 
-        async def server(message: Message) -> None:
-            counts.append(db.engine.sync_engine.pool.checkedin())  # type: ignore[attr-defined]
-
-        app = UnitOfWorkMiddleware(lifespan, db)
-        await app({"type": "lifespan"}, no_body, server)
+    app = UnitOfWorkMiddleware(lifespan, db)
+    await app({"type": "lifespan"}, no_body, server)
 
     assert [0, 0] == counts
 

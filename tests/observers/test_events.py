@@ -13,7 +13,6 @@ import pytest
 from asgi_uow import (
     Database,
     Outcome,
-    UnitOfWorkMiddleware,
     after_commit,
     after_response,
     after_rollback,
@@ -33,21 +32,21 @@ from asgi_uow.observers import (
     HookStarted,
     ImplicitCommit,
     LoggingObserver,
+    Observer,
     ReaderFailed,
     ReleaseFailed,
     UnitFinished,
     UnitStarted,
 )
-from tests.integration.frameworks.driver import Server
-from tests.support.asgi import endpoint
+from tests.support.asgi import Handler, handle
 from tests.support.databases import DRIVERS, on
+from tests.support.observer import Events
 from tests.support.private import Cause
-from tests.support.shop import insert
+from tests.support.shop import insert, insert_orphan
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.servers import Backend
 
 pytestmark = on("aiosqlite")
 
@@ -78,49 +77,33 @@ every_phase = pytest.mark.parametrize(
 )
 
 
-class Recorder:
+class Recorder(Events):
     """Keeps the events, and the task in which each was told."""
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
+        super().__init__()
         self.tasks: list[asyncio.Task[object] | None] = []
 
     def __call__(self, event: Event, /) -> None:
-        self.events.append(event)
+        super().__call__(event)
         self.tasks.append(asyncio.current_task())
 
-    @property
-    def kinds(self) -> list[str]:
-        return [type(each).__name__ for each in self.events]
-
-    def all_of(self, kind: type[T]) -> list[T]:
-        return [each for each in self.events if isinstance(each, kind)]
-
     def tasks_of(self, *kinds: type) -> list[asyncio.Task[object] | None]:
-        told = zip(self.events, self.tasks, strict=True)
+        told = zip(self, self.tasks, strict=True)
         return [task for each, task in told if isinstance(each, kinds)]
 
 
 async def request(
-    db: Database,
-    work: Callable[[], Awaitable[object]],
-    status: int = 200,
-    recorder: Callable[[Event], object] | None = None,
+    db: Database, work: Handler, status: int = 200, *others: Observer
 ) -> Recorder:
     """Do some work as a request does, and give what was told."""
     recorded = Recorder()
-    observers = (recorded,) if recorder is None else (recorder, recorded)
-    app = UnitOfWorkMiddleware(endpoint(work, status), db, observers=observers)
-    await Server(app).request()
+    await handle(work, db, status=status, observers=[*others, recorded])
     return recorded
 
 
 async def insert_1() -> None:
     await insert(1)
-
-
-async def break_commit() -> None:
-    await current_session().execute("INSERT INTO items VALUES (9, 404)")
 
 
 # The events themselves
@@ -185,20 +168,20 @@ async def test_times(db: Database) -> None:
         after_commit(insert, 2)
 
     recorded = await request(db, work)
-    in_order = sorted(recorded.events, key=lambda event: event.at)
+    in_order = sorted(recorded, key=lambda event: event.at)
     ended = ["ConnectionReleased", "UnitFinished"]
     own = ["HookStarted", "UnitStarted", "HookFinished", *ended]
     assert ["UnitStarted", *ended, *own] == [type(each).__name__ for each in in_order]
 
 
 @pytest.mark.parametrize(
-    ("work", "status"), [(insert_1, 200), (insert_1, 404), (break_commit, 200)]
+    ("work", "status"), [(insert_1, 200), (insert_1, 404), (insert_orphan, 200)]
 )
 async def test_ending(
     db: Database, work: Callable[[], Awaitable[object]], status: int
 ) -> None:
     """`ending` is the last part of `seconds`."""
-    [end] = (await request(db, work, status)).all_of(UnitFinished)
+    [end] = (await request(db, work, status)).of(UnitFinished)
     assert 0 < end.ending < end.seconds
 
 
@@ -274,7 +257,7 @@ async def test_the_rest_is_told_in_the_request(db: Database) -> None:
     recorded = await request(db, work)
     told = (UnitFinished, ConnectionReleased, HookFailed)
     assert [asyncio.current_task()] * 4 == recorded.tasks_of(*told)
-    recorded = await request(db, break_commit)
+    recorded = await request(db, insert_orphan)
     assert [asyncio.current_task()] == recorded.tasks_of(CommitFailed)
 
 
@@ -297,7 +280,7 @@ async def test_unit(db: Database) -> None:
     recorded = await request(db, work)
     request_unit, hook_unit = units
     by_unit = {request_unit: "request", hook_unit: "hook"}
-    told = [(type(e).__name__, by_unit[e.unit]) for e in recorded.events]
+    told = [(type(e).__name__, by_unit[e.unit]) for e in recorded]
     assert told == [
         ("UnitStarted", "request"),
         ("HookStarted", "request"),
@@ -316,9 +299,9 @@ async def test_two_requests(db: Database) -> None:
     """Each request has a unit of its own."""
     first = await request(db, insert_1)
     second = await request(db, insert_1, 404)
-    assert 1 == len({id(each.unit) for each in first.events})
-    assert 1 == len({id(each.unit) for each in second.events})
-    assert first.events[0].unit is not second.events[0].unit
+    assert 1 == len({id(each.unit) for each in first})
+    assert 1 == len({id(each.unit) for each in second})
+    assert first[0].unit is not second[0].unit
 
 
 # Hooks that fail
@@ -331,16 +314,16 @@ async def test_hook_whose_commit_fails(db: Database) -> None:
     """
 
     async def work() -> None:
-        after_commit(break_commit)
+        after_commit(insert_orphan)
         after_commit(insert, 2)
 
     recorded = await request(db, work)
-    [failed] = recorded.all_of(HookFailed)
-    assert ("after_commit", "break_commit") == (failed.phase, failed.hook)
+    [failed] = recorded.of(HookFailed)
+    assert ("after_commit", "insert_orphan") == (failed.phase, failed.hook)
     assert isinstance(failed.error, CommitFailedError)
-    assert [None, None] == [each.error for each in recorded.all_of(HookFinished)]
-    assert [] == recorded.all_of(CommitFailed)
-    ends = recorded.all_of(UnitFinished)
+    assert [None, None] == [each.error for each in recorded.of(HookFinished)]
+    assert [] == recorded.of(CommitFailed)
+    ends = recorded.of(UnitFinished)
     assert [True, False, False] == [each.unit is failed.unit for each in ends]
     kept, lost = Outcome.COMMITTED, Outcome.ROLLED_BACK
     assert [kept, lost, kept] == [each.outcome for each in ends]
@@ -353,7 +336,7 @@ async def test_one_event_per_failing_hook(db: Database) -> None:
         raise BROKEN
 
     async def second() -> None:
-        await break_commit()
+        await insert_orphan()
         raise BROKEN
 
     async def work() -> None:
@@ -361,27 +344,25 @@ async def test_one_event_per_failing_hook(db: Database) -> None:
         after_commit(second)
 
     recorded = await request(db, work)
-    failed = recorded.all_of(HookFailed)
+    failed = recorded.of(HookFailed)
     expected = [first.__qualname__, second.__qualname__]
     assert expected == [each.hook for each in failed]
     assert [BROKEN, BROKEN] == [each.error for each in failed]
-    assert [BROKEN, BROKEN] == [each.error for each in recorded.all_of(HookFinished)]
+    assert [BROKEN, BROKEN] == [each.error for each in recorded.of(HookFinished)]
 
 
 # Connections
 
 
 @on(*DRIVERS)
-async def test_released(backend: Backend) -> None:
+async def test_released(db: Database) -> None:
     """Each session that held a connection tells for how long, whatever the driver."""
-    db = Database.from_url(backend.url)
 
     async def work() -> None:
         await current_read_session().execute("SELECT 1")
         await current_session().execute("SELECT 1")
 
-    released = (await request(db, work)).all_of(ConnectionReleased)
-    await db.dispose()
+    released = (await request(db, work)).of(ConnectionReleased)
     expected = [("write", db.name), ("read", db.name)]
     assert expected == [(each.access, each.database) for each in released]
     assert all(0 < each.seconds < 60 for each in released)
@@ -394,7 +375,7 @@ async def test_released_by_reads_alone(db: Database) -> None:
         current_session()
         await current_read_session().execute("SELECT 1")
 
-    released = (await request(db, work)).all_of(ConnectionReleased)
+    released = (await request(db, work)).of(ConnectionReleased)
     assert ["read"] == [each.access for each in released]
 
 
@@ -406,7 +387,7 @@ async def test_released_once_for_reads_of_the_writer(db: Database) -> None:
         async with savepoint():
             await current_read_session().execute("SELECT 1")
 
-    released = (await request(db, work)).all_of(ConnectionReleased)
+    released = (await request(db, work)).of(ConnectionReleased)
     assert ["write"] == [each.access for each in released]
 
 
@@ -432,7 +413,7 @@ async def test_beginnings_are_not_logged(
         await insert(1)
         after_commit(insert, 2)
 
-    await request(db, work, recorder=LoggingObserver())
+    await request(db, work, 200, LoggingObserver())
     lines = [each.getMessage() for each in caplog.records if each.name == "asgi_uow"]
     assert ["unit of work committed"] * 2 == [
         line.partition(" in ")[0] for line in lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import event as sa_event
@@ -33,53 +33,25 @@ from asgi_uow.observers import (
     ReleaseFailed,
     UnitFinished,
 )
-from tests.integration.frameworks.driver import Server
-from tests.support.asgi import endpoint
+from tests.support import shop
+from tests.support.asgi import endpoint, handle, request
+from tests.support.databases import on
+from tests.support.observer import Events
 from tests.support.private import Cause
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Callable
 
-    from asgi_uow.observers import Observer
-    from tests.servers import MariaDBBackend, SQLiteBackend
-    from tests.support.asgi import Response
-
-T = TypeVar("T")
-AUTHOR = "CREATE TABLE author (id INTEGER PRIMARY KEY)"
-NOTE = """CREATE TABLE note (
-    id INTEGER PRIMARY KEY,
-    author_id INTEGER REFERENCES author (id) DEFERRABLE INITIALLY DEFERRED
-)"""
+    from tests.servers import Backend
 
 
-@pytest.fixture
-async def db(sqlite: SQLiteBackend) -> AsyncIterator[Database]:
-    await sqlite.execute(AUTHOR, NOTE)
-    db = Database.from_url(sqlite.url)
-    yield db
-    await db.dispose()
+pytestmark = on("aiosqlite")
 
-
-async def request(
-    db: Database,
-    work: Callable[[], Awaitable[object]],
-    *observers: Observer,
-    status: int = 200,
-    hook_timeout: float = 5.0,
-) -> Response:
-    """Do some work as a request does, and answer."""
-    app = UnitOfWorkMiddleware(
-        endpoint(work, status), db, observers=observers, hook_timeout=hook_timeout
-    )
-    return await Server(app).request()
+ORDER = ["UnitStarted", "ConnectionReleased", "UnitFinished"]
 
 
 async def write() -> None:
-    await current_session().execute("INSERT INTO note (id) VALUES (1)")
-
-
-async def break_commit() -> None:
-    await current_session().execute("INSERT INTO note VALUES (1, 99)")
+    await shop.insert(1)
 
 
 def fail() -> None:
@@ -94,48 +66,35 @@ def finished(events: list[Event]) -> list[Event]:
     return [dataclasses.replace(end, seconds=0.0, ending=0.0) for end in ends]
 
 
-def only(kind: type[T], events: list[Event]) -> T:
-    """Give the only event of a kind."""
-    [event] = [each for each in events if isinstance(each, kind)]
-    return event
-
-
-def kinds(events: list[Event]) -> list[str]:
-    return [type(each).__name__ for each in events]
-
-
 # Events
 
 
 async def test_committed(db: Database) -> None:
     """The end of a unit names its outcome and the databases that it wrote to."""
-    events: list[Event] = []
-    await request(db, write, events.append)
-    [end] = finished(events)
+    response = await handle(write, db)
+    [end] = finished(response.events)
     assert end == UnitFinished(Outcome.COMMITTED, None, None, (db.name,), 0.0)
-    assert ["UnitStarted", "ConnectionReleased", "UnitFinished"] == kinds(events)
+    assert ORDER == response.events.kinds
 
 
 async def test_rolled_back_for_the_status(db: Database) -> None:
     """An intended rollback is no failure; its cause is named."""
-    events: list[Event] = []
-    await request(db, write, events.append, status=404)
-    [end] = finished(events)
+    response = await handle(write, db, status=404)
+    [end] = finished(response.events)
     expected = UnitFinished(Outcome.ROLLED_BACK, Cause.STATUS, None, (db.name,), 0.0)
     assert expected == end
-    assert ["UnitStarted", "ConnectionReleased", "UnitFinished"] == kinds(events)
+    assert ORDER == response.events.kinds
 
 
 async def test_rolled_back_on_request(db: Database) -> None:
     """What set_rollback_only() was told reaches the observers."""
-    events: list[Event] = []
 
     async def dry_run() -> None:
         await write()
         set_rollback_only("dry run")
 
-    await request(db, dry_run, events.append)
-    [end] = finished(events)
+    response = await handle(dry_run, db)
+    [end] = finished(response.events)
     assert end == UnitFinished(
         Outcome.ROLLED_BACK, Cause.EXPLICIT, "dry run", (db.name,), 0.0
     )
@@ -143,43 +102,40 @@ async def test_rolled_back_on_request(db: Database) -> None:
 
 async def test_only_read(db: Database) -> None:
     """A unit that only read is committed in name, and names no database."""
-    events: list[Event] = []
 
     async def read() -> None:
         await current_read_session().execute("SELECT 1")
 
-    await request(db, read, events.append)
+    response = await handle(read, db)
     expected = [UnitFinished(Outcome.COMMITTED, None, None, (), 0.0)]
-    assert expected == finished(events)
+    assert expected == finished(response.events)
 
 
 async def test_untouched(db: Database) -> None:
     """A request that asks for no session and registers nothing is no event."""
-    events: list[Event] = []
 
     async def health() -> None:
         current_unit_of_work()
 
-    await request(db, health, events.append)
-    assert [] == events
+    response = await handle(health, db)
+    assert [] == response.events
 
 
 async def test_commit_failed(db: Database) -> None:
     """A failed COMMIT is an event with the failure and the driver's code."""
-    events: list[Event] = []
-    exchange = await request(db, break_commit, events.append)
+    response = await handle(shop.insert_orphan, db)
     expected_kinds = ["UnitStarted", "ConnectionReleased", "CommitFailed"]
-    assert [*expected_kinds, "UnitFinished"] == kinds(events)
-    failed = only(CommitFailed, events)
+    assert [*expected_kinds, "UnitFinished"] == response.events.kinds
+    failed = response.events.only(CommitFailed)
     assert isinstance(failed.error, CommitFailedError)
-    assert exchange.error is failed.error
+    assert response.error is failed.error
     assert Outcome.ROLLED_BACK is failed.outcome
     assert Cause.COMMIT_FAILED is failed.cause
     assert "SQLITE_CONSTRAINT_FOREIGNKEY" == failed.code
     expected = UnitFinished(
         Outcome.ROLLED_BACK, Cause.COMMIT_FAILED, None, (db.name,), 0.0
     )
-    assert [expected] == finished(events)
+    assert [expected] == finished(response.events)
 
 
 @pytest.mark.parametrize(
@@ -197,22 +153,20 @@ async def test_hook_failed(
     status: int,
 ) -> None:
     """A hook that raises is an event with its phase, its name and its error."""
-    events: list[Event] = []
 
     async def work() -> None:
         register(fail)
 
-    exchange = await request(db, work, events.append, status=status)
-    assert status == exchange.status
-    failed = only(HookFailed, events)
+    response = await handle(work, db, status=status)
+    assert status == response.status
+    failed = response.events.only(HookFailed)
     assert (phase, "fail") == (failed.phase, failed.hook)
     assert isinstance(failed.error, ZeroDivisionError)
-    assert failed.error is only(HookFinished, events).error
+    assert failed.error is response.events.only(HookFinished).error
 
 
 async def test_hook_timed_out(db: Database) -> None:
     """A hook that takes too long is an event with a TimeoutError."""
-    events: list[Event] = []
 
     async def forever() -> None:
         await asyncio.Event().wait()
@@ -220,14 +174,13 @@ async def test_hook_timed_out(db: Database) -> None:
     async def work() -> None:
         after_commit(forever)
 
-    await request(db, work, events.append, hook_timeout=0.01)
-    assert isinstance(only(HookFailed, events).error, TimeoutError)
-    assert isinstance(only(HookFinished, events).error, asyncio.CancelledError)
+    response = await handle(work, db, hook_timeout=0.01)
+    assert isinstance(response.events.only(HookFailed).error, TimeoutError)
+    assert isinstance(response.events.only(HookFinished).error, asyncio.CancelledError)
 
 
 async def test_release_failed(db: Database) -> None:
     """A connection that cannot be rolled back is an event; it is thrown away."""
-    events: list[Event] = []
     broken = OSError("the disk is gone")
 
     async def work() -> None:
@@ -237,50 +190,50 @@ async def test_release_failed(db: Database) -> None:
     def disk_fails(_: object) -> None:
         raise broken
 
-    exchange = await request(db, work, events.append, status=404)
-    assert 404 == exchange.status
-    failed = only(ReleaseFailed, events)
+    response = await handle(work, db, status=404)
+    assert 404 == response.status
+    failed = response.events.only(ReleaseFailed)
     assert "session" in failed.operation
     assert broken is failed.error
-    exchange = await request(db, write, events.append)
-    assert exchange.error is None
-    rolled_back, committed = finished(events)
+    [rolled_back] = finished(response.events)
+    response = await handle(write, db)
+    assert response.error is None
+    [committed] = finished(response.events)
     assert rolled_back == UnitFinished(
         Outcome.ROLLED_BACK, Cause.STATUS, None, (db.name,), 0.0
     )
     assert committed == UnitFinished(Outcome.COMMITTED, None, None, (db.name,), 0.0)
 
 
-async def test_implicit_commit(mariadb: MariaDBBackend) -> None:
+@on("asyncmy")
+async def test_implicit_commit(db: Database) -> None:
     """DDL that has MySQL commit in the middle of a unit is an event."""
-    events: list[Event] = []
-    await mariadb.execute("CREATE TABLE note (id INTEGER PRIMARY KEY)")
-    db = Database.from_url(mariadb.url)
 
     async def migrate() -> None:
         await write()
         await current_session().execute("CREATE TABLE other (id INTEGER)")
 
-    await request(db, migrate, events.append)
-    await db.dispose()
-    assert ImplicitCommit("CREATE TABLE other (id INTEGER)") in events
+    response = await handle(migrate, db)
+    assert ImplicitCommit("CREATE TABLE other (id INTEGER)") in response.events
 
 
 async def test_unit_inside_a_request(db: Database) -> None:
     """A unit that a hook opens reports to the request's observers, before it does."""
-    events: list[Event] = []
 
     async def hook() -> None:
         async with db:
             await write()
+            after_commit(fail)
 
     async def work() -> None:
         after_commit(hook)
 
-    await request(db, work, events.append)
+    response = await handle(work, db)
     request_end = UnitFinished(Outcome.COMMITTED, None, None, (), 0.0)
     hook_end = UnitFinished(Outcome.COMMITTED, None, None, (db.name,), 0.0)
-    assert [hook_end, request_end] == finished(events)
+    assert [hook_end, request_end] == finished(response.events)
+    results = [type(each) for each in response.events.results]
+    assert [UnitFinished, HookFailed, UnitFinished] == results
 
 
 # The logging observer
@@ -296,7 +249,7 @@ async def test_intended_end_is_logged_at_debug(
 ) -> None:
     """An intended end is one line at DEBUG, whichever it was."""
     caplog.set_level(logging.DEBUG, "asgi_uow")
-    await request(db, write, LoggingObserver(), status=status)
+    await handle(write, db, observers=[LoggingObserver()], status=status)
     assert [logging.DEBUG] == levels(caplog)
     assert db.name in caplog.text
 
@@ -305,12 +258,12 @@ async def test_failed_commit_is_logged_as_an_error(
     db: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A failed COMMIT is one line at ERROR with the driver's code and traceback."""
-    exchange = await request(db, break_commit, LoggingObserver())
+    response = await handle(shop.insert_orphan, db, observers=[LoggingObserver()])
     [record] = [each for each in caplog.records if each.name == "asgi_uow"]
     assert logging.ERROR == record.levelno
     assert "SQLITE_CONSTRAINT_FOREIGNKEY" in record.getMessage()
     assert record.exc_info is not None
-    assert exchange.error is record.exc_info[1]
+    assert response.error is record.exc_info[1]
 
 
 async def test_failed_hook_is_logged_as_an_error(
@@ -321,15 +274,13 @@ async def test_failed_hook_is_logged_as_an_error(
     async def work() -> None:
         after_commit(fail)
 
-    await request(db, work, LoggingObserver())
+    await handle(work, db, observers=[LoggingObserver()])
     assert [logging.ERROR] == levels(caplog)
     assert "after_commit hook fail failed" in caplog.text
     assert "ZeroDivisionError: a bug in the hook" in caplog.text
 
 
-def test_other_failures_are_logged_as_errors(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_other_failures_are_logged_as_errors(caplog: pytest.LogCaptureFixture) -> None:
     """So are a connection thrown away, and a commit by DDL; another logger will do."""
     observer = LoggingObserver(logging.getLogger("elsewhere"))
     observer(ReleaseFailed("closing the write session", OSError("the disk is gone")))
@@ -345,8 +296,8 @@ async def test_logging_is_the_default(
     """Without observers given, failures are logged, also outside requests."""
     with pytest.raises(CommitFailedError):
         async with db:
-            await break_commit()
-    await Server(UnitOfWorkMiddleware(endpoint(break_commit), db)).request()
+            await shop.insert_orphan()
+    await request(UnitOfWorkMiddleware(endpoint(shop.insert_orphan), db))
     assert [logging.ERROR, logging.ERROR] == levels(caplog)
 
 
@@ -354,10 +305,9 @@ async def test_logging_is_the_default(
 
 
 async def test_failing_observer(
-    db: Database, sqlite: SQLiteBackend, caplog: pytest.LogCaptureFixture
+    db: Database, backend: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An observer that raises changes nothing, stops no other one and is logged."""
-    events: list[Event] = []
     ran: list[str] = []
 
     def failing(event: Event, /) -> None:
@@ -369,14 +319,15 @@ async def test_failing_observer(
         after_commit(fail)
         after_commit(ran.append, "hook")
 
-    exchange = await request(db, work, failing, events.append)
-    assert 200 == exchange.status
-    assert exchange.error is None
+    events = Events()
+    response = await handle(work, db, observers=[failing, events])
+    assert 200 == response.status
+    assert response.error is None
     hooks = ["HookStarted", "HookFinished"] * 2
     ended = ["ConnectionReleased", "UnitFinished", "HookFailed"]
-    assert ["UnitStarted", *hooks, *ended] == kinds(events)
+    assert ["UnitStarted", *hooks, *ended] == events.kinds
     assert ["hook"] == ran
-    assert 1 == await sqlite.scalar("SELECT count(*) FROM note")
+    assert [1] == await shop.items(backend)
     assert [logging.ERROR] * len(events) == levels(caplog)
     for event in events:
         assert f"no line to the tracker for {type(event).__name__}" in caplog.text

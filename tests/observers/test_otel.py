@@ -6,7 +6,6 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-import pytest
 from opentelemetry import trace
 from opentelemetry.trace import StatusCode
 from sqlalchemy import event as sa_event
@@ -14,7 +13,6 @@ from sqlalchemy import make_url
 
 from asgi_uow import (
     Database,
-    UnitOfWorkMiddleware,
     after_commit,
     before_commit,
     current_read_session,
@@ -23,22 +21,12 @@ from asgi_uow import (
     set_rollback_only,
 )
 from asgi_uow.otel import OpenTelemetryObserver
-from tests.integration.frameworks.driver import Server
-from tests.support.asgi import endpoint
-from tests.support.databases import SERVERS, on
-from tests.support.shop import create, insert
-from tests.support.telemetry import (
-    Telemetry,
-    break_commit,
-    exception_of,
-    fail,
-    insert_1,
-    request,
-)
+from tests.support.asgi import handle
+from tests.support.databases import SERVERS, on, shop_database
+from tests.support.shop import insert, insert_orphan
+from tests.support.telemetry import Telemetry, exception_of, fail
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tests.servers import PostgreSQLBackend, ServerBackend, SQLiteBackend
 
 pytestmark = on("aiosqlite")
@@ -47,11 +35,8 @@ SECRET = "hunter2-of-ann"
 SECONDS = "db.client.connection.use_time"
 
 
-@pytest.fixture
-def telemetry() -> Iterator[Telemetry]:
-    telemetry = Telemetry()
-    yield telemetry
-    telemetry.shutdown()
+async def insert_one() -> None:
+    await insert(1)
 
 
 # The ends of a unit
@@ -59,7 +44,7 @@ def telemetry() -> Iterator[Telemetry]:
 
 async def test_committed(db: Database, telemetry: Telemetry) -> None:
     """A unit is a span and its commit another, with the database's own attributes."""
-    await request(db, insert_1, telemetry.observer)
+    await telemetry.handle(insert_one, db)
     assert [(None, "unit of work"), ("unit of work", "commit")] == telemetry.tree
     path = make_url(db.name).database
     about = {
@@ -81,7 +66,7 @@ async def test_committed(db: Database, telemetry: Telemetry) -> None:
 
 async def test_rolled_back_for_the_status(db: Database, telemetry: Telemetry) -> None:
     """An intended rollback is no error; its cause is named."""
-    await request(db, insert_1, telemetry.observer, status=404)
+    await telemetry.handle(insert_one, db, status=404)
     assert [(None, "unit of work"), ("unit of work", "rollback")] == telemetry.tree
     ended = {"asgi_uow.outcome": "rolled back", "asgi_uow.cause": "status"}
     unit, rollback = telemetry.spans
@@ -97,7 +82,7 @@ async def test_reason(db: Database, telemetry: Telemetry) -> None:
         set_rollback_only("dry run")
         current_session()
 
-    await request(db, dry_run, telemetry.observer)
+    await telemetry.handle(dry_run, db)
     [unit] = telemetry.spans
     ended = {"asgi_uow.outcome": "rolled back", "asgi_uow.cause": "explicit"}
     expected = {**ended, "asgi_uow.databases": (), "asgi_uow.reason": "dry run"}
@@ -107,7 +92,7 @@ async def test_reason(db: Database, telemetry: Telemetry) -> None:
 
 async def test_failed_commit(db: Database, telemetry: Telemetry) -> None:
     """A failed COMMIT is an error of both spans, with the exception and its code."""
-    await request(db, break_commit, telemetry.observer)
+    await telemetry.handle(insert_orphan, db)
     assert [(None, "unit of work"), ("unit of work", "commit")] == telemetry.tree
     unit, commit = telemetry.spans
     recorded = exception_of(unit)
@@ -130,7 +115,7 @@ async def test_untouched(db: Database, telemetry: Telemetry) -> None:
     async def health() -> None:
         current_unit_of_work()
 
-    await request(db, health, telemetry.observer)
+    await telemetry.handle(health, db)
     assert [] == telemetry.spans
     assert {} == telemetry.metrics
 
@@ -141,13 +126,11 @@ async def test_untouched_and_failed(db: Database, telemetry: Telemetry) -> None:
     async def health() -> None:
         current_unit_of_work()
 
-    app = UnitOfWorkMiddleware(
-        endpoint(health),
-        db,
-        observers=[telemetry.observer],
-        commit_when=lambda status, headers: status // len(headers) > 0,
-    )
-    assert 500 == (await Server(app).request()).status
+    def fail(status: int, headers: list[tuple[bytes, bytes]]) -> bool:
+        return status // len(headers) > 0
+
+    response = await telemetry.handle(health, db, commit_when=fail)
+    assert 500 == response.status
     assert [] == telemetry.spans
 
 
@@ -155,18 +138,13 @@ async def test_two_databases(
     db: Database, postgresql: PostgreSQLBackend, telemetry: Telemetry
 ) -> None:
     """Several databases are only listed."""
-    await create(postgresql)
-    other = Database.from_url(postgresql.url)
+    async with shop_database(postgresql) as other:
 
-    async def work() -> None:
-        await insert(1)
-        await current_session(other).execute("INSERT INTO items VALUES (1)")
+        async def work() -> None:
+            await insert(1)
+            await insert(1, other)
 
-    app = UnitOfWorkMiddleware(
-        endpoint(work), db, other, observers=[telemetry.observer]
-    )
-    await Server(app).request()
-    await other.dispose()
+        await telemetry.handle(work, db, other)
     without_user = other.name.replace("postgres@", "")
     expected = {"asgi_uow.databases": (db.name, without_user)}
     assert expected == telemetry.span("commit").attributes
@@ -176,17 +154,17 @@ async def test_two_databases(
 
 
 @on(*SERVERS)
-async def test_connections(backend: ServerBackend, telemetry: Telemetry) -> None:
+async def test_connections(
+    db: Database, backend: ServerBackend, telemetry: Telemetry
+) -> None:
     """How long connections were held is measured by database and access."""
     url = make_url(backend.url)
-    db = Database.from_url(backend.url)
 
     async def work() -> None:
         await current_read_session().execute("SELECT 1")
         await current_session().execute("SELECT 1")
 
-    await request(db, work, telemetry.observer)
-    await db.dispose()
+    await telemetry.handle(work, db)
     scheme, _, address = backend.url.partition("://")
     pool = f"{scheme}://{address.partition('@')[2]}"
     about = {"db.client.connection.pool.name": pool}
@@ -214,7 +192,7 @@ async def test_failed_release(db: Database, telemetry: Telemetry) -> None:
         message = "the disk is gone"
         raise OSError(message)
 
-    await request(db, work, telemetry.observer, 404)
+    await telemetry.handle(work, db, status=404)
     [(about, count)] = telemetry.metrics[SECONDS]
     assert ("write", 1) == (about["asgi_uow.access"], count)
 
@@ -240,8 +218,8 @@ async def test_no_data(postgresql: PostgreSQLBackend, telemetry: Telemetry) -> N
     async def work_in_hook() -> None:
         after_commit(hook)
 
-    await request(db, work, telemetry.observer)
-    await request(db, work_in_hook, telemetry.observer)
+    await telemetry.handle(work, db)
+    await telemetry.handle(work_in_hook, db)
     await db.dispose()
     recorded = [span.to_json() for span in telemetry.spans]
     assert [] == [each for each in recorded if SECRET in each]
@@ -265,7 +243,7 @@ async def test_no_provider(db: Database, backend: SQLiteBackend) -> None:
         after_commit(lambda: current.append(trace.get_current_span()))
         after_commit(fail)
 
-    exchange = await request(db, work, OpenTelemetryObserver())
+    exchange = await handle(work, db, observers=[OpenTelemetryObserver()])
     assert (200, None) == (exchange.status, exchange.error)
     assert [False] == [span.is_recording() for span in current]
     assert 2 == await backend.scalar("SELECT count(*) FROM items")

@@ -21,22 +21,15 @@ from asgi_uow import (
     current_unit_of_work,
 )
 from tests.support.databases import on
-from tests.support.shop import insert
-from tests.support.telemetry import Telemetry, break_commit, exception_of, fail, request
+from tests.support.shop import insert, insert_orphan
+from tests.support.telemetry import Telemetry, exception_of, fail
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from asgi_uow import UnitOfWork
 
 pytestmark = on("aiosqlite")
-
-
-@pytest.fixture
-def telemetry() -> Iterator[Telemetry]:
-    telemetry = Telemetry()
-    yield telemetry
-    telemetry.shutdown()
 
 
 # Hooks
@@ -62,7 +55,7 @@ async def test_failing_hook(
     async def work() -> None:
         register(fail)
 
-    await request(db, work, telemetry.observer, status)
+    await telemetry.handle(work, db, status=status)
     phase = register.__name__
     assert [(None, "unit of work"), ("unit of work", f"{phase} fail")] == telemetry.tree
     span = telemetry.span(f"{phase} fail")
@@ -91,7 +84,7 @@ async def test_error_without_a_message(db: Database, telemetry: Telemetry) -> No
     async def work() -> None:
         after_commit(hook)
 
-    await request(db, work, telemetry.observer)
+    await telemetry.handle(work, db)
     recorded = exception_of(telemetry.span(f"after_commit {hook.__qualname__}"))
     assert f"{__name__}.Mute" == recorded["exception.type"]
     assert "message cannot be read" == recorded["exception.message"]
@@ -107,7 +100,7 @@ async def test_hook_that_takes_too_long(db: Database, telemetry: Telemetry) -> N
     async def work() -> None:
         after_commit(forever)
 
-    await request(db, work, telemetry.observer, hook_timeout=0.01)
+    await telemetry.handle(work, db, hook_timeout=0.01)
     [_, span] = telemetry.spans
     assert "asyncio.exceptions.CancelledError" == exception_of(span)["exception.type"]
     [(_, count)] = telemetry.metrics["asgi_uow.hook.failures"]
@@ -125,7 +118,7 @@ async def test_hook_with_a_session(db: Database, telemetry: Telemetry) -> None:
         after_commit(hook)
         after_response(insert, 3)
 
-    await request(db, work, telemetry.observer)
+    await telemetry.handle(work, db)
     name = f"after_commit {hook.__qualname__}"
     assert sorted(telemetry.tree, key=str) == sorted(
         [
@@ -149,17 +142,17 @@ async def test_hook_whose_commit_fails(db: Database, telemetry: Telemetry) -> No
     """Its own unit is in error, not the request's."""
 
     async def work() -> None:
-        after_commit(break_commit)
+        after_commit(insert_orphan)
 
-    await request(db, work, telemetry.observer)
+    await telemetry.handle(work, db)
     codes = {
         (around, name): span.status.status_code
         for (around, name), span in zip(telemetry.tree, telemetry.spans, strict=True)
     }
     assert codes == {
         (None, "unit of work"): StatusCode.UNSET,
-        ("unit of work", "after_commit break_commit"): StatusCode.UNSET,
-        ("after_commit break_commit", "unit of work"): StatusCode.ERROR,
+        ("unit of work", "after_commit insert_orphan"): StatusCode.UNSET,
+        ("after_commit insert_orphan", "unit of work"): StatusCode.ERROR,
         ("unit of work", "commit"): StatusCode.ERROR,
     }
     [(_, count)] = telemetry.metrics["asgi_uow.hook.failures"]
@@ -188,7 +181,7 @@ async def test_hook_is_current(
         seen.append(trace.get_current_span())
 
     with tracer.start_as_current_span("request") as span:
-        await request(db, work, telemetry.observer)
+        await telemetry.handle(work, db)
         assert span is trace.get_current_span() is seen[1]
         tracer.start_span("last").end()
     hooks = [name for around, name in telemetry.tree if around == "unit of work"]
@@ -216,7 +209,7 @@ async def test_several_at_once(db: Database, telemetry: Telemetry) -> None:
             await together.wait()
 
         with tracer.start_as_current_span(f"request {number}"):
-            await request(db, work, telemetry.observer)
+            await telemetry.handle(work, db)
 
     await asyncio.gather(*map(one, range(5)))
     by_trace: dict[int, list[str]] = {}
@@ -243,6 +236,6 @@ async def test_no_leak(db: Database, telemetry: Telemetry) -> None:
         before_commit(insert, 1)
         after_commit(hook)
 
-    await request(db, work, telemetry.observer)
+    await telemetry.handle(work, db)
     gc.collect()
     assert [None, None] == [unit() for unit in units]

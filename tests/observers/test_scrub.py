@@ -10,11 +10,10 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from asgi_uow import Database, UnitOfWorkMiddleware, after_commit, current_session
+from asgi_uow import Database, after_commit, current_session
 from asgi_uow.observers import LoggingObserver, ReaderFailed
 from asgi_uow.sentry import SentryObserver
-from tests.integration.frameworks.driver import Server
-from tests.support.asgi import endpoint
+from tests.support.asgi import handle
 from tests.support.databases import DRIVERS, SERVERS, on
 from tests.support.tracker import exceptions, sentry
 
@@ -77,10 +76,8 @@ async def send(
     db: Database, work: Callable[[], Awaitable[object]], **options: object
 ) -> RecordingTransport:
     """Give what Sentry was sent for some work of a request."""
-    observers = (SentryObserver(), LoggingObserver())
-    app = UnitOfWorkMiddleware(endpoint(work), db, observers=observers)
     with sentry(**options) as transport:
-        await Server(app).request()
+        await handle(work, db, observers=[SentryObserver(), LoggingObserver()])
     return transport
 
 

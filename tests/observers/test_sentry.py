@@ -11,23 +11,19 @@ from sqlalchemy import event as sa_event
 
 from asgi_uow import (
     Database,
-    UnitOfWorkMiddleware,
     after_commit,
     after_response,
     current_session,
 )
 from asgi_uow.observers import LoggingObserver
 from asgi_uow.sentry import SentryObserver
-from tests.integration.frameworks.driver import Server
-from tests.support.asgi import endpoint
+from tests.support.asgi import handle
 from tests.support.tracker import exceptions, sentry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
-    from asgi_uow.observers import Observer
     from tests.servers import SQLiteBackend
-    from tests.support.asgi import Response
 
 AUTHOR = "CREATE TABLE author (name VARCHAR(40) PRIMARY KEY)"
 NOTE = """CREATE TABLE note (
@@ -45,19 +41,6 @@ async def db(sqlite: SQLiteBackend) -> AsyncIterator[Database]:
     await db.dispose()
 
 
-async def request(
-    db: Database,
-    work: Callable[[], Awaitable[object]],
-    *observers: Observer,
-    status: int = 200,
-) -> Response:
-    """Do some work as a request does, and answer."""
-    app = UnitOfWorkMiddleware(
-        endpoint(work, status), db, observers=observers or (SentryObserver(),)
-    )
-    return await Server(app).request()
-
-
 async def write() -> None:
     await current_session().execute("INSERT INTO note (name) VALUES (:n)", n=SECRET)
 
@@ -71,8 +54,8 @@ async def break_commit() -> None:
 async def test_success(db: Database) -> None:
     """Nothing is sent for a unit that ended as intended, whichever way."""
     with sentry() as transport:
-        await request(db, write)
-        await request(db, write, status=404)
+        await handle(write, db, observers=[SentryObserver()])
+        await handle(write, db, observers=[SentryObserver()], status=404)
     assert [] == transport.sent
 
 
@@ -90,7 +73,7 @@ async def test_failing_hook(db: Database) -> None:
         after_commit(ran.append, "last")
 
     with sentry() as transport:
-        exchange = await request(db, work)
+        exchange = await handle(work, db, observers=[SentryObserver()])
     assert 200 == exchange.status
     assert ["first", "last"] == ran
     [event] = transport.events
@@ -103,7 +86,7 @@ async def test_failing_hook(db: Database) -> None:
 async def test_failed_commit(db: Database) -> None:
     """A failed COMMIT arrives once, with what is underneath."""
     with sentry() as transport:
-        exchange = await request(db, break_commit)
+        exchange = await handle(break_commit, db, observers=[SentryObserver()])
     assert 500 == exchange.status
     [event] = transport.events
     assert "CommitFailedError" == exceptions(event)[-1]
@@ -119,7 +102,7 @@ async def test_beside_the_logging_observer(db: Database) -> None:
     before the one that logs.
     """
     with sentry() as transport:
-        await request(db, break_commit, SentryObserver(), LoggingObserver())
+        await handle(break_commit, db, observers=[SentryObserver(), LoggingObserver()])
     [event] = transport.events
     assert "unit of work not kept: rolled back" == event["extra"]["comment"]
 
@@ -136,7 +119,7 @@ async def test_failed_release(db: Database) -> None:
         raise OSError(message)
 
     with sentry() as transport:
-        await request(db, work, status=404)
+        await handle(work, db, observers=[SentryObserver()], status=404)
     [event] = transport.events
     assert ["OSError"] == exceptions(event)
     comment = event["extra"]["comment"]
@@ -158,7 +141,7 @@ async def test_fingerprint_of_a_hook(db: Database, raised: bool) -> None:
         after_response(hook)
 
     with sentry() as transport:
-        await request(db, work)
+        await handle(work, db, observers=[SentryObserver()])
     [event] = transport.events
     group = ["after_response", hook.__qualname__]
     assert ["{{ default }}", *group] == event["fingerprint"]
@@ -167,7 +150,7 @@ async def test_fingerprint_of_a_hook(db: Database, raised: bool) -> None:
 async def test_fingerprint_of_a_commit(db: Database) -> None:
     """One issue per outcome, cause and driver code; they are extras too."""
     with sentry() as transport:
-        await request(db, break_commit)
+        await handle(break_commit, db, observers=[SentryObserver()])
     [event] = transport.events
     group = ["rolled back", "commit_failed", "SQLITE_CONSTRAINT_FOREIGNKEY"]
     assert ["{{ default }}", *group] == event["fingerprint"]
@@ -177,7 +160,7 @@ async def test_fingerprint_of_a_commit(db: Database) -> None:
 
 async def test_no_client(db: Database, caplog: pytest.LogCaptureFixture) -> None:
     """Without sentry_sdk.init() nothing happens."""
-    assert 500 == (await request(db, break_commit)).status
+    assert 500 == (await handle(break_commit, db, observers=[SentryObserver()])).status
     assert [] == caplog.records
 
 

@@ -31,9 +31,9 @@ from asgi_uow import (
     savepoint,
     set_rollback_only,
 )
-from benchmarks.apps import HOOKS, NoOp, answer, starlette, unused
+from benchmarks.apps import NoOp, handler, on_starlette, unused_database
 from benchmarks.databases import KEYS
-from benchmarks.questions import questions
+from benchmarks.questions import HOOKS, chosen
 from tests.support import shop
 from tests.support.asgi import endpoint, http_scope, no_body
 from tests.support.costs import Steps, ask, cost, garbage_of, live
@@ -60,15 +60,22 @@ def issue(number: int, *, on: bool = True, why: str) -> pytest.MarkDecorator:
 UNTOUCHED_CALLS = 3
 """More than a middleware makes that passes everything on."""
 
+
+async def nothing(_: Scope) -> None:
+    """Touch no session and no hook."""
+
+
+answer = handler(nothing)
+
 STACKS = pytest.mark.parametrize("stack", ["raw", "starlette"])
 
 
 def untouched(stack: str) -> tuple[ASGIApp, ASGIApp]:
     """Give an application behind a no-op middleware, and behind ours."""
-    db = unused()
+    db = unused_database()
     if stack == "raw":
         return NoOp(answer), UnitOfWorkMiddleware(answer, db)
-    return starlette(NoOp), starlette(UnitOfWorkMiddleware, db)
+    return on_starlette(NoOp), on_starlette(UnitOfWorkMiddleware, db)
 
 
 @STACKS
@@ -105,10 +112,10 @@ async def test_untouched_objects(stack: str) -> None:
     async def send(message: Message) -> None:
         look()
 
-    app: ASGIApp = UnitOfWorkMiddleware(look_and_answer, unused())
+    app: ASGIApp = UnitOfWorkMiddleware(look_and_answer, unused_database())
     if stack == "starlette":
         inside = Starlette(routes=[Mount("/", look_and_answer)])
-        inside.add_middleware(UnitOfWorkMiddleware, unused())
+        inside.add_middleware(UnitOfWorkMiddleware, unused_database())
         app = inside
     await app(http_scope(), no_body, send)  # Starlette builds its stack once
     seen.clear()
@@ -153,7 +160,7 @@ async def costs(backend: Backend, statement: str) -> tuple[Cost, Cost]:
         "INSERT INTO thing (id, name) VALUES (1, 'something to find')",
         f"CREATE TABLE note (id {KEYS[backend.name]} PRIMARY KEY, content TEXT)",
     )
-    by_name = {each.name: each.contestants for each in questions()}
+    by_name = {each.name: each.contestants for each in chosen([""])}
     makers = by_name[f"{statement}-{place}"]
     found = []
     for name in ("same trips", "ours"):
@@ -211,7 +218,7 @@ async def test_hooks(register: Callable[..., None]) -> None:
             for _ in range(number):
                 register(empty)
 
-        app = UnitOfWorkMiddleware(endpoint(register_all), unused())
+        app = UnitOfWorkMiddleware(endpoint(register_all), unused_database())
         found[number] = await cost(app)
     one, some, many = found.values()
     assert {"tasks": 1, "futures": 1, "timers": 1} == one.waits
@@ -228,7 +235,7 @@ GROWTH = 1.1
 @issue(10, why="_take_entered() looks at all open blocks at each exit")
 async def test_blocks() -> None:
     """What leaving `async with db:` costs does not grow with the blocks of others."""
-    db = unused()
+    db = unused_database()
     steps = [await steps_of_block(db, beside) for beside in (10, 200)]
     assert steps[1] / steps[0] <= GROWTH
 

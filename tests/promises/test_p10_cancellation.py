@@ -345,9 +345,10 @@ async def test_cancelled_read_does_not_stop_the_next_user_of_the_writer(
         assert [0, 0] == checked_out(db)
 
 
+@on("aiosqlite")
 @pytest.mark.parametrize("kind", ["task", "scope"])
 async def test_cancelled_sqlite_statement_leaves_no_lock(
-    sqlite: SQLiteBackend, kind: Kind, no_gc: None
+    db: Database, backend: SQLiteBackend, kind: Kind, no_gc: None
 ) -> None:
     """SQLite: no zombie keeps the lock, not even of an exception that is kept."""
     loop = asyncio.get_running_loop()
@@ -374,21 +375,18 @@ async def test_cancelled_sqlite_statement_leaves_no_lock(
             kept.append(error)
             raise
 
-    async with shop_database(sqlite) as db:
-        app = UnitOfWorkMiddleware(endpoint(handler), db)
-        for number in range(1, 21):
-            running.clear()
-            async with cancelled(request(app), kind):
-                await running.wait()
-            await eventually(0, sqlite.open_transactions, within=1)
-            assert number == len(kept)
-        assert [0, 0] == checked_out(db)
-        assert [] == await shop.items(sqlite)
+    app = UnitOfWorkMiddleware(endpoint(handler), db)
+    for number in range(1, 21):
+        running.clear()
+        async with cancelled(request(app), kind):
+            await running.wait()
+        await eventually(0, backend.open_transactions, within=1)
+        assert number == len(kept)
+    assert [0, 0] == checked_out(db)
+    assert [] == await shop.items(backend)
 
 
-async def test_end_of_asyncio_run_waits_for_the_commit(
-    mariadb: MariaDBBackend,
-) -> None:
+async def test_end_of_asyncio_run_waits_for_the_commit(mariadb: MariaDBBackend) -> None:
     """P10: a COMMIT in flight is finished although the event loop is to end."""
     may_end = threading.Event()
     fired: list[str] = []

@@ -27,14 +27,15 @@ from asgi_uow import (
     UnitOfWork,
     UnitOfWorkMiddleware,
     after_commit,
+    after_rollback,
     current_read_session,
     current_session,
     current_unit_of_work,
 )
 from asgi_uow.errors import (
     ConcurrentUseError,
+    DoomedError,
     UnitOfWorkClosedError,
-    UnitOfWorkFailedError,
 )
 from tests.integration.frameworks.driver import Server
 from tests.servers import eventually
@@ -308,7 +309,8 @@ async def test_statement_in_flight_that_fails(backend: ServerBackend) -> None:
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         units.append(current_unit_of_work())
-        after_commit(fired.append, "hook")
+        after_commit(fired.append, "commit")
+        after_rollback(fired.append, "rollback")
         await shop.insert(2)
         inserts.append(asyncio.create_task(shop.insert(1)))
         await hold.answered.wait()
@@ -341,14 +343,15 @@ async def test_statement_in_flight_that_fails(backend: ServerBackend) -> None:
             await inserts[0]
         kept = await shop.items(backend)
         if backend.name == "postgresql":
-            assert isinstance(response.error, UnitOfWorkFailedError)
+            assert 500 == response.status
+            assert isinstance(response.error, DoomedError)
             assert Outcome.ROLLED_BACK is units[0].outcome
-            assert [] == fired
+            assert ["rollback"] == fired
             assert [1] == kept
         else:
             assert response.error is None
             assert 200 == response.status
-            assert ["hook"] == fired
+            assert ["commit"] == fired
             assert [1, 2] == kept
         await db.dispose()
 

@@ -20,7 +20,6 @@ from asgi_uow import (
     current_session,
     current_unit_of_work,
     force_commit,
-    savepoint,
     set_rollback_only,
 )
 from asgi_uow.errors import (
@@ -157,7 +156,7 @@ async def test_p2_framework_may_answer_the_failure_itself(
     [(200, ["after_commit", "after_response"]), (404, ["after_rollback"])],
 )
 async def test_p3_hooks_run_for_the_proven_outcome(
-    db: Database, backend: Backend, status: int, expected: list[str]
+    db: Database, status: int, expected: list[str]
 ) -> None:
     """P3: after_commit and after_rollback exclude each other."""
     fired: list[str] = []
@@ -279,29 +278,6 @@ async def test_p5_failing_hook_changes_nothing(db: Database, backend: Backend) -
     assert [1] == await shop.items(backend)
 
 
-# P6 comes with the frames of savepoints; what the database keeps is right today.
-
-
-async def test_savepoint_undoes_only_what_is_inside(
-    db: Database, backend: Backend
-) -> None:
-    """What fails inside savepoint() is undone, the rest is committed."""
-
-    async def handler() -> None:
-        await shop.insert(1)
-        with pytest.raises(ZeroDivisionError):
-            async with savepoint():
-                await shop.insert(2)
-                raise ZeroDivisionError
-        async with current_session().begin_nested():
-            await shop.insert(3)
-
-    response = await handle(handler, db)
-
-    assert 200 == response.status
-    assert [1, 3] == await shop.items(backend)
-
-
 # P7
 
 
@@ -404,7 +380,7 @@ async def test_p8_write_session_is_closed_for_good(
 # P9
 
 
-async def test_p9_leaked_task_gets_no_service(db: Database, backend: Backend) -> None:
+async def test_p9_leaked_task_gets_no_service(db: Database) -> None:
     """P9: a task that outlives its request is refused, read and write."""
     over = asyncio.Event()
     tasks: list[asyncio.Task[list[str]]] = []
@@ -529,9 +505,7 @@ async def test_p10_cancelled_commit_is_finished(
 # P12
 
 
-async def test_p12_untouched_request_opens_nothing(
-    db: Database, backend: Backend
-) -> None:
+async def test_p12_untouched_request_opens_nothing(db: Database) -> None:
     """P12: a request that touches no session connects to nothing."""
 
     async def handler() -> None:

@@ -27,12 +27,14 @@ from asgi_uow import (
     force_commit,
     parallel_read,
 )
+from asgi_uow.errors import ReadOnlySessionError
 from asgi_uow.observers import (
     LoggingObserver,
     ReaderBehind,
     ReaderFailed,
     ReaderRestored,
 )
+from tests.servers import SQLiteBackend
 from tests.servers.process import HOST, free_port
 from tests.support import shop
 from tests.support.asgi import BODY, START, endpoint, http_scope, request
@@ -57,7 +59,6 @@ if TYPE_CHECKING:
         MariaDBBackend,
         PostgreSQLBackend,
         ServerBackend,
-        SQLiteBackend,
     )
     from tests.support.asgi import Response
 
@@ -386,6 +387,28 @@ async def test_after_a_write(backend: Backend) -> None:
         assert response.error is None
         assert [1, 1, 1] == site.found
         assert [False] == site.used()
+
+
+async def test_each_does_its_own(
+    backend: Backend, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Reads go to the replica, which refuses writes; writes to the writer."""
+    await shop.create(backend)
+    await backend.execute("INSERT INTO items (id) VALUES (1)")
+    replica = create_async_engine(backend.url)
+    async with SQLiteBackend(tmp_path_factory.mktemp("writer")) as writer:
+        await shop.create(writer)
+        db = Database(create_async_engine(writer.url), readers=[replica])
+        async with db as uow:
+            assert [1] == (await db.read.scalars(shop.SELECT)).all()
+            with pytest.raises(ReadOnlySessionError):
+                await db.read.execute("DELETE FROM items")
+            assert uow.session() is db.write
+            await shop.insert(2)
+        assert (replica,) == db.readers
+        await db.dispose()
+        assert [1] == await shop.items(backend)
+        assert [2] == await shop.items(writer)
 
 
 # Causal reads

@@ -180,10 +180,7 @@ def test_one_server_per_run(postgresql_port: int) -> None:
     ("ci", "outcome"), [("", "skipped"), ("true", "errors")], ids=["desk", "ci"]
 )
 def test_without_a_server(
-    pytester: pytest.Pytester,
-    monkeypatch: pytest.MonkeyPatch,
-    ci: str,
-    outcome: str,
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, ci: str, outcome: str
 ) -> None:
     """Tests without their server are skipped and counted aloud; in CI they fail."""
     monkeypatch.setenv("CI", ci)

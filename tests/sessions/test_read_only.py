@@ -37,6 +37,12 @@ JOINED = "After `db.write` was used"
 HEAD = ["On the read session", *DRIVERS, JOINED]
 OUTSIDE = "-"
 """There is no such statement, or nothing to switch off."""
+CODES = {
+    "aiosqlite": "SQLITE_READONLY",
+    "asyncmy": 1792,
+    "asyncpg": "25006",
+    "psycopg": "25006",
+}
 LATE = "INSERT INTO items (id) VALUES (77)"
 LEAK = ", and the next unit can write"
 
@@ -170,8 +176,9 @@ async def test_refusal_costs_no_connection(stocked: Backend) -> None:
     used = []
     for _ in range(2):
         async with db:
-            with pytest.raises(ReadOnlySessionError):
+            with pytest.raises(ReadOnlySessionError) as refused:
                 await db.read.execute(INSERT)
+            assert CODES[stocked.driver] == code_of(refused.value.__cause__)
             used.append(await driver_connection(db.read))
     assert used[0] is used[1]
     assert "" == await next_unit(db)

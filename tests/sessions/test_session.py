@@ -7,19 +7,28 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
-from sqlalchemy import delete, func, insert, select, text, update
-from sqlalchemy.exc import DBAPIError, IntegrityError, NoResultFound
+from sqlalchemy import delete, event, func, insert, select, text, update
+from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from asgi_uow import Database, Outcome, set_rollback_only
+from asgi_uow import (
+    Database,
+    Outcome,
+    current_read_session,
+    current_session,
+    set_rollback_only,
+)
 from asgi_uow.errors import (
+    ConcurrentUseError,
     ManagedTransactionError,
     ReadOnlySessionError,
     UnitOfWorkClosedError,
     UnitOfWorkFailedError,
 )
 from tests.servers import ServerBackend, eventually
-from tests.support.databases import DRIVERS, on
+from tests.support import shop
+from tests.support.asgi import handle
+from tests.support.databases import DRIVERS, on, shop_database
 from tests.support.private import TaskLock
 
 if TYPE_CHECKING:
@@ -149,21 +158,6 @@ async def test_what_sqlalchemy_takes(db: Database) -> None:
     assert "Anne" == ann.name
     async with db:
         assert ["Anne", "Cid", "Dan"] == (await db.read.scalars(NAMES)).all()
-
-
-async def test_savepoint_by_hand(backend: Backend, db: Database) -> None:
-    """`begin_nested()` is SQLAlchemy's, with its own commit and rollback."""
-    async with db:
-        kept = await db.write.begin_nested()
-        await db.write.execute(INSERT, id=3, name="Cid")
-        await kept.commit()
-        undone = await db.write.begin_nested()
-        await db.write.execute(INSERT, id=4, name="Dan")
-        await undone.rollback()
-        with contextlib.suppress(IntegrityError):
-            async with db.write.begin_nested():
-                await db.write.execute(INSERT, id=1, name="again")
-    assert [("Ann",), ("Bob",), ("Cid",)] == await backend.fetch(NAMES)
 
 
 # What they refuse
@@ -326,6 +320,21 @@ async def test_reads_that_wait_while_the_unit_writes(
         assert ["Ann", "Bob", "Cid"] == await late
 
 
+async def test_read_that_moves_while_another_read_connects(backend: Backend) -> None:
+    """Two reads, before and after the first write, do not meet on the session."""
+
+    async def handler() -> None:
+        read = current_read_session()
+        early = asyncio.ensure_future(read.scalar("SELECT 1"))
+        await asyncio.wait((early,), timeout=0)
+        await shop.insert(1)
+        late = read.scalar(shop.COUNT)
+        assert [1, 1] == list(await asyncio.gather(early, late))
+
+    async with shop_database(backend) as db:
+        assert 200 == (await handle(handler, db)).status
+
+
 # Turns
 
 
@@ -362,6 +371,34 @@ async def test_a_turn_within_a_turn(memory: Database) -> None:
         async with memory.write.lock, memory.write.lock:
             assert 1 == await memory.write.scalar("SELECT 1")
         assert 2 == await memory.write.run_sync(lambda s: s.scalar(text("SELECT 2")))
+
+
+@on("aiosqlite")
+async def test_add_while_another_task_flushes(db: Database, backend: Backend) -> None:
+    """SQLAlchemy would only warn, and might lose the object: refused."""
+    flushing = asyncio.Event()
+
+    async def handler() -> None:
+        session = current_session()
+        session.add(shop.Item(id=1))
+        event.listen(session.sync_session, "after_flush", lambda *_: flushing.set())
+        flush = asyncio.ensure_future(session.flush())
+        await flushing.wait()
+        session.sync_session._flushing = True
+        with pytest.raises(ConcurrentUseError, match="another task is flushing"):
+            await asyncio.create_task(add(session))
+        session.sync_session._flushing = False
+        await flush
+
+    async def add(session: Session) -> None:
+        async with current_session().lock:
+            await asyncio.create_task(late(session))
+
+    async def late(session: Session) -> None:
+        session.add_all([shop.Item(id=2)])
+
+    assert 200 == (await handle(handler, db)).status
+    assert [1] == await shop.items(backend)
 
 
 async def test_an_error_frees_the_turn(db: Database) -> None:

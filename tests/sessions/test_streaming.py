@@ -13,10 +13,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from asgi_uow import Database, UnitOfWorkMiddleware, current_read_session
-from asgi_uow.errors import ReadOnlySessionError
+from asgi_uow import (
+    Database,
+    UnitOfWorkMiddleware,
+    current_read_session,
+    current_session,
+)
+from asgi_uow.errors import ConcurrentUseError, ReadOnlySessionError
 from tests.servers import eventually
-from tests.support.asgi import Client, Response, serve
+from tests.support import shop
+from tests.support.asgi import BODY, START, Client, Response, handle, serve
 from tests.support.databases import DRIVERS, checked_out, on
 from tests.support.streams import ROWS, SELECT, fill
 
@@ -172,6 +178,63 @@ async def test_reads_go_on_after_an_error_among_the_rows(stocked: Backend) -> No
         assert ROWS == await db.read.scalar("SELECT count(*) FROM items")
     assert [0, 0] == checked_out(db)
     await db.dispose()
+
+
+# On the connection of the writer
+
+
+async def test_joined_stream_ends_with_the_writer(
+    db: Database, backend: Backend
+) -> None:
+    """A stream on the writer's connection raises after the decision, never lies."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for number in range(3):
+            await shop.insert(number)
+        stream = await current_read_session().stream("SELECT id FROM items")
+        await send({"type": START, "status": 200, "headers": []})
+        with pytest.raises(ResourceClosedError):
+            await stream.all()
+        await send({"type": BODY, "body": b""})
+
+    response = await serve(app, db)
+
+    assert response.error is None
+    assert [0, 1, 2] == await shop.items(backend)
+
+
+@on("asyncmy")
+async def test_joined_stream_holds_off_the_writer(db: Database) -> None:
+    """On MariaDB a write would cut the stream off: refused."""
+
+    async def handler() -> None:
+        for number in range(3):
+            await shop.insert(number)
+        stream = await current_read_session().stream("SELECT id FROM items")
+        with pytest.raises(ConcurrentUseError, match="stream"):
+            await shop.insert(4)
+        assert 3 == len(await stream.all())
+
+    assert 200 == (await handle(handler, db)).status
+
+
+async def test_streams_of_every_shape(db: Database) -> None:
+    """Partitions and mappings take turns as plain streams do."""
+
+    async def handler() -> None:
+        for number in range(5):
+            await shop.insert(number)
+        stream = await current_session().stream(SELECT)
+        parts = [len(part) async for part in stream.partitions(2)]
+        assert [2, 2, 1] == parts
+        stream = await current_session().stream(SELECT)
+        rows = await stream.mappings().fetchmany(2)
+        assert [{"id": 0}, {"id": 1}] == [dict(row) for row in rows]
+        await stream.close()
+        with pytest.raises(TypeError, match="not both"):
+            await current_session().execute("SELECT :a", {"a": 1}, a=2)
+
+    assert 200 == (await handle(handler, db)).status
 
 
 # Pieces

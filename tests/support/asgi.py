@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from asgi_uow import (
     UnitOfWorkMiddleware,
@@ -13,6 +13,7 @@ from asgi_uow import (
     after_rollback,
     current_unit_of_work,
 )
+from asgi_uow.observers import HookFailed
 from tests.support.observer import Events
 
 if TYPE_CHECKING:
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from asgi_uow import Database, UnitOfWork
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
 
-    Handler = Callable[[], Awaitable[object]]
-
+Handler: TypeAlias = "Callable[[], Awaitable[object]]"
 START = "http.response.start"
 BODY = "http.response.body"
 
@@ -81,6 +81,11 @@ class Response:
         length = sum(len(each.get("body", b"")) for each in self.messages[1:])
         announced = int(self.headers.get("content-length", length))
         return ends == [*([False] * (len(ends) - 1)), True] and announced == length
+
+    @property
+    def failures(self) -> list[HookFailed]:
+        """What was told of hooks that failed."""
+        return self.events.of(HookFailed)
 
     @property
     def unit(self) -> UnitOfWork:

@@ -25,6 +25,8 @@ class Item(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
 
 
+COUNT = "SELECT count(*) FROM items"
+SELECT = "SELECT id FROM items ORDER BY id"
 TABLES = (
     "CREATE TABLE parents (id INTEGER PRIMARY KEY)",
     (
@@ -53,7 +55,7 @@ async def insert_orphan(number: int = 9) -> None:
 
 async def items(backend: Backend) -> list[object]:
     """Look through a fresh connection."""
-    return [row[0] for row in await backend.fetch("SELECT id FROM items ORDER BY id")]
+    return [row[0] for row in await backend.fetch(SELECT)]
 
 
 async def insert_then_break_commit(backend: Backend, number: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -11,19 +11,16 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from asgi_uow import UnitOfWorkMiddleware, current_session
 from asgi_uow.otel import OpenTelemetryObserver
-from tests.integration.frameworks.driver import Server
-from tests.support.asgi import endpoint
-from tests.support.shop import insert
+from tests.support.asgi import handle
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Mapping
 
     from opentelemetry.sdk.trace import ReadableSpan
 
     from asgi_uow import Database
-    from tests.support.asgi import Response
+    from tests.support.asgi import Handler, Response
 
 
 class Telemetry:
@@ -40,6 +37,12 @@ class Telemetry:
     def shutdown(self) -> None:
         self.traces.shutdown()
         self.meters.shutdown()
+
+    async def handle(
+        self, work: Handler, *databases: Database, **options: Any
+    ) -> Response:
+        """Have some work done as a request does it, and observe that."""
+        return await handle(work, *databases, observers=[self.observer], **options)
 
     @property
     def spans(self) -> list[ReadableSpan]:
@@ -76,28 +79,6 @@ class Telemetry:
             for scope in resource.scope_metrics
             for metric in scope.metrics
         }
-
-
-async def request(
-    db: Database,
-    work: Callable[[], Awaitable[object]],
-    observer: OpenTelemetryObserver,
-    status: int = 200,
-    hook_timeout: float = 5.0,
-) -> Response:
-    """Do some work as a request does, and answer."""
-    app = UnitOfWorkMiddleware(
-        endpoint(work, status), db, observers=[observer], hook_timeout=hook_timeout
-    )
-    return await Server(app).request()
-
-
-async def insert_1() -> None:
-    await insert(1)
-
-
-async def break_commit() -> None:
-    await current_session().execute("INSERT INTO items VALUES (9, 404)")
 
 
 def fail() -> None:

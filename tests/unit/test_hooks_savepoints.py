@@ -27,7 +27,7 @@ from asgi_uow import (
 from asgi_uow.errors import ReadOnlySessionError
 from tests.support import shop
 from tests.support.asgi import handle
-from tests.support.databases import shop_database
+from tests.support.databases import on, shop_database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -485,27 +485,27 @@ async def test_p6_two_databases(
     record.all_committed("d" if inner_first else "cd")
 
 
-async def test_p6_unproven_rollback(mariadb: MariaDBBackend) -> None:
+@on("asyncmy")
+async def test_p6_unproven_rollback(db: Database, backend: MariaDBBackend) -> None:
     """P3: the hooks of a savepoint whose rollback nobody acknowledged have to wait.
 
     They are called when the rollback of the whole is proven.
     """
     record = Record()
-    async with shop_database(mariadb) as db:
 
-        async def handler() -> None:
-            await shop.insert(1)
-            record.register("a")
-            with contextlib.suppress(Undo, sa_exc.DBAPIError):
-                async with savepoint():
-                    await shop.insert(2)
-                    record.register("b")
-                    await mariadb.kill_connections()
-                    raise Undo
-            await current_session().flush()  # asks the database nothing
-            assert [] == record.rolled_back
+    async def handler() -> None:
+        await shop.insert(1)
+        record.register("a")
+        with contextlib.suppress(Undo, sa_exc.DBAPIError):
+            async with savepoint():
+                await shop.insert(2)
+                record.register("b")
+                await backend.kill_connections()
+                raise Undo
+        await current_session().flush()  # asks the database nothing
+        assert [] == record.rolled_back
 
-        response = await handle(handler, db)
+    response = await handle(handler, db)
 
     assert 503 == response.status
     record.all_committed("")
@@ -531,8 +531,9 @@ async def test_p6_savepoint_in_a_before_commit_hook(db: Database) -> None:
     assert ["kept"] == called
 
 
+@on("aiosqlite")
 async def test_p5_undone_hook_on_sqlite_does_not_wait_for_itself(
-    sqlite: SQLiteBackend,
+    db: Database, backend: SQLiteBackend
 ) -> None:
     """P5: the hook of a savepoint cannot write while its unit holds the only lock.
 
@@ -547,14 +548,13 @@ async def test_p5_undone_hook_on_sqlite_does_not_wait_for_itself(
             refused.append(error)
             raise
 
-    async with shop_database(sqlite) as db:
-        async with db:
-            await shop.insert(1)
-            with contextlib.suppress(Undo):
-                async with savepoint():
-                    after_rollback(compensate)
-                    raise Undo
-            assert "NestedUnitOfWorkError" == type(refused[0]).__name__
-            await shop.insert(2)
+    async with db:
+        await shop.insert(1)
+        with contextlib.suppress(Undo):
+            async with savepoint():
+                after_rollback(compensate)
+                raise Undo
+        assert "NestedUnitOfWorkError" == type(refused[0]).__name__
+        await shop.insert(2)
 
-        assert [1, 2] == await shop.items(sqlite)
+    assert [1, 2] == await shop.items(backend)

@@ -25,47 +25,52 @@ from asgi_uow import (
     unit_of_work,
 )
 from asgi_uow.errors import NestedUnitOfWorkError, TooManyHooksError
-from asgi_uow.observers import ConnectionReleased, HookFailed, ReleaseFailed
+from asgi_uow.observers import (
+    CommitFailed,
+    ConnectionReleased,
+    HookFailed,
+    ReleaseFailed,
+)
 from tests.support import shop
-from tests.support.asgi import BODY, START, endpoint, handle, request, serve
-from tests.support.databases import DRIVERS, checked_out, on, shop_database
-from tests.support.private import current
+from tests.support.asgi import BODY, START, endpoint, handle, serve
+from tests.support.databases import (
+    DRIVERS,
+    checked_out,
+    memory_database,
+    on,
+    shop_database,
+)
+from tests.support.private import concurrency, current
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from asgi_uow._asgi import Receive, Scope, Send
-    from asgi_uow.observers import Event
     from tests.servers.backend import Backend, MariaDBBackend, SQLiteBackend
-
-COUNT = "SELECT count(*) FROM items"
 
 
 async def failures(
     handler: Callable[[], Awaitable[object]], *databases: Database
 ) -> list[BaseException]:
     """Send a request; what did its hooks raise?"""
-    events: list[Event] = []
-    app = UnitOfWorkMiddleware(
-        endpoint(handler), *databases, observers=[events.append], hook_timeout=30
-    )
-    response = await request(app)
+    response = await handle(handler, *databases, hook_timeout=30)
     assert (200, None) == (response.status, response.error)
-    return [each.error for each in events if isinstance(each, HookFailed)]
+    return [each.error for each in response.failures]
 
 
 # Connections
 
 
+@on(pool_size=1, max_overflow=0, pool_timeout=5)
 @pytest.mark.parametrize("register", [after_commit, after_response])
 async def test_hook_reads_with_a_pool_of_one(
-    register: Callable[..., None], backend: Backend
+    register: Callable[..., None], db: Database
 ) -> None:
     """P7: a hook that reads gets the connection that its request has read with."""
     found: list[object] = []
 
     async def read() -> None:
-        found.append(await current_read_session().scalar(COUNT))
+        found.append(await current_read_session().scalar(shop.COUNT))
 
     async def handler() -> None:
         await read()
@@ -73,62 +78,53 @@ async def test_hook_reads_with_a_pool_of_one(
         register(read)
         register(read)
 
-    async with shop_database(
-        backend, pool_size=1, max_overflow=0, pool_timeout=5
-    ) as db:
-        assert [] == await failures(handler, db)
-        assert [0, 1, 1] == found
-        assert [0, 0] == checked_out(db)
+    assert [] == await failures(handler, db)
+    assert [0, 1, 1] == found
+    assert [0, 0] == checked_out(db)
 
 
 @pytest.mark.parametrize("register", [after_commit, after_response])
 async def test_hook_after_a_read_in_memory(register: Callable[..., None]) -> None:
     """In memory a request that has read leaves the connection to its hooks."""
-    db = Database.from_url("sqlite://", pool_timeout=5)
-    async with db:
-        await db.write.execute("CREATE TABLE items (id INTEGER PRIMARY KEY)")
 
     async def handler() -> None:
-        await current_read_session().scalar(COUNT)
+        await current_read_session().scalar(shop.COUNT)
         register(shop.insert, 1)
 
-    assert [] == await failures(handler, db)
-    async with db:
-        assert 1 == await db.read.scalar(COUNT)
-    await db.dispose()
+    async with memory_database(pool_timeout=5) as db:
+        assert [] == await failures(handler, db)
+        async with db:
+            assert 1 == await db.read.scalar(shop.COUNT)
 
 
 async def test_a_stream_goes_on_beside_hooks(db: Database, backend: Backend) -> None:
     """P7: a stream that is read after the response keeps its connection."""
     await backend.execute("INSERT INTO items (id) VALUES (1), (2)")
     rows: list[object] = []
-    events: list[Event] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        stream = await current_read_session().stream("SELECT id FROM items ORDER BY id")
+        stream = await current_read_session().stream(shop.SELECT)
         rows.append(await stream.fetchone())
         after_commit(rows.append, "hook")
         await send({"type": START, "status": 200, "headers": []})
         rows.append(await stream.fetchone())
         await send({"type": BODY, "body": b""})
 
-    await serve(app, db, observers=[events.append])
+    response = await serve(app, db)
 
     assert [(1,), "hook", (2,)] == rows
-    assert not {HookFailed, ReleaseFailed} & set(map(type, events))
+    assert not {HookFailed, ReleaseFailed} & set(map(type, response.events))
     assert [0, 0] == checked_out(db)
 
 
 async def test_held_seconds_of_a_connection_lent(db: Database) -> None:
     """The time for which a read session held connections is told once, in all."""
-    events: list[Event] = []
 
     async def handler() -> None:
-        await current_read_session().scalar(COUNT)
+        await current_read_session().scalar(shop.COUNT)
         after_commit(print)
 
-    await handle(handler, db, observers=[events.append])
-    [released] = [each for each in events if isinstance(each, ConnectionReleased)]
+    released = (await handle(handler, db)).events.only(ConnectionReleased)
     assert "read" == released.access
     assert 0 < released.seconds < 60
 
@@ -312,7 +308,7 @@ async def test_pending_hook_inside_another_call(db: Database, backend: Backend) 
         session = current_session()
 
         async def compensate() -> None:
-            found.append(await session.scalar(COUNT))
+            found.append(await session.scalar(shop.COUNT))
 
         connection = await session.connection()
         nested = await connection.begin_nested()
@@ -350,7 +346,8 @@ async def test_block_that_registers_itself(sqlite: SQLiteBackend) -> None:
     assert 1 == len(errors)
 
 
-async def test_hook_whose_name_cannot_be_read(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_hook_whose_name_cannot_be_read(db: Database) -> None:
     """P5: a callable that refuses its name fails like any other hook."""
     called: list[str] = []
 
@@ -365,45 +362,42 @@ async def test_hook_whose_name_cannot_be_read(sqlite: SQLiteBackend) -> None:
         after_commit(Proxy())
         after_commit(called.append, "second")
 
-    async with shop_database(sqlite) as db:
-        errors = await failures(handler, db)
+    errors = await failures(handler, db)
     assert 1 == len(errors)
     assert ["second"] == called
 
 
-async def test_many_before_commit_hooks(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_many_before_commit_hooks(db: Database) -> None:
     """Hooks are looked through once, not once per hook."""
     called: list[int] = []
 
     async def note(number: int) -> None:
         called.append(number)
 
-    async with shop_database(sqlite) as db:
+    async def handler() -> None:
+        for number in range(3000):
+            before_commit(note, number)
 
-        async def handler() -> None:
-            for number in range(3000):
-                before_commit(note, number)
-
-        assert [] == await failures(handler, db)
+    assert [] == await failures(handler, db)
     assert list(range(3000)) == called
 
 
-async def test_before_commit_hook_dropped_on_the_way(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_before_commit_hook_dropped_on_the_way(db: Database) -> None:
     """P6: a savepoint undone by a before_commit hook takes the next ones with it."""
     called: list[str] = []
 
-    async with shop_database(sqlite) as db:
+    async def handler() -> None:
+        opened = await current_session().begin_nested()
 
-        async def handler() -> None:
-            opened = await current_session().begin_nested()
+        async def undo() -> None:
+            await opened.rollback()
 
-            async def undo() -> None:
-                await opened.rollback()
+        before_commit(undo)
+        before_commit(called.append, "dropped")
 
-            before_commit(undo)
-            before_commit(called.append, "dropped")
-
-        await failures(handler, db)
+    await failures(handler, db)
     assert [] == called
 
 
@@ -426,21 +420,21 @@ async def test_nothing_is_current_after_a_hook(db: Database) -> None:
     assert current.get() is None
 
 
+@on("asyncmy")
 async def test_read_connection_that_cannot_be_given_back(
-    mariadb: MariaDBBackend,
+    db: Database, backend: MariaDBBackend
 ) -> None:
     """A read connection that is lost before the hooks is no harm to them."""
     called: list[str] = []
-    async with shop_database(mariadb) as db:
 
-        async def handler() -> None:
-            await current_read_session().scalar(COUNT)
-            after_commit(called.append, "hook")
-            await mariadb.kill_connections()
+    async def handler() -> None:
+        await current_read_session().scalar(shop.COUNT)
+        after_commit(called.append, "hook")
+        await backend.kill_connections()
 
-        await failures(handler, db)
-        assert ["hook"] == called
-        assert [0, 0] == checked_out(db)
+    await failures(handler, db)
+    assert ["hook"] == called
+    assert [0, 0] == checked_out(db)
 
 
 async def test_task_that_reads_while_hooks_run(db: Database) -> None:
@@ -452,7 +446,7 @@ async def test_task_that_reads_while_hooks_run(db: Database) -> None:
     async def read() -> None:
         session = current_read_session()
         async with session.own_lock:
-            await session.scalar(COUNT)
+            await session.scalar(shop.COUNT)
             reading.set()
             await go_on.wait()
 
@@ -467,25 +461,67 @@ async def test_task_that_reads_while_hooks_run(db: Database) -> None:
     assert [0, 0] == checked_out(db)
 
 
-async def test_listener_that_breaks_giving_back(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_listener_that_breaks_giving_back(db: Database) -> None:
     """P5: a listener that fails when a read connection is given back stops no hook."""
     called: list[str] = []
-    events: list[Event] = []
 
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    async with shop_database(sqlite) as db:
+    async def handler() -> None:
+        session = current_read_session()
+        await session.scalar(shop.COUNT)
+        event.listen(session.sync_session, "after_transaction_end", fail, once=True)
+        after_commit(called.append, "hook")
 
-        async def handler() -> None:
-            session = current_read_session()
-            await session.scalar(COUNT)
-            event.listen(session.sync_session, "after_transaction_end", fail, once=True)
-            after_commit(called.append, "hook")
-
-        response = await handle(handler, db, observers=[events.append])
+    response = await handle(handler, db)
 
     assert 200 == response.status
     assert ["hook"] == called
-    [failed] = [each for each in events if isinstance(each, ReleaseFailed)]
+    failed = response.events.only(ReleaseFailed)
     assert "giving a read connection back" == failed.operation
+
+
+@on("aiosqlite")
+@pytest.mark.parametrize("register", [before_commit, after_commit])
+async def test_hook_that_does_not_let_itself_be_cancelled(
+    db: Database,
+    backend: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+    register: Callable[[Callable[[], object]], None],
+) -> None:
+    """Past hook_timeout and a grace period it is left behind; the response leaves.
+
+    It is a success only if the hook was one for which it was too late to object.
+    """
+    monkeypatch.setattr(concurrency, "GRACE", 0.01)
+    over = asyncio.Event()
+    tasks: list[asyncio.Task[object] | None] = []
+
+    async def stubborn() -> None:
+        tasks.append(asyncio.current_task())
+        while not over.is_set():
+            with suppress(asyncio.CancelledError):
+                await over.wait()
+
+    async def handler() -> None:
+        await shop.insert(1)
+        register(stubborn)
+
+    response = await handle(handler, db, hook_timeout=0.01)
+
+    error: BaseException | None
+    if register is after_commit:
+        assert 200 == response.status
+        assert [1] == await shop.items(backend)
+        error = response.events.only(HookFailed).error
+        assert [] == response.events.of(CommitFailed)
+    else:
+        assert 500 == response.status
+        assert [] == await shop.items(backend)
+        error = response.events.only(CommitFailed).error.__cause__
+        assert [] == response.failures
+    assert isinstance(error, TimeoutError)
+    over.set()
+    await asyncio.wait([task for task in tasks if task])

@@ -33,9 +33,9 @@ from asgi_uow.errors import (
     TooManyHooksError,
     UnitOfWorkClosedError,
 )
-from asgi_uow.observers import CommitFailed, HookFailed
+from asgi_uow.observers import CommitFailed
 from tests.support import shop
-from tests.support.asgi import endpoint, handle, request, serve
+from tests.support.asgi import endpoint, handle, serve
 from tests.support.databases import SERVERS, checked_out, on, shop_database
 from tests.support.private import MOST_BY_HOOKS
 
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from asgi_uow import UnitOfWork
-    from asgi_uow.observers import Event
     from tests.servers.backend import Backend, SQLiteBackend
     from tests.support.asgi import Response
 
@@ -51,39 +50,24 @@ if TYPE_CHECKING:
     Work = Callable[[], Awaitable[object]]
 
 
-class Sent:
-    """A request, what it came to, and what was told about its hooks."""
+async def call(
+    register_all: Callable[[], object],
+    db: Database,
+    status: int = 200,
+    hook_timeout: float = 30.0,
+) -> Response:
+    """Have a handler register hooks."""
 
-    def __init__(
-        self,
-        db: Database,
-        handler: Callable[[], object],
-        status: int = 200,
-        hook_timeout: float | None = 30.0,
-    ) -> None:
-        self.events: list[Event] = []
+    async def handler() -> None:
+        register_all()
 
-        async def call() -> None:
-            handler()
+    return await handle(handler, db, status=status, hook_timeout=hook_timeout)
 
-        self._app = UnitOfWorkMiddleware(
-            endpoint(call, status),
-            db,
-            observers=[self.events.append],
-            hook_timeout=hook_timeout,
-        )
 
-    async def send(self) -> Response:
-        return await request(self._app)
-
-    @property
-    def failures(self) -> list[HookFailed]:
-        return [each for each in self.events if isinstance(each, HookFailed)]
-
-    @property
-    def reports(self) -> list[tuple[str, str, str]]:
-        """Phase, name and kind of error of every failure."""
-        return [(f.phase, f.hook, type(f.error).__name__) for f in self.failures]
+def reports(response: Response) -> list[tuple[str, str, str]]:
+    """Phase, name and kind of error of every failure."""
+    failures = response.failures
+    return [(each.phase, each.hook, type(each.error).__name__) for each in failures]
 
 
 REGISTER = [(after_commit, 200), (after_response, 200), (after_rollback, 404)]
@@ -108,11 +92,10 @@ async def test_own_unit(
         register(hook, 1)
         register(hook, 2)
 
-    sent = Sent(db, handler, status)
-    response = await sent.send()
+    response = await call(handler, db, status)
 
     assert status == response.status
-    assert [] == sent.failures
+    assert [] == response.failures
     assert [1, 2] == await shop.items(backend)
     assert {1, 2} in inserted
     assert 3 == len(set(units))
@@ -134,13 +117,12 @@ async def test_own_unit_rolled_back(
         register(fails)
         register(shop.insert, 3)
 
-    sent = Sent(db, handler, status)
-    response = await sent.send()
+    response = await call(handler, db, status)
 
     assert status == response.status
     assert [2, 3] == await shop.items(backend)
     name = "test_own_unit_rolled_back.<locals>.fails"
-    assert [(register.__name__, name, "LookupError")] == sent.reports
+    assert [(register.__name__, name, "LookupError")] == reports(response)
     assert [0, 0] == checked_out(db)
 
 
@@ -151,11 +133,10 @@ async def test_own_unit_rollback_only(db: Database, backend: Backend) -> None:
         await shop.insert(1)
         set_rollback_only("dry run")
 
-    sent = Sent(db, functools.partial(after_commit, dry_run))
-    await sent.send()
+    response = await call(functools.partial(after_commit, dry_run), db)
 
     assert [] == await shop.items(backend)
-    assert [] == sent.failures
+    assert [] == response.failures
 
 
 async def test_own_unit_force(db: Database, backend: Backend) -> None:
@@ -165,7 +146,7 @@ async def test_own_unit_force(db: Database, backend: Backend) -> None:
         force_commit()
         await shop.insert(1)
 
-    await Sent(db, functools.partial(after_commit, hook)).send()
+    await call(functools.partial(after_commit, hook), db)
     assert [1] == await shop.items(backend)
 
 
@@ -176,15 +157,14 @@ async def test_own_commit_fails(db: Database, backend: Backend) -> None:
         after_commit(shop.insert_then_break_commit, backend, 1)
         after_commit(shop.insert, 2)
 
-    sent = Sent(db, handler)
-    response = await sent.send()
+    response = await call(handler, db)
 
     assert (200, None) == (response.status, response.error)
     assert [2] == await shop.items(backend)
-    [failure] = sent.failures
+    [failure] = response.failures
     assert "insert_then_break_commit" == failure.hook
     assert isinstance(failure.error, CommitFailedError)
-    assert CommitFailed not in map(type, sent.events)
+    assert CommitFailed not in map(type, response.events)
     assert [0, 0] == checked_out(db)
 
 
@@ -197,10 +177,9 @@ async def test_own_unit_doomed(db: Database, backend: Backend) -> None:
         with suppress(ManagedTransactionError):
             await connection.commit()
 
-    sent = Sent(db, functools.partial(after_commit, hook))
-    await sent.send()
+    response = await call(functools.partial(after_commit, hook), db)
 
-    [failure] = sent.failures
+    [failure] = response.failures
     assert isinstance(failure.error, DoomedError)
     assert isinstance(failure.error.__cause__, ManagedTransactionError)
     assert [] == await shop.items(backend)
@@ -217,10 +196,9 @@ async def test_block_in_a_hook(db: Database, backend: Backend) -> None:
         assert ["inner"] == called
         await shop.insert(2)
 
-    sent = Sent(db, functools.partial(after_commit, hook))
-    await sent.send()
+    response = await call(functools.partial(after_commit, hook), db)
 
-    assert [] == sent.failures
+    assert [] == response.failures
     assert [1, 2] == await shop.items(backend)
 
 
@@ -235,10 +213,9 @@ async def test_block_in_a_hook_that_uses_its_session(
             async with db:
                 raise NotImplementedError
 
-    sent = Sent(db, functools.partial(after_commit, hook))
-    await sent.send()
+    response = await call(functools.partial(after_commit, hook), db)
 
-    assert [] == sent.failures
+    assert [] == response.failures
     assert [1] == await shop.items(backend)
 
 
@@ -253,7 +230,7 @@ async def test_independent_block_in_a_hook(backend: Backend) -> None:
                 await shop.insert(2)
             raise LookupError
 
-        await Sent(db, functools.partial(after_commit, hook)).send()
+        await call(functools.partial(after_commit, hook), db)
 
     assert [2] == await shop.items(backend)
 
@@ -291,7 +268,7 @@ async def test_after_the_hook(db: Database) -> None:
     async def hook() -> None:
         tasks.append(asyncio.create_task(leaked()))
 
-    await Sent(db, functools.partial(after_commit, hook)).send()
+    await call(functools.partial(after_commit, hook), db)
     go_on.set()
     with pytest.raises(UnitOfWorkClosedError):
         await tasks[0]
@@ -311,9 +288,8 @@ async def test_in_memory() -> None:
         after_commit(shop.insert, 1)
         after_response(read)
 
-    sent = Sent(db, handler)
-    await sent.send()
-    assert [] == sent.failures
+    response = await call(handler, db)
+    assert [] == response.failures
     assert [1] == found
     await db.dispose()
 
@@ -321,10 +297,11 @@ async def test_in_memory() -> None:
 # What hooks register
 
 
+@on("aiosqlite")
 @pytest.mark.parametrize("register", [before_commit, after_commit, after_response])
 @pytest.mark.parametrize("fails", [False, True])
 async def test_registering_in_hooks(
-    register: Register, fails: bool, sqlite: SQLiteBackend
+    register: Register, fails: bool, db: Database
 ) -> None:
     """What a hook registers comes last, and also when that hook then fails."""
     called: list[str] = []
@@ -339,14 +316,14 @@ async def test_registering_in_hooks(
         register(hook)
         register(called.append, "second")
 
-    async with shop_database(sqlite) as db:
-        response = await Sent(db, handler).send()
+    response = await call(handler, db)
 
     assert 200 == response.status
     assert ["first", "second", "registered"] == called
 
 
-async def test_registering_for_a_later_phase(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_registering_for_a_later_phase(db: Database) -> None:
     """Hooks register for later phases, and for one that has passed for at once."""
     called: list[str] = []
 
@@ -362,13 +339,15 @@ async def test_registering_for_a_later_phase(sqlite: SQLiteBackend) -> None:
         called.append("first")
         after_commit(middle)
 
-    async with shop_database(sqlite) as db:
-        await Sent(db, functools.partial(before_commit, first)).send()
+    await call(functools.partial(before_commit, first), db)
 
     assert ["first", "middle", "last", "the commit is proven still"] == called
 
 
-async def test_registering_after_a_rollback(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_registering_after_a_rollback(
+    db: Database, backend: SQLiteBackend
+) -> None:
     """After a rollback a hook may add to it; a commit is then that of its own unit."""
     called: list[str] = []
 
@@ -378,14 +357,14 @@ async def test_registering_after_a_rollback(sqlite: SQLiteBackend) -> None:
         after_commit(called.append, "compensated")
         after_response(called.append, "and released")
 
-    async with shop_database(sqlite) as db:
-        await Sent(db, functools.partial(after_rollback, compensate), 404).send()
+    await call(functools.partial(after_rollback, compensate), db, 404)
 
     assert ["compensated", "and released", "rolled back too"] == called
-    assert [1] == await shop.items(sqlite)
+    assert [1] == await shop.items(backend)
 
 
-async def test_rollback_of_a_hook(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_rollback_of_a_hook(db: Database, backend: SQLiteBackend) -> None:
     """What a hook registers for a rollback is called if its own work is undone."""
     called: list[str] = []
 
@@ -399,11 +378,10 @@ async def test_rollback_of_a_hook(sqlite: SQLiteBackend) -> None:
         after_commit(hook, fails=True)
         after_commit(hook, fails=False)
 
-    async with shop_database(sqlite) as db:
-        await Sent(db, handler).send()
+    await call(handler, db)
 
     assert ["fails: True"] == called
-    assert [1] == await shop.items(sqlite)
+    assert [1] == await shop.items(backend)
 
 
 async def test_savepoint_in_a_hook(db: Database, backend: Backend) -> None:
@@ -420,14 +398,15 @@ async def test_savepoint_in_a_hook(db: Database, backend: Backend) -> None:
             await shop.insert(2)
             after_commit(called.append, "kept")
 
-    await Sent(db, functools.partial(after_commit, hook)).send()
+    await call(functools.partial(after_commit, hook), db)
 
     assert ["kept"] == called
     assert [2] == await shop.items(backend)
 
 
+@on("aiosqlite")
 @pytest.mark.parametrize(("register", "status"), REGISTER)
-async def test_too_many(register: Register, status: int, sqlite: SQLiteBackend) -> None:
+async def test_too_many(register: Register, status: int, db: Database) -> None:
     """Hooks may register 100 others: one that registers itself comes to an end."""
     calls: list[int] = []
 
@@ -435,38 +414,36 @@ async def test_too_many(register: Register, status: int, sqlite: SQLiteBackend) 
         calls.append(len(calls))
         register(again)
 
-    async with shop_database(sqlite) as db:
-        sent = Sent(db, functools.partial(register, again), status)
-        response = await sent.send()
+    response = await call(functools.partial(register, again), db, status)
 
     assert status == response.status
     assert MOST_BY_HOOKS + 1 == len(calls)
-    [failure] = sent.failures
+    [failure] = response.failures
     assert isinstance(failure.error, TooManyHooksError)
     assert "register itself again" in str(failure.error)
 
 
-async def test_too_many_before_commit(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_too_many_before_commit(db: Database, backend: SQLiteBackend) -> None:
     """In the transaction the 101st has everything rolled back."""
 
     async def again() -> None:
         before_commit(again)
 
-    async with shop_database(sqlite) as db:
+    async def handler() -> None:
+        await shop.insert(1)
+        before_commit(again)
 
-        async def handler() -> None:
-            await shop.insert(1)
-            before_commit(again)
-
-        response = await handle(handler, db)
+    response = await handle(handler, db)
 
     assert 500 == response.status
     assert response.error is not None
     assert isinstance(response.error.__cause__, TooManyHooksError)
-    assert [] == await shop.items(sqlite)
+    assert [] == await shop.items(backend)
 
 
-async def test_no_limit_for_handlers(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_no_limit_for_handlers(db: Database) -> None:
     """The limit is on hooks that register hooks, not on handlers."""
     called: list[int] = []
 
@@ -474,8 +451,7 @@ async def test_no_limit_for_handlers(sqlite: SQLiteBackend) -> None:
         for number in range(3 * MOST_BY_HOOKS):
             after_commit(called.append, number)
 
-    async with shop_database(sqlite) as db:
-        await Sent(db, handler).send()
+    await call(handler, db)
 
     assert list(range(300)) == called
 
@@ -537,15 +513,12 @@ FORMS: dict[str, Callable[[BaseException], Callable[[], object]]] = {
 }
 
 
+@on("aiosqlite")
 @pytest.mark.parametrize(("register", "status"), REGISTER)
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("form", FORMS)
 async def test_p5_failures(
-    form: str,
-    error: BaseException,
-    register: Register,
-    status: int,
-    sqlite: SQLiteBackend,
+    form: str, error: BaseException, register: Register, status: int, db: Database
 ) -> None:
     """P5: whatever fails in whatever way, the others run and the response leaves."""
     called: list[str] = []
@@ -556,25 +529,21 @@ async def test_p5_failures(
         register(fails)
         register(called.append, "after")
 
-    async with shop_database(sqlite) as db:
-        sent = Sent(db, handler, status)
-        response = await sent.send()
+    response = await call(handler, db, status)
 
     assert (status, None) == (response.status, response.error)
     assert {"before", "after"} == set(called)
-    [failure] = sent.failures
+    [failure] = response.failures
     assert form.rpartition(".")[2] == failure.hook.rpartition(".")[2]
     # A StopIteration cannot leave a coroutine as it is.
     assert error in {failure.error, failure.error.__cause__}
 
 
+@on("aiosqlite")
 @pytest.mark.parametrize(("register", "status"), REGISTER)
 @pytest.mark.parametrize("hangs", [hang, swallow, lambda: hang()])
 async def test_p5_hanging(
-    hangs: Callable[[], object],
-    register: Register,
-    status: int,
-    sqlite: SQLiteBackend,
+    hangs: Callable[[], object], register: Register, status: int, db: Database
 ) -> None:
     """P5: a hook past its time is cancelled and reported, even if it ignores that."""
     called: list[str] = []
@@ -584,17 +553,16 @@ async def test_p5_hanging(
         register(hangs)
         register(called.append, "after")
 
-    async with shop_database(sqlite) as db:
-        sent = Sent(db, handler, status, hook_timeout=0.5)
-        response = await sent.send()
+    response = await call(handler, db, status, hook_timeout=0.5)
 
     assert (status, None) == (response.status, response.error)
     assert {"before", "after"} == set(called)
-    [failure] = sent.failures
+    [failure] = response.failures
     assert isinstance(failure.error, TimeoutError)
 
 
-async def test_p5_hanging_thread(sqlite: SQLiteBackend) -> None:
+@on("aiosqlite")
+async def test_p5_hanging_thread(db: Database) -> None:
     """P5: a sync hook past its time is reported and left to its thread."""
     go_on = threading.Event()
     called: list[str] = []
@@ -603,14 +571,12 @@ async def test_p5_hanging_thread(sqlite: SQLiteBackend) -> None:
         after_commit(go_on.wait, 60)
         after_commit(called.append, "after")
 
-    async with shop_database(sqlite) as db:
-        sent = Sent(db, handler, hook_timeout=0.5)
-        response = await sent.send()
+    response = await call(handler, db, hook_timeout=0.5)
 
     go_on.set()
     assert 200 == response.status
     assert ["after"] == called
-    assert [("after_commit", "Event.wait", "TimeoutError")] == sent.reports
+    assert [("after_commit", "Event.wait", "TimeoutError")] == reports(response)
 
 
 async def test_p5_hanging_with_a_session(db: Database, backend: Backend) -> None:
@@ -620,11 +586,10 @@ async def test_p5_hanging_with_a_session(db: Database, backend: Backend) -> None
         await shop.insert(1)
         await hang()
 
-    sent = Sent(db, functools.partial(after_commit, work), hook_timeout=1.0)
-    response = await sent.send()
+    response = await call(functools.partial(after_commit, work), db, hook_timeout=1.0)
 
     assert 200 == response.status
-    assert ["TimeoutError"] == [kind for _, _, kind in sent.reports]
+    assert ["TimeoutError"] == [kind for _, _, kind in reports(response)]
     assert [] == await shop.items(backend)
     assert [0, 0] == checked_out(db)
     assert 0 == await backend.open_transactions()

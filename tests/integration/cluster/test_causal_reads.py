@@ -260,9 +260,7 @@ async def test_position_that_cannot_be_learnt(
     assert ReaderBehind not in map(type, client.events)
 
 
-async def test_parallel_reads_see_it_too(
-    mariadb_cluster: Cluster,
-) -> None:
+async def test_parallel_reads_see_it_too(mariadb_cluster: Cluster) -> None:
     """Tasks that read at once go to one server, which is not behind."""
     await shop.create(mariadb_cluster.backend)
     await mariadb_cluster.wait_until_applied()
@@ -346,9 +344,7 @@ async def test_units_inside(cluster: Cluster, make: Callable[..., Client]) -> No
     assert [1, 2] == found
 
 
-async def test_frozen_replica(
-    postgresql_cluster: Cluster,
-) -> None:
+async def test_frozen_replica(postgresql_cluster: Cluster) -> None:
     """A replica that does not answer at all is waited for no longer than said."""
     await shop.create(postgresql_cluster.backend)
     await postgresql_cluster.wait_until_applied()

@@ -79,10 +79,7 @@ async def insert(_: Request[Any, Any]) -> HTTPResponse:
 
 
 async def test_several_databases(
-    db: Database,
-    backend: Backend,
-    postgresql: PostgreSQLBackend,
-    app: Sanic[Any, Any],
+    db: Database, backend: Backend, postgresql: PostgreSQLBackend, app: Sanic[Any, Any]
 ) -> None:
     """One unit serves all; the first is the default and is what `setup` gives."""
     async with shop_database(postgresql) as other:

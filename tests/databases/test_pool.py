@@ -1,0 +1,166 @@
+"""The pools: connections are clean and alive when they are handed out, at no cost."""
+
+from __future__ import annotations
+
+import gc
+import sqlite3
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import Connection, event, text
+from sqlalchemy import exc as sa_exc
+
+from asgi_uow import Database
+from tests.servers import eventually
+from tests.support import shop
+from tests.support.databases import DRIVERS, SERVER_DRIVERS, behind_proxy, on
+from tests.support.private import IDLE_SINCE
+
+if TYPE_CHECKING:
+    from sqlalchemy.pool import ConnectionPoolEntry
+
+    from tests.servers import Backend, PostgreSQLBackend, ServerBackend, SQLiteBackend
+
+pytestmark = on(*DRIVERS, pool_size=1, max_overflow=0)
+on_servers = on(*SERVER_DRIVERS)
+
+PING = {"asyncmy": "PING", "asyncpg": "PREPARE ", "psycopg": ""}
+
+
+async def insert(db: Database, *numbers: int) -> None:
+    async with db:
+        for number in numbers:
+            await shop.insert(number)
+
+
+# Handed back
+
+
+def leave_open(connection: Connection) -> None:
+    """Insert behind SQLAlchemy's back, and end nothing."""
+    cursor = connection.connection.cursor()
+    if connection.dialect.name == "sqlite":
+        cursor.execute("BEGIN IMMEDIATE")
+    cursor.execute("INSERT INTO items (id) VALUES (1)")
+    cursor.close()
+
+
+async def test_a_transaction_left_open(backend: Backend, db: Database) -> None:
+    """A connection with an open transaction is rolled back before it is pooled."""
+    async with db.engine.connect() as connection:
+        await connection.run_sync(leave_open)
+        assert 1 == await backend.open_transactions()
+    await eventually(0, backend.open_transactions)
+    await insert(db, 2)
+    assert [2] == await shop.items(backend)
+
+
+async def test_a_transaction_that_failed(backend: Backend, db: Database) -> None:
+    """After an error the same connection serves the next unit, which starts clean."""
+    await insert(db, 1)
+    for _ in range(2):
+        with pytest.raises(sa_exc.IntegrityError):
+            await insert(db, 2, 1)
+        assert 0 == await backend.open_transactions()
+    await insert(db, 3)
+    assert [1, 3] == await shop.items(backend)
+
+
+@on("aiosqlite")
+async def test_a_commit_that_failed(backend: SQLiteBackend, db: Database) -> None:
+    """After a failed COMMIT the transaction is open; it is not committed by another."""
+    async with db.engine.connect() as connection:
+        await connection.execute(text("INSERT INTO items VALUES (1, 404)"))
+        with pytest.raises(sa_exc.IntegrityError):
+            await connection.commit()
+    await insert(db, 2)
+    assert [2] == await shop.items(backend)
+
+
+class Stubborn(sqlite3.Connection):
+    """A connection that always says that a transaction is open."""
+
+    @property
+    def in_transaction(self) -> bool:
+        return True
+
+
+@on("aiosqlite", connect_args={"factory": Stubborn})
+async def test_a_rollback_that_does_nothing(
+    backend: SQLiteBackend, db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A connection that cannot be rolled back is thrown away."""
+    async with db.engine.connect() as connection:
+        await connection.run_sync(leave_open)
+    assert "Exception during reset" in caplog.text
+    assert 0 == await backend.open_transactions()
+
+
+@on("asyncpg")
+async def test_a_forgotten_connection(backend: PostgreSQLBackend, db: Database) -> None:
+    """What the garbage collector finds is closed, not talked to."""
+    forgotten = [await db.engine.connect()]
+    await forgotten[0].run_sync(leave_open)
+
+    def forget() -> None:
+        forgotten.clear()
+        gc.collect()
+
+    with pytest.warns(sa_exc.SAWarning, match="garbage collector"):
+        forget()
+    await eventually(0, backend.open_transactions)
+
+
+# Handed out
+
+
+@on_servers
+async def test_a_connection_that_died(backend: ServerBackend, db: Database) -> None:
+    """A pooled connection that the server has closed is replaced without an error."""
+    await insert(db, 1)
+    for _ in range(2):
+        async with db:
+            assert 1 == await db.read.scalar(shop.COUNT)
+        await backend.kill_connections()
+        async with db:
+            assert 1 == await db.write.scalar(shop.COUNT)
+
+
+@on_servers
+@pytest.mark.parametrize("of", ["the writer", "a replica"])
+async def test_care_costs_nothing(backend: ServerBackend, of: str) -> None:
+    """A connection that is alive is handed out and taken back without a round trip."""
+    async with backend.proxy() as proxy:
+        proxied = backend.through(proxy.port)
+        if of == "the writer":
+            db = Database.from_url(proxied)
+        else:
+            db = Database.from_url(backend.url, read_urls=[proxied])
+        for _ in range(2):
+            proxy.clear()
+            async with db:
+                await db.read.execute("SELECT 1")
+        assert ["SELECT 1"] == proxy.trips
+        await db.dispose()
+
+
+def has_been_idle_for_long(_: object, entry: ConnectionPoolEntry) -> None:
+    entry.info[IDLE_SINCE] = float("-inf")
+
+
+@on_servers
+@pytest.mark.parametrize("answers", [True, False])
+async def test_ping(*, backend: ServerBackend, answers: bool) -> None:
+    """After long idleness a connection is asked first, and replaced if need be."""
+    async with behind_proxy(backend) as (db, proxy):
+        event.listen(db.read_engine.sync_engine, "checkin", has_been_idle_for_long)
+        async with db:
+            await db.read.execute("SELECT 1")
+        proxy.clear()
+        if not answers:
+            proxy.cut_before(lambda _: True)
+        async with db:
+            assert 42 == await db.read.scalar("SELECT 42")
+        assert PING[backend.driver] == proxy.trips[0]
+        assert "SELECT 42" == proxy.trips[-1]
+        assert (1 if answers else 2) == proxy.connections
