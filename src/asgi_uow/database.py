@@ -11,7 +11,7 @@ from asgi_uow._databases import configuration, known
 from asgi_uow._databases.engines import DatabaseOptions, Engines
 from asgi_uow._databases.health import check
 from asgi_uow._decision import WRITABLE, State, decide_exit
-from asgi_uow._unit.finish import finish, release
+from asgi_uow._unit.finish import end_unit
 from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current
 
 if TYPE_CHECKING:
@@ -256,12 +256,9 @@ async def _leave(unit: UnitOfWork, error: BaseException | None) -> None:
         commit_on_exit=all(db.options.commit_on_exit for db in unit.databases),
     )
     try:
-        await finish(unit, decision)
+        await end_unit(unit, decision)
     finally:
-        try:
-            await release(unit)
-        finally:
-            _step_back_from(unit)
+        _step_back_from(unit)
 
 
 def _step_back_from(unit: UnitOfWork) -> None:

@@ -19,7 +19,7 @@ from sanic.http.constants import HTTP
 
 from asgi_uow._decision import commit_below_400
 from asgi_uow._entrypoints import middleware as mw
-from asgi_uow._unit.finish import is_outage
+from asgi_uow._unit.failures import is_outage
 from asgi_uow._unit.unit import current
 from asgi_uow.database import Database
 from asgi_uow.errors import ConfigurationError, UnitOfWorkFailedError
@@ -222,7 +222,7 @@ def asgi_uow_answer(
 ) -> Awaitable[HTTPResponse] | None:
     """Answer what the middleware would; None leaves it to Sanic's own pages."""
     unit = current.get()
-    outage = unit is not None and is_outage(unit, error)
+    outage = unit is not None and is_outage(error, unit.share().outages)
     is_ours = outage or isinstance(error, UnitOfWorkFailedError)
     return _problem(request, error) if is_ours else None
 

@@ -23,8 +23,9 @@ from asgi_uow._decision import (
 )
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._reading.route import written_position
-from asgi_uow._unit.finish import finish, is_outage, release
-from asgi_uow._unit.unit import CLOSED, UnitOfWork, UnitOptions, current
+from asgi_uow._unit.failures import is_outage
+from asgi_uow._unit.finish import finish, release
+from asgi_uow._unit.unit import CLOSED, COMMITTED, UnitOfWork, UnitOptions, current
 from asgi_uow.errors import UnitOfWorkClosedError
 from asgi_uow.observers import LoggingObserver
 
@@ -239,7 +240,10 @@ class _Exchange:
             and self.middleware.has_default_rule
         ):
             # Nothing was asked of the unit, so the status alone decides.
-            unit.conclude_unused(commit=message["status"] < ERROR_STATUS)
+            if message["status"] < ERROR_STATUS:
+                unit.state, unit.outcome = COMMITTED
+            else:
+                unit.conclude_unused(commit=False)
             self.stage = PASSING
             return self.forward(message)
         return self._send(message)
@@ -284,7 +288,8 @@ class _Exchange:
         """Give what has to be answered for, if the application did not do so."""
         if self.stage is ANSWERED or not isinstance(error, Exception | None):
             return None
-        outage = error if error is not None and is_outage(self.unit, error) else None
+        outages = [] if self.unit.shared is None else self.unit.shared.outages
+        outage = error if error is not None and is_outage(error, outages) else None
         return self.unit.failure or outage
 
     async def _settle(self) -> None:

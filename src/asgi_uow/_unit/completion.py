@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from sqlalchemy import orm, text
@@ -13,6 +12,7 @@ from sqlalchemy.util import greenlet_spawn
 from asgi_uow import errors
 from asgi_uow._databases.driver_errors import is_in_doubt
 from asgi_uow._decision import Cause, Outcome
+from asgi_uow._unit.failures import COMMITTED, Ended
 from asgi_uow.observers import ReleaseFailed
 
 if TYPE_CHECKING:
@@ -28,20 +28,6 @@ if TYPE_CHECKING:
 
 RESOLVE_SECONDS = 30.0
 """Seconds for settling an unknown outcome where `commit_timeout` is None."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ended:
-    """What became of the work, and what is to be raised if it was not kept."""
-
-    outcome: Outcome
-    kind: type[errors.UnitOfWorkFailedError] = errors.CommitFailedError
-    cause: Cause | None = None
-    error: BaseException | None = None
-    detail: str = ""
-
-
-COMMITTED, ROLLED_BACK = Ended(Outcome.COMMITTED), Ended(Outcome.ROLLED_BACK)
 
 
 class Commit:

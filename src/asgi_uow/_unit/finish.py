@@ -7,8 +7,6 @@ under a `Shield`, so nothing interrupts it between two steps either.
 from __future__ import annotations
 
 import contextvars
-import dataclasses
-import functools
 import time
 from typing import TYPE_CHECKING
 
@@ -16,35 +14,29 @@ import anyio
 
 from asgi_uow import errors
 from asgi_uow._concurrency import Shield
-from asgi_uow._databases.driver_errors import code_of, is_conflict
-from asgi_uow._decision import (
-    COMMIT,
-    RETRY_AFTER,
-    Cause,
-    Decision,
-    Outcome,
-    State,
-    exception_cause,
-    rollback,
+from asgi_uow._databases.driver_errors import code_of
+from asgi_uow._decision import Cause, Outcome, State, rollback
+from asgi_uow._unit.completion import Completion
+from asgi_uow._unit.failures import (
+    ROLLED_BACK,
+    Ended,
+    HookStoppedError,
+    partial_for_ddl,
+    stopped_by,
 )
-from asgi_uow._unit.completion import ROLLED_BACK, Completion, Ended
-from asgi_uow._unit.hooks import HookRun, call_hook, told
-from asgi_uow._unit.unit import CLOSED, UnitOfWork, current
-from asgi_uow.observers import CommitFailed, HookFailed, UnitFinished
+from asgi_uow._unit.hook_units import call_when_undone, queue, run_hooks, watched
+from asgi_uow._unit.hooks import call_hook
+from asgi_uow.observers import CommitFailed, UnitFinished
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
+    from asgi_uow._decision import Decision
     from asgi_uow._sessions.read_session import ReadSession
-    from asgi_uow._unit.hooks import Hook, Work
     from asgi_uow._unit.participant import Participant
-    from asgi_uow.observers import Event
+    from asgi_uow._unit.unit import UnitOfWork
 
 STATE_OF = {outcome: State[outcome.name] for outcome in Outcome}
-
-
-class HookStoppedError(Exception):
-    """Carries the name of the `before_commit` hook whose error is its cause."""
 
 
 async def finish(
@@ -69,9 +61,9 @@ async def finish(
         try:
             await prepare(unit)
         except Exception as raised:  # noqa: BLE001  # raised below as the failure
-            ended = _stopped_by(raised)
+            ended = stopped_by(raised)
         except BaseException as raised:  # noqa: BLE001  # raised below as it is
-            cancelled, ended = raised, _stopped_by(raised)
+            cancelled, ended = raised, stopped_by(raised)
         if ended.cause is not None:
             decision = rollback(ended.cause)
     unit.doom = unit.doomed_by
@@ -85,7 +77,7 @@ async def finish(
     try:
         await _complete(unit, decision, ended, ending, shield)
     finally:
-        tell(unit)
+        unit.tell()
     if cancelled is not None:
         raise cancelled
     shield.deliver()
@@ -97,17 +89,19 @@ async def _complete(
     unit: UnitOfWork, decision: Decision, ended: Ended, ending: float, shield: Shield
 ) -> None:
     """Commit or roll back, and run the hooks of the outcome."""
-    events, timeout = unit.share().events, unit.options.commit_timeout
-    completion = Completion(events, shield, timeout)
-    participants = unit.participants.values()
+    shared, participants = unit.share(), unit.participants.values()
+    completion = Completion(shared.events, shield, unit.options.commit_timeout)
     if decision.commit:
         ended = await completion.commit(participants)  # <- here, and nowhere else
-    writers = [each.writer for each in participants if each.writer is not None]
     if ended.outcome is not Outcome.COMMITTED:
-        ended = _partial_for_ddl(unit, decision, ended)
-        for writer in writers:
-            await completion.roll_back(writer, ended)
-    _conclude(unit, decision, ended, ending)
+        ended = partial_for_ddl(ended, decision.cause, participants)
+        for participant in participants:
+            if participant.writer is not None:
+                await completion.roll_back(participant.writer, ended)
+    unit.cause, unit.outcome = ended.cause or decision.cause, ended.outcome
+    unit.failure = ended.failure(shared.outages)
+    unit.move(STATE_OF[ended.outcome])
+    _report(unit, ended.outcome, ending)
     hooks = unit.hooks
     if hooks is None or not hooks:
         return
@@ -116,99 +110,39 @@ async def _complete(
         if participant.reader is not None:
             await completion.release_reader(participant.reader)
     if ended.outcome is Outcome.COMMITTED:
-        await run_hooks(unit, "after_rollback", hooks.take_undone(), shield)
-        await run_hooks(unit, "after_commit", hooks.take("after_commit"), shield)
+        undone, committed = hooks.take_undone(), hooks.take("after_commit")
+        await run_hooks(unit, "after_rollback", undone, shield, end_unit)
+        await run_hooks(unit, "after_commit", committed, shield, end_unit)
     elif ended.outcome is Outcome.ROLLED_BACK:
-        await run_hooks(unit, "after_rollback", hooks.take_rolled_back(), shield)
+        undone = hooks.take_rolled_back()
+        await run_hooks(unit, "after_rollback", undone, shield, end_unit)
 
 
-def _conclude(
-    unit: UnitOfWork, decision: Decision, ended: Ended, ending: float
-) -> None:
-    """Record outcome and failure, and what the observers are told of them."""
-    unit.cause = ended.cause or decision.cause
-    unit.outcome = ended.outcome
-    if ended.cause is not None:
-        unit.failure = _failure_of(unit, ended, ended.cause)
-    unit.move(STATE_OF[ended.outcome])
-    events = unit.share().events
+def _report(unit: UnitOfWork, outcome: Outcome, ending: float) -> None:
+    """Record what later reads must see, and what the observers are told."""
+    events, options = unit.share().events, unit.options
     for participant in unit.participants.values():
-        participant.conclude(
-            committed=ended.outcome is Outcome.COMMITTED,
-            wants_details=unit.options.wants_details,
-        )
+        committed = outcome is Outcome.COMMITTED
+        participant.conclude(committed=committed, wants_details=options.wants_details)
     if unit.failure is not None and not unit.is_hook:
         # That of a hook's own unit is the failure of the hook.
         failure = unit.failure
         code = code_of(failure.__cause__)
-        events.append(CommitFailed(failure, ended.outcome, failure.cause, code))
-    if unit.is_started and unit.options.wants_outcomes:
+        events.append(CommitFailed(failure, outcome, failure.cause, code))
+    if unit.is_started and options.wants_outcomes:
         now = time.perf_counter()
-        seconds = now - unit.opened, now - ending
-        used = {db: each for db, each in unit.participants.items() if each.has_written}
-        what = ended.outcome, unit.cause, unit.reason, tuple(db.name for db in used)
-        events.append(UnitFinished(*what, *seconds))
-    if events:
-        _stamp(unit, events)
+        used = [db for db, each in unit.participants.items() if each.has_written]
+        what = outcome, unit.cause, unit.reason, tuple(db.name for db in used)
+        events.append(UnitFinished(*what, now - unit.opened, now - ending))
+    unit.stamp()
 
 
-def _partial_for_ddl(unit: UnitOfWork, decision: Decision, ended: Ended) -> Ended:
-    """Tell whether DDL has kept a part of what is to be rolled back."""
-    for each in unit.participants.values():
-        statement = each.writer and each.writer.sync_session.journal.implicit_commit
-        if statement and ended.outcome is Outcome.ROLLED_BACK:
-            cause = ended.cause or decision.cause or Cause.COMMIT_FAILED
-            kind, error = errors.PartialCommitError, ended.error
-            detail = f"MySQL committed by itself for {statement!r}"
-            return Ended(Outcome.PARTIAL, kind, cause, error, detail)
-    return ended
-
-
-def _stopped_by(error: BaseException) -> Ended:
-    """Tell what it means that the preparation was stopped by `error`."""
-    kind: type[errors.UnitOfWorkFailedError] = errors.CommitFailedError
-    cause, detail = Cause.COMMIT_FAILED, ""
-    if isinstance(error, HookStoppedError) and error.__cause__ is not None:
-        kind, cause, detail = errors.BeforeCommitError, Cause.BEFORE_COMMIT, str(error)
-        error = error.__cause__
-    if isinstance(error, TimeoutError):
-        cause = Cause.TIMEOUT
-    elif not isinstance(error, Exception):
-        cause = Cause.CANCELLED
-    return Ended(Outcome.ROLLED_BACK, kind, cause, error, detail)
-
-
-def _failure_of(
-    unit: UnitOfWork, ended: Ended, cause: Cause
-) -> errors.UnitOfWorkFailedError:
-    outcome, error = ended.outcome, ended.error
-    later = False
-    if outcome is Outcome.ROLLED_BACK and error is not None:
-        later = is_outage(unit, error) or is_conflict(error)
-    retry_after = RETRY_AFTER if later else None
-    failure = ended.kind(outcome, cause, detail=ended.detail, retry_after=retry_after)
-    failure.__cause__ = error
-    return failure
-
-
-def is_outage(unit: UnitOfWork, error: BaseException) -> bool:
-    """Tell whether `error` is, or follows from, a database out of reach."""
-    outages = () if unit.shared is None else unit.shared.outages
-    seen: list[BaseException] = []
-    ahead: list[BaseException | None] = [error] if outages else []
-    while ahead:
-        cause = ahead.pop()
-        # A task group's only error, raised again by Starlette, has the group as
-        # its context, and is in the group.
-        if cause is None or any(cause is each for each in seen):
-            continue
-        if any(cause is each for each in outages):
-            return True
-        seen.append(cause)
-        ahead.append(cause.__cause__ or cause.__context__)
-        if isinstance(cause, BaseExceptionGroup):
-            ahead.extend(cause.exceptions)
-    return False
+async def end_unit(unit: UnitOfWork, decision: Decision) -> None:
+    """Finish and release a unit: the end of a block, or of a hook's own unit."""
+    try:
+        await finish(unit, decision)
+    finally:
+        await release(unit)
 
 
 # Before COMMIT
@@ -242,7 +176,7 @@ async def prepare(unit: UnitOfWork) -> None:
 
 async def _call_before_commit(unit: UnitOfWork, done: int) -> int:
     """Call those of a live list that were not called yet; give how many there are."""
-    hooks = unit.hooks.queue("before_commit") if unit.hooks is not None else []
+    hooks = queue(unit, "before_commit")
     if done == len(hooks):
         return done
     shield = Shield(forwards=True)
@@ -254,7 +188,7 @@ async def _call_before_commit(unit: UnitOfWork, done: int) -> int:
             hook = hooks[done]
             done += 1
             if not hook.is_dropped:
-                work = _watched(unit, "before_commit", hook, of=unit)
+                work = watched(unit, "before_commit", hook, of=unit)
                 error = await call_hook(work, contextvars.copy_context(), shield)
 
     try:
@@ -263,108 +197,14 @@ async def _call_before_commit(unit: UnitOfWork, done: int) -> int:
         error = late
     finally:
         shield.deliver()
-    if isinstance(error, Exception):
-        raise HookStoppedError(hooks[done - 1].name) from error
-    if error is not None:
-        raise error
-    return done
-
-
-# Hooks with units of work of their own
-
-FOLLOWS = {
-    "after_commit": ("after_commit", "after_response"),
-    "after_response": ("after_commit", "after_response"),
-    "after_rollback": ("after_rollback",),
-}
-"""What a hook of a phase may register for the unit whose hook it is.
-
-Anything else it registers is about the unit of its own.
-"""
-
-
-async def run_hooks(
-    unit: UnitOfWork, phase: str, hooks: Iterable[Hook], shield: Shield
-) -> None:
-    """Call every hook, also those registered meanwhile; none stops another."""
-
-    def begin(hook: Hook) -> tuple[contextvars.Context, Work, UnitOfWork]:
-        own = _unit_for_hook(unit)
-        context = contextvars.copy_context()
-        context.run(current.set, own)
-        return context, _watched(own, phase, hook, of=unit), own
-
-    async def end(hook: Hook, own: UnitOfWork, error: BaseException | None) -> None:
-        if own.is_used:
-            error = await _end_hook_unit(unit, own, phase, run, error)
-        else:
-            own.state = CLOSED
-        if error is not None:
-            failed = HookFailed(phase, hook.name, error, unit=unit)
-            unit.share().events.append(failed)
-
-    run = HookRun(hooks, begin, end)
-    await run.run(shield, unit.options.hook_timeout)
-
-
-async def _end_hook_unit(
-    unit: UnitOfWork,
-    own: UnitOfWork,
-    phase: str,
-    run: HookRun[UnitOfWork],
-    error: BaseException | None,
-) -> BaseException | None:
-    """End the unit of a hook, and take what it has registered for the one around."""
-    for follower in FOLLOWS[phase]:
-        registered = [] if own.hooks is None else own.hooks.take(follower)
-        if phase == "after_commit" and follower == "after_response":
-            _queue(unit, follower).extend(registered)
-        else:
-            run.waiting.extend(registered)
     try:
-        await finish(own, _decide_hook(own, error))
-    except BaseException as failure:  # noqa: BLE001  # hook isolation
-        error = failure if error is None else error
+        if isinstance(error, Exception):
+            raise HookStoppedError(hooks[done - 1].name) from error
+        if error is not None:
+            raise error
     finally:
-        await release(own)
-    return error
-
-
-def _queue(unit: UnitOfWork, phase: str) -> list[Hook]:
-    return unit.hooks.queue(phase) if unit.hooks is not None else []
-
-
-def _watched(own: UnitOfWork, phase: str, hook: Hook, of: UnitOfWork) -> Work:
-    if own.options.wants_details:
-        return told(own.options.tell, phase, hook, own, of)
-    return hook.call()
-
-
-def _unit_for_hook(unit: UnitOfWork) -> UnitOfWork:
-    """Make the unit that one hook gets for itself; its parts come when it asks."""
-    own = UnitOfWork()
-    own.databases, own.options, own.must_see = (
-        unit.databases,
-        unit.options,
-        unit.must_see,
-    )
-    own.around, own.is_hook = unit, True
-    own.quota = None if unit.hooks is None else unit.hooks.quota
-    if unit.is_nested:
-        outer = [db for each in unit.outwards() for db in each.databases]
-        own.databases = tuple(dict.fromkeys((*unit.databases, *outer)))
-    return own
-
-
-def _decide_hook(own: UnitOfWork, error: BaseException | None) -> Decision:
-    """Commit what a hook did with its own unit if it returned and did not object."""
-    if error is not None:
-        return rollback(exception_cause(error))
-    if own.state is State.ROLLBACK_ONLY:
-        return rollback(Cause.EXPLICIT)
-    if own.doomed_by is not None:
-        return rollback(Cause.DOOMED, replace_response=True)
-    return COMMIT
+        error = None  # its traceback refers to this frame
+    return done
 
 
 def register(
@@ -376,19 +216,8 @@ def register(
 ) -> None:
     """Register a hook; one of `after_rollback` is also called for its savepoint."""
     hook = unit.register(phase, fn, args, kwargs)
-    if phase == "after_rollback" and hook.frame is not None:
-        callback = functools.partial(_call_undone, unit, hook)
-        unit.share().savepoints.call_if_undone(hook.frame, callback)
-
-
-async def _call_undone(unit: UnitOfWork, hook: Hook) -> None:
-    """Call the hook of a savepoint that was rolled back, unless the end has done so."""
-    queue = _queue(unit, "after_rollback")
-    if hook in queue:
-        queue.remove(hook)
-        shield = Shield()
-        await run_hooks(unit, "after_rollback", [hook], shield)
-        shield.deliver()
+    if phase == "after_rollback":
+        call_when_undone(unit, hook, end_unit)
 
 
 # After the end
@@ -403,13 +232,14 @@ async def release(unit: UnitOfWork) -> None:
     shield = Shield()
     try:
         for participant in unit.participants.values():
-            for reader in participant.readers():
-                await _close_reader(unit, participant, reader, shield)
+            if participant.reader is not None or participant.parallel:
+                for reader in participant.readers():
+                    await _close_reader(unit, participant, reader, shield)
         if unit.outcome is Outcome.COMMITTED and unit.hooks is not None:
             hooks = unit.hooks.take("after_response")
-            await run_hooks(unit, "after_response", hooks, shield)
+            await run_hooks(unit, "after_response", hooks, shield, end_unit)
     finally:
-        tell(unit)
+        unit.tell()
         # A leaked context may keep the unit alive.
         for participant in unit.participants.values():
             participant.parallel.clear()
@@ -441,28 +271,3 @@ async def _close_reader(
     await Completion(events, shield, timeout).close_reader(session)
     if unit.options.wants_details:
         participant.report_release(session, "read")
-
-
-def tell(unit: UnitOfWork) -> None:
-    """Tell the observers, in the task and context of the request.
-
-    Sentry's own ASGI middleware drops what was reported in another context before.
-    The events of a hook's unit are told with those of the unit whose hook it is.
-    """
-    events = [] if unit.shared is None else unit.shared.events
-    if not events:
-        return
-    _stamp(unit, events)
-    if not unit.is_hook:
-        told_now = list(events)
-        events.clear()
-        for each in told_now:
-            unit.options.tell(each)
-
-
-def _stamp(unit: UnitOfWork, events: list[Event]) -> None:
-    """Say of events that their unit has not told yet whose they are."""
-    events[:] = [
-        each if each.unit is not None else dataclasses.replace(each, unit=unit)
-        for each in events
-    ]

@@ -72,7 +72,7 @@ class Hook:
         cancelled is left alone.
         """
         if is_async(self.fn):
-            result = self.fn(*self.args, **self.kwargs)
+            await self.fn(*self.args, **self.kwargs)  # type: ignore[misc]
         else:
             bound = functools.partial(self.fn, *self.args, **self.kwargs)
             result, error = await anyio.to_thread.run_sync(
@@ -80,8 +80,8 @@ class Hook:
             )
             if error is not None:
                 raise error
-        if inspect.isawaitable(result):
-            await result
+            if inspect.isawaitable(result):
+                await result
 
 
 def _call_in_thread(
@@ -180,7 +180,7 @@ class HookRun(Generic[Owner]):
         self,
         hooks: Iterable[Hook],
         begin: Callable[[Hook], tuple[contextvars.Context, Work, Owner]],
-        end: Callable[[Hook, Owner, BaseException | None], Work],
+        end: Callable[[Hook, Owner, BaseException | None], Work | None],
     ) -> None:
         self.waiting = deque(hooks)
         self._begin = begin
@@ -195,7 +195,7 @@ class HookRun(Generic[Owner]):
             except TimeoutError as error:
                 if self._running is not None:
                     running, self._running = self._running, None
-                    await shield.run(self._end(*running, error), at_once=False)
+                    await shield.run(self._ended(*running, error), at_once=False)
 
     async def _call_all(self, shield: Shield) -> None:
         while self.waiting:
@@ -206,9 +206,17 @@ class HookRun(Generic[Owner]):
             try:
                 if self._running is not running:
                     return  # it was left behind, and comes back now
-                await self._end(hook, owner, error)
+                ending = self._end(hook, owner, error)
+                if ending is not None:
+                    shield.pause()
+                    await ending
             finally:
                 del error  # its traceback refers to this frame
+
+    async def _ended(self, hook: Hook, owner: Owner, error: BaseException) -> None:
+        ending = self._end(hook, owner, error)
+        if ending is not None:
+            await ending
 
 
 async def call_hook(
@@ -223,7 +231,6 @@ async def call_hook(
     error = await _run_in(context, work)
     try:
         is_late = shield.is_late
-        shield.pause()
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             # What cancelled one hook must not cancel the next one.

@@ -233,6 +233,27 @@ class UnitOfWork:
         if self.state not in states:
             raise errors.UnitOfWorkClosedError(operation, self.state)
 
+    def tell(self) -> None:
+        """Tell the observers, in the task and context of the request.
+
+        Sentry's own ASGI middleware drops what was reported in another context before.
+        The events of a hook's unit are told with those of the unit whose hook it is.
+        """
+        self.stamp()
+        if self.shared is not None and self.shared.events and not self.is_hook:
+            events = list(self.shared.events)
+            self.shared.events.clear()
+            for each in events:
+                self.options.tell(each)
+
+    def stamp(self) -> None:
+        """Say of events that their unit has not told yet whose they are."""
+        if self.shared is not None and self.shared.events:
+            self.shared.events[:] = [
+                each if each.unit is not None else dataclasses.replace(each, unit=self)
+                for each in self.shared.events
+            ]
+
     # Units around
 
     def outwards(self) -> Iterator[UnitOfWork]:
