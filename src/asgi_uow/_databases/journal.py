@@ -101,36 +101,23 @@ class Savepoints:
 class Journal:
     """What went wrong in the transaction of one write session."""
 
-    __slots__ = (
-        "_database",
-        "_driver",
-        "_implicit_commit",
-        "_names",
-        "committed",
-        "ddl",
-        "entries",
-        "is_ending",
-        "last",
-        "savepoints",
-    )
+    is_ending = False
+    """Whether the unit of work itself ends the transaction now."""
+    committed = False
+    """Whether the database has acknowledged the COMMIT of the transaction."""
+    last: BaseException | None = None
+    ddl: str | None = None
+    """The last statement, if MySQL commits for it."""
+    _implicit_commit: str | None = None
 
     def __init__(
         self, database: Database, driver: Driver, savepoints: Savepoints
     ) -> None:
         self.savepoints = savepoints
-        self.is_ending = False
-        """Whether the unit of work itself ends the transaction now."""
-        self.committed = False
-        """Whether the database has acknowledged the COMMIT of the transaction."""
-        self.last: BaseException | None = None
         self.entries: list[tuple[BaseException, int]] = []
         """Errors that aborted the work done at a savepoint depth and deeper."""
-        self.ddl: str | None = None
-        """The last statement, if MySQL commits for it."""
-        self._database = database
-        self._driver = driver
+        self._database, self._driver = database, driver
         self._names: list[str] = []
-        self._implicit_commit: str | None = None
 
     @property
     def doomed_by(self) -> BaseException | None:

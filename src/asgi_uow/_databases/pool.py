@@ -19,16 +19,16 @@ from asgi_uow._databases import known
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
+    from sqlalchemy import pool
     from sqlalchemy.engine import RootTransaction, interfaces
-    from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
-    from sqlalchemy.pool import ConnectionPoolEntry as Entry
-    from sqlalchemy.pool import PoolResetState
 
     from asgi_uow._databases.journal import Journal
 
     Isolation = Literal["REPEATABLE READ"] | None
     Context = interfaces.ExecutionContext | None
+    DBAPI = interfaces.DBAPIConnection
+    Entry = pool.ConnectionPoolEntry
 
 AUTOCOMMIT = "asgi_uow.autocommit"
 CANCEL_SQL = "asgi_uow.cancel_sql"
@@ -127,7 +127,6 @@ class ReaderConnection(Connection):
     """Remembers options that make a connection of a read engine another."""
 
     def execution_options(self, **options: Any) -> Any:
-        """Set options, as SQLAlchemy does."""
         if not CHANGING_OPTIONS.isdisjoint(options):
             self.info[SETTINGS_CHANGED] = True
         return super().execution_options(**options)
@@ -186,7 +185,7 @@ class _Policy:
         snapshot = begins and self.read_isolation is not None
         return SnapshotConnection if snapshot else ReaderConnection
 
-    def on_connect(self, dbapi: DBAPIConnection, entry: Entry) -> None:
+    def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
         """Set up a connection; as the last listener, so nothing set before survives."""
         entry.info.update(self.database.set_up(dbapi, read_only=self.read_only))
         if self.read_only:
@@ -203,7 +202,7 @@ class _Policy:
             raw = self.dialect.get_driver_connection(dbapi)
             entry.info[CANCEL_SQL] = self.driver.cancel_sql(raw)
 
-    def on_checkout(self, dbapi: DBAPIConnection, entry: Entry, _: object) -> None:
+    def on_checkout(self, dbapi: DBAPI, entry: Entry, _: object) -> None:
         """Replace a connection that is dead, or does not answer after idleness."""
         idle_since: float | None = entry.info.pop(IDLE_SINCE, None)
         if self.driver.is_dead(self.dialect.get_driver_connection(dbapi)):
@@ -217,9 +216,7 @@ class _Policy:
             message = "the connection did not answer after a time of idleness"
             raise DisconnectionError(message) from error
 
-    def on_reset(
-        self, dbapi: DBAPIConnection, entry: Entry, state: PoolResetState
-    ) -> None:
+    def on_reset(self, dbapi: DBAPI, entry: Entry, state: pool.PoolResetState) -> None:
         """Send ROLLBACK only if a transaction is open or an error was seen.
 
         SQLAlchemy itself sends none after a failed COMMIT, and the next user of the

@@ -102,10 +102,10 @@ class Session(StatementSession):
         self.own_lock = TaskLock()
         self.shared = shared
         self.streams: list[StreamResult] = []
-        sync = self.sync_session
-        sync.database, sync.shared, sync.connections = db, shared, {}
         self.journal = Journal(db.facts, db.driver, shared.savepoints)
-        sync.journal = self.journal
+        sync = self.sync_session
+        sync.database, sync.shared, sync.journal = db, shared, self.journal
+        sync.connections = {}
 
     @property
     def host(self) -> Session:
@@ -125,10 +125,9 @@ class Session(StatementSession):
 
     def refuse_while_streaming(self, operation: str) -> None:
         """Raise `ConcurrentUseError` if a stream keeps the connection to itself."""
-        if self.is_streaming and any(
-            known.driver_of(connection.dialect).exclusive_streams
-            for connection in self.sync_session.connections
-        ):
+        held = self.sync_session.connections
+        exclusive = (known.driver_of(each.dialect).exclusive_streams for each in held)
+        if self.is_streaming and any(exclusive):
             raise errors.ConcurrentUseError(operation, "a stream() is still being read")
 
     @property
@@ -176,11 +175,9 @@ class Session(StatementSession):
 
     @property
     def has_changes(self) -> bool:
-        """Whether a flush would have something to do."""
         return not self.sync_session._is_clean()  # noqa: SLF001  # no other way
 
     async def discard(self) -> None:
-        """Close the connections for good, also under a statement in flight."""
         cancel_sql = self.sync_session.take_cancel_sql()
         await AsyncSession.run_sync(self, lambda _: self.sync_session.discard())
         await cancel_statements(cancel_sql)

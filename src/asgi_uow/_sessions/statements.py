@@ -30,6 +30,8 @@ T = TypeVar("T")
 S = TypeVar("S", bound="Stream")
 
 OPTIONS = frozenset({"execution_options", "bind_arguments"})
+"""Named arguments that are no parameters: they go on to SQLAlchemy."""
+
 OF_ONE = ("first", "one", "one_or_none", "scalar", "scalar_one", "scalar_one_or_none")
 OF_MANY = ("__anext__", "all", "close", "fetchall", "fetchmany", "fetchone", "freeze")
 
