@@ -138,7 +138,7 @@ class Database(Engines):
         Each gets `timeout` seconds, waiting for a free connection included. Raises
         nothing for a server that is down: that is what the report is for.
         """
-        return await check(self, timeout)
+        return await check(self.read_engine, self.replicas, timeout)
 
     async def __aenter__(self) -> UnitOfWork:
         """Open a unit of work for this database; see `unit_of_work`."""

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-    from asgi_uow._databases.engines import Engines
 
 Role: TypeAlias = Literal["writer", "reader"]
 
@@ -111,13 +110,16 @@ class Health:
         return self.writer.ok
 
 
-async def check(db: Engines, seconds: float) -> Health:
+async def check(
+    writer: AsyncEngine, replicas: Sequence[Replica], seconds: float
+) -> Health:
     """Ask every server at once, each for at most so many seconds."""
     async with asyncio.TaskGroup() as group:
-        writer = group.create_task(_ask("writer", db.read_engine, seconds))
-        asked = [_ask("reader", replica.engine, seconds) for replica in db.replicas]
-        readers = [group.create_task(each) for each in asked]
-    return Health(writer.result(), tuple(each.result() for each in readers))
+        asked = group.create_task(_ask("writer", writer, seconds))
+        readers = [
+            group.create_task(_ask("reader", each.engine, seconds)) for each in replicas
+        ]
+    return Health(asked.result(), tuple(each.result() for each in readers))
 
 
 async def _ask(role: Role, engine: AsyncEngine, seconds: float) -> ServerHealth:

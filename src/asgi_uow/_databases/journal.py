@@ -51,32 +51,32 @@ class Savepoints:
     undoes it, together with savepoints opened since, and makes callbacks due.
     """
 
-    __slots__ = ("_callbacks", "_opened", "due")
+    __slots__ = ("_callbacks", "due", "opened")
 
     def __init__(self) -> None:
-        self._opened: dict[object, Frame] = {}
+        self.opened: dict[object, Frame] = {}
         self._callbacks: list[tuple[Frame, Callback]] = []
         self.due: list[tuple[object, Callback]] = []
         """What is to be called, each with the journal that saw the rollback."""
 
     @property
     def innermost(self) -> Frame | None:
-        return next(reversed(self._opened.values()), None)
+        return next(reversed(self.opened.values()), None)
 
     def open(self, key: object) -> None:
-        self._opened[key] = Frame(self.innermost)
+        self.opened[key] = Frame(self.innermost)
 
     def release(self, key: object) -> None:
-        self._opened.pop(key, None)
+        self.opened.pop(key, None)
 
     def roll_back(self, key: object, by: object = None) -> None:
         """Record any other end, seen by the journal `by`; those inside stay open."""
-        if key not in self._opened:
+        if key not in self.opened:
             return
-        keys = list(self._opened)
+        keys = list(self.opened)
         ended, *later = keys[keys.index(key) :]
         for each in (ended, *later):
-            self._opened.pop(each).undone = True
+            self.opened.pop(each).undone = True
         for each in later:
             self.open(each)
         undone = [each for each in self._callbacks if each[0].is_undone()]

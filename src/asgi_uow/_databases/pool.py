@@ -8,6 +8,7 @@ from the first moment of each connection.
 from __future__ import annotations
 
 import time
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
@@ -35,6 +36,11 @@ CANCEL_SQL = "asgi_uow.cancel_sql"
 ERROR_SEEN = "asgi_uow.error_seen"
 IDLE_SINCE = "asgi_uow.idle_since"
 SETTINGS_CHANGED = "asgi_uow.settings_changed"
+
+PLAIN = known.Kind.PLAIN  # Python 3.11 takes long for each member of an enum
+
+raw_of = attrgetter("_connection")
+"""The driver's connection, where every async dialect keeps it: the dialect calls."""
 
 PING_AFTER_IDLE = 30.0
 """Seconds of idleness after which a connection is pinged before it is handed out."""
@@ -199,13 +205,13 @@ class _Policy:
         elif self.database.TELLS_AUTOCOMMIT:
             entry.info[AUTOCOMMIT] = self.dialect.detect_autocommit_setting(dbapi)
         if self.driver.cancel_sql is not None:
-            raw = self.dialect.get_driver_connection(dbapi)
+            raw = raw_of(dbapi)
             entry.info[CANCEL_SQL] = self.driver.cancel_sql(raw)
 
     def on_checkout(self, dbapi: DBAPI, entry: Entry, _: object) -> None:
         """Replace a connection that is dead, or does not answer after idleness."""
         idle_since: float | None = entry.info.pop(IDLE_SINCE, None)
-        if self.driver.is_dead(self.dialect.get_driver_connection(dbapi)):
+        if self.driver.is_dead(raw_of(dbapi)):
             message = "the connection was closed while it was idle"
             raise DisconnectionError(message)
         if idle_since is None or time.monotonic() - idle_since < PING_AFTER_IDLE:
@@ -225,7 +231,7 @@ class _Policy:
         """
         info = entry.info
         info[IDLE_SINCE] = time.monotonic()
-        raw = self.dialect.get_driver_connection(dbapi)
+        raw = raw_of(dbapi)
         writable = self.read_only and self.driver.reports_writable(raw)
         if info.pop(SETTINGS_CHANGED, False) or writable:
             entry.invalidate(soft=True)  # replaced before anybody else gets it
@@ -266,8 +272,8 @@ def _check_statement(_: object, statement: str, __: object, context: Context) ->
     if not isinstance(connection, Connection) or connection.journal is None:
         return
     journal = connection.journal
-    is_plain = known.kind_of(statement) is known.Kind.PLAIN
-    if not is_plain or journal.entries or journal.ddl is not None:
+    unusual = known.kind_of(statement) is not PLAIN
+    if unusual or journal.entries or journal.ddl is not None:
         journal.check_statement(statement, connection.connection.driver_connection)
 
 

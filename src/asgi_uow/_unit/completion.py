@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from sqlalchemy import orm, text
@@ -11,6 +12,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
 from asgi_uow._databases.driver_errors import is_in_doubt
+from asgi_uow._databases.pool import raw_of
 from asgi_uow._decision import Cause, Outcome
 from asgi_uow._unit.failures import COMMITTED, Ended
 from asgi_uow.observers import ReleaseFailed
@@ -51,13 +53,18 @@ class Commit:
         sync.journal.is_ending = True
         sync.prepare()
 
-    async def run(self) -> None:
+    def run(self) -> Coroutine[object, object, None]:
         """Commit, and give the connection back."""
-        if self.db.options.resolve_unknown and self.session.sync_session.connections:
-            async with self.session.own_lock:
-                question = text(self.db.facts.TRANSACTION_ID or "")
-                self.transaction_id = await AsyncSession.scalar(self.session, question)
-        await _in_lock(self.session, self._commit)
+        resolves = self.db.options.resolve_unknown
+        if resolves and self.session.sync_session.connections:
+            return self._run_resolvable()
+        return _in_lock(self.session, self._commit)
+
+    async def _run_resolvable(self) -> None:
+        async with self.session.own_lock:
+            question = text(self.db.facts.TRANSACTION_ID or "")
+            self.transaction_id = await AsyncSession.scalar(self.session, question)
+            await _in_lock(self.session, self._commit)
 
     def _commit(self) -> None:
         # Checked, flushed, committed and closed in one greenlet.
@@ -77,7 +84,7 @@ class Commit:
         """
         facts, driver = self.db.facts, self.db.driver
         for connection in sync.connections:
-            raw = connection.connection.driver_connection
+            raw = raw_of(connection.connection.dbapi_connection)
             if driver.is_dead(raw):
                 message = "the connection was lost before COMMIT was sent"
                 raise ConnectionError(message)
@@ -212,7 +219,12 @@ class Completion:
 
 async def _in_lock(session: Session, end: Callable[[], None]) -> None:
     """End a session in a greenlet, once no call is in flight."""
-    async with session.own_lock:
+    lock, task = session.own_lock, asyncio.current_task()
+    if task is not None and not lock.take(task):
+        await lock.wait(task)
+    try:
         if session.streams:
             await session.close_streams()
         await greenlet_spawn(end)
+    finally:
+        lock.release()

@@ -123,7 +123,8 @@ class UnitOfWork:
         db = self.databases[0] if db is None else db
         if db not in self.databases:
             return self._around("session()", db).session(db)
-        self._check("session()", WRITABLE)
+        if self.state not in WRITABLE:
+            self._check("session()", WRITABLE)
         participant = self.participants.get(db) or self._enlist(db)
         if participant.writer is not None:
             return participant.writer
@@ -172,15 +173,19 @@ class UnitOfWork:
         kwargs: Mapping[str, object],
     ) -> Hook:
         """Register a hook; raises as `after_commit` says."""
-        self._check(f"{phase}()", WRITABLE)
+        if self.state not in WRITABLE:
+            self._check(f"{phase}()", WRITABLE)
         call = check_callable(phase, fn)
         if self.quota is not None:
             self.quota.take(phase)
         if self.hooks is None:
             self.hooks = Hooks(self.quota)
-        hook = Hook(call, args, kwargs, self.share().savepoints.innermost)
+        savepoints = (self.shared or self.share()).savepoints
+        frame = savepoints.innermost if savepoints.opened else None
+        hook = Hook(call, args, kwargs, frame)
         self.hooks.queue(phase).append(hook)
-        self.start()
+        if not self.is_started:
+            self.start()
         return hook
 
     # Its parts
