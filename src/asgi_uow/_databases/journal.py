@@ -84,7 +84,6 @@ class Savepoints:
         self.due += [(by, callback) for _, callback in reversed(undone)]
 
     def call_if_undone(self, frame: Frame, callback: Callback) -> None:
-        """Have `callback` called once the savepoint of `frame` is rolled back."""
         self._callbacks.append((frame, callback))
 
     def take_due(self, by: object) -> list[Callback]:

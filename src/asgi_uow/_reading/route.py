@@ -13,7 +13,7 @@ from asgi_uow._concurrency import run_to_completion
 from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
 from asgi_uow._databases.health import by_free_connections
-from asgi_uow._reading.causal import NOTHING, READ_FROM_WRITER
+from asgi_uow._reading.causal import READ_FROM_WRITER
 from asgi_uow.observers import ReaderBehind, ReaderFailed, ReaderRestored, logger
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from asgi_uow._databases.health import Replica
     from asgi_uow._reading.causal import MustSee
     from asgi_uow.observers import Event
+
+    Wrote = Callable[[], bool]
 
 CONNECT_SECONDS = 5.0
 """Seconds that a reader gets to accept a connection."""
@@ -56,11 +58,7 @@ class Route:
     """
 
     def __init__(
-        self,
-        db: Engines,
-        events: list[Event],
-        wrote: Callable[[], bool],
-        must_see: MustSee = NOTHING,
+        self, db: Engines, events: list[Event], wrote: Wrote, must_see: MustSee
     ) -> None:
         self._position = must_see.position(db)
         self._replicas = () if self._position == READ_FROM_WRITER else db.replicas

@@ -54,7 +54,6 @@ class ReadSession(Session):
 
     @property
     def is_plain(self) -> bool:  # type: ignore[override]
-        """Whether there is nowhere else to read."""
         return self.route is None and self.sync_session.writer is None
 
     async def route_call(

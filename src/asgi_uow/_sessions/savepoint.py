@@ -43,12 +43,10 @@ class Savepoint(AsyncSessionTransaction):
     """SQLAlchemy's `AsyncSessionTransaction` for a SAVEPOINT, taking turns."""
 
     __slots__ = ("ended",)
-
     session: Owner  # type: ignore[assignment]  # SQLAlchemy's, as far as is used here
     ended: bool
 
     async def start(self, is_ctxmanager: bool = False) -> Savepoint:  # noqa: FBT001, FBT002
-        """Send SAVEPOINT."""
         async with self._turn():
             self.session.check("session.begin_nested()")
             self.ended = False

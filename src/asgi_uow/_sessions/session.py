@@ -97,7 +97,6 @@ class Session(StatementSession):
     def __init__(
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
     ) -> None:
-        """Bind to `bind`, an engine of `db`."""
         super().__init__(bind, close_resets_only=False, **options)
         self.own_lock = TaskLock()
         self.shared = shared
@@ -198,12 +197,10 @@ class Session(StatementSession):
             raise errors.ConcurrentUseError(operation, "another task is flushing")
 
     def add(self, instance: object, *, _warn: bool = True) -> None:
-        """Place an object in the session; it is inserted at the next flush."""
         self._check_add("session.add()")
         super().add(instance, _warn=_warn)
 
     def add_all(self, instances: Iterable[object]) -> None:
-        """Place several objects in the session."""
         self._check_add("session.add_all()")
         super().add_all(instances)
 
