@@ -494,7 +494,7 @@ async def test_no_lock_of_a_closed_cursor(
     [
         "SELECT CAST(x'ff' AS text) FROM numbers",
         "SELECT failing(id) FROM numbers",
-        "SELECT iif(id < 100, id, failing(id)) FROM numbers",
+        "SELECT CASE WHEN id < 100 THEN id ELSE failing(id) END FROM numbers",
     ],
 )
 async def test_no_lock_after_an_error(
