@@ -177,6 +177,10 @@ class Connection(aiosqlite.Connection):
         steps = [fn] if begin is None else [fn, partial(raw.execute, begin)]
         try:
             result: T = await super()._execute(_take_steps, steps)  # type: ignore[no-untyped-call]
+        except sqlite3.Error:
+            if steps:  # BEGIN itself has failed, and what follows needs one still
+                self._begin = begin
+            raise
         except asyncio.CancelledError:
             if begin is not None:
                 steps.clear()  # one that has not begun is left out
