@@ -19,6 +19,7 @@ from sanic.http.constants import HTTP
 
 from asgi_uow._decision import commit_below_400
 from asgi_uow._entrypoints import middleware as mw
+from asgi_uow._entrypoints.problem import FAILURE, START, problem_details
 from asgi_uow._unit.failures import is_outage
 from asgi_uow._unit.unit import current
 from asgi_uow.database import Database
@@ -191,7 +192,7 @@ def _gate(
         response = stream.response
         headers = [(name.lower(), value) for name, value in response.processed_headers]
         start: Message = {
-            "type": mw.START,
+            "type": START,
             "status": response.status,
             "headers": headers,
         }
@@ -234,7 +235,7 @@ async def _problem(request: Request[Any, Any], error: Exception) -> HTTPResponse
     async def keep(message: Message) -> None:
         messages.append(message)
 
-    await mw.problem_details({mw.FAILURE: error}, _receive, keep)
+    await problem_details({FAILURE: error}, _receive, keep)
     [start, body] = messages
     headers = {name.decode(): value.decode() for name, value in start["headers"]}
     return HTTPResponse(body["body"], start["status"], headers)

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import json
-from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from asgi_uow import _decision
 from asgi_uow._concurrency import run_to_completion
-from asgi_uow._decision import (
-    ERROR_STATUS,
-    RETRY_AFTER,
-    SETTLED,
-    UNDECIDED,
-    Cause,
-    State,
-    commit_below_400,
-    decide_response,
-    exception_cause,
-    rollback,
-)
+from asgi_uow._decision import ERROR_STATUS, SETTLED, UNDECIDED, Cause, State
+from asgi_uow._entrypoints.problem import FAILURE, START, problem_details
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._reading.route import written_position
 from asgi_uow._unit.failures import is_outage
@@ -41,35 +30,8 @@ if TYPE_CHECKING:
 UNIT = "asgi_uow.unit"
 """The key in the scope under which an inner middleware finds the unit."""
 
-FAILURE = "asgi_uow.failure"
-"""The key in the scope under which an `error_app` finds the exception."""
-
-START = "http.response.start"
-
 POSITION_SECONDS = 2.0
 """Seconds for learning a position; after them the client reads from the writer."""
-
-
-async def problem_details(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
-    """Answer with a small `application/problem+json` (RFC 9457).
-
-    503 with `Retry-After` (RFC 9110, 10.2.3) where the work is proven not kept and
-    trying again may help, otherwise 500. Says nothing about the cause.
-    """
-    # A failure of our own says so itself; any other is a database out of reach.
-    retry_after: int | None = getattr(scope[FAILURE], "retry_after", RETRY_AFTER)
-    status = HTTPStatus.INTERNAL_SERVER_ERROR
-    headers = [(b"content-type", b"application/problem+json")]
-    detail = "The request could not be completed."
-    if retry_after is not None:
-        status = HTTPStatus.SERVICE_UNAVAILABLE
-        headers.append((b"retry-after", str(retry_after).encode()))
-        detail = "Nothing was changed; please try again."
-    problem = {"type": "about:blank", "title": status.phrase, "status": status.value}
-    body = json.dumps({**problem, "detail": detail}).encode()
-    headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": START, "status": status.value, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 class UnitOfWorkMiddleware:
@@ -95,7 +57,7 @@ class UnitOfWorkMiddleware:
         self,
         app: ASGIApp,
         *databases: Engines,
-        commit_when: CommitWhen = commit_below_400,
+        commit_when: CommitWhen = _decision.commit_below_400,
         observers: Sequence[Observer] = (LoggingObserver(),),
         causal_reads: CausalReads | None = None,
         error_app: ASGIApp | None = problem_details,
@@ -114,7 +76,7 @@ class UnitOfWorkMiddleware:
         self.options: UnitOptions = UnitOptions(
             tuple(observers), commit_timeout, hook_timeout
         )
-        self.has_default_rule: bool = commit_when is commit_below_400
+        self.has_default_rule: bool = commit_when is _decision.commit_below_400
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -142,10 +104,10 @@ class UnitOfWorkMiddleware:
         try:
             await self.app(scope, receive, exchange.send)
             if exchange.stage is not PASSING:
-                await exchange.end(rollback(Cause.ABANDONED))
+                await exchange.end(_decision.rollback(Cause.ABANDONED))
                 await self._answer(scope, receive, exchange, None)
         except BaseException as error:
-            await exchange.end(rollback(exception_cause(error)))
+            await exchange.end(_decision.rollback(_decision.exception_cause(error)))
             await self._answer(scope, receive, exchange, error)
             raise
         finally:
@@ -172,10 +134,8 @@ class UnitOfWorkMiddleware:
         started = exchange.stage is PASSING or exchange.is_forwarded
         if self.error_app is not None and not started:
             scope[FAILURE] = failure
-            try:
-                await self.error_app(scope, receive, exchange.answer)
-            finally:
-                scope.pop(FAILURE, None)
+            await self.error_app(scope, receive, exchange.answer)
+            scope.pop(FAILURE, None)  # it refers to frames, and those to the scope
         exchange.stage = ANSWERED
         try:
             if failure is not error:
@@ -306,7 +266,7 @@ class _Exchange:
         headers: Headers = list(message.get("headers", ()))
         broken: Exception | None = None
         try:
-            decision = decide_response(
+            decision = _decision.decide_response(
                 status=message["status"],
                 headers=headers,
                 rollback_only=unit.state is State.ROLLBACK_ONLY,
@@ -316,7 +276,7 @@ class _Exchange:
             )
         except Exception as error:  # noqa: BLE001  # becomes the cause of the failure
             broken = error
-            decision = rollback(Cause.EXCEPTION, replace_response=True)
+            decision = _decision.rollback(Cause.EXCEPTION, replace_response=True)
         try:
             await finish(unit, decision, broken)
             if middleware.causal_reads is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import inspect
 import time
@@ -36,23 +37,15 @@ MOST_BY_HOOKS = 100
 """How many hooks the hooks of one unit of work may register."""
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Hook:
     """One registered call."""
 
-    __slots__ = ("args", "fn", "frame", "kwargs")
-
-    def __init__(
-        self,
-        fn: Callable[..., object],
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        frame: Frame | None = None,
-    ) -> None:
-        self.fn = fn
-        self.args = args
-        self.kwargs = kwargs
-        self.frame = frame
-        """The savepoint that it was registered in."""
+    fn: Callable[..., object]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    frame: Frame | None = None
+    """The savepoint that it was registered in."""
 
     @property
     def name(self) -> str:
@@ -84,9 +77,7 @@ class Hook:
                 await result
 
 
-def _call_in_thread(
-    fn: Callable[[], object],
-) -> tuple[object, BaseException | None]:
+def _call_in_thread(fn: Callable[[], object]) -> tuple[object, BaseException | None]:
     try:
         return fn(), None
     except BaseException as error:  # noqa: BLE001  # GeneratorExit would close the task
@@ -194,8 +185,10 @@ class HookRun(Generic[Owner]):
                 await shield.run(self._call_all(shield), seconds, at_once=False)
             except TimeoutError as error:
                 if self._running is not None:
-                    running, self._running = self._running, None
-                    await shield.run(self._ended(*running, error), at_once=False)
+                    ending = self._end(*self._running, error)
+                    self._running = None
+                    if ending is not None:
+                        await shield.run(ending, at_once=False)
 
     async def _call_all(self, shield: Shield) -> None:
         while self.waiting:
@@ -212,11 +205,6 @@ class HookRun(Generic[Owner]):
                     await ending
             finally:
                 del error  # its traceback refers to this frame
-
-    async def _ended(self, hook: Hook, owner: Owner, error: BaseException) -> None:
-        ending = self._end(hook, owner, error)
-        if ending is not None:
-            await ending
 
 
 async def call_hook(

@@ -1,0 +1,39 @@
+"""The answer to a request whose work was not kept, when nobody else gives one."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from asgi_uow._decision import RETRY_AFTER
+
+if TYPE_CHECKING:
+    from asgi_uow._asgi import Receive, Scope, Send
+
+START = "http.response.start"
+
+FAILURE = "asgi_uow.failure"
+"""The key in the scope under which an `error_app` finds the exception."""
+
+
+async def problem_details(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
+    """Answer with a small `application/problem+json` (RFC 9457).
+
+    503 with `Retry-After` (RFC 9110, 10.2.3) where the work is proven not kept and
+    trying again may help, otherwise 500. Says nothing about the cause.
+    """
+    # A failure of our own says so itself; any other is a database out of reach.
+    retry_after: int | None = getattr(scope[FAILURE], "retry_after", RETRY_AFTER)
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    headers = [(b"content-type", b"application/problem+json")]
+    detail = "The request could not be completed."
+    if retry_after is not None:
+        status = HTTPStatus.SERVICE_UNAVAILABLE
+        headers.append((b"retry-after", str(retry_after).encode()))
+        detail = "Nothing was changed; please try again."
+    problem = {"type": "about:blank", "title": status.phrase, "status": status.value}
+    body = json.dumps({**problem, "detail": detail}).encode()
+    headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": START, "status": status.value, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
