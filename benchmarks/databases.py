@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -32,6 +34,9 @@ class Databases(AsyncExitStack):
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
+        # As an interrupt does: else the servers would outlive this process.
+        if (task := asyncio.current_task()) is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         self._folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
         self._ports: dict[str, int] = {}
         return self
