@@ -39,11 +39,7 @@ from tests.support.shop import Item
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from tests.servers.backend import (
-        Backend,
-        PostgreSQLBackend,
-        SQLiteBackend,
-    )
+    from tests.servers.backend import Backend, PostgreSQLBackend, SQLiteBackend
 
 pytestmark = on(*DRIVERS)
 
@@ -395,16 +391,10 @@ async def test_sqlite_busy(db: Database, backend: SQLiteBackend) -> None:
     async with db:
         await db.write.execute("PRAGMA user_version")
 
-    async def handler() -> None:
-        await current_session().execute("PRAGMA busy_timeout = 0")
-
-    async def locked() -> None:
-        await shop.insert(1)
-
-    await handle(handler, db)
+    await handle(lambda: current_session().execute("PRAGMA busy_timeout = 0"), db)
     with closing(sqlite3.connect(backend.path)) as other:
         other.execute("BEGIN IMMEDIATE")
-        response = await handle(locked, db, hooks=True)
+        response = await handle(lambda: shop.insert(1), db, hooks=True)
 
     assert isinstance(response.error, sa_exc.OperationalError)
     assert "SQLITE_BUSY" == response.error.orig.sqlite_errorname  # type: ignore[union-attr]

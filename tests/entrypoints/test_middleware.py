@@ -17,11 +17,7 @@ from asgi_uow import (
     current_session,
     current_unit_of_work,
 )
-from asgi_uow.errors import (
-    CommitFailedError,
-    NoUnitOfWorkError,
-    UnitOfWorkClosedError,
-)
+from asgi_uow.errors import CommitFailedError, NoUnitOfWorkError, UnitOfWorkClosedError
 from tests.support import shop
 from tests.support.asgi import (
     BODY,
@@ -144,10 +140,7 @@ async def test_websocket_has_no_unit(db: Database, backend: Backend) -> None:
 
     app = UnitOfWorkMiddleware(websocket, db)
 
-    async def handler() -> None:
-        await app({"type": "websocket"}, no_body, _forget)
-
-    await handle(handler, db)
+    await handle(lambda: app({"type": "websocket"}, no_body, _forget), db)
 
     assert 1 == len(refused)
     assert [1] == await shop.items(backend)
@@ -226,10 +219,7 @@ async def test_broken_commit_when_is_a_failure(db: Database, backend: Backend) -
     def commit_when(status: int, headers: object) -> bool:
         raise ZeroDivisionError
 
-    async def handler() -> None:
-        await shop.insert(1)
-
-    response = await handle(handler, db, commit_when=commit_when)
+    response = await handle(lambda: shop.insert(1), db, commit_when=commit_when)
 
     assert 500 == response.status
     assert isinstance(response.error, CommitFailedError)
@@ -247,10 +237,7 @@ async def test_commit_when_sees_status_and_headers(
         seen.append((status, headers))
         return False
 
-    async def handler() -> None:
-        await shop.insert(1)
-
-    response = await handle(handler, db, commit_when=commit_when)
+    response = await handle(lambda: shop.insert(1), db, commit_when=commit_when)
 
     assert [(200, [])] == seen
     assert 200 == response.status

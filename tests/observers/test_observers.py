@@ -103,10 +103,7 @@ async def test_rolled_back_on_request(db: Database) -> None:
 async def test_only_read(db: Database) -> None:
     """A unit that only read is committed in name, and names no database."""
 
-    async def read() -> None:
-        await current_read_session().execute("SELECT 1")
-
-    response = await handle(read, db)
+    response = await handle(lambda: current_read_session().execute("SELECT 1"), db)
     expected = [UnitFinished(Outcome.COMMITTED, None, None, (), 0.0)]
     assert expected == finished(response.events)
 

@@ -37,13 +37,7 @@ from tests.support.databases import DRIVERS, SERVERS, checked_out, on, shop_data
 from tests.support.private import State
 
 if TYPE_CHECKING:
-    from collections.abc import (
-        AsyncGenerator,
-        Callable,
-        Coroutine,
-        Generator,
-        Iterator,
-    )
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
 
     from asgi_uow import Session
     from asgi_uow._asgi import Receive, Scope, Send

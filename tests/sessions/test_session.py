@@ -28,7 +28,13 @@ from asgi_uow.errors import (
 from tests.servers import ServerBackend, eventually
 from tests.support import shop
 from tests.support.asgi import handle
-from tests.support.databases import DRIVERS, on, shop_database
+from tests.support.databases import (
+    DRIVERS,
+    SERVER_DRIVERS,
+    behind_proxy,
+    on,
+    shop_database,
+)
 from tests.support.private import Turn
 
 if TYPE_CHECKING:
@@ -43,17 +49,6 @@ pytestmark = on(*DRIVERS)
 
 INSERT = "INSERT INTO person (id, name) VALUES (:id, :name)"
 NAMES = "SELECT name FROM person ORDER BY id"
-RUNNING = (
-    "SELECT count(*) FROM pg_stat_activity WHERE query = :slow AND state = 'active'"
-)
-SLOW = {
-    "asyncmy": (
-        "SELECT sleep(3600)",
-        "SELECT count(*) FROM information_schema.processlist WHERE info = :slow",
-    ),
-    "asyncpg": ("SELECT pg_sleep(3600)", RUNNING),
-    "psycopg": ("SELECT pg_sleep(3600)", RUNNING),
-}
 
 
 class Base(DeclarativeBase):
@@ -433,7 +428,7 @@ async def test_a_cancellation_frees_the_turn() -> None:
 
 
 @pytest.mark.parametrize("access", ["write", "read"])
-@on(*SLOW)
+@on(*SERVER_DRIVERS)
 async def test_a_cancelled_statement(
     backend: ServerBackend, db: Database, access: Literal["read", "write"]
 ) -> None:
@@ -441,10 +436,10 @@ async def test_a_cancelled_statement(
 
     So does a read in the transaction of the writer.
     """
-    slow, running = SLOW[backend.driver]
+    slow = backend.slow
 
     async def count() -> int:
-        return int(str(await backend.scalar(running, slow=slow)))
+        return await backend.running(slow)
 
     async with db:
         await db.write.execute(INSERT, id=3, name="Cid")
@@ -460,31 +455,28 @@ async def test_a_cancelled_statement(
     assert [("Ann",), ("Bob",)] == await backend.fetch(NAMES)
 
 
-async def test_a_statement_that_cannot_be_killed(mariadb: MariaDBBackend) -> None:
+@on("asyncmy")
+async def test_a_statement_that_cannot_be_killed(backend: MariaDBBackend) -> None:
     """Where the server cannot be told of a cancellation, the unit ends all the same."""
-    slow, running = SLOW["asyncmy"]
-    async with mariadb.proxy() as proxy:
-        db = Database.from_url(mariadb.through(proxy.port))
 
-        async def count() -> int:
-            return int(str(await mariadb.scalar(running, slow=slow)))
+    async def count() -> int:
+        return await backend.running(backend.slow)
 
-        async with db:
-            statement = asyncio.create_task(db.write.execute(slow))
-            await eventually(1, count)
-            rule = proxy.cut_before(lambda trip: trip.startswith("KILL "))
-            statement.cancel()
-            await asyncio.wait((statement,))
-            assert statement.cancelled()
-            assert rule.fired.is_set()
-            set_rollback_only("cancelled")
-        await db.dispose()
+    async with behind_proxy(backend) as (db, proxy), db:
+        statement = asyncio.create_task(db.write.execute(backend.slow))
+        await eventually(1, count)
+        rule = proxy.cut_before(lambda trip: trip.startswith("KILL "))
+        statement.cancel()
+        await asyncio.wait((statement,))
+        assert statement.cancelled()
+        assert rule.fired.is_set()
+        set_rollback_only("cancelled")
 
 
 # Connections that are lost
 
 
-@on("asyncmy", "asyncpg", "psycopg")
+@on(*SERVER_DRIVERS)
 async def test_reads_go_on_after_a_lost_connection(
     backend: ServerBackend, db: Database
 ) -> None:
@@ -497,7 +489,7 @@ async def test_reads_go_on_after_a_lost_connection(
         assert "Ann" == await db.read.scalar(NAMES)
 
 
-@on("asyncmy", "asyncpg", "psycopg")
+@on(*SERVER_DRIVERS)
 @pytest.mark.parametrize("noticed", [True, False])
 async def test_a_connection_lost_before_commit(
     *, backend: ServerBackend, db: Database, noticed: bool

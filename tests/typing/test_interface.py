@@ -36,12 +36,7 @@ from asgi_uow import (
 from asgi_uow.observers import Event, HookFailed, LoggingObserver
 
 if TYPE_CHECKING:
-    from collections.abc import (
-        AsyncIterator,
-        Awaitable,
-        Callable,
-        MutableMapping,
-    )
+    from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 
     from sqlalchemy import TextClause
 

@@ -180,10 +180,7 @@ async def test_p6_root_rolled_back(case: str, opener: str, db: Database) -> None
     tree, committed, rolled_back = TREES[case]
     record = Record()
 
-    async def handler() -> None:
-        await run(record, OPENERS[opener], tree)
-
-    await handle(handler, db, status=409)
+    await handle(lambda: run(record, OPENERS[opener], tree), db, status=409)
 
     record.all_committed("")
     expected = [*rolled_back, *reversed(committed)]
@@ -214,11 +211,7 @@ def make(inside: list[Node], keep: bool) -> Savepoint:
 LEAVES = st.text("abcdefghijk", min_size=1, max_size=3)
 NODES = st.recursive(
     LEAVES,
-    lambda nodes: st.builds(
-        make,
-        st.lists(nodes, max_size=4),
-        st.booleans(),
-    ),
+    lambda nodes: st.builds(make, st.lists(nodes, max_size=4), st.booleans()),
     max_leaves=12,
 )
 

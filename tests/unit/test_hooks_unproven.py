@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from asgi_uow import (
-    Database,
     Outcome,
     after_commit,
     after_response,
     after_rollback,
     before_commit,
     current_session,
-    current_unit_of_work,
     set_rollback_only,
 )
 from asgi_uow.errors import ManagedTransactionError
 from tests.support import shop
 from tests.support.asgi import handle
-from tests.support.databases import SERVERS, on
+from tests.support.databases import SERVERS, behind_proxy, is_commit, on
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -75,10 +73,6 @@ CASES = {
 }
 
 
-def is_commit(trip: str) -> bool:
-    return trip == "COMMIT"
-
-
 @on(*SERVERS)
 @pytest.mark.parametrize("case", CASES)
 async def test_p3_no_hook_without_a_commit(case: str, backend: ServerBackend) -> None:
@@ -86,30 +80,24 @@ async def test_p3_no_hook_without_a_commit(case: str, backend: ServerBackend) ->
 
     After a proven rollback after_rollback is, and while nobody knows none of them.
     """
-    await shop.create(backend)
     end = CASES[case]
     called: list[str] = []
-    outcomes: list[Callable[[], Outcome | None]] = []
 
     async def handler() -> None:
-        unit = current_unit_of_work()
-        outcomes.append(lambda: unit.outcome)
         await shop.insert(1)
         for register in (after_commit, after_response, after_rollback):
             register(called.append, register.__name__)
         await end.handler()
 
-    async with backend.proxy() as proxy:
-        db = Database.from_url(backend.through(proxy.port))
+    async with behind_proxy(backend) as (db, proxy):
         if end.cut:
             proxy.cut_after(is_commit)
-        await handle(handler, db, status=end.status)
-        await db.dispose()
+        response = await handle(handler, db, status=end.status)
 
     expected = {
         Outcome.COMMITTED: ["after_commit", "after_response"],
         Outcome.ROLLED_BACK: ["after_rollback"],
         Outcome.UNKNOWN: [],
     }
-    assert end.outcome is outcomes[0]()
+    assert end.outcome is response.unit.outcome
     assert expected[end.outcome] == called

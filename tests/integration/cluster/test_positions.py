@@ -17,13 +17,7 @@ from asgi_uow.database import Database
 from tests.integration.cluster.conftest import KINDS, on_cluster
 from tests.servers.backend import eventually
 from tests.servers.plugin import server_port
-from tests.support.private import (
-    _before_header,
-    _covers,
-    _kind,
-    position,
-    wait_for,
-)
+from tests.support.private import _before_header, _covers, _kind, position, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator

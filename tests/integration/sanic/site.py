@@ -32,11 +32,7 @@ from asgi_uow import (
     current_session,
     current_unit_of_work,
 )
-from asgi_uow.errors import (
-    AsgiUowError,
-    NestedUnitOfWorkError,
-    UnitOfWorkFailedError,
-)
+from asgi_uow.errors import AsgiUowError, NestedUnitOfWorkError, UnitOfWorkFailedError
 from asgi_uow.sanic import setup
 from tests.promises.faults.mortal import checked_out
 from tests.support import shop
@@ -293,7 +289,7 @@ async def state(_: Incoming) -> HTTPResponse:
             "checked_out": checked_out(db),
             "is_ctx_db": app.ctx.db is db,
             "pid": os.getpid(),
-        },
+        }
     )
 
 

@@ -22,11 +22,7 @@ from asgi_uow import (
     current_session,
     current_unit_of_work,
 )
-from asgi_uow.errors import (
-    CommitFailedError,
-    ConfigurationError,
-    UnitOfWorkFailedError,
-)
+from asgi_uow.errors import CommitFailedError, ConfigurationError, UnitOfWorkFailedError
 from asgi_uow.observers import UnitFinished
 from asgi_uow.sanic import setup
 from tests.servers.process import HOST, free_port
