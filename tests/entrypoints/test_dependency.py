@@ -11,15 +11,8 @@ from fastapi import Depends, FastAPI
 from httpx import ASGITransport, AsyncClient
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from asgi_uow import (
-    Database,
-    Session,
-    UnitOfWorkMiddleware,
-    current_read_session,
-    current_session,
-    read_session_dependency,
-    session_dependency,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.errors import NoUnitOfWorkError
 from tests.support import shop
 
@@ -31,9 +24,9 @@ if TYPE_CHECKING:
     from tests.servers import SQLiteBackend
     from tests.support.private import ReadSession
 
-Writer = Annotated[AsyncSession, Depends(session_dependency)]
-Reader = Annotated[Session, Depends(read_session_dependency)]
-Uncached = Annotated[AsyncSession, Depends(session_dependency, use_cache=False)]
+Writer = Annotated[AsyncSession, Depends(uow.session_dependency)]
+Reader = Annotated[uow.Session, Depends(uow.read_session_dependency)]
+Uncached = Annotated[AsyncSession, Depends(uow.session_dependency, use_cache=False)]
 
 
 async def repository(session: Writer) -> AsyncSession:
@@ -52,7 +45,7 @@ class WatchedDatabase(Database):
 
     places: list[tuple[int, asyncio.Task[Any] | None]]
 
-    def write_session(self, *args: Any, **kwargs: Any) -> Session:
+    def write_session(self, *args: Any, **kwargs: Any) -> uow.Session:
         self.places.append(place())
         return super().write_session(*args, **kwargs)
 
@@ -73,7 +66,7 @@ async def db(sqlite: SQLiteBackend) -> AsyncIterator[WatchedDatabase]:
 @pytest.fixture
 def app(db: Database) -> FastAPI:
     app = FastAPI()
-    app.add_middleware(UnitOfWorkMiddleware, db)
+    app.add_middleware(uow.UnitOfWorkMiddleware, db)
     return app
 
 
@@ -104,8 +97,8 @@ async def test_the_session_is_that_of_the_request(
 
     @app.get("/", status_code=201)
     async def create(writer: Writer, reader: Reader) -> None:
-        same.append(writer is current_session())
-        same.append(reader is current_read_session())
+        same.append(writer is uow.current_session())
+        same.append(reader is uow.current_read_session())
         writer.add(shop.Item(id=1))
 
     assert 201 == (await get(app)).status_code
@@ -153,15 +146,15 @@ async def test_it_adds_no_parameter(app: FastAPI) -> None:
 async def test_its_type(db: Database) -> None:
     """For type checkers it gives the `Session` that `current_session` gives."""
     async with db:
-        assert_type(await session_dependency(), Session)
-        assert_type(await read_session_dependency(), Session)
+        assert_type(await uow.session_dependency(), uow.Session)
+        assert_type(await uow.read_session_dependency(), uow.Session)
 
 
 @pytest.mark.parametrize(
     ("dependency", "name"),
     [
-        (session_dependency, "current_session"),
-        (read_session_dependency, "current_read_session"),
+        (uow.session_dependency, "current_session"),
+        (uow.read_session_dependency, "current_read_session"),
     ],
 )
 async def test_without_a_unit(dependency: Any, name: str) -> None:

@@ -21,17 +21,8 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    UnitOfWork,
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_rollback,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.errors import ConcurrentUseError, DoomedError, UnitOfWorkClosedError
 from tests.servers import eventually
 from tests.support import shop
@@ -105,7 +96,7 @@ async def succeed(handler: Handler, db: Database) -> None:
 
 
 async def count() -> int:
-    found: int = await current_session().scalar("SELECT count(*) FROM items")
+    found: int = await uow.current_session().scalar("SELECT count(*) FROM items")
     return found
 
 
@@ -132,7 +123,7 @@ async def test_gather_on_the_read_session(db: Database) -> None:
         sessions = set()
 
         async def read(number: int) -> int:
-            session = current_read_session()
+            session = uow.current_read_session()
             sessions.add(session)
             answer = await session.scalar(f"SELECT {number}")
             assert [0, 1] == checked_out(db)
@@ -152,7 +143,7 @@ async def test_reads_that_move_to_the_writer(db: Database, backend: Backend) -> 
 
     async def one(run: int) -> None:
         async def read() -> object:
-            return await current_read_session().scalar("SELECT count(*) FROM items")
+            return await uow.current_read_session().scalar("SELECT count(*) FROM items")
 
         async def write(number: int) -> object:
             await shop.insert(10 * run + number)
@@ -176,7 +167,7 @@ async def test_task_group(db: Database, backend: Backend) -> None:
     async def one(run: int) -> None:
         async def child(number: int) -> None:
             await shop.insert(number)
-            found = await current_session().scalar(
+            found = await uow.current_session().scalar(
                 "SELECT id FROM items WHERE id = :id", id=number
             )
             assert number == found
@@ -235,7 +226,7 @@ async def test_task_that_outlives_the_request(db: Database, backend: Backend) ->
 
         async def read() -> None:
             while True:
-                await current_read_session().scalar("SELECT count(*) FROM items")
+                await uow.current_read_session().scalar("SELECT count(*) FROM items")
 
         tasks: list[asyncio.Task[None]] = []
 
@@ -263,12 +254,12 @@ async def test_end_waits_for_the_statement_in_flight(
     backend: ServerBackend, status: int
 ) -> None:
     """COMMIT, or ROLLBACK, comes after the answer to another task's statement."""
-    units: list[UnitOfWork] = []
+    units: list[uow.UnitOfWork] = []
     inserts: list[asyncio.Task[None]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        units.append(current_unit_of_work())
-        await current_session().execute("SELECT 1")
+        units.append(uow.current_unit_of_work())
+        await uow.current_session().execute("SELECT 1")
         inserts.append(asyncio.create_task(shop.insert(1)))
         await hold.answered.wait()
         await respond(send, status)
@@ -298,13 +289,13 @@ async def test_end_waits_for_the_statement_in_flight(
 async def test_statement_in_flight_that_fails(backend: ServerBackend) -> None:
     """P2: it is not too late for an error to doom the unit when the end waits."""
     fired: list[str] = []
-    units: list[UnitOfWork] = []
+    units: list[uow.UnitOfWork] = []
     inserts: list[asyncio.Task[None]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        units.append(current_unit_of_work())
-        after_commit(fired.append, "commit")
-        after_rollback(fired.append, "rollback")
+        units.append(uow.current_unit_of_work())
+        uow.after_commit(fired.append, "commit")
+        uow.after_rollback(fired.append, "rollback")
         await shop.insert(2)
         inserts.append(asyncio.create_task(shop.insert(1)))
         await hold.answered.wait()
@@ -336,7 +327,7 @@ async def test_statement_in_flight_that_fails(backend: ServerBackend) -> None:
         if backend.name == "postgresql":
             assert 500 == response.status
             assert isinstance(response.error, DoomedError)
-            assert Outcome.ROLLED_BACK is units[0].outcome
+            assert uow.Outcome.ROLLED_BACK is units[0].outcome
             assert ["rollback"] == fired
             assert [1] == kept
         else:
@@ -356,7 +347,7 @@ async def test_statement_beside_a_stream(numbers: Database, backend: Backend) ->
 
     async def handler() -> None:
         await shop.insert(1001)
-        session = current_session()
+        session = uow.current_session()
         stream = await session.stream_scalars("SELECT id FROM items ORDER BY id")
         assert 1 == await anext(stream)
         if alone:
@@ -381,7 +372,7 @@ async def test_streams_read_by_several_tasks(numbers: Database) -> None:
 
     async def one(run: int) -> None:
         async def read() -> list[int]:
-            stream = await current_read_session().stream_scalars(
+            stream = await uow.current_read_session().stream_scalars(
                 "SELECT id FROM items WHERE id <= 100 ORDER BY id"
             )
             return [each async for each in stream]
@@ -409,7 +400,7 @@ async def test_stream_nobody_reads_to_its_end(
         async def handler() -> None:
             if write:
                 await shop.insert(2000 + run)
-            session = current_session() if write else current_read_session()
+            session = uow.current_session() if write else uow.current_read_session()
             stream = await session.stream("SELECT id FROM items")
             assert await stream.fetchone()
 
@@ -458,7 +449,9 @@ async def test_base_http_middleware(
             else:
                 kept.append(10 * run + i + 1)
                 yield "written "
-            found = await current_read_session().scalar("SELECT count(*) FROM items")
+            found = await uow.current_read_session().scalar(
+                "SELECT count(*) FROM items"
+            )
             yield f"{found >= len(kept)} "
 
     async def one(run: int) -> None:
@@ -467,7 +460,7 @@ async def test_base_http_middleware(
             await shop.insert(10 * run)
             return StreamingResponse(rows(run))
 
-        ours = Middleware(UnitOfWorkMiddleware, db)
+        ours = Middleware(uow.UnitOfWorkMiddleware, db)
         theirs = Middleware(PassOn)
         app = Starlette(
             routes=[Route("/", handler)],
@@ -495,13 +488,13 @@ async def test_litestar_dependencies(db: Database, backend: Backend) -> None:
         return Provide(write)
 
     async def read() -> int:
-        return int(await current_read_session().scalar("SELECT 7"))
+        return int(await uow.current_read_session().scalar("SELECT 7"))
 
     @get("/")
     async def handler(a: Given, b: Given, c: Given, d: Given, e: Given) -> str:
         assert e == 7
         for number in (a, b, c, d):
-            assert number == await current_session().scalar(
+            assert number == await uow.current_session().scalar(
                 "SELECT id FROM items WHERE id = :id", id=number
             )
         return "ok"
@@ -509,7 +502,7 @@ async def test_litestar_dependencies(db: Database, backend: Backend) -> None:
     writers = {name: writer() for name in "abcd"}
     dependencies = {**writers, "e": Provide(read)}
     litestar = Litestar([handler], dependencies=dependencies, logging_config=None)
-    app = UnitOfWorkMiddleware(litestar, db)
+    app = uow.UnitOfWorkMiddleware(litestar, db)
 
     async def one(run: int) -> None:
         response = await Old(app).request()
@@ -544,7 +537,7 @@ async def test_quart_background_task(db: Database, backend: Backend) -> None:
         kept.append(1000 * run)
         return "ok"
 
-    client = Old(UnitOfWorkMiddleware(quart, db))
+    client = Old(uow.UnitOfWorkMiddleware(quart, db))
 
     async def one(run: int) -> None:
         response = await client.request(f"/{run}", leave_after=is_end)

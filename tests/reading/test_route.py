@@ -15,15 +15,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
-from asgi_uow import (
-    CausalReads,
-    Database,
-    after_commit,
-    current_read_session,
-    current_session,
-    force_commit,
-    parallel_read,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.errors import ReadOnlySessionError
 from asgi_uow.observers import (
     LoggingObserver,
@@ -59,7 +52,7 @@ if TYPE_CHECKING:
 
 pytestmark = on(*DRIVERS)
 
-CAUSAL = CausalReads("a secret of the tests, long enough")
+CAUSAL = uow.CausalReads("a secret of the tests, long enough")
 
 
 async def test_reads_from_a_reader(site: Site) -> None:
@@ -106,7 +99,7 @@ async def test_no_reader_is_up(backend: ServerBackend) -> None:
         async def handler() -> None:
             await site.read()
             await site.read()
-            async with parallel_read() as session:
+            async with uow.parallel_read() as session:
                 site.found.append(await session.scalar(shop.COUNT))
 
         assert 200 == (await site.send(handler)).status
@@ -190,7 +183,7 @@ async def test_errors_of_statements_are_no_outage(site: Site) -> None:
     """What the server says about a statement is the handler's to see."""
 
     async def handler() -> None:
-        await current_read_session().execute("SELECT nothing FROM nowhere")
+        await uow.current_read_session().execute("SELECT nothing FROM nowhere")
 
     response = await site.send(handler)
     assert response.error is not None
@@ -257,7 +250,7 @@ async def test_lost_by_two_tasks(site: Site) -> None:
         raise ConnectionResetError
 
     async def read() -> None:
-        async with parallel_read() as session:
+        async with uow.parallel_read() as session:
             site.found.append(await session.scalar(shop.COUNT))
             prolong_pauses(site.db)
             one_has_read.set()
@@ -290,7 +283,7 @@ async def test_in_the_way_everywhere(postgresql: PostgreSQLBackend) -> None:
             event.listen(engine, "before_cursor_execute", note)
 
         async def handler() -> None:
-            await current_read_session().execute("SELECT conflict()")
+            await uow.current_read_session().execute("SELECT conflict()")
 
         response = await site.send(handler)
 
@@ -305,7 +298,7 @@ async def test_after_a_write(site: Site) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await shop.insert(1)
         await site.read()
-        after_commit(site.read)
+        uow.after_commit(site.read)
         await send({"type": START, "status": 200, "headers": []})
         await site.read()
         await send({"type": BODY, "body": b""})
@@ -326,11 +319,11 @@ async def test_each_does_its_own(
     async with SQLiteBackend(tmp_path_factory.mktemp("writer")) as writer:
         await shop.create(writer)
         db = Database(create_async_engine(writer.url), readers=[replica])
-        async with db as uow:
+        async with db as unit:
             assert [1] == (await db.read.scalars(shop.SELECT)).all()
             with pytest.raises(ReadOnlySessionError):
                 await db.read.execute("DELETE FROM items")
-            assert uow.session() is db.write
+            assert unit.session() is db.write
             await shop.insert(2)
         assert (replica,) == db.readers
         await db.dispose()
@@ -341,7 +334,7 @@ async def test_each_does_its_own(
 # Causal reads
 
 
-def cookie(positions: dict[str, str], causal_reads: CausalReads = CAUSAL) -> bytes:
+def cookie(positions: dict[str, str], causal_reads: uow.CausalReads = CAUSAL) -> bytes:
     """Make a cookie as a response would set it."""
     _, value = causal_reads.response_header(positions, secure=False)
     return value.partition(b";")[0]
@@ -372,7 +365,7 @@ async def test_not_stamped(backend: Backend) -> None:
 
     async def insert_by_force() -> None:
         await shop.insert(2)
-        force_commit()
+        uow.force_commit()
 
     async with site_with(backend, backend.url, causal_reads=CAUSAL) as site:
         assert b"" == (await site.send(site.read)).cookie
@@ -423,7 +416,7 @@ async def test_hooks_see_what_their_request_must_see(
     async with site_with(postgresql, postgresql.url, causal_reads=CAUSAL) as site:
 
         async def handler() -> None:
-            after_commit(site.read)
+            uow.after_commit(site.read)
 
         nonsense = cookie({site.db.key: "nonsense"})
         assert 200 == (await site.send(handler, cookie=nonsense)).status
@@ -433,7 +426,7 @@ async def test_hooks_see_what_their_request_must_see(
 
 async def test_one_wait_for_all_readers(mariadb: MariaDBBackend) -> None:
     """The seconds are for all readers together: the second is only asked."""
-    causal = CausalReads("a secret of the tests, long enough", wait=0.05)
+    causal = uow.CausalReads("a secret of the tests, long enough", wait=0.05)
     waits: list[str] = []
 
     def note(*args: Any) -> None:
@@ -488,7 +481,7 @@ async def test_the_write_session_has_no_route(backend: Backend) -> None:
     async with site_with(backend, down(backend)) as site:
 
         async def handler() -> None:
-            await current_session().execute("INSERT INTO items (id) VALUES (1)")
+            await uow.current_session().execute("INSERT INTO items (id) VALUES (1)")
 
         assert 200 == (await site.send(handler)).status
         assert 0 == site.told(ReaderFailed)

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asgi_uow import (
-    Outcome,
-    after_commit,
-    after_response,
-    after_rollback,
-    before_commit,
-    current_session,
-    set_rollback_only,
-)
+import asgi_uow as uow
 from asgi_uow.errors import ManagedTransactionError
 from tests.support import shop
 from tests.support.asgi import handle
@@ -37,18 +29,18 @@ async def fail() -> None:
 
 
 async def rollback_only() -> None:
-    set_rollback_only("a dry run")
+    uow.set_rollback_only("a dry run")
 
 
 async def doom() -> None:
     """What gives the transaction up on every database, swallowed."""
-    connection = await current_session().connection()
+    connection = await uow.current_session().connection()
     with suppress(ManagedTransactionError):
         await connection.commit()
 
 
 async def refuse() -> None:
-    before_commit(fail)
+    uow.before_commit(fail)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +50,18 @@ class Case:
     status: int
     handler: Callable[[], Awaitable[None]] = nothing
     cut: bool = False
-    outcome: Outcome = Outcome.ROLLED_BACK
+    outcome: uow.Outcome = uow.Outcome.ROLLED_BACK
 
 
 CASES = {
-    "redirect": Case(303, outcome=Outcome.COMMITTED),
+    "redirect": Case(303, outcome=uow.Outcome.COMMITTED),
     "4xx": Case(404),
     "5xx": Case(503),
     "exception": Case(200, fail),
     "rollback-only": Case(200, rollback_only),
     "doomed": Case(200, doom),
     "before_commit hook fails": Case(200, refuse),
-    "answer to COMMIT lost": Case(200, cut=True, outcome=Outcome.UNKNOWN),
+    "answer to COMMIT lost": Case(200, cut=True, outcome=uow.Outcome.UNKNOWN),
 }
 
 
@@ -85,7 +77,7 @@ async def test_p3_no_hook_without_a_commit(case: str, backend: ServerBackend) ->
 
     async def handler() -> None:
         await shop.insert(1)
-        for register in (after_commit, after_response, after_rollback):
+        for register in (uow.after_commit, uow.after_response, uow.after_rollback):
             register(called.append, register.__name__)
         await end.handler()
 
@@ -95,9 +87,9 @@ async def test_p3_no_hook_without_a_commit(case: str, backend: ServerBackend) ->
         response = await handle(handler, db, status=end.status)
 
     expected = {
-        Outcome.COMMITTED: ["after_commit", "after_response"],
-        Outcome.ROLLED_BACK: ["after_rollback"],
-        Outcome.UNKNOWN: [],
+        uow.Outcome.COMMITTED: ["after_commit", "after_response"],
+        uow.Outcome.ROLLED_BACK: ["after_rollback"],
+        uow.Outcome.UNKNOWN: [],
     }
     assert end.outcome is response.unit.outcome
     assert expected[end.outcome] == called
