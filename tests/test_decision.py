@@ -156,8 +156,7 @@ def test_commit_when(*, committed: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "rollback_only", "doomed", "forced", "commit_on_exit", "expected"),
-    EXITS,
+    ("error", "rollback_only", "doomed", "forced", "commit_on_exit", "expected"), EXITS
 )
 def test_decide_exit(
     *,

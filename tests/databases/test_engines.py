@@ -14,12 +14,7 @@ from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, StaticPool
 
-from asgi_uow import Database, set_rollback_only, unit_of_work
-from asgi_uow.errors import (
-    ConfigurationError,
-    EngineNotInitialisedError,
-    MissingDriverError,
-)
+from asgi_uow import Database, errors, set_rollback_only, unit_of_work
 from tests.servers import eventually
 from tests.servers.process import free_port
 from tests.support import shop
@@ -83,47 +78,50 @@ async def test_options_win(mariadb: MariaDBBackend) -> None:
 @pytest.mark.parametrize(
     ("url", "options", "kind", "message"),
     [
-        ("s3cret", {}, ConfigurationError, "The database URL cannot be read"),
+        ("s3cret", {}, errors.ConfigurationError, "The database URL cannot be read"),
         (
             "postgresql://app:s3cret@db.example:port/shop",
             {},
-            ConfigurationError,
+            errors.ConfigurationError,
             "has to be percent-encoded",
         ),
         (
             "nosql://app:s3cret@db.example",
             {},
-            ConfigurationError,
+            errors.ConfigurationError,
             "SQLAlchemy knows no database 'nosql'.",
         ),
         (
             "sqlite+pysqlite:///s3cret",
             {},
-            ConfigurationError,
+            errors.ConfigurationError,
             r"'sqlite\+pysqlite' is not an async driver: leave the driver out",
         ),
         (
             "postgresql+psycopg2://app:s3cret@db.example/shop",
             {},
-            ConfigurationError,
+            errors.ConfigurationError,
             r"'postgresql\+psycopg2' is not an async driver: leave the driver out",
         ),
         (
             "mysql+aiomysql://app:s3cret@db.example/shop",
             {},
-            MissingDriverError,
+            errors.MissingDriverError,
             "'aiomysql' is not installed: install aiomysql.",
         ),
         (
             WITH_PASSWORD,
             {"pool_sise": 5},
-            ConfigurationError,
+            errors.ConfigurationError,
             r"Invalid argument\(s\) 'pool_sise'",
         ),
     ],
 )
 def test_a_database_that_cannot_work(
-    url: str, options: dict[str, Any], kind: type[ConfigurationError], message: str
+    url: str,
+    options: dict[str, Any],
+    kind: type[errors.ConfigurationError],
+    message: str,
 ) -> None:
     """The error says what to change, and shows no password."""
     with pytest.raises(kind, match=message) as caught:
@@ -142,7 +140,7 @@ def test_a_usual_driver_that_is_not_installed(
     for name in ("aiosqlite", "asyncmy", "asyncpg"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, SQLITE_CONNECTION, raising=False)
-    with pytest.raises(MissingDriverError, match=rf"'asgi-uow\[{extra}\]'"):
+    with pytest.raises(errors.MissingDriverError, match=rf"'asgi-uow\[{extra}\]'"):
         Database.from_url(f"{scheme}:///app")
 
 
@@ -161,7 +159,7 @@ def test_a_usual_driver_that_is_not_installed(
 )
 def test_an_engine_that_cannot_work(engine: object, message: str) -> None:
     """Not an AsyncEngine, or one connection for everybody: refused, with a remedy."""
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(errors.ConfigurationError, match=message):
         Database(engine)  # type: ignore[arg-type]
 
 
@@ -170,10 +168,10 @@ def test_a_reader_that_cannot_work() -> None:
     writer = create_async_engine("sqlite+aiosqlite:///app.db")
     not_async: Any = create_engine("sqlite://")
     for reader in (not_async, writer):
-        with pytest.raises(ConfigurationError):
+        with pytest.raises(errors.ConfigurationError):
             Database(writer, readers=[reader])
     late = Database(None, readers=[writer])
-    with pytest.raises(ConfigurationError, match="cannot be the writer"):
+    with pytest.raises(errors.ConfigurationError, match="cannot be the writer"):
         late.engine = writer
 
 
@@ -183,7 +181,9 @@ def test_a_reader_that_cannot_work() -> None:
 def test_reserved_session_options(option: str) -> None:
     """A session option that would undo a promise is refused."""
     options: dict[str, Any] = {option: None}
-    with pytest.raises(ConfigurationError, match=f"'{option}' belongs to asgi-uow"):
+    with pytest.raises(
+        errors.ConfigurationError, match=f"'{option}' belongs to asgi-uow"
+    ):
         Database(None, **options)
 
 
@@ -197,7 +197,9 @@ def test_unknown_database_is_refused() -> None:
     """Without knowing how reads are made read-only, nothing is promised."""
     registry.register("weird.aiosqlite", __name__, "Weird")
 
-    with pytest.raises(ConfigurationError, match="does not know the database 'weird'"):
+    with pytest.raises(
+        errors.ConfigurationError, match="does not know the database 'weird'"
+    ):
         Database(create_async_engine("weird+aiosqlite:///weird.db"))
 
 
@@ -218,7 +220,7 @@ async def test_autocommit_engine_is_refused(backend: ServerBackend) -> None:
 
     response = await handle(lambda: shop.insert(1), db, status=409)
 
-    assert isinstance(response.error, ConfigurationError)
+    assert isinstance(response.error, errors.ConfigurationError)
     assert "AUTOCOMMIT" in str(response.error)
     assert [] == await shop.items(backend)
     assert [0, 0] == checked_out(db)
@@ -273,12 +275,14 @@ async def test_without_an_engine(sqlite: SQLiteBackend) -> None:
     db = Database(None)
     assert "Database(no engine)" == repr(db)
     for name in ("engine", "read_engine", "readers", "name"):
-        with pytest.raises(EngineNotInitialisedError, match="create it with Database"):
+        with pytest.raises(
+            errors.EngineNotInitialisedError, match="create it with Database"
+        ):
             getattr(db, name)
-    with pytest.raises(EngineNotInitialisedError):
+    with pytest.raises(errors.EngineNotInitialisedError):
         await db.dispose()
     await db.dispose_owned()
-    with pytest.raises(EngineNotInitialisedError):
+    with pytest.raises(errors.EngineNotInitialisedError):
         async with db:
             await shop.insert(1)
     db.engine = create_async_engine(sqlite.url)
@@ -292,7 +296,7 @@ def test_an_engine_is_assigned_once() -> None:
     """The engine of a database that is in use is never exchanged."""
     db = Database.from_url("sqlite:///app.db")
     engine = db.engine
-    with pytest.raises(ConfigurationError, match="make another Database"):
+    with pytest.raises(errors.ConfigurationError, match="make another Database"):
         db.engine = create_async_engine("sqlite+aiosqlite:///other.db")
     assert engine is db.engine
 

@@ -13,21 +13,8 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    Session,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-    savepoint,
-)
-from asgi_uow.errors import (
-    DoomedError,
-    ManagedTransactionError,
-    PartialCommitError,
-    TransactionGoneError,
-)
+import asgi_uow as uow
+from asgi_uow import Database, errors
 from asgi_uow.observers import CommitFailed, ImplicitCommit, UnitFinished
 from tests.servers import MariaDB, MariaDBBackend
 from tests.support import shop
@@ -39,11 +26,7 @@ from tests.support.shop import Item
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from tests.servers.backend import (
-        Backend,
-        PostgreSQLBackend,
-        SQLiteBackend,
-    )
+    from tests.servers.backend import Backend, PostgreSQLBackend, SQLiteBackend
 
 pytestmark = on(*DRIVERS)
 
@@ -56,7 +39,7 @@ async def check_doomed(
 ) -> BaseException | None:
     """Nothing was kept, and client and hooks were told so; give the cause."""
     assert status == response.status
-    assert isinstance(response.error, DoomedError)
+    assert isinstance(response.error, errors.DoomedError)
     assert ["rollback"] == response.hooks
     assert [] == await shop.items(backend)
     return response.error.__cause__
@@ -89,9 +72,9 @@ async def test_swallowed_statement_error(db: Database, backend: Backend) -> None
 
 
 @on("asyncpg", "psycopg")
-@pytest.mark.parametrize("session_of", [current_session, current_read_session])
+@pytest.mark.parametrize("session_of", [uow.current_session, uow.current_read_session])
 async def test_swallowed_in_the_middle_of_a_stream(
-    db: Database, backend: Backend, session_of: Callable[[], Session]
+    db: Database, backend: Backend, session_of: Callable[[], uow.Session]
 ) -> None:
     """P2: an error among the rows of a stream gives up what was written before."""
     statement = "SELECT 1 / (200 - i) FROM generate_series(1, 300) AS i"
@@ -112,7 +95,7 @@ async def test_swallowed_on_the_raw_connection(db: Database, backend: Backend) -
 
     async def handler() -> None:
         await shop.insert(1)
-        connection = await current_session().connection()
+        connection = await uow.current_session().connection()
         raw: Any = (await connection.get_raw_connection()).driver_connection
         with suppress(Exception):
             if isinstance(backend, MariaDBBackend):
@@ -138,14 +121,14 @@ async def test_rolled_back_on_the_raw_connection(
 
     async def handler() -> None:
         await shop.insert(1)
-        connection = await current_session().connection()
+        connection = await uow.current_session().connection()
         raw: Any = (await connection.get_raw_connection()).driver_connection
         await raw.rollback()
 
     response = await handle(handler, db, hooks=True)
 
     assert 500 == response.status
-    assert isinstance(response.error, DoomedError)
+    assert isinstance(response.error, errors.DoomedError)
     assert [] == await shop.items(backend)
 
 
@@ -155,14 +138,14 @@ async def test_swallowed_inside_a_savepoint(db: Database, backend: Backend) -> N
     async def handler() -> None:
         await shop.insert(1)
         with suppress(sa_exc.IntegrityError):
-            async with savepoint():
+            async with uow.savepoint():
                 await shop.insert(1)
         with suppress(sa_exc.IntegrityError):
-            async with current_session().begin_nested():
+            async with uow.current_session().begin_nested():
                 await shop.insert(2)
-                async with current_session().begin_nested():
+                async with uow.current_session().begin_nested():
                     await shop.insert(1)
-        async with savepoint():
+        async with uow.savepoint():
             await shop.insert(3)
 
     response = await handle(handler, db, hooks=True)
@@ -183,7 +166,7 @@ async def test_error_swallowed_inside_an_open_savepoint(
     async def handler() -> None:
         await shop.insert(1)
         with suppress(sa_exc.DBAPIError):
-            async with savepoint():
+            async with uow.savepoint():
                 await shop.insert(2)
                 with suppress(sa_exc.IntegrityError):
                     await shop.insert(1)
@@ -203,10 +186,10 @@ async def test_outer_savepoint_undoes_what_the_inner_could_not(
     async def handler() -> None:
         await shop.insert(1)
         with suppress(ZeroDivisionError):
-            async with savepoint():
+            async with uow.savepoint():
                 await shop.insert(2)
                 with suppress(sa_exc.DBAPIError):
-                    async with savepoint():
+                    async with uow.savepoint():
                         with suppress(sa_exc.IntegrityError):
                             await shop.insert(1)
                 raise ZeroDivisionError
@@ -240,7 +223,7 @@ async def test_doomed_outside_a_request(
     db: Database, backend: PostgreSQLBackend
 ) -> None:
     """Leaving `async with db:` raises when the work is gone."""
-    with pytest.raises(DoomedError, match="already given"):
+    with pytest.raises(errors.DoomedError, match="already given"):
         async with db:
             await shop.insert(1)
             with suppress(sa_exc.IntegrityError):
@@ -261,11 +244,11 @@ async def test_doomed_by_a_before_commit_hook(
 
     async def handler() -> None:
         await shop.insert(1)
-        current_unit_of_work().register("before_commit", swallow, (), {})
+        uow.current_unit_of_work().register("before_commit", swallow, (), {})
 
     response = await handle(handler, db)
 
-    assert isinstance(response.error, DoomedError)
+    assert isinstance(response.error, errors.DoomedError)
     assert [] == await shop.items(backend)
 
 
@@ -274,9 +257,9 @@ async def test_swallowed_flush_error(db: Database, backend: Backend) -> None:
 
     async def handler() -> None:
         await shop.insert(1)
-        current_session().add(Item(id=1))
+        uow.current_session().add(Item(id=1))
         with suppress(sa_exc.IntegrityError):
-            await current_session().flush()
+            await uow.current_session().flush()
 
     response = await handle(handler, db, hooks=True)
 
@@ -293,7 +276,7 @@ async def test_client_side_error_dooms_nothing(
     async def handler() -> None:
         await shop.insert(1)
         with pytest.raises(sa_exc.DBAPIError):
-            await current_session().execute(
+            await uow.current_session().execute(
                 "INSERT INTO items (id) VALUES (:id)", id="text"
             )
 
@@ -308,7 +291,7 @@ async def test_read_session_error_dooms_nothing(db: Database, backend: Backend) 
 
     async def handler() -> None:
         with pytest.raises(sa_exc.DBAPIError):
-            await current_read_session().execute("SELECT * FROM nowhere")
+            await uow.current_read_session().execute("SELECT * FROM nowhere")
         await shop.insert(1)
 
     response = await handle(handler, db)
@@ -326,11 +309,11 @@ async def test_joined_read_error_dooms(
     async def handler() -> None:
         await shop.insert(1)
         with pytest.raises(sa_exc.DBAPIError):
-            await current_read_session().execute("SELECT * FROM nowhere")
+            await uow.current_read_session().execute("SELECT * FROM nowhere")
 
     response = await handle(handler, db)
 
-    assert isinstance(response.error, DoomedError)
+    assert isinstance(response.error, errors.DoomedError)
     assert [] == await shop.items(backend)
 
 
@@ -347,7 +330,7 @@ async def deadlock(backend: MariaDBBackend) -> None:
 
     MariaDB ends the transaction that has changed fewer rows.
     """
-    await current_session().execute("UPDATE items SET parent = 1 WHERE id = 1")
+    await uow.current_session().execute("UPDATE items SET parent = 1 WHERE id = 1")
     async with rival_of(backend) as rival:
         for number in (2, 3, 4, 5):
             await rival.exec_driver_sql(
@@ -357,7 +340,9 @@ async def deadlock(backend: MariaDBBackend) -> None:
             rival.exec_driver_sql("UPDATE items SET parent = 3 WHERE id = 1")
         )
         try:
-            await current_session().execute("UPDATE items SET parent = 4 WHERE id = 2")
+            await uow.current_session().execute(
+                "UPDATE items SET parent = 4 WHERE id = 2"
+            )
         finally:
             await blocked
 
@@ -376,14 +361,14 @@ async def test_swallowed_deadlock(
     async def handler() -> None:
         await shop.insert(100)
         with suppress(sa_exc.DBAPIError):
-            async with savepoint() if inside_savepoint else nullcontext():
+            async with uow.savepoint() if inside_savepoint else nullcontext():
                 await deadlock(backend)
         await shop.insert(200)
 
     response = await handle(handler, db, hooks=True)
 
     assert 503 == response.status
-    assert isinstance(response.error, DoomedError)
+    assert isinstance(response.error, errors.DoomedError)
     assert ["rollback"] == response.hooks
     assert 1213 == response.events.only(CommitFailed).code
     assert [1, 2, 3, 4, 5] == await shop.items(backend)
@@ -395,16 +380,10 @@ async def test_sqlite_busy(db: Database, backend: SQLiteBackend) -> None:
     async with db:
         await db.write.execute("PRAGMA user_version")
 
-    async def handler() -> None:
-        await current_session().execute("PRAGMA busy_timeout = 0")
-
-    async def locked() -> None:
-        await shop.insert(1)
-
-    await handle(handler, db)
+    await handle(lambda: uow.current_session().execute("PRAGMA busy_timeout = 0"), db)
     with closing(sqlite3.connect(backend.path)) as other:
         other.execute("BEGIN IMMEDIATE")
-        response = await handle(locked, db, hooks=True)
+        response = await handle(lambda: shop.insert(1), db, hooks=True)
 
     assert isinstance(response.error, sa_exc.OperationalError)
     assert "SQLITE_BUSY" == response.error.orig.sqlite_errorname  # type: ignore[union-attr]
@@ -422,7 +401,7 @@ async def test_sqlite_that_rolled_back_by_itself(
         await shop.insert(1)
         await shop.insert(2)
         with suppress(sa_exc.IntegrityError):
-            await current_session().execute(INSERT_OR_ROLLBACK)
+            await uow.current_session().execute(INSERT_OR_ROLLBACK)
 
     response = await handle(handler, db, hooks=True)
 
@@ -443,12 +422,12 @@ async def test_swallowed_cancellation_of_a_statement(
     async def handler() -> None:
         await shop.insert(1)
         with suppress(TimeoutError):
-            await asyncio.wait_for(current_session().execute(slow), 0.05)
+            await asyncio.wait_for(uow.current_session().execute(slow), 0.05)
 
     response = await handle(handler, db, hooks=True)
 
     assert response.status >= 500
-    assert isinstance(response.error, DoomedError)
+    assert isinstance(response.error, errors.DoomedError)
     assert [] == await shop.items(backend)
     assert 0 == await backend.open_transactions()
 
@@ -461,7 +440,7 @@ async def test_implicit_commit_is_reported(
 
     async def handler() -> None:
         await shop.insert(1)
-        await current_session().execute("CREATE TABLE other (id INTEGER)")
+        await uow.current_session().execute("CREATE TABLE other (id INTEGER)")
         await shop.insert(2)
 
     response = await handle(handler, db, hooks=True)
@@ -480,15 +459,15 @@ async def test_implicit_commit_cannot_be_rolled_back(
 
     async def handler() -> None:
         await shop.insert(1)
-        await current_session().execute("CREATE TABLE other (id INTEGER)")
+        await uow.current_session().execute("CREATE TABLE other (id INTEGER)")
         await shop.insert(2)
 
     response = await handle(handler, db, status=404, hooks=True)
 
     assert 500 == response.status
-    assert isinstance(response.error, PartialCommitError)
+    assert isinstance(response.error, errors.PartialCommitError)
     assert "CREATE TABLE other" in str(response.error)
-    assert Outcome.PARTIAL is response.unit.outcome
+    assert uow.Outcome.PARTIAL is response.unit.outcome
     assert [] == response.hooks
     assert [1] == await shop.items(backend)
 
@@ -502,7 +481,7 @@ async def test_ddl_that_is_not_understood(
     async def handler() -> None:
         await shop.insert(1)
         with suppress(sa_exc.ProgrammingError):
-            await current_session().execute("CREATE TABLET other (id INTEGER)")
+            await uow.current_session().execute("CREATE TABLET other (id INTEGER)")
         await shop.insert(2)
 
     response = await handle(handler, db, status=404, hooks=True)
@@ -521,23 +500,23 @@ async def test_ended_by_hand_through_the_back_door(
 
     async def handler() -> None:
         await shop.insert(1)
-        session = current_session()
+        session = uow.current_session()
         transaction = session.get_transaction()
         assert transaction is not None
         back_door = await session.connection() if how == "connection" else transaction
         if by_hand == "commit":
-            with suppress(ManagedTransactionError):
+            with suppress(errors.ManagedTransactionError):
                 await back_door.commit()
         else:
             await back_door.rollback()
-            with suppress(sa_exc.InvalidRequestError, TransactionGoneError):
+            with suppress(sa_exc.InvalidRequestError, errors.TransactionGoneError):
                 await shop.insert(2)
 
     response = await handle(handler, db, hooks=True)
 
     cause = await check_doomed(response, backend)
     if by_hand == "commit":
-        assert isinstance(cause, ManagedTransactionError)
+        assert isinstance(cause, errors.ManagedTransactionError)
 
 
 # Errors of the databases' own kinds
@@ -556,7 +535,7 @@ async def test_listener_that_dooms_before_commit(
 
     async def handler() -> None:
         await shop.insert(1)
-        event.listen(current_session().sync_session, "before_commit", doom)
+        event.listen(uow.current_session().sync_session, "before_commit", doom)
 
     response = await handle(handler, db, hooks=True)
 
@@ -573,8 +552,8 @@ async def test_nothing_is_kept_alone(
     async def handler() -> None:
         await shop.insert(1)
         with suppress(sa_exc.IntegrityError):
-            await current_session().execute(INSERT_OR_ROLLBACK)
-        with pytest.raises(TransactionGoneError, match="leave the handler"):
+            await uow.current_session().execute(INSERT_OR_ROLLBACK)
+        with pytest.raises(errors.TransactionGoneError, match="leave the handler"):
             await shop.insert(2)
 
     response = await handle(handler, db, status=status, hooks=True)
@@ -588,7 +567,7 @@ async def test_lock_wait_timeout_that_rolls_back(mariadb_port: int) -> None:
     """With innodb_rollback_on_timeout 1205 has undone everything: doomed."""
 
     async def handler() -> None:
-        session = current_session()
+        session = uow.current_session()
         await session.execute("SET innodb_lock_wait_timeout = 1")
         await shop.insert(1)
         with suppress(sa_exc.OperationalError):

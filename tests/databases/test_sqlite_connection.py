@@ -237,7 +237,7 @@ async def test_busy_begin(connection: Connection, sqlite: SQLiteBackend) -> None
 async def test_busy_begin_of_a_unit(
     sqlite: SQLiteBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A unit whose BEGIN failed may try again, and what it writes is one transaction."""
+    """A unit whose BEGIN failed may try again; what it writes is one transaction."""
     monkeypatch.setattr("asgi_uow._databases.sqlite.BUSY_TIMEOUT", 50)
     async with shop_database(sqlite) as db:
         async with db:

@@ -6,17 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asgi_uow import (
-    Database,
-    after_commit,
-    before_commit,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-    force_commit,
-    savepoint,
-    set_rollback_only,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.errors import NoUnitOfWorkError, UnknownDatabaseError
 from tests.support.asgi import handle
 from tests.support.databases import on
@@ -28,14 +19,14 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     "use",
     [
-        current_unit_of_work,
-        current_session,
-        current_read_session,
-        savepoint,
-        force_commit,
-        lambda: set_rollback_only("why"),
-        lambda: after_commit(print),
-        lambda: before_commit(print),
+        uow.current_unit_of_work,
+        uow.current_session,
+        uow.current_read_session,
+        uow.savepoint,
+        uow.force_commit,
+        lambda: uow.set_rollback_only("why"),
+        lambda: uow.after_commit(print),
+        lambda: uow.before_commit(print),
     ],
 )
 def test_outside_a_unit(use: Callable[[], object]) -> None:
@@ -50,7 +41,7 @@ async def test_unknown_database_is_named(db: Database) -> None:
     stranger = Database.from_url("sqlite:///stranger.db")
 
     async def handler() -> None:
-        for accessor in (current_session, current_unit_of_work().read_session):
+        for accessor in (uow.current_session, uow.current_unit_of_work().read_session):
             with pytest.raises(UnknownDatabaseError, match=r"stranger\.db"):
                 accessor(stranger)
 

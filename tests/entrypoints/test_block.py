@@ -9,23 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import exc as sa_exc
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    UnitOfWork,
-    after_commit,
-    current_read_session,
-    current_unit_of_work,
-    force_commit,
-    set_rollback_only,
-    unit_of_work,
-)
-from asgi_uow.errors import (
-    CommitFailedError,
-    DoomedError,
-    NestedUnitOfWorkError,
-    NoUnitOfWorkError,
-)
+import asgi_uow as uow
+from asgi_uow import Database, errors
 from tests.support import shop
 from tests.support.asgi import BODY, START, serve
 from tests.support.databases import DRIVERS, SERVERS, checked_out, memory_database, on
@@ -45,18 +30,18 @@ async def test_leaving_the_block_commits(db: Database, backend: Backend) -> None
     """Outside a request `async with db:` commits, then runs the hooks."""
     fired: list[str] = []
 
-    async with db as uow:
+    async with db as unit:
         await db.write.execute("INSERT INTO items (id) VALUES (1)")
-        after_commit(fired.append, "hook")
+        uow.after_commit(fired.append, "hook")
         assert [] == fired
-        states = [uow.state]
-        assert 1 == uow.attempt
-        assert uow.doomed_by is None
+        states = [unit.state]
+        assert 1 == unit.attempt
+        assert unit.doomed_by is None
 
     assert [1] == await shop.items(backend)
     assert ["hook"] == fired
-    assert Outcome.COMMITTED is uow.outcome
-    assert [State.ACTIVE, State.CLOSED] == [*states, uow.state]
+    assert uow.Outcome.COMMITTED is unit.outcome
+    assert [State.ACTIVE, State.CLOSED] == [*states, unit.state]
     assert [0, 0] == checked_out(db)
 
 
@@ -64,25 +49,25 @@ async def test_exception_rolls_back(db: Database, backend: Backend) -> None:
     """An exception that leaves the block rolls back and goes on as it is."""
     failure = LookupError("mine")
 
-    block = unit_of_work(db)
+    block = uow.unit_of_work(db)
     with pytest.raises(LookupError) as caught:
         async with block:
             await shop.insert(1)
             raise failure
 
-    uow = block.unit
+    unit = block.unit
     assert failure is caught.value
-    assert (Outcome.ROLLED_BACK, Cause.EXCEPTION) == (uow.outcome, uow.cause)
+    assert (uow.Outcome.ROLLED_BACK, Cause.EXCEPTION) == (unit.outcome, unit.cause)
     assert [] == await shop.items(backend)
 
 
 async def test_failed_commit_raises(db: Database, backend: Backend) -> None:
     """A COMMIT that fails is raised out of the block; the connection is clean."""
-    with pytest.raises(CommitFailedError) as caught:
+    with pytest.raises(errors.CommitFailedError) as caught:
         async with db:
             await shop.insert_then_break_commit(backend, 1)
 
-    assert Outcome.ROLLED_BACK is caught.value.outcome
+    assert uow.Outcome.ROLLED_BACK is caught.value.outcome
     assert [] == await shop.items(backend)
     async with db:
         await shop.insert(2)
@@ -91,37 +76,37 @@ async def test_failed_commit_raises(db: Database, backend: Backend) -> None:
 
 async def test_rollback_only_and_force(db: Database, backend: Backend) -> None:
     """set_rollback_only keeps nothing without raising; asked twice, it is the same."""
-    async with db as uow:
+    async with db as unit:
         await shop.insert(1)
-        set_rollback_only("first reason")
-        set_rollback_only("second reason")
-        force_commit()
+        uow.set_rollback_only("first reason")
+        uow.set_rollback_only("second reason")
+        uow.force_commit()
 
-    assert "second reason" == uow.reason
-    assert (Outcome.ROLLED_BACK, Cause.EXPLICIT) == (uow.outcome, uow.cause)
+    assert "second reason" == unit.reason
+    assert (uow.Outcome.ROLLED_BACK, Cause.EXPLICIT) == (unit.outcome, unit.cause)
     assert [] == await shop.items(backend)
 
 
 @on("aiosqlite", commit_on_exit=False)
 async def test_database_without_commit_on_exit(db: Database, backend: Backend) -> None:
     """A database that says no has nothing committed on exit, unless it is forced."""
-    async with db as uow:
+    async with db as unit:
         await shop.insert(1)
-    assert (Outcome.ROLLED_BACK, Cause.EXPLICIT) == (uow.outcome, uow.cause)
+    assert (uow.Outcome.ROLLED_BACK, Cause.EXPLICIT) == (unit.outcome, unit.cause)
     async with db:
         await shop.insert(2)
-        force_commit()
+        uow.force_commit()
     assert [2] == await shop.items(backend)
 
 
 async def test_cancelled_block_rolls_back(db: Database, backend: Backend) -> None:
     """A cancellation inside the block rolls back, cause cancelled."""
-    units: list[UnitOfWork] = []
+    units: list[uow.UnitOfWork] = []
     inserted = asyncio.Event()
 
     async def work() -> None:
-        async with db as uow:
-            units.append(uow)
+        async with db as unit:
+            units.append(unit)
             await shop.insert(1)
             inserted.set()
             await asyncio.Event().wait()
@@ -132,7 +117,10 @@ async def test_cancelled_block_rolls_back(db: Database, backend: Backend) -> Non
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    assert (Outcome.ROLLED_BACK, Cause.CANCELLED) == (units[0].outcome, units[0].cause)
+    assert (uow.Outcome.ROLLED_BACK, Cause.CANCELLED) == (
+        units[0].outcome,
+        units[0].cause,
+    )
     assert [] == await shop.items(backend)
 
 
@@ -145,8 +133,8 @@ async def test_redirect_does_not_hide_a_lost_unit(
     class RedirectError(Exception):
         status_code = 302
 
-    with pytest.raises(DoomedError):
-        async with unit_of_work(db):
+    with pytest.raises(errors.DoomedError):
+        async with uow.unit_of_work(db):
             await shop.insert(1)
             with suppress(sa_exc.IntegrityError):
                 await shop.insert(1)
@@ -164,7 +152,7 @@ async def test_nested_unit_of_the_same_database_is_refused(
     """A unit inside a unit of the same database names the two ways out."""
     async with db:
         await shop.insert(1)
-        with pytest.raises(NestedUnitOfWorkError, match=r"savepoint\(\)"):
+        with pytest.raises(errors.NestedUnitOfWorkError, match=r"savepoint\(\)"):
             await db.__aenter__()
         await shop.insert(2)
 
@@ -179,7 +167,7 @@ async def test_independent_unit_has_its_own_outcome(
     with pytest.raises(ZeroDivisionError):
         async with db:
             await shop.insert(1)
-            async with unit_of_work(db, independent=True):
+            async with uow.unit_of_work(db, independent=True):
                 await shop.insert(2)
             assert [2] == await shop.items(backend)
             raise ZeroDivisionError
@@ -191,11 +179,11 @@ async def test_independent_unit_has_its_own_outcome(
 async def test_independent_unit_on_sqlite(db: Database, backend: Backend) -> None:
     """On SQLite a second writer would wait for the first forever: refused."""
     async with db:
-        async with unit_of_work(db, independent=True):
+        async with uow.unit_of_work(db, independent=True):
             await shop.insert(1)
         await shop.insert(2)
-        with pytest.raises(NestedUnitOfWorkError):
-            await unit_of_work(db, independent=True).__aenter__()
+        with pytest.raises(errors.NestedUnitOfWorkError):
+            await uow.unit_of_work(db, independent=True).__aenter__()
 
     assert [1, 2] == await shop.items(backend)
 
@@ -204,8 +192,8 @@ async def test_independent_unit_in_memory() -> None:
     """In memory also a read holds the only connection: refused after one."""
     async with memory_database() as db, db:
         await db.read.execute("SELECT 1")
-        with pytest.raises(NestedUnitOfWorkError):
-            await unit_of_work(db, independent=True).__aenter__()
+        with pytest.raises(errors.NestedUnitOfWorkError):
+            await uow.unit_of_work(db, independent=True).__aenter__()
 
 
 async def test_memory_read_after_the_start_holds_the_connection() -> None:
@@ -213,8 +201,8 @@ async def test_memory_read_after_the_start_holds_the_connection() -> None:
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": START, "status": 200, "headers": []})
-        await current_read_session().execute("SELECT 1")
-        with pytest.raises(NestedUnitOfWorkError):
+        await uow.current_read_session().execute("SELECT 1")
+        with pytest.raises(errors.NestedUnitOfWorkError):
             await db.__aenter__()
         await send({"type": BODY, "body": b""})
 
@@ -232,8 +220,8 @@ async def test_unit_of_another_database_inside(
         async with other:
             await shop.insert(2)
             await shop.insert(3, db)
-            for block in (unit_of_work(db), unit_of_work(db, independent=True)):
-                with pytest.raises(NestedUnitOfWorkError):
+            for block in (uow.unit_of_work(db), uow.unit_of_work(db, independent=True)):
+                with pytest.raises(errors.NestedUnitOfWorkError):
                     await block.__aenter__()
             result = await db.read.execute("SELECT id FROM items ORDER BY id")
             assert [1, 3] == [row[0] for row in result]
@@ -249,11 +237,11 @@ async def test_units_of_parallel_tasks_are_apart(
     db: Database, backend: Backend
 ) -> None:
     """Tasks that open a unit each on the same Database do not meet."""
-    units: set[UnitOfWork] = set()
+    units: set[uow.UnitOfWork] = set()
 
     async def work(number: int) -> None:
-        async with db as uow:
-            units.add(uow)
+        async with db as unit:
+            units.add(unit)
             await shop.insert(number)
 
     await asyncio.gather(*(work(number) for number in range(4)))
@@ -283,8 +271,8 @@ async def test_blocks_that_end_out_of_order(
 
     assert [] == await shop.items(backend)
     assert [2] == await shop.items(mariadb)
-    with pytest.raises(NoUnitOfWorkError):
-        current_unit_of_work()
+    with pytest.raises(errors.NoUnitOfWorkError):
+        uow.current_unit_of_work()
     assert [0, 0, 0, 0] == checked_out(db, other)
 
 
@@ -316,7 +304,7 @@ async def test_whose_block_it_is_must_be_known(db: Database) -> None:
     tasks = [asyncio.create_task(stay(number)) for number in range(2)]
     for each in entered:
         await each.wait()
-    with pytest.raises(NoUnitOfWorkError, match="another task has entered"):
+    with pytest.raises(errors.NoUnitOfWorkError, match="another task has entered"):
         await db.__aexit__(None, None, None)
     over.set()
     await asyncio.gather(*tasks)
@@ -325,5 +313,5 @@ async def test_whose_block_it_is_must_be_known(db: Database) -> None:
 @on("aiosqlite")
 async def test_leaving_what_was_not_entered(db: Database) -> None:
     """Leaving without having entered is an error, not a commit of something else."""
-    with pytest.raises(NoUnitOfWorkError, match="leaving"):
+    with pytest.raises(errors.NoUnitOfWorkError, match="leaving"):
         await db.__aexit__(None, None, None)

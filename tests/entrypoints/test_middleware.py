@@ -7,21 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asgi_uow import (
-    Database,
-    UnitOfWork,
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_response,
-    before_commit,
-    current_session,
-    current_unit_of_work,
-)
-from asgi_uow.errors import (
-    CommitFailedError,
-    NoUnitOfWorkError,
-    UnitOfWorkClosedError,
-)
+import asgi_uow as uow
+from asgi_uow import Database
+from asgi_uow.errors import CommitFailedError, NoUnitOfWorkError, UnitOfWorkClosedError
 from tests.support import shop
 from tests.support.asgi import (
     BODY,
@@ -53,21 +41,21 @@ async def nothing() -> None:
 def test_needs_a_database() -> None:
     """The middleware without a database says what is missing."""
     with pytest.raises(TypeError, match="pass at least one Database"):
-        UnitOfWorkMiddleware(endpoint(nothing))
+        uow.UnitOfWorkMiddleware(endpoint(nothing))
 
 
 async def test_mounted_twice_passes_through(db: Database, backend: Backend) -> None:
     """The inner of two middlewares for the same database leaves it to the outer."""
-    units: list[UnitOfWork] = []
+    units: list[uow.UnitOfWork] = []
 
     async def handler() -> None:
-        units.append(current_unit_of_work())
+        units.append(uow.current_unit_of_work())
         await shop.insert(1)
 
-    inner = UnitOfWorkMiddleware(endpoint(handler), db)
+    inner = uow.UnitOfWorkMiddleware(endpoint(handler), db)
 
     async def between(scope: Scope, receive: Receive, send: Send) -> None:
-        units.append(current_unit_of_work())
+        units.append(uow.current_unit_of_work())
         await inner(scope, receive, send)
 
     await serve(between, db)
@@ -85,14 +73,14 @@ async def test_inner_middleware_with_another_database(
     """
 
     async def handler() -> None:
-        assert current_unit_of_work().databases == (other,)
+        assert uow.current_unit_of_work().databases == (other,)
         await shop.insert(1)
         await shop.insert(2, db)
 
-    inner = UnitOfWorkMiddleware(endpoint(handler), other)
+    inner = uow.UnitOfWorkMiddleware(endpoint(handler), other)
     scope = http_scope()
 
-    response = await request(UnitOfWorkMiddleware(inner, db), scope=scope)
+    response = await request(uow.UnitOfWorkMiddleware(inner, db), scope=scope)
 
     assert 200 == response.status
     assert [1] == await shop.items(mariadb)
@@ -119,7 +107,7 @@ async def test_copied_scope_after_the_decision_is_a_new_unit(
     db: Database, backend: Backend
 ) -> None:
     """A scope used again once its unit is decided does not get that unit."""
-    inner = UnitOfWorkMiddleware(endpoint(lambda: shop.insert(2)), db)
+    inner = uow.UnitOfWorkMiddleware(endpoint(lambda: shop.insert(2)), db)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await shop.insert(1)
@@ -137,17 +125,14 @@ async def test_websocket_has_no_unit(db: Database, backend: Backend) -> None:
 
     async def websocket(scope: Scope, receive: Receive, send: Send) -> None:
         with pytest.raises(NoUnitOfWorkError, match="once per message") as caught:
-            current_session()
+            uow.current_session()
         refused.append(str(caught.value))
         async with db:
             await shop.insert(1)
 
-    app = UnitOfWorkMiddleware(websocket, db)
+    app = uow.UnitOfWorkMiddleware(websocket, db)
 
-    async def handler() -> None:
-        await app({"type": "websocket"}, no_body, _forget)
-
-    await handle(handler, db)
+    await handle(lambda: app({"type": "websocket"}, no_body, _forget), db)
 
     assert 1 == len(refused)
     assert [1] == await shop.items(backend)
@@ -167,7 +152,7 @@ async def test_engines_are_closed_after_the_lifespan(
 
     async def lifespan(scope: Scope, receive: Receive, send: Send) -> None:
         with pytest.raises(NoUnitOfWorkError):
-            current_session()
+            uow.current_session()
         await send({"type": "lifespan.startup.complete"})
         async with db:
             await shop.insert(1)
@@ -176,7 +161,7 @@ async def test_engines_are_closed_after_the_lifespan(
     async def server(message: Message) -> None:
         counts.append(db.engine.sync_engine.pool.checkedin())  # type: ignore[attr-defined]
 
-    app = UnitOfWorkMiddleware(lifespan, db)
+    app = uow.UnitOfWorkMiddleware(lifespan, db)
     await app({"type": "lifespan"}, no_body, server)
 
     assert [0, 0] == counts
@@ -192,7 +177,9 @@ async def test_engines_of_the_user_are_left_open(db: Database) -> None:
             await mine.read.execute("SELECT 1")
         await send({"type": "lifespan.shutdown.complete"})
 
-    await UnitOfWorkMiddleware(lifespan, mine)({"type": "lifespan"}, no_body, _forget)
+    await uow.UnitOfWorkMiddleware(lifespan, mine)(
+        {"type": "lifespan"}, no_body, _forget
+    )
 
     assert 1 == db.engine.sync_engine.pool.checkedin()  # type: ignore[attr-defined]
     assert 0 == mine.read_engine.sync_engine.pool.checkedin()  # type: ignore[attr-defined]
@@ -226,10 +213,7 @@ async def test_broken_commit_when_is_a_failure(db: Database, backend: Backend) -
     def commit_when(status: int, headers: object) -> bool:
         raise ZeroDivisionError
 
-    async def handler() -> None:
-        await shop.insert(1)
-
-    response = await handle(handler, db, commit_when=commit_when)
+    response = await handle(lambda: shop.insert(1), db, commit_when=commit_when)
 
     assert 500 == response.status
     assert isinstance(response.error, CommitFailedError)
@@ -247,10 +231,7 @@ async def test_commit_when_sees_status_and_headers(
         seen.append((status, headers))
         return False
 
-    async def handler() -> None:
-        await shop.insert(1)
-
-    response = await handle(handler, db, commit_when=commit_when)
+    response = await handle(lambda: shop.insert(1), db, commit_when=commit_when)
 
     assert [(200, [])] == seen
     assert 200 == response.status
@@ -266,7 +247,7 @@ async def test_no_hook_can_be_registered_after_the_decision(db: Database) -> Non
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await respond(send)
         with pytest.raises(UnitOfWorkClosedError):
-            after_commit(print)
+            uow.after_commit(print)
 
     response = await serve(app, db)
 
@@ -278,8 +259,8 @@ async def test_after_response_runs_when_the_app_has_returned(db: Database) -> No
     order: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        after_response(order.append, "after_response")
-        after_commit(order.append, "after_commit")
+        uow.after_response(order.append, "after_response")
+        uow.after_commit(order.append, "after_commit")
         await respond(send)
         order.append("app returns")
 
@@ -300,7 +281,7 @@ async def test_second_start_while_the_first_is_decided(
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await shop.insert_orphan()
-        before_commit(hold)
+        uow.before_commit(hold)
         first = asyncio.create_task(respond(send, 201))
         await deciding.wait()
         second = asyncio.create_task(respond(send, 200))

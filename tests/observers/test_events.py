@@ -10,18 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    after_commit,
-    after_response,
-    after_rollback,
-    before_commit,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-    savepoint,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.errors import CommitFailedError
 from asgi_uow.observers import (
     CommitFailed,
@@ -54,8 +44,8 @@ T = TypeVar("T")
 BROKEN = ZeroDivisionError("a bug")
 ALL: list[Event] = [
     UnitStarted(),
-    UnitFinished(Outcome.COMMITTED, None, None, (), 2.0, 1.0),
-    CommitFailed(BROKEN, Outcome.ROLLED_BACK, Cause.COMMIT_FAILED, "23505"),
+    UnitFinished(uow.Outcome.COMMITTED, None, None, (), 2.0, 1.0),
+    CommitFailed(BROKEN, uow.Outcome.ROLLED_BACK, Cause.COMMIT_FAILED, "23505"),
     HookStarted("after_commit", "send_email"),
     HookFinished("after_commit", "send_email", 1.0, None),
     HookFailed("after_commit", "send_email", BROKEN),
@@ -65,10 +55,10 @@ ALL: list[Event] = [
     ReaderFailed("sqlite://", BROKEN, 0.1),
 ]
 PHASES = [
-    (before_commit, 200),
-    (after_commit, 200),
-    (after_response, 200),
-    (after_rollback, 404),
+    (uow.before_commit, 200),
+    (uow.after_commit, 200),
+    (uow.after_response, 200),
+    (uow.after_rollback, 404),
 ]
 
 every_event = pytest.mark.parametrize("event", ALL, ids=lambda e: type(e).__name__)
@@ -135,9 +125,9 @@ async def test_commit(db: Database) -> None:
 
     async def work() -> None:
         await insert(1)
-        before_commit(insert, 2)
-        after_commit(insert, 3)
-        after_response(insert, 4)
+        uow.before_commit(insert, 2)
+        uow.after_commit(insert, 3)
+        uow.after_response(insert, 4)
 
     recorded = await request(db, work)
     hook = ["HookStarted", "HookFinished"]
@@ -152,7 +142,7 @@ async def test_rollback(db: Database) -> None:
 
     async def work() -> None:
         await insert(1)
-        after_rollback(insert, 2)
+        uow.after_rollback(insert, 2)
 
     recorded = await request(db, work, 404)
     own = ["HookStarted", "UnitStarted", "HookFinished"]
@@ -165,7 +155,7 @@ async def test_times(db: Database) -> None:
 
     async def work() -> None:
         await insert(1)
-        after_commit(insert, 2)
+        uow.after_commit(insert, 2)
 
     recorded = await request(db, work)
     in_order = sorted(recorded, key=lambda event: event.at)
@@ -194,15 +184,15 @@ async def test_started_at_once(db: Database) -> None:
     recorder = Recorder()
 
     async def ask() -> asyncio.Task[object] | None:
-        current_read_session()
+        uow.current_read_session()
         seen.extend(recorder.kinds)
         return asyncio.current_task()
 
     async def work() -> None:
         task = asyncio.create_task(ask())
         assert [await task] == recorder.tasks
-        current_session()
-        after_commit(print)
+        uow.current_session()
+        uow.after_commit(print)
 
     await request(db, work, 404, recorder)
     assert ["UnitStarted"] == seen
@@ -251,8 +241,8 @@ async def test_the_rest_is_told_in_the_request(db: Database) -> None:
 
     async def work() -> None:
         await insert(1)
-        after_commit(fail)
-        after_response(fail)
+        uow.after_commit(fail)
+        uow.after_response(fail)
 
     recorded = await request(db, work)
     told = (UnitFinished, ConnectionReleased, HookFailed)
@@ -269,13 +259,13 @@ async def test_unit(db: Database) -> None:
     units: list[object] = []
 
     async def hook() -> None:
-        units.append(current_unit_of_work())
+        units.append(uow.current_unit_of_work())
         await insert(2)
 
     async def work() -> None:
-        units.append(current_unit_of_work())
-        before_commit(insert, 1)
-        after_commit(hook)
+        units.append(uow.current_unit_of_work())
+        uow.before_commit(insert, 1)
+        uow.after_commit(hook)
 
     recorded = await request(db, work)
     request_unit, hook_unit = units
@@ -314,8 +304,8 @@ async def test_hook_whose_commit_fails(db: Database) -> None:
     """
 
     async def work() -> None:
-        after_commit(insert_orphan)
-        after_commit(insert, 2)
+        uow.after_commit(insert_orphan)
+        uow.after_commit(insert, 2)
 
     recorded = await request(db, work)
     [failed] = recorded.of(HookFailed)
@@ -325,7 +315,7 @@ async def test_hook_whose_commit_fails(db: Database) -> None:
     assert [] == recorded.of(CommitFailed)
     ends = recorded.of(UnitFinished)
     assert [True, False, False] == [each.unit is failed.unit for each in ends]
-    kept, lost = Outcome.COMMITTED, Outcome.ROLLED_BACK
+    kept, lost = uow.Outcome.COMMITTED, uow.Outcome.ROLLED_BACK
     assert [kept, lost, kept] == [each.outcome for each in ends]
 
 
@@ -340,8 +330,8 @@ async def test_one_event_per_failing_hook(db: Database) -> None:
         raise BROKEN
 
     async def work() -> None:
-        after_commit(first)
-        after_commit(second)
+        uow.after_commit(first)
+        uow.after_commit(second)
 
     recorded = await request(db, work)
     failed = recorded.of(HookFailed)
@@ -359,8 +349,8 @@ async def test_released(db: Database) -> None:
     """Each session that held a connection tells for how long, whatever the driver."""
 
     async def work() -> None:
-        await current_read_session().execute("SELECT 1")
-        await current_session().execute("SELECT 1")
+        await uow.current_read_session().execute("SELECT 1")
+        await uow.current_session().execute("SELECT 1")
 
     released = (await request(db, work)).of(ConnectionReleased)
     expected = [("write", db.name), ("read", db.name)]
@@ -372,8 +362,8 @@ async def test_released_by_reads_alone(db: Database) -> None:
     """A write session that was never used held nothing."""
 
     async def work() -> None:
-        current_session()
-        await current_read_session().execute("SELECT 1")
+        uow.current_session()
+        await uow.current_read_session().execute("SELECT 1")
 
     released = (await request(db, work)).of(ConnectionReleased)
     assert ["read"] == [each.access for each in released]
@@ -384,8 +374,8 @@ async def test_released_once_for_reads_of_the_writer(db: Database) -> None:
 
     async def work() -> None:
         await insert(1)
-        async with savepoint():
-            await current_read_session().execute("SELECT 1")
+        async with uow.savepoint():
+            await uow.current_read_session().execute("SELECT 1")
 
     released = (await request(db, work)).of(ConnectionReleased)
     assert ["write"] == [each.access for each in released]
@@ -411,7 +401,7 @@ async def test_beginnings_are_not_logged(
 
     async def work() -> None:
         await insert(1)
-        after_commit(insert, 2)
+        uow.after_commit(insert, 2)
 
     await request(db, work, 200, LoggingObserver())
     lines = [each.getMessage() for each in caplog.records if each.name == "asgi_uow"]

@@ -10,18 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import event as sa_event
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_response,
-    after_rollback,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-    set_rollback_only,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.errors import CommitFailedError
 from asgi_uow.observers import (
     CommitFailed,
@@ -73,7 +63,7 @@ async def test_committed(db: Database) -> None:
     """The end of a unit names its outcome and the databases that it wrote to."""
     response = await handle(write, db)
     [end] = finished(response.events)
-    assert end == UnitFinished(Outcome.COMMITTED, None, None, (db.name,), 0.0)
+    assert end == UnitFinished(uow.Outcome.COMMITTED, None, None, (db.name,), 0.0)
     assert ORDER == response.events.kinds
 
 
@@ -81,7 +71,9 @@ async def test_rolled_back_for_the_status(db: Database) -> None:
     """An intended rollback is no failure; its cause is named."""
     response = await handle(write, db, status=404)
     [end] = finished(response.events)
-    expected = UnitFinished(Outcome.ROLLED_BACK, Cause.STATUS, None, (db.name,), 0.0)
+    expected = UnitFinished(
+        uow.Outcome.ROLLED_BACK, Cause.STATUS, None, (db.name,), 0.0
+    )
     assert expected == end
     assert ORDER == response.events.kinds
 
@@ -91,23 +83,20 @@ async def test_rolled_back_on_request(db: Database) -> None:
 
     async def dry_run() -> None:
         await write()
-        set_rollback_only("dry run")
+        uow.set_rollback_only("dry run")
 
     response = await handle(dry_run, db)
     [end] = finished(response.events)
     assert end == UnitFinished(
-        Outcome.ROLLED_BACK, Cause.EXPLICIT, "dry run", (db.name,), 0.0
+        uow.Outcome.ROLLED_BACK, Cause.EXPLICIT, "dry run", (db.name,), 0.0
     )
 
 
 async def test_only_read(db: Database) -> None:
     """A unit that only read is committed in name, and names no database."""
 
-    async def read() -> None:
-        await current_read_session().execute("SELECT 1")
-
-    response = await handle(read, db)
-    expected = [UnitFinished(Outcome.COMMITTED, None, None, (), 0.0)]
+    response = await handle(lambda: uow.current_read_session().execute("SELECT 1"), db)
+    expected = [UnitFinished(uow.Outcome.COMMITTED, None, None, (), 0.0)]
     assert expected == finished(response.events)
 
 
@@ -115,7 +104,7 @@ async def test_untouched(db: Database) -> None:
     """A request that asks for no session and registers nothing is no event."""
 
     async def health() -> None:
-        current_unit_of_work()
+        uow.current_unit_of_work()
 
     response = await handle(health, db)
     assert [] == response.events
@@ -129,11 +118,11 @@ async def test_commit_failed(db: Database) -> None:
     failed = response.events.only(CommitFailed)
     assert isinstance(failed.error, CommitFailedError)
     assert response.error is failed.error
-    assert Outcome.ROLLED_BACK is failed.outcome
+    assert uow.Outcome.ROLLED_BACK is failed.outcome
     assert Cause.COMMIT_FAILED is failed.cause
     assert "SQLITE_CONSTRAINT_FOREIGNKEY" == failed.code
     expected = UnitFinished(
-        Outcome.ROLLED_BACK, Cause.COMMIT_FAILED, None, (db.name,), 0.0
+        uow.Outcome.ROLLED_BACK, Cause.COMMIT_FAILED, None, (db.name,), 0.0
     )
     assert [expected] == finished(response.events)
 
@@ -141,9 +130,9 @@ async def test_commit_failed(db: Database) -> None:
 @pytest.mark.parametrize(
     ("register", "phase", "status"),
     [
-        (after_commit, "after_commit", 200),
-        (after_response, "after_response", 200),
-        (after_rollback, "after_rollback", 404),
+        (uow.after_commit, "after_commit", 200),
+        (uow.after_response, "after_response", 200),
+        (uow.after_rollback, "after_rollback", 404),
     ],
 )
 async def test_hook_failed(
@@ -172,7 +161,7 @@ async def test_hook_timed_out(db: Database) -> None:
         await asyncio.Event().wait()
 
     async def work() -> None:
-        after_commit(forever)
+        uow.after_commit(forever)
 
     response = await handle(work, db, hook_timeout=0.01)
     assert isinstance(response.events.only(HookFailed).error, TimeoutError)
@@ -200,9 +189,9 @@ async def test_release_failed(db: Database) -> None:
     assert response.error is None
     [committed] = finished(response.events)
     assert rolled_back == UnitFinished(
-        Outcome.ROLLED_BACK, Cause.STATUS, None, (db.name,), 0.0
+        uow.Outcome.ROLLED_BACK, Cause.STATUS, None, (db.name,), 0.0
     )
-    assert committed == UnitFinished(Outcome.COMMITTED, None, None, (db.name,), 0.0)
+    assert committed == UnitFinished(uow.Outcome.COMMITTED, None, None, (db.name,), 0.0)
 
 
 @on("asyncmy")
@@ -211,7 +200,7 @@ async def test_implicit_commit(db: Database) -> None:
 
     async def migrate() -> None:
         await write()
-        await current_session().execute("CREATE TABLE other (id INTEGER)")
+        await uow.current_session().execute("CREATE TABLE other (id INTEGER)")
 
     response = await handle(migrate, db)
     assert ImplicitCommit("CREATE TABLE other (id INTEGER)") in response.events
@@ -223,14 +212,14 @@ async def test_unit_inside_a_request(db: Database) -> None:
     async def hook() -> None:
         async with db:
             await write()
-            after_commit(fail)
+            uow.after_commit(fail)
 
     async def work() -> None:
-        after_commit(hook)
+        uow.after_commit(hook)
 
     response = await handle(work, db)
-    request_end = UnitFinished(Outcome.COMMITTED, None, None, (), 0.0)
-    hook_end = UnitFinished(Outcome.COMMITTED, None, None, (db.name,), 0.0)
+    request_end = UnitFinished(uow.Outcome.COMMITTED, None, None, (), 0.0)
+    hook_end = UnitFinished(uow.Outcome.COMMITTED, None, None, (db.name,), 0.0)
     assert [hook_end, request_end] == finished(response.events)
     results = [type(each) for each in response.events.results]
     assert [UnitFinished, HookFailed, UnitFinished] == results
@@ -272,7 +261,7 @@ async def test_failed_hook_is_logged_as_an_error(
     """A hook that raises is one line at ERROR with its name and traceback."""
 
     async def work() -> None:
-        after_commit(fail)
+        uow.after_commit(fail)
 
     await handle(work, db, observers=[LoggingObserver()])
     assert [logging.ERROR] == levels(caplog)
@@ -297,7 +286,7 @@ async def test_logging_is_the_default(
     with pytest.raises(CommitFailedError):
         async with db:
             await shop.insert_orphan()
-    await request(UnitOfWorkMiddleware(endpoint(shop.insert_orphan), db))
+    await request(uow.UnitOfWorkMiddleware(endpoint(shop.insert_orphan), db))
     assert [logging.ERROR, logging.ERROR] == levels(caplog)
 
 
@@ -316,8 +305,8 @@ async def test_failing_observer(
 
     async def work() -> None:
         await write()
-        after_commit(fail)
-        after_commit(ran.append, "hook")
+        uow.after_commit(fail)
+        uow.after_commit(ran.append, "hook")
 
     events = Events()
     response = await handle(work, db, observers=[failing, events])

@@ -11,15 +11,8 @@ from opentelemetry.trace import StatusCode
 from sqlalchemy import event as sa_event
 from sqlalchemy import make_url
 
-from asgi_uow import (
-    Database,
-    after_commit,
-    before_commit,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-    set_rollback_only,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.otel import OpenTelemetryObserver
 from tests.support.asgi import handle
 from tests.support.databases import SERVERS, on, shop_database
@@ -79,8 +72,8 @@ async def test_reason(db: Database, telemetry: Telemetry) -> None:
     """What set_rollback_only() was told is an attribute, but none of the counter."""
 
     async def dry_run() -> None:
-        set_rollback_only("dry run")
-        current_session()
+        uow.set_rollback_only("dry run")
+        uow.current_session()
 
     await telemetry.handle(dry_run, db)
     [unit] = telemetry.spans
@@ -113,7 +106,7 @@ async def test_untouched(db: Database, telemetry: Telemetry) -> None:
     """A request that asks for no session and registers nothing leaves no trace."""
 
     async def health() -> None:
-        current_unit_of_work()
+        uow.current_unit_of_work()
 
     await telemetry.handle(health, db)
     assert [] == telemetry.spans
@@ -124,7 +117,7 @@ async def test_untouched_and_failed(db: Database, telemetry: Telemetry) -> None:
     """Nor does one that fails although it never asked for anything."""
 
     async def health() -> None:
-        current_unit_of_work()
+        uow.current_unit_of_work()
 
     def fail(status: int, headers: list[tuple[bytes, bytes]]) -> bool:
         return status // len(headers) > 0
@@ -161,8 +154,8 @@ async def test_connections(
     url = make_url(backend.url)
 
     async def work() -> None:
-        await current_read_session().execute("SELECT 1")
-        await current_session().execute("SELECT 1")
+        await uow.current_read_session().execute("SELECT 1")
+        await uow.current_session().execute("SELECT 1")
 
     await telemetry.handle(work, db)
     scheme, _, address = backend.url.partition("://")
@@ -210,13 +203,13 @@ async def test_no_data(postgresql: PostgreSQLBackend, telemetry: Telemetry) -> N
     db = Database.from_url(url, hide_parameters=False)
 
     async def work() -> None:
-        await current_session().execute("INSERT INTO users VALUES (:n)", n=SECRET)
+        await uow.current_session().execute("INSERT INTO users VALUES (:n)", n=SECRET)
 
     async def hook() -> None:
-        await current_session().execute("INSERT INTO nowhere VALUES (:n)", n=SECRET)
+        await uow.current_session().execute("INSERT INTO nowhere VALUES (:n)", n=SECRET)
 
     async def work_in_hook() -> None:
-        after_commit(hook)
+        uow.after_commit(hook)
 
     await telemetry.handle(work, db)
     await telemetry.handle(work_in_hook, db)
@@ -239,9 +232,9 @@ async def test_no_provider(db: Database, backend: SQLiteBackend) -> None:
 
     async def work() -> None:
         await insert(1)
-        before_commit(insert, 2)
-        after_commit(lambda: current.append(trace.get_current_span()))
-        after_commit(fail)
+        uow.before_commit(insert, 2)
+        uow.after_commit(lambda: current.append(trace.get_current_span()))
+        uow.after_commit(fail)
 
     exchange = await handle(work, db, observers=[OpenTelemetryObserver()])
     assert (200, None) == (exchange.status, exchange.error)

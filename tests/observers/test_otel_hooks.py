@@ -11,15 +11,8 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.trace import StatusCode
 
-from asgi_uow import (
-    Database,
-    after_commit,
-    after_response,
-    after_rollback,
-    before_commit,
-    current_read_session,
-    current_unit_of_work,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from tests.support.databases import on
 from tests.support.shop import insert, insert_orphan
 from tests.support.telemetry import Telemetry, exception_of, fail
@@ -27,7 +20,6 @@ from tests.support.telemetry import Telemetry, exception_of, fail
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from asgi_uow import UnitOfWork
 
 pytestmark = on("aiosqlite")
 
@@ -38,10 +30,10 @@ pytestmark = on("aiosqlite")
 @pytest.mark.parametrize(
     ("register", "status"),
     [
-        (before_commit, 200),
-        (after_commit, 200),
-        (after_response, 200),
-        (after_rollback, 404),
+        (uow.before_commit, 200),
+        (uow.after_commit, 200),
+        (uow.after_response, 200),
+        (uow.after_rollback, 404),
     ],
 )
 async def test_failing_hook(
@@ -82,7 +74,7 @@ async def test_error_without_a_message(db: Database, telemetry: Telemetry) -> No
         raise Mute
 
     async def work() -> None:
-        after_commit(hook)
+        uow.after_commit(hook)
 
     await telemetry.handle(work, db)
     recorded = exception_of(telemetry.span(f"after_commit {hook.__qualname__}"))
@@ -98,7 +90,7 @@ async def test_hook_that_takes_too_long(db: Database, telemetry: Telemetry) -> N
         await asyncio.Event().wait()
 
     async def work() -> None:
-        after_commit(forever)
+        uow.after_commit(forever)
 
     await telemetry.handle(work, db, hook_timeout=0.01)
     [_, span] = telemetry.spans
@@ -115,8 +107,8 @@ async def test_hook_with_a_session(db: Database, telemetry: Telemetry) -> None:
 
     async def work() -> None:
         await insert(1)
-        after_commit(hook)
-        after_response(insert, 3)
+        uow.after_commit(hook)
+        uow.after_response(insert, 3)
 
     await telemetry.handle(work, db)
     name = f"after_commit {hook.__qualname__}"
@@ -142,7 +134,7 @@ async def test_hook_whose_commit_fails(db: Database, telemetry: Telemetry) -> No
     """Its own unit is in error, not the request's."""
 
     async def work() -> None:
-        after_commit(insert_orphan)
+        uow.after_commit(insert_orphan)
 
     await telemetry.handle(work, db)
     codes = {
@@ -175,7 +167,7 @@ async def test_hook_is_current(
 
     async def work() -> None:
         with tracer.start_as_current_span("handler"):
-            for register in (before_commit, after_commit, after_response):
+            for register in (uow.before_commit, uow.after_commit, uow.after_response):
                 register(call if threaded else hook)
             seen.append(trace.get_current_span())
         seen.append(trace.get_current_span())
@@ -204,8 +196,8 @@ async def test_several_at_once(db: Database, telemetry: Telemetry) -> None:
 
     async def one(number: int) -> None:
         async def work() -> None:
-            current_read_session()
-            after_commit(together.wait)
+            uow.current_read_session()
+            uow.after_commit(together.wait)
             await together.wait()
 
         with tracer.start_as_current_span(f"request {number}"):
@@ -225,16 +217,16 @@ async def test_several_at_once(db: Database, telemetry: Telemetry) -> None:
 
 async def test_no_leak(db: Database, telemetry: Telemetry) -> None:
     """Nothing is kept of a unit that is gone."""
-    units: list[weakref.ref[UnitOfWork]] = []
+    units: list[weakref.ref[uow.UnitOfWork]] = []
 
     async def hook() -> None:
-        units.append(weakref.ref(current_unit_of_work()))
+        units.append(weakref.ref(uow.current_unit_of_work()))
         await insert(2)
 
     async def work() -> None:
-        units.append(weakref.ref(current_unit_of_work()))
-        before_commit(insert, 1)
-        after_commit(hook)
+        units.append(weakref.ref(uow.current_unit_of_work()))
+        uow.before_commit(insert, 1)
+        uow.after_commit(hook)
 
     await telemetry.handle(work, db)
     gc.collect()

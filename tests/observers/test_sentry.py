@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import event as sa_event
 
-from asgi_uow import (
-    Database,
-    after_commit,
-    after_response,
-    current_session,
-)
+from asgi_uow import Database, after_commit, after_response, current_session
 from asgi_uow.observers import LoggingObserver
 from asgi_uow.sentry import SentryObserver
 from tests.support.asgi import handle

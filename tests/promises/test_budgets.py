@@ -20,14 +20,13 @@ from asgi_uow.observers import ConnectionReleased
 from tests.servers import ServerBackend
 from tests.support import ROOT, shop
 from tests.support.asgi import BODY, START, endpoint, request, serve
-from tests.support.databases import DRIVERS, SERVERS, on
+from tests.support.databases import DRIVERS, SERVERS, checked_out, on
 from tests.support.shop import Item
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from asgi_uow._asgi import Receive, Scope, Send
-    from asgi_uow.observers import Event
     from tests.servers import Backend
 
 PAGE = ROOT / "docs" / "read-and-write.md"
@@ -173,11 +172,6 @@ async def test_two_phase_reads(backend: ServerBackend) -> None:
 # Who holds a connection, and until when
 
 
-def checked_out(db: Database) -> list[int]:
-    pools = [engine.sync_engine.pool for engine in (db.engine, *db.readers)]
-    return [pool.checkedout() for pool in pools]  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize(
     ("handler", "before", "after", "released"),
     [
@@ -188,16 +182,13 @@ def checked_out(db: Database) -> list[int]:
     ],
 )
 async def test_connections_held(
-    backend: Backend,
+    db: Database,
     handler: Callable[[], Awaitable[None]],
     before: list[int],
     after: list[int],
     released: list[str],
 ) -> None:
     """A writer's connection is back before the start leaves, a reader's at the end."""
-    await shop.create(backend)
-    events: list[Event] = []
-    db = Database.from_url(backend.url)
     counts = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -207,10 +198,9 @@ async def test_connections_held(
         counts.append(checked_out(db))
         await send({"type": BODY, "body": b""})
 
-    await serve(app, db, observers=[events.append])
+    response = await serve(app, db)
 
     assert [before, after] == counts
     assert [0, 0] == checked_out(db)
-    releases = [each for each in events if isinstance(each, ConnectionReleased)]
+    releases = response.events.of(ConnectionReleased)
     assert released == [each.access for each in releases]
-    await db.dispose()

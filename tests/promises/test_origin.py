@@ -13,14 +13,8 @@ from sanic import Sanic
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool, QueuePool
 
-from asgi_uow import (
-    Database,
-    UnitOfWorkMiddleware,
-    after_commit,
-    current_unit_of_work,
-    deferred,
-    force_commit,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.errors import ReadOnlySessionError
 from tests.integration.frameworks.driver import Server
 from tests.servers.plugin import make_backend
@@ -178,7 +172,7 @@ async def test_commit_on_exit(origin: Backend, forced: bool, kept: int) -> None:
     async with db:
         await db.write.execute(INSERT, name="Ann")
         if forced:
-            force_commit()
+            uow.force_commit()
     await db.dispose()
     assert kept == await origin.scalar(COUNT)
 
@@ -226,8 +220,8 @@ async def test_post_process(origin: Backend, db: Database) -> None:
         calls.append((name, "notified"))
 
     async with db:
-        after_commit(index, "Ann", boost=2)
-        after_commit(notify, "Ann")
+        uow.after_commit(index, "Ann", boost=2)
+        uow.after_commit(notify, "Ann")
         await db.write.execute(INSERT, name="Ann")
         assert [] == calls
     assert [("Ann x 2", 1), ("Ann", "notified")] == calls
@@ -245,8 +239,8 @@ async def test_failing_handler(
 
     async with db:
         await db.write.execute(INSERT, name="Ann")
-        after_commit(broken)
-        after_commit(ran.append, "the other one")
+        uow.after_commit(broken)
+        uow.after_commit(ran.append, "the other one")
     assert ["the other one"] == ran
     assert 1 == await origin.scalar(COUNT)
     assert "no mail server" in caplog.text
@@ -258,7 +252,7 @@ async def test_rolled_back(db: Database) -> None:
 
     async def work() -> None:
         async with db:
-            after_commit(ran.append, "never")
+            uow.after_commit(ran.append, "never")
             raise HTTPError(404)
 
     with pytest.raises(HTTPError):
@@ -273,11 +267,11 @@ async def test_deferred(db: Database) -> None:
     def is_propagation_enabled(name: str, *, priority: int = 0) -> bool:
         return name != "Bob" and priority < 9
 
-    @deferred(when=is_propagation_enabled)
+    @uow.deferred(when=is_propagation_enabled)
     async def propagate(name: str, *, priority: int = 0) -> None:
         propagated.append((name, priority))
 
-    @deferred
+    @uow.deferred
     def always(name: str) -> None:
         propagated.append((name, -1))
 
@@ -302,18 +296,18 @@ async def test_deferred_methods(db: Database) -> None:
         def is_enabled(self, name: str) -> bool:
             return self.enabled and name != ""
 
-        @deferred(when=is_enabled)
+        @uow.deferred(when=is_enabled)
         def send(self, name: str) -> None:
             """Send a mail."""
             self.sent.append(name)
 
         @staticmethod
-        @deferred
+        @uow.deferred
         def greet(name: str) -> None:
             Mailer.sent.append(f"static {name}")
 
         @classmethod
-        @deferred
+        @uow.deferred
         async def make(cls, name: str) -> None:
             cls.sent.append(f"class {name}")
 
@@ -333,7 +327,7 @@ async def test_deferred_methods(db: Database) -> None:
 def test_deferred_above_the_wrong_decorator(kind: Callable[..., object]) -> None:
     """Decorators in the wrong order are an error at once, which says the right one."""
     with pytest.raises(TypeError, match="above @deferred"):
-        deferred(kind(print))  # type: ignore[call-overload]
+        uow.deferred(kind(print))  # type: ignore[call-overload]
 
 
 async def always() -> bool:
@@ -349,7 +343,7 @@ class Always:
 def test_deferred_with_an_async_predicate(when: Callable[[], bool]) -> None:
     """A predicate whose answer would have to be awaited is an error at once."""
     with pytest.raises(TypeError, match=r"(?i)always.*cannot be async"):
-        deferred(when=when)
+        uow.deferred(when=when)
 
 
 async def test_deferred_with_arguments_of_any_name(db: Database) -> None:
@@ -363,8 +357,8 @@ async def test_deferred_with_arguments_of_any_name(db: Database) -> None:
         exported.append((fn, when))
 
     async with db:
-        deferred(when=is_due)(export)(fn="a.csv", when="now")
-        after_commit(export, fn="b.csv", when="later")
+        uow.deferred(when=is_due)(export)(fn="a.csv", when="now")
+        uow.after_commit(export, fn="b.csv", when="later")
 
     assert [("a.csv", "now"), ("b.csv", "later")] == exported
 
@@ -374,7 +368,7 @@ async def test_handlers_that_never_ran(db: Database) -> None:
 
     async def abandon() -> None:
         await db.__aenter__()
-        after_commit(print, "never")
+        uow.after_commit(print, "never")
 
     async def abandoned() -> None:
         await asyncio.create_task(abandon())  # in a context of its own
@@ -392,9 +386,9 @@ async def test_request(origin: Backend, db: Database) -> None:
     async def handler() -> None:
         await db.write.execute(INSERT, name="Ann")
         seen.append(await db.read.scalar(COUNT))
-        assert db.write is current_unit_of_work().session()
+        assert db.write is uow.current_unit_of_work().session()
 
-    exchange = await Server(UnitOfWorkMiddleware(endpoint(handler), db)).request()
+    exchange = await Server(uow.UnitOfWorkMiddleware(endpoint(handler), db)).request()
     assert 200 == exchange.status
     assert [1] == seen
     assert 1 == await origin.scalar(COUNT)

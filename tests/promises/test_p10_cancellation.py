@@ -17,18 +17,8 @@ import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    UnitOfWork,
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_rollback,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-    parallel_read,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from tests.servers import MariaDBBackend, PostgreSQLBackend, eventually
 from tests.servers.plugin import server_port
 from tests.support import shop
@@ -37,15 +27,8 @@ from tests.support.databases import DRIVERS, SERVERS, checked_out, on, shop_data
 from tests.support.private import State
 
 if TYPE_CHECKING:
-    from collections.abc import (
-        AsyncGenerator,
-        Callable,
-        Coroutine,
-        Generator,
-        Iterator,
-    )
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
 
-    from asgi_uow import Session
     from asgi_uow._asgi import Receive, Scope, Send
     from tests.servers import Backend, ServerBackend, SQLiteBackend
 
@@ -118,14 +101,14 @@ class Sent:
     def __init__(self, db: Database, row: int) -> None:
         self.row = row
         self.fired: list[str] = []
-        self.unit: UnitOfWork | None = None
-        self.app = UnitOfWorkMiddleware(self._app, db)
+        self.unit: uow.UnitOfWork | None = None
+        self.app = uow.UnitOfWorkMiddleware(self._app, db)
 
     async def _app(self, _scope: Scope, _receive: Receive, send: Send) -> None:
-        self.unit = current_unit_of_work()
-        after_commit(self._hook, "commit")
-        after_rollback(self._hook, "rollback")
-        await current_read_session().execute("SELECT id FROM items")
+        self.unit = uow.current_unit_of_work()
+        uow.after_commit(self._hook, "commit")
+        uow.after_rollback(self._hook, "rollback")
+        await uow.current_read_session().execute("SELECT id FROM items")
         await shop.insert(self.row)
         await send({"type": START, "status": 200, "headers": []})
         await anyio.lowlevel.checkpoint()
@@ -190,8 +173,8 @@ async def test_cancelled_at_every_point(
             await eventually(0, steps.running)
             await eventually(0, backend.open_transactions)
             await Sent(db, 2 * number + 1).run()
-            committed = sent.unit.outcome is Outcome.COMMITTED
-            assert committed or sent.unit.outcome is Outcome.ROLLED_BACK
+            committed = sent.unit.outcome is uow.Outcome.COMMITTED
+            assert committed or sent.unit.outcome is uow.Outcome.ROLLED_BACK
             assert ["commit" if committed else "rollback"] == sent.fired
             kept += [sent.row] * committed + [sent.row + 1]
             assert kept == await shop.items(backend)
@@ -267,7 +250,7 @@ async def test_cancelled_statement_is_stopped(
             return int(str(await backend.scalar(SLEEPING[backend.name])))
 
         async def handler() -> None:
-            await current_session().execute(SLEEP[backend.name])
+            await uow.current_session().execute(SLEEP[backend.name])
 
         async with cancelled(handle(handler, db), kind):
             await eventually(1, sleeping)
@@ -290,7 +273,7 @@ LOCKING = {
 
 @asynccontextmanager
 async def beside_a_cancelled_read(
-    backend: ServerBackend, session: Session, reader: Session
+    backend: ServerBackend, session: uow.Session, reader: uow.Session
 ) -> AsyncGenerator[None]:
     """`session` waits for a lock, and gets it after a read was cancelled."""
 
@@ -318,7 +301,7 @@ async def test_cancelled_read_does_not_stop_the_next_user_of_the_reader(
     async with shop_database(backend, pool_size=1) as db, db:
         await db.read.execute("SELECT 1")
         async with (
-            parallel_read() as other,
+            uow.parallel_read() as other,
             beside_a_cancelled_read(backend, other, db.read),
         ):
             assert [0, 1] == checked_out(db)
@@ -332,7 +315,7 @@ async def test_cancelled_read_does_not_stop_the_next_user_of_the_writer(
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await shop.insert(1)
-        reader = current_read_session()
+        reader = uow.current_read_session()
         await reader.execute("SELECT 1")
         await send({"type": START, "status": 200, "headers": []})
         async with db, beside_a_cancelled_read(backend, db.write, reader):
@@ -361,7 +344,7 @@ async def test_cancelled_sqlite_statement_leaves_no_lock(
         return number
 
     async def handler() -> None:
-        session = current_session()
+        session = uow.current_session()
         pooled = await (await session.connection()).get_raw_connection()
         assert pooled.driver_connection is not None
         await pooled.driver_connection.create_function("note", 1, note)
@@ -375,7 +358,7 @@ async def test_cancelled_sqlite_statement_leaves_no_lock(
             kept.append(error)
             raise
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db)
+    app = uow.UnitOfWorkMiddleware(endpoint(handler), db)
     for number in range(1, 21):
         running.clear()
         async with cancelled(request(app), kind):
@@ -393,7 +376,7 @@ async def test_end_of_asyncio_run_waits_for_the_commit(mariadb: MariaDBBackend) 
     tasks: list[asyncio.Task[object]] = []
 
     async def handler() -> None:
-        after_commit(fired.append, "hook")
+        uow.after_commit(fired.append, "hook")
         await shop.insert(1)
 
     async def main(url: str) -> None:

@@ -21,27 +21,20 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    UnitOfWork,
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_rollback,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-)
-from asgi_uow.errors import (
-    ConcurrentUseError,
-    DoomedError,
-    UnitOfWorkClosedError,
-)
-from tests.integration.frameworks.driver import Server
+import asgi_uow as uow
+from asgi_uow import Database
+from asgi_uow.errors import ConcurrentUseError, DoomedError, UnitOfWorkClosedError
 from tests.servers import eventually
 from tests.support import shop
-from tests.support.asgi import BODY, handle, respond, serve
-from tests.support.databases import DRIVERS, SERVERS, checked_out, on, shop_database
+from tests.support.asgi import BODY, Client, Handler, handle, respond, serve
+from tests.support.databases import (
+    DRIVERS,
+    SERVERS,
+    behind_proxy,
+    checked_out,
+    on,
+    shop_database,
+)
 from tests.support.private import State
 
 if TYPE_CHECKING:
@@ -95,8 +88,15 @@ async def many_times(db: Database, one: Callable[[int], Awaitable[None]]) -> Non
         assert [0, 0] == checked_out(db)
 
 
+async def succeed(handler: Handler, db: Database) -> None:
+    """Send a request that is answered with a success."""
+    response = await handle(handler, db)
+    assert response.error is None
+    assert 200 == response.status
+
+
 async def count() -> int:
-    found: int = await current_session().scalar("SELECT count(*) FROM items")
+    found: int = await uow.current_session().scalar("SELECT count(*) FROM items")
     return found
 
 
@@ -110,9 +110,7 @@ async def test_gather(db: Database, backend: Backend) -> None:
         async def handler() -> None:
             await asyncio.gather(*(shop.insert(10 * run + i) for i in TEN))
 
-        response = await handle(handler, db)
-        assert response.error is None
-        assert 200 == response.status
+        await succeed(handler, db)
 
     await many_times(db, one)
     assert list(range(10 * RUNS)) == await shop.items(backend)
@@ -125,7 +123,7 @@ async def test_gather_on_the_read_session(db: Database) -> None:
         sessions = set()
 
         async def read(number: int) -> int:
-            session = current_read_session()
+            session = uow.current_read_session()
             sessions.add(session)
             answer = await session.scalar(f"SELECT {number}")
             assert [0, 1] == checked_out(db)
@@ -134,9 +132,7 @@ async def test_gather_on_the_read_session(db: Database) -> None:
         async def handler() -> None:
             assert [*TEN] == await asyncio.gather(*map(read, TEN))
 
-        response = await handle(handler, db)
-        assert response.error is None
-        assert 200 == response.status
+        await succeed(handler, db)
         assert 1 == len(sessions)
 
     await many_times(db, one)
@@ -147,7 +143,7 @@ async def test_reads_that_move_to_the_writer(db: Database, backend: Backend) -> 
 
     async def one(run: int) -> None:
         async def read() -> object:
-            return await current_read_session().scalar("SELECT count(*) FROM items")
+            return await uow.current_read_session().scalar("SELECT count(*) FROM items")
 
         async def write(number: int) -> object:
             await shop.insert(10 * run + number)
@@ -159,9 +155,7 @@ async def test_reads_that_move_to_the_writer(db: Database, backend: Backend) -> 
             assert set(answers) <= {5 * run + i for i in range(6)}
             assert 5 * run + 5 == await read()
 
-        response = await handle(handler, db)
-        assert response.error is None
-        assert 200 == response.status
+        await succeed(handler, db)
 
     await many_times(db, one)
     assert 5 * RUNS == len(await shop.items(backend))
@@ -173,7 +167,7 @@ async def test_task_group(db: Database, backend: Backend) -> None:
     async def one(run: int) -> None:
         async def child(number: int) -> None:
             await shop.insert(number)
-            found = await current_session().scalar(
+            found = await uow.current_session().scalar(
                 "SELECT id FROM items WHERE id = :id", id=number
             )
             assert number == found
@@ -183,9 +177,7 @@ async def test_task_group(db: Database, backend: Backend) -> None:
                 for i in TEN:
                     group.create_task(child(10 * run + i))
 
-        response = await handle(handler, db)
-        assert response.error is None
-        assert 200 == response.status
+        await succeed(handler, db)
 
     await many_times(db, one)
     assert list(range(10 * RUNS)) == await shop.items(backend)
@@ -234,7 +226,7 @@ async def test_task_that_outlives_the_request(db: Database, backend: Backend) ->
 
         async def read() -> None:
             while True:
-                await current_read_session().scalar("SELECT count(*) FROM items")
+                await uow.current_read_session().scalar("SELECT count(*) FROM items")
 
         tasks: list[asyncio.Task[None]] = []
 
@@ -242,9 +234,7 @@ async def test_task_that_outlives_the_request(db: Database, backend: Backend) ->
             tasks.extend(map(asyncio.create_task, (write(), read())))
             await busy.wait()
 
-        response = await handle(handler, db)
-        assert response.error is None
-        assert 200 == response.status
+        await succeed(handler, db)
         for task in tasks:
             with pytest.raises(UnitOfWorkClosedError, match="async with db:"):
                 await task
@@ -264,12 +254,12 @@ async def test_end_waits_for_the_statement_in_flight(
     backend: ServerBackend, status: int
 ) -> None:
     """COMMIT, or ROLLBACK, comes after the answer to another task's statement."""
-    units: list[UnitOfWork] = []
+    units: list[uow.UnitOfWork] = []
     inserts: list[asyncio.Task[None]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        units.append(current_unit_of_work())
-        await current_session().execute("SELECT 1")
+        units.append(uow.current_unit_of_work())
+        await uow.current_session().execute("SELECT 1")
         inserts.append(asyncio.create_task(shop.insert(1)))
         await hold.answered.wait()
         await respond(send, status)
@@ -277,11 +267,7 @@ async def test_end_waits_for_the_statement_in_flight(
     async def state() -> State:
         return units[0].state
 
-    async with (
-        backend.proxy() as proxy,
-        shop_database(backend),
-    ):
-        db = Database.from_url(backend.through(proxy.port))
+    async with behind_proxy(backend) as (db, proxy):
         hold = proxy.hold_answer(lambda trip: trip.startswith("INSERT"))
         task = asyncio.create_task(serve(app, db))
         ending = State.COMMITTING if status == 200 else State.ROLLING_BACK
@@ -297,20 +283,19 @@ async def test_end_waits_for_the_statement_in_flight(
         assert ("COMMIT" if status == 200 else "ROLLBACK") == proxy.trips[-1]
         assert ([1] if status == 200 else []) == await shop.items(backend)
         assert [0, 0] == checked_out(db)
-        await db.dispose()
 
 
 @on(*SERVERS)
 async def test_statement_in_flight_that_fails(backend: ServerBackend) -> None:
     """P2: it is not too late for an error to doom the unit when the end waits."""
     fired: list[str] = []
-    units: list[UnitOfWork] = []
+    units: list[uow.UnitOfWork] = []
     inserts: list[asyncio.Task[None]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        units.append(current_unit_of_work())
-        after_commit(fired.append, "commit")
-        after_rollback(fired.append, "rollback")
+        units.append(uow.current_unit_of_work())
+        uow.after_commit(fired.append, "commit")
+        uow.after_rollback(fired.append, "rollback")
         await shop.insert(2)
         inserts.append(asyncio.create_task(shop.insert(1)))
         await hold.answered.wait()
@@ -319,10 +304,7 @@ async def test_statement_in_flight_that_fails(backend: ServerBackend) -> None:
     async def state() -> State:
         return units[0].state
 
-    async with (
-        backend.proxy() as proxy,
-        shop_database(backend),
-    ):
+    async with backend.proxy() as proxy, shop_database(backend):
         await backend.execute("INSERT INTO items (id) VALUES (1)")
         db = Database.from_url(backend.through(proxy.port))
         seen: list[str] = []
@@ -345,7 +327,7 @@ async def test_statement_in_flight_that_fails(backend: ServerBackend) -> None:
         if backend.name == "postgresql":
             assert 500 == response.status
             assert isinstance(response.error, DoomedError)
-            assert Outcome.ROLLED_BACK is units[0].outcome
+            assert uow.Outcome.ROLLED_BACK is units[0].outcome
             assert ["rollback"] == fired
             assert [1] == kept
         else:
@@ -353,7 +335,6 @@ async def test_statement_in_flight_that_fails(backend: ServerBackend) -> None:
             assert 200 == response.status
             assert ["commit"] == fired
             assert [1, 2] == kept
-        await db.dispose()
 
 
 # Streams
@@ -366,7 +347,7 @@ async def test_statement_beside_a_stream(numbers: Database, backend: Backend) ->
 
     async def handler() -> None:
         await shop.insert(1001)
-        session = current_session()
+        session = uow.current_session()
         stream = await session.stream_scalars("SELECT id FROM items ORDER BY id")
         assert 1 == await anext(stream)
         if alone:
@@ -378,10 +359,8 @@ async def test_statement_beside_a_stream(numbers: Database, backend: Backend) ->
         assert [*range(2, 1002)] == [each async for each in stream]
         assert 1001 + (not alone) == await count()
 
-    response = await handle(handler, numbers)
+    await succeed(handler, numbers)
 
-    assert response.error is None
-    assert 200 == response.status
     assert 1001 + (not alone) == len(await shop.items(backend))
     assert [0, 0] == checked_out(numbers)
 
@@ -393,7 +372,7 @@ async def test_streams_read_by_several_tasks(numbers: Database) -> None:
 
     async def one(run: int) -> None:
         async def read() -> list[int]:
-            stream = await current_read_session().stream_scalars(
+            stream = await uow.current_read_session().stream_scalars(
                 "SELECT id FROM items WHERE id <= 100 ORDER BY id"
             )
             return [each async for each in stream]
@@ -405,9 +384,7 @@ async def test_streams_read_by_several_tasks(numbers: Database) -> None:
                 assert isinstance(each, ConcurrentUseError) or each == rows
             assert rows in answers
 
-        response = await handle(handler, numbers)
-        assert response.error is None
-        assert 200 == response.status
+        await succeed(handler, numbers)
 
     await many_times(numbers, one)
 
@@ -423,13 +400,11 @@ async def test_stream_nobody_reads_to_its_end(
         async def handler() -> None:
             if write:
                 await shop.insert(2000 + run)
-            session = current_session() if write else current_read_session()
+            session = uow.current_session() if write else uow.current_read_session()
             stream = await session.stream("SELECT id FROM items")
             assert await stream.fetchone()
 
-        response = await handle(handler, numbers)
-        assert response.error is None
-        assert 200 == response.status
+        await succeed(handler, numbers)
 
     await many_times(numbers, one)
     assert 1000 + RUNS * write == len(await shop.items(backend))
@@ -437,6 +412,12 @@ async def test_stream_nobody_reads_to_its_end(
 
 
 # Frameworks
+
+
+class Old(Client):
+    """A server of a spec with which Starlette listens for the client's end."""
+
+    spec_version = "2.3"
 
 
 class PassOn(BaseHTTPMiddleware):
@@ -468,7 +449,9 @@ async def test_base_http_middleware(
             else:
                 kept.append(10 * run + i + 1)
                 yield "written "
-            found = await current_read_session().scalar("SELECT count(*) FROM items")
+            found = await uow.current_read_session().scalar(
+                "SELECT count(*) FROM items"
+            )
             yield f"{found >= len(kept)} "
 
     async def one(run: int) -> None:
@@ -477,17 +460,16 @@ async def test_base_http_middleware(
             await shop.insert(10 * run)
             return StreamingResponse(rows(run))
 
-        ours = Middleware(UnitOfWorkMiddleware, db)
+        ours = Middleware(uow.UnitOfWorkMiddleware, db)
         theirs = Middleware(PassOn)
         app = Starlette(
             routes=[Route("/", handler)],
             middleware=[theirs, ours] if around else [ours, theirs],
         )
-        exchange = await Server(app).request()
-        assert 200 == exchange.status
-        assert exchange.error is None
-        assert exchange.is_complete
-        assert ["True "] * 3 == exchange.chunks[1::2]
+        response = await Old(app).request()
+        assert (200, None) == (response.status, response.error)
+        assert response.is_complete
+        assert ["True "] * 3 == response.chunks[1::2]
 
     await many_times(db, one)
     assert kept == await shop.items(backend)
@@ -506,13 +488,13 @@ async def test_litestar_dependencies(db: Database, backend: Backend) -> None:
         return Provide(write)
 
     async def read() -> int:
-        return int(await current_read_session().scalar("SELECT 7"))
+        return int(await uow.current_read_session().scalar("SELECT 7"))
 
     @get("/")
     async def handler(a: Given, b: Given, c: Given, d: Given, e: Given) -> str:
         assert e == 7
         for number in (a, b, c, d):
-            assert number == await current_session().scalar(
+            assert number == await uow.current_session().scalar(
                 "SELECT id FROM items WHERE id = :id", id=number
             )
         return "ok"
@@ -520,12 +502,11 @@ async def test_litestar_dependencies(db: Database, backend: Backend) -> None:
     writers = {name: writer() for name in "abcd"}
     dependencies = {**writers, "e": Provide(read)}
     litestar = Litestar([handler], dependencies=dependencies, logging_config=None)
-    app = UnitOfWorkMiddleware(litestar, db)
+    app = uow.UnitOfWorkMiddleware(litestar, db)
 
     async def one(run: int) -> None:
-        exchange = await Server(app).request()
-        assert 200 == exchange.status
-        assert exchange.error is None
+        response = await Old(app).request()
+        assert (200, None) == (response.status, response.error)
 
     await many_times(db, one)
     assert [*range(4 * RUNS)] == await shop.items(backend)
@@ -556,12 +537,11 @@ async def test_quart_background_task(db: Database, backend: Backend) -> None:
         kept.append(1000 * run)
         return "ok"
 
-    server = Server(UnitOfWorkMiddleware(quart, db))
+    client = Old(uow.UnitOfWorkMiddleware(quart, db))
 
     async def one(run: int) -> None:
-        exchange = await server.request(f"/{run}", leave_after=is_end)
-        assert 200 == exchange.status
-        assert exchange.error is None
+        response = await client.request(f"/{run}", leave_after=is_end)
+        assert (200, None) == (response.status, response.error)
         await asyncio.gather(*quart.background_tasks)
 
     await many_times(db, one)

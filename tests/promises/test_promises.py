@@ -8,26 +8,8 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    UnitOfWork,
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_response,
-    after_rollback,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-    force_commit,
-    set_rollback_only,
-)
-from asgi_uow.errors import (
-    CommitFailedError,
-    NoUnitOfWorkError,
-    UnitOfWorkClosedError,
-    UnitOfWorkFailedError,
-)
+import asgi_uow as uow
+from asgi_uow import Database, errors
 from tests.servers.backend import MariaDBBackend
 from tests.support import shop
 from tests.support.asgi import (
@@ -79,10 +61,10 @@ async def test_p2_failed_commit_is_an_error_response(
     fired: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        for register in (after_commit, after_response, after_rollback):
+        for register in (uow.after_commit, uow.after_response, uow.after_rollback):
             register(fired.append, register.__name__)
         await shop.insert_then_break_commit(backend, 1)
-        with pytest.raises(CommitFailedError) as caught:
+        with pytest.raises(errors.CommitFailedError) as caught:
             await respond(send)
         raise caught.value
 
@@ -92,8 +74,8 @@ async def test_p2_failed_commit_is_an_error_response(
     assert [START, BODY] == response.types
     assert (503 if lost else 500) == response.status
     assert lost == ("retry-after" in response.headers)
-    assert isinstance(response.error, CommitFailedError)
-    assert Outcome.ROLLED_BACK is response.error.outcome
+    assert isinstance(response.error, errors.CommitFailedError)
+    assert uow.Outcome.ROLLED_BACK is response.error.outcome
     assert ["after_rollback"] == fired
     assert [] == await shop.items(backend)
     assert [0, 0] == checked_out(db)
@@ -119,14 +101,14 @@ async def test_p2_app_that_swallows_the_failure_cannot_hide_it(
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await shop.insert_then_break_commit(backend, 1)
         for _ in range(3):
-            with pytest.raises(UnitOfWorkFailedError):
+            with pytest.raises(errors.UnitOfWorkFailedError):
                 await respond(send)
 
     response = await serve(app, db)
 
     assert [START, BODY] == response.types
     assert response.status >= 500
-    assert isinstance(response.error, UnitOfWorkFailedError)
+    assert isinstance(response.error, errors.UnitOfWorkFailedError)
 
 
 async def test_p2_framework_may_answer_the_failure_itself(
@@ -136,7 +118,7 @@ async def test_p2_framework_may_answer_the_failure_itself(
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await shop.insert_then_break_commit(backend, 1)
-        with pytest.raises(UnitOfWorkFailedError):
+        with pytest.raises(errors.UnitOfWorkFailedError):
             await respond(send)
         await respond(send, 507, b"rendered by the framework")
 
@@ -163,7 +145,7 @@ async def test_p3_hooks_run_for_the_proven_outcome(
 
     async def handler() -> None:
         await shop.insert(1)
-        for register in (after_commit, after_response, after_rollback):
+        for register in (uow.after_commit, uow.after_response, uow.after_rollback):
             register(fired.append, register.__name__)
 
     await handle(handler, db, status=status)
@@ -199,9 +181,9 @@ async def test_p4_one_decision_at_the_first_start(
     async def handler() -> None:
         await shop.insert(1)
         if rollback_only:
-            set_rollback_only("the owner asked")
+            uow.set_rollback_only("the owner asked")
         if forced:
-            force_commit()
+            uow.force_commit()
 
     response = await handle(
         handler, db, status=status, probe=lambda: shop.items(backend)
@@ -220,10 +202,10 @@ async def test_p4_nothing_after_the_start_changes_the_decision(
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await shop.insert(1)
         await send({"type": START, "status": 200, "headers": []})
-        with pytest.raises(UnitOfWorkClosedError):
-            set_rollback_only("too late")
-        with pytest.raises(UnitOfWorkClosedError):
-            force_commit()
+        with pytest.raises(errors.UnitOfWorkClosedError):
+            uow.set_rollback_only("too late")
+        with pytest.raises(errors.UnitOfWorkClosedError):
+            uow.force_commit()
         message = "in the middle of the body"
         raise LookupError(message)
 
@@ -266,9 +248,9 @@ async def test_p5_failing_hook_changes_nothing(db: Database, backend: Backend) -
 
     async def handler() -> None:
         await shop.insert(1)
-        after_commit(fired.append, "first")
-        after_commit(broken)
-        after_commit(fired.append, "last")
+        uow.after_commit(fired.append, "first")
+        uow.after_commit(broken)
+        uow.after_commit(fired.append, "last")
 
     response = await handle(handler, db, observers=())
 
@@ -288,13 +270,13 @@ async def test_p7_write_connection_is_back_before_the_body_streams(
     counts: list[list[int]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        session = current_session()
+        session = uow.current_session()
         counts.append(checked_out(db))
         await session.execute("SELECT 1")
         counts.append(checked_out(db))
         await send({"type": START, "status": 200, "headers": []})
         counts.append(checked_out(db))
-        await current_read_session().execute("SELECT 1")
+        await uow.current_read_session().execute("SELECT 1")
         counts.append(checked_out(db))
         await send({"type": BODY, "body": b""})
 
@@ -314,14 +296,14 @@ async def test_p7_cancelled_request_leaks_nothing(
     reached = asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await current_read_session().execute("SELECT 1")
+        await uow.current_read_session().execute("SELECT 1")
         await shop.insert(1)
         if stage == "body":
             await send({"type": START, "status": 200, "headers": []})
         reached.set()
         await asyncio.Event().wait()
 
-    wrapped = UnitOfWorkMiddleware(app, db)
+    wrapped = uow.UnitOfWorkMiddleware(app, db)
     if how == "task":
         task = asyncio.create_task(request(wrapped))
         await reached.wait()
@@ -348,7 +330,7 @@ async def test_p8_write_session_is_closed_for_good(
     """P8: after the decision no call opens another transaction."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        session = current_session()
+        session = uow.current_session()
         await shop.insert(1)
         await send({"type": START, "status": 200, "headers": []})
         for attempt in (
@@ -358,14 +340,14 @@ async def test_p8_write_session_is_closed_for_good(
             session.commit,
             lambda: session.begin_nested().start(),
         ):
-            with pytest.raises(UnitOfWorkClosedError, match="async with db:"):
+            with pytest.raises(errors.UnitOfWorkClosedError, match="async with db:"):
                 await attempt()
-        with pytest.raises(UnitOfWorkClosedError, match="async with db:"):
+        with pytest.raises(errors.UnitOfWorkClosedError, match="async with db:"):
             session.add(object())
-        with pytest.raises(UnitOfWorkClosedError, match="async with db:"):
+        with pytest.raises(errors.UnitOfWorkClosedError, match="async with db:"):
             session.add_all([])
-        with pytest.raises(UnitOfWorkClosedError, match="async with db:"):
-            current_session()
+        with pytest.raises(errors.UnitOfWorkClosedError, match="async with db:"):
+            uow.current_session()
         async with db:
             await shop.insert(3)
         await send({"type": BODY, "body": b""})
@@ -386,15 +368,19 @@ async def test_p9_leaked_task_gets_no_service(db: Database) -> None:
     tasks: list[asyncio.Task[list[str]]] = []
 
     async def leak() -> list[str]:
-        read, write = current_read_session(), current_session()
+        read, write = uow.current_read_session(), uow.current_session()
         await over.wait()
         refused = []
         for session in (read, write):
-            with pytest.raises(UnitOfWorkClosedError) as caught:
+            with pytest.raises(errors.UnitOfWorkClosedError) as caught:
                 await session.execute("SELECT 1")
             refused.append(str(caught.value))
-        for accessor in (current_session, current_read_session, current_unit_of_work):
-            with pytest.raises(UnitOfWorkClosedError) as caught:
+        for accessor in (
+            uow.current_session,
+            uow.current_read_session,
+            uow.current_unit_of_work,
+        ):
+            with pytest.raises(errors.UnitOfWorkClosedError) as caught:
                 accessor()
             refused.append(str(caught.value))
         return refused
@@ -418,13 +404,13 @@ async def test_p9_request_does_not_trust_the_context_it_starts_in(
     db: Database, backend: Backend
 ) -> None:
     """P9: a pipelined request starts in the earlier one's context, on its own."""
-    units: list[UnitOfWork] = []
+    units: list[uow.UnitOfWork] = []
 
     async def handler() -> None:
-        units.append(current_unit_of_work())
+        units.append(uow.current_unit_of_work())
         await shop.insert(len(units))
 
-    app = UnitOfWorkMiddleware(endpoint(handler), db)
+    app = uow.UnitOfWorkMiddleware(endpoint(handler), db)
 
     async def first(scope: Scope, receive: Receive, send: Send) -> None:
         await handler()
@@ -437,11 +423,11 @@ async def test_p9_request_does_not_trust_the_context_it_starts_in(
 
     assert units[0] is not units[1]
     assert [1, 2] == await shop.items(backend)
-    with pytest.raises(NoUnitOfWorkError):
-        current_unit_of_work()
+    with pytest.raises(errors.NoUnitOfWorkError):
+        uow.current_unit_of_work()
 
 
-async def _discard(app: UnitOfWorkMiddleware) -> None:
+async def _discard(app: uow.UnitOfWorkMiddleware) -> None:
     await request(app)
 
 
@@ -450,8 +436,10 @@ async def test_p9_two_databases_in_one_unit(sqlite: Backend, mariadb: Backend) -
     async with shop_database(sqlite) as first, shop_database(mariadb) as second:
 
         async def handler() -> None:
-            await current_session().execute("INSERT INTO items (id) VALUES (1)")
-            await current_session(second).execute("INSERT INTO items (id) VALUES (2)")
+            await uow.current_session().execute("INSERT INTO items (id) VALUES (1)")
+            await uow.current_session(second).execute(
+                "INSERT INTO items (id) VALUES (2)"
+            )
 
         response = await handle(handler, first, second)
 
@@ -496,7 +484,7 @@ async def test_p10_cancelled_commit_is_finished(
                 with anyio.CancelScope(shield=True):
                     await release_after_cancel()
 
-        assert Outcome.COMMITTED is response.unit.outcome
+        assert uow.Outcome.COMMITTED is response.unit.outcome
         assert ["commit"] == response.hooks
         assert [1] == await shop.items(mariadb)
         assert [0, 0] == checked_out(db)
@@ -509,8 +497,8 @@ async def test_p12_untouched_request_opens_nothing(db: Database) -> None:
     """P12: a request that touches no session connects to nothing."""
 
     async def handler() -> None:
-        current_session()
-        current_read_session()
+        uow.current_session()
+        uow.current_read_session()
 
     await serve(endpoint(handler), db)
 
@@ -532,7 +520,7 @@ async def test_budget(backend: ServerBackend, statement: str) -> None:
 
     async def execute() -> None:
         is_read = statement == SELECT
-        session = current_read_session() if is_read else current_session()
+        session = uow.current_read_session() if is_read else uow.current_session()
         await session.execute(statement)
 
     async def nothing() -> None:

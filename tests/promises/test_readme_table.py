@@ -12,14 +12,8 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from asgi_uow import (
-    Database,
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_response,
-    after_rollback,
-    current_session,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from tests.support import ROOT
 
 if TYPE_CHECKING:
@@ -58,15 +52,17 @@ class Shop:
         self.hooks: list[str] = []
         self.inserted = asyncio.Event()
         self.app = Starlette(routes=[Route("/{ending}", self.endpoint)])
-        self.app.add_middleware(UnitOfWorkMiddleware, db)
+        self.app.add_middleware(uow.UnitOfWorkMiddleware, db)
 
     async def endpoint(self, request: Request) -> Response:
-        for register in (after_commit, after_response, after_rollback):
+        for register in (uow.after_commit, uow.after_response, uow.after_rollback):
             register(self.hooks.append, register.__name__)
         ending: str = request.path_params["ending"]
         # Only COMMIT looks at the deferred foreign key: the INSERT succeeds.
         parent_id = 99 if ending == "orphan" else None
-        await current_session().execute("INSERT INTO rows VALUES (:id)", id=parent_id)
+        await uow.current_session().execute(
+            "INSERT INTO rows VALUES (:id)", id=parent_id
+        )
         self.inserted.set()
         if ending == "exception":
             raise LookupError(ending)

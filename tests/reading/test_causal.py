@@ -266,11 +266,7 @@ def test_age(age: float, counts: bool) -> None:
 
 @pytest.mark.parametrize(
     "reader",
-    [
-        at(NOW, secret=OTHER),
-        at(NOW, secret=[OTHER]),
-        at(NOW, secret=SECRET + " "),
-    ],
+    [at(NOW, secret=OTHER), at(NOW, secret=[OTHER]), at(NOW, secret=SECRET + " ")],
 )
 def test_other_secret(reader: CausalReads) -> None:
     """A token that was signed with another secret is refused."""

@@ -159,6 +159,13 @@ class ServerBackend(Backend):
         """Return a proxy to the server, not yet listening."""
         return RecordingProxy(self.name, self.port, delay_ms=delay_ms)
 
+    slow: ClassVar[str]
+    """A statement that takes an hour."""
+
+    @abstractmethod
+    async def running(self, statement: str) -> int:
+        """Count the connections that are executing a statement."""
+
     @abstractmethod
     async def connections(self) -> int:
         """Count the connections that others have to this database."""
@@ -175,6 +182,7 @@ class MariaDBBackend(ServerBackend):
     scheme = "mysql"
     user = "app"
     default_driver = "asyncmy"
+    slow = "SELECT sleep(3600)"
 
     def __init__(self, port: int, driver: str | None = None) -> None:
         super().__init__(port, driver)
@@ -204,6 +212,10 @@ class MariaDBBackend(ServerBackend):
             for thread in re.findall(r"MariaDB thread id (\d+)", entry)
         }
         return len(open_in.intersection(await self._threads()))
+
+    async def running(self, statement: str) -> int:
+        query = "SELECT count(*) FROM information_schema.processlist WHERE info = :info"
+        return int(str(await self.scalar(query, info=statement)))
 
     async def connections(self) -> int:
         return len(await self._threads())
@@ -236,6 +248,7 @@ class PostgreSQLBackend(ServerBackend):
     scheme = "postgresql"
     user = "postgres"
     default_driver = "asyncpg"
+    slow = "SELECT pg_sleep(3600)"
 
     def __init__(self, port: int, driver: str | None = None) -> None:
         super().__init__(port, driver)
@@ -257,8 +270,15 @@ class PostgreSQLBackend(ServerBackend):
     async def open_transactions(self) -> int:
         """Count by state: an aborted transaction has no xact_start any more."""
         return await self._count(
-            "state LIKE 'idle in transaction%' OR xact_start IS NOT NULL",
+            "state LIKE 'idle in transaction%' OR xact_start IS NOT NULL"
         )
+
+    async def running(self, statement: str) -> int:
+        query = (
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE query = :query AND state = 'active'"
+        )
+        return int(str(await self.scalar(query, query=statement)))
 
     async def connections(self) -> int:
         return await self._count("true")

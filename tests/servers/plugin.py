@@ -18,11 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.servers.backend import (
-    MariaDBBackend,
-    PostgreSQLBackend,
-    SQLiteBackend,
-)
+from tests.servers.backend import MariaDBBackend, PostgreSQLBackend, SQLiteBackend
 from tests.servers.process import MariaDB, PostgreSQL, Server, is_root
 from tests.servers.redis import Redis
 

@@ -202,7 +202,7 @@ class MariaDB(Server):
     def _initialise(self) -> list[str]:
         (self.folder / "init.sql").write_text(
             "CREATE USER IF NOT EXISTS app@'%';\n"
-            "GRANT ALL ON `test\\_%`.* TO app@'%';\n",
+            "GRANT ALL ON `test\\_%`.* TO app@'%';\n"
         )
         return [
             "mariadb-install-db",

@@ -14,7 +14,7 @@ from asgi_uow import Database
 from asgi_uow.errors import ReadOnlySessionError
 from tests.servers import eventually
 from tests.support import ROOT, shop
-from tests.support.databases import DRIVERS, on
+from tests.support.databases import DRIVERS, SERVER_DRIVERS, on
 from tests.support.private import READ_ONLY_CODES, code_of
 from tests.support.writes import (
     BY_THE_SESSION,
@@ -246,26 +246,13 @@ async def test_options_that_allow_writes(stocked: ServerBackend) -> None:
     await db.dispose()
 
 
-RUNNING = (
-    "SELECT count(*) FROM pg_stat_activity WHERE query = :slow AND state = 'active'"
-)
-SLOW = {
-    "asyncmy": (
-        "SELECT sleep(3600)",
-        "SELECT count(*) FROM information_schema.processlist WHERE info = :slow",
-    ),
-    "asyncpg": ("SELECT pg_sleep(3600)", RUNNING),
-    "psycopg": ("SELECT pg_sleep(3600)", RUNNING),
-}
-
-
-@on(*SLOW)
+@on(*SERVER_DRIVERS)
 async def test_read_only_after_a_cancellation(stocked: ServerBackend) -> None:
     """The connection that replaces a cancelled one is read-only from the start."""
-    slow, running = SLOW[stocked.driver]
+    slow = stocked.slow
 
     async def count() -> int:
-        return int(str(await stocked.scalar(running, slow=slow)))
+        return await stocked.running(slow)
 
     db = small(stocked)
     async with db:

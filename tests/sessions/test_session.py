@@ -11,24 +11,18 @@ from sqlalchemy import delete, event, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    current_read_session,
-    current_session,
-    set_rollback_only,
-)
-from asgi_uow.errors import (
-    ConcurrentUseError,
-    ManagedTransactionError,
-    ReadOnlySessionError,
-    UnitOfWorkClosedError,
-    UnitOfWorkFailedError,
-)
+import asgi_uow as uow
+from asgi_uow import Database, errors
 from tests.servers import ServerBackend, eventually
 from tests.support import shop
 from tests.support.asgi import handle
-from tests.support.databases import DRIVERS, on, shop_database
+from tests.support.databases import (
+    DRIVERS,
+    SERVER_DRIVERS,
+    behind_proxy,
+    on,
+    shop_database,
+)
 from tests.support.private import TaskLock
 
 if TYPE_CHECKING:
@@ -36,24 +30,12 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session as SyncSession
 
-    from asgi_uow import Session
     from tests.servers import Backend, MariaDBBackend
 
 pytestmark = on(*DRIVERS)
 
 INSERT = "INSERT INTO person (id, name) VALUES (:id, :name)"
 NAMES = "SELECT name FROM person ORDER BY id"
-RUNNING = (
-    "SELECT count(*) FROM pg_stat_activity WHERE query = :slow AND state = 'active'"
-)
-SLOW = {
-    "asyncmy": (
-        "SELECT sleep(3600)",
-        "SELECT count(*) FROM information_schema.processlist WHERE info = :slow",
-    ),
-    "asyncpg": ("SELECT pg_sleep(3600)", RUNNING),
-    "psycopg": ("SELECT pg_sleep(3600)", RUNNING),
-}
 
 
 class Base(DeclarativeBase):
@@ -111,7 +93,7 @@ async def test_streaming(db: Database, name: str) -> None:
     """Rows can be streamed, on the read session too."""
     by_name = "SELECT name FROM person WHERE name = :name"
     async with db:
-        session: Session = getattr(db, name)
+        session: uow.Session = getattr(db, name)
         result = await session.stream(by_name, name="Ann")
         assert [("Ann",)] == [row async for row in result]
         scalars = await session.stream_scalars(by_name, name="Bob")
@@ -163,17 +145,17 @@ async def test_what_sqlalchemy_takes(db: Database) -> None:
 # What they refuse
 
 
-async def use_as_context_manager(session: Session) -> None:
+async def use_as_context_manager(session: uow.Session) -> None:
     async with session:
         await session.execute("SELECT 1")
 
 
-async def begin(session: Session) -> None:
+async def begin(session: uow.Session) -> None:
     async with session.begin():
         raise AssertionError  # pragma: no cover
 
 
-BY_HAND: dict[str, Callable[[Session], Awaitable[object]]] = {
+BY_HAND: dict[str, Callable[[uow.Session], Awaitable[object]]] = {
     "commit()": lambda session: session.commit(),
     "rollback()": lambda session: session.rollback(),
     "close()": lambda session: session.close(),
@@ -200,14 +182,14 @@ async def test_nobody_else_ends_a_session(
 ) -> None:
     """A unit of work ends its sessions; by hand it is refused and changes nothing."""
     async with memory:
-        session: Session = getattr(memory, name)
+        session: uow.Session = getattr(memory, name)
         await memory.write.execute(INSERT, id=3, name="Cid")
-        with pytest.raises(ManagedTransactionError) as caught:
+        with pytest.raises(errors.ManagedTransactionError) as caught:
             await BY_HAND[call](session)
         operation = f"session.{call.split(maxsplit=1)[0]}"
         assert str(caught.value).startswith(f"{operation} was called by hand")
         assert "Cid" == await session.scalar("SELECT name FROM person WHERE id = 3")
-        set_rollback_only("to see that nothing was committed")
+        uow.set_rollback_only("to see that nothing was committed")
     async with memory:
         assert ["Ann", "Bob"] == (await memory.read.scalars(NAMES)).all()
 
@@ -218,7 +200,9 @@ async def test_nobody_else_ends_a_session(
 async def test_nobody_ends_the_sync_session(memory: Database, method: str) -> None:
     """The session underneath refuses just the same."""
     async with memory:
-        with pytest.raises(ManagedTransactionError, match=rf"session\.{method}\(\)"):
+        with pytest.raises(
+            errors.ManagedTransactionError, match=rf"session\.{method}\(\)"
+        ):
             getattr(memory.write.sync_session, method)()
 
 
@@ -243,7 +227,7 @@ async def test_a_finished_unit(memory: Database) -> None:
         lambda: write.commit(),
     ]
     for call in calls:
-        with pytest.raises(UnitOfWorkClosedError, match="async with db:"):
+        with pytest.raises(errors.UnitOfWorkClosedError, match="async with db:"):
             await call()
 
 
@@ -263,7 +247,9 @@ async def test_dml_on_the_read_session(
     async with memory:
         if joined:
             await memory.write.execute("SELECT 1")
-        with pytest.raises(ReadOnlySessionError, match=f"^{operation} was refused"):
+        with pytest.raises(
+            errors.ReadOnlySessionError, match=f"^{operation} was refused"
+        ):
             await memory.read.execute(statement)
     async with memory:
         assert ["Ann", "Bob"] == (await memory.read.scalars(NAMES)).all()
@@ -274,9 +260,9 @@ async def test_flush_on_the_read_session(backend: Backend, db: Database) -> None
     async with db:
         db.read.add(Person(id=3, name="Cid"))
         assert 2 == await db.read.scalar(select(func.count()).select_from(Person))
-        with pytest.raises(ReadOnlySessionError, match=r"^A flush was refused"):
+        with pytest.raises(errors.ReadOnlySessionError, match=r"^A flush was refused"):
             await db.read.flush()
-        set_rollback_only("there is nothing to keep")
+        uow.set_rollback_only("there is nothing to keep")
     assert [("Ann",), ("Bob",)] == await backend.fetch(NAMES)
 
 
@@ -292,7 +278,7 @@ async def test_read_your_writes(backend: Backend, db: Database) -> None:
         assert ["Ann", "Bob", "Cid"] == (await db.read.scalars(NAMES)).all()
         assert await db.read.get_one(Person, 3) is not await db.write.get_one(Person, 3)
         assert 2 == await backend.scalar("SELECT count(*) FROM person")
-        set_rollback_only("enough seen")
+        uow.set_rollback_only("enough seen")
     async with db:
         assert 2 == len((await db.read.execute(NAMES)).all())
 
@@ -324,7 +310,7 @@ async def test_read_that_moves_while_another_read_connects(backend: Backend) -> 
     """Two reads, before and after the first write, do not meet on the session."""
 
     async def handler() -> None:
-        read = current_read_session()
+        read = uow.current_read_session()
         early = asyncio.ensure_future(read.scalar("SELECT 1"))
         await asyncio.wait((early,), timeout=0)
         await shop.insert(1)
@@ -342,7 +328,7 @@ async def test_read_that_moves_while_another_read_connects(backend: Backend) -> 
 async def test_statements_of_several_tasks(db: Database, name: str) -> None:
     """Ten statements at once on one session give ten right answers."""
     async with db:
-        session: Session = getattr(db, name)
+        session: uow.Session = getattr(db, name)
         numbers = await asyncio.gather(
             *(session.scalar(f"SELECT {number}") for number in range(10))
         )
@@ -379,22 +365,22 @@ async def test_add_while_another_task_flushes(db: Database, backend: Backend) ->
     flushing = asyncio.Event()
 
     async def handler() -> None:
-        session = current_session()
+        session = uow.current_session()
         session.add(shop.Item(id=1))
         event.listen(session.sync_session, "after_flush", lambda *_: flushing.set())
         flush = asyncio.ensure_future(session.flush())
         await flushing.wait()
         session.sync_session._flushing = True
-        with pytest.raises(ConcurrentUseError, match="another task is flushing"):
+        with pytest.raises(errors.ConcurrentUseError, match="another task is flushing"):
             await asyncio.create_task(add(session))
         session.sync_session._flushing = False
         await flush
 
-    async def add(session: Session) -> None:
-        async with current_session().lock:
+    async def add(session: uow.Session) -> None:
+        async with uow.current_session().lock:
             await asyncio.create_task(late(session))
 
-    async def late(session: Session) -> None:
+    async def late(session: uow.Session) -> None:
         session.add_all([shop.Item(id=2)])
 
     assert 200 == (await handle(handler, db)).status
@@ -433,7 +419,7 @@ async def test_a_cancellation_frees_the_turn() -> None:
 
 
 @pytest.mark.parametrize("access", ["write", "read"])
-@on(*SLOW)
+@on(*SERVER_DRIVERS)
 async def test_a_cancelled_statement(
     backend: ServerBackend, db: Database, access: Literal["read", "write"]
 ) -> None:
@@ -441,10 +427,10 @@ async def test_a_cancelled_statement(
 
     So does a read in the transaction of the writer.
     """
-    slow, running = SLOW[backend.driver]
+    slow = backend.slow
 
     async def count() -> int:
-        return int(str(await backend.scalar(running, slow=slow)))
+        return await backend.running(slow)
 
     async with db:
         await db.write.execute(INSERT, id=3, name="Cid")
@@ -454,37 +440,34 @@ async def test_a_cancelled_statement(
         statement.cancel()
         await asyncio.wait((statement,))
         assert statement.cancelled()
-        set_rollback_only("cancelled")
+        uow.set_rollback_only("cancelled")
     await eventually(0, backend.open_transactions)
     await eventually(0, count)
     assert [("Ann",), ("Bob",)] == await backend.fetch(NAMES)
 
 
-async def test_a_statement_that_cannot_be_killed(mariadb: MariaDBBackend) -> None:
+@on("asyncmy")
+async def test_a_statement_that_cannot_be_killed(backend: MariaDBBackend) -> None:
     """Where the server cannot be told of a cancellation, the unit ends all the same."""
-    slow, running = SLOW["asyncmy"]
-    async with mariadb.proxy() as proxy:
-        db = Database.from_url(mariadb.through(proxy.port))
 
-        async def count() -> int:
-            return int(str(await mariadb.scalar(running, slow=slow)))
+    async def count() -> int:
+        return await backend.running(backend.slow)
 
-        async with db:
-            statement = asyncio.create_task(db.write.execute(slow))
-            await eventually(1, count)
-            rule = proxy.cut_before(lambda trip: trip.startswith("KILL "))
-            statement.cancel()
-            await asyncio.wait((statement,))
-            assert statement.cancelled()
-            assert rule.fired.is_set()
-            set_rollback_only("cancelled")
-        await db.dispose()
+    async with behind_proxy(backend) as (db, proxy), db:
+        statement = asyncio.create_task(db.write.execute(backend.slow))
+        await eventually(1, count)
+        rule = proxy.cut_before(lambda trip: trip.startswith("KILL "))
+        statement.cancel()
+        await asyncio.wait((statement,))
+        assert statement.cancelled()
+        assert rule.fired.is_set()
+        uow.set_rollback_only("cancelled")
 
 
 # Connections that are lost
 
 
-@on("asyncmy", "asyncpg", "psycopg")
+@on(*SERVER_DRIVERS)
 async def test_reads_go_on_after_a_lost_connection(
     backend: ServerBackend, db: Database
 ) -> None:
@@ -497,7 +480,7 @@ async def test_reads_go_on_after_a_lost_connection(
         assert "Ann" == await db.read.scalar(NAMES)
 
 
-@on("asyncmy", "asyncpg", "psycopg")
+@on(*SERVER_DRIVERS)
 @pytest.mark.parametrize("noticed", [True, False])
 async def test_a_connection_lost_before_commit(
     *, backend: ServerBackend, db: Database, noticed: bool
@@ -512,8 +495,8 @@ async def test_a_connection_lost_before_commit(
                 with contextlib.suppress(Exception):
                     await db.write.execute("SELECT 1")
 
-    with pytest.raises(UnitOfWorkFailedError) as caught:
+    with pytest.raises(errors.UnitOfWorkFailedError) as caught:
         await work()
-    assert Outcome.ROLLED_BACK is caught.value.outcome
+    assert uow.Outcome.ROLLED_BACK is caught.value.outcome
     assert 1 == caught.value.retry_after
     assert [("Ann",), ("Bob",)] == await backend.fetch(NAMES)

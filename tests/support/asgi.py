@@ -7,19 +7,14 @@ import dataclasses
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from asgi_uow import (
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_rollback,
-    current_unit_of_work,
-)
+import asgi_uow as uow
 from asgi_uow.observers import HookFailed
 from tests.support.observer import Events
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
-    from asgi_uow import Database, UnitOfWork
+    from asgi_uow import Database
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
 
 Handler: TypeAlias = "Callable[[], Awaitable[object]]"
@@ -37,7 +32,7 @@ class Response:
     error: BaseException | None = None
     """What left the application."""
     events: Events = dataclasses.field(default_factory=Events)
-    units: list[UnitOfWork] = dataclasses.field(default_factory=list[Any])
+    units: list[uow.UnitOfWork] = dataclasses.field(default_factory=list[Any])
     hooks: list[str] = dataclasses.field(default_factory=list[str])
     """The hooks that were called: "commit" or "rollback"."""
 
@@ -88,7 +83,7 @@ class Response:
         return self.events.of(HookFailed)
 
     @property
-    def unit(self) -> UnitOfWork:
+    def unit(self) -> uow.UnitOfWork:
         """The unit of work of the request."""
         [unit] = self.units
         return unit
@@ -242,7 +237,7 @@ async def serve(
     """Send one request to an application behind the middleware, and observe it."""
     response = Response() if into is None else into
     options = {"observers": [response.events], **options}
-    client = Client(UnitOfWorkMiddleware(app, *databases, **options), probe)
+    client = Client(uow.UnitOfWorkMiddleware(app, *databases, **options), probe)
     return await client.request(into=response)
 
 
@@ -261,10 +256,10 @@ async def handle(
     response = Response() if into is None else into
 
     async def work() -> None:
-        response.units.append(current_unit_of_work())
+        response.units.append(uow.current_unit_of_work())
         if hooks:
-            after_commit(response.hooks.append, "commit")
-            after_rollback(response.hooks.append, "rollback")
+            uow.after_commit(response.hooks.append, "commit")
+            uow.after_rollback(response.hooks.append, "rollback")
         await handler()
 
     return await serve(endpoint(work, status), *databases, into=response, **options)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.databases import shop_database
+from tests.support.site import Site, site_with
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -32,3 +33,10 @@ async def other(mariadb: MariaDBBackend) -> AsyncIterator[Database]:
     """A second database with an empty shop, on `mariadb`."""
     async with shop_database(mariadb) as other:
         yield other
+
+
+@pytest.fixture
+async def site(backend: Backend) -> AsyncIterator[Site]:
+    """A database with one reader, which is the server of the writer."""
+    async with site_with(backend, backend.url) as site:
+        yield site

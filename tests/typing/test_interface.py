@@ -17,31 +17,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from asgi_uow import (
-    Database,
-    Session,
-    UnitOfWork,
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_response,
-    after_rollback,
-    before_commit,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-    deferred,
-    set_rollback_only,
-    unit_of_work,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.observers import Event, HookFailed, LoggingObserver
 
 if TYPE_CHECKING:
-    from collections.abc import (
-        AsyncIterator,
-        Awaitable,
-        Callable,
-        MutableMapping,
-    )
+    from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 
     from sqlalchemy import TextClause
 
@@ -79,12 +60,12 @@ def observe(event: Event) -> None:
 
 async def test_middleware(db: Database) -> None:
     """Every framework's way to add the middleware is well typed."""
-    Starlette().add_middleware(UnitOfWorkMiddleware, db)
-    FastAPI().add_middleware(UnitOfWorkMiddleware, db, hook_timeout=1.0)
-    Starlette(middleware=[Middleware(UnitOfWorkMiddleware, db, db)])
+    Starlette().add_middleware(uow.UnitOfWorkMiddleware, db)
+    FastAPI().add_middleware(uow.UnitOfWorkMiddleware, db, hook_timeout=1.0)
+    Starlette(middleware=[Middleware(uow.UnitOfWorkMiddleware, db, db)])
     for app in (plain_app, loose_app, Starlette(), FastAPI()):
-        wrapped = UnitOfWorkMiddleware(app, db, commit_when=keep_4xx)
-        UnitOfWorkMiddleware(
+        wrapped = uow.UnitOfWorkMiddleware(app, db, commit_when=keep_4xx)
+        uow.UnitOfWorkMiddleware(
             wrapped,
             db,
             observers=(LoggingObserver(), observe),
@@ -97,19 +78,19 @@ async def test_middleware(db: Database) -> None:
 
 async def test_units(db: Database) -> None:
     """A block gives a unit, a unit gives sessions, a session is SQLAlchemy's."""
-    async with db as uow:
-        assert_type(uow, UnitOfWork)
-        assert_type(uow.session(), Session)
-        assert_type(uow.read_session(db), Session)
-        assert_type(db.read, Session)
-        assert_type(db.write, Session)
-        assert_type(current_session(), Session)
-        assert_type(current_read_session(db), Session)
-        as_sqlalchemy: AsyncSession = current_session()
+    async with db as unit:
+        assert_type(unit, uow.UnitOfWork)
+        assert_type(unit.session(), uow.Session)
+        assert_type(unit.read_session(db), uow.Session)
+        assert_type(db.read, uow.Session)
+        assert_type(db.write, uow.Session)
+        assert_type(uow.current_session(), uow.Session)
+        assert_type(uow.current_read_session(db), uow.Session)
+        as_sqlalchemy: AsyncSession = uow.current_session()
         assert isinstance(as_sqlalchemy, AsyncSession)
-        assert current_unit_of_work() is uow
-    async with unit_of_work(db) as uow:
-        assert_type(uow, UnitOfWork)
+        assert uow.current_unit_of_work() is unit
+    async with uow.unit_of_work(db) as unit:
+        assert_type(unit, uow.UnitOfWork)
 
 
 async def test_rows(db: Database) -> None:
@@ -118,7 +99,7 @@ async def test_rows(db: Database) -> None:
     number = column("number", String)
     person = select(name, number).select_from(text_table())
     async with db:
-        session = current_session()
+        session = uow.current_session()
         for row in await session.execute(person):
             first, second = row
             assert_type(first, str)
@@ -144,7 +125,7 @@ async def send_mail(name: str) -> int:
     return len(name)
 
 
-@deferred
+@uow.deferred
 def greet_later(name: str, *, loud: bool = False) -> str:
     return greet(name, loud=loud)
 
@@ -153,7 +134,7 @@ def is_known(name: str) -> bool:
     return name != ""
 
 
-@deferred(when=is_known)
+@uow.deferred(when=is_known)
 async def mail_later(name: str) -> int:
     return await send_mail(name)
 
@@ -162,21 +143,21 @@ class Mailer:
     def has_name(self, name: str) -> bool:
         return name != ""
 
-    @deferred
+    @uow.deferred
     def send(self, name: str) -> int:
         return len(name)
 
-    @deferred(when=has_name)
+    @uow.deferred(when=has_name)
     async def send_later(self, name: str) -> int:
         return await send_mail(name)
 
     @staticmethod
-    @deferred
+    @uow.deferred
     def greet(name: str) -> int:
         return len(name)
 
     @classmethod
-    @deferred
+    @uow.deferred
     def make(cls, name: str) -> int:
         return len(name)
 
@@ -196,7 +177,12 @@ async def test_deferred_methods(db: Database) -> None:
 async def test_hooks(db: Database) -> None:
     """Hooks are checked against the arguments of what they call."""
     async with db:
-        for register in (before_commit, after_commit, after_rollback, after_response):
+        for register in (
+            uow.before_commit,
+            uow.after_commit,
+            uow.after_rollback,
+            uow.after_response,
+        ):
             assert_type(register(greet, "Ann", loud=True), None)
             register(send_mail, name="Ann")
             register(print, "Ann", end="")
@@ -208,14 +194,14 @@ async def test_hooks(db: Database) -> None:
 async def test_mistakes(db: Database) -> None:
     """What would fail in the hook is an error where it is registered."""
     async with db:
-        after_commit(greet, 1)  # type: ignore[arg-type]
-        after_commit(greet, "Ann", quiet=True)  # type: ignore[call-arg]
-        before_commit(send_mail)  # type: ignore[call-arg]
+        uow.after_commit(greet, 1)  # type: ignore[arg-type]
+        uow.after_commit(greet, "Ann", quiet=True)  # type: ignore[call-arg]
+        uow.before_commit(send_mail)  # type: ignore[call-arg]
         greet_later(1)  # type: ignore[arg-type]
         with pytest.raises(TypeError):
             mail_later()  # type: ignore[call-arg]
         with pytest.raises(TypeError):
-            after_commit(greet("Ann"))  # type: ignore[arg-type]
+            uow.after_commit(greet("Ann"))  # type: ignore[arg-type]
         with pytest.raises(TypeError):
-            UnitOfWorkMiddleware(loose_app, db, commit_timout=1)  # type: ignore[call-arg]
-        set_rollback_only("none of these is to be called")
+            uow.UnitOfWorkMiddleware(loose_app, db, commit_timout=1)  # type: ignore[call-arg]
+        uow.set_rollback_only("none of these is to be called")

@@ -8,22 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import event
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    Session,
-    after_rollback,
-    before_commit,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-)
-from asgi_uow.errors import (
-    BeforeCommitError,
-    CommitFailedError,
-    ReadOnlySessionError,
-    UnitOfWorkClosedError,
-)
+import asgi_uow as uow
+from asgi_uow import Database, errors
 from asgi_uow.observers import CommitFailed, HookFailed, ReleaseFailed, UnitFinished
 from tests.support import shop
 from tests.support.asgi import Response, handle, respond, serve
@@ -47,10 +33,10 @@ async def test_before_commit_runs_inside_the_transaction(
 
     async def enqueue() -> None:
         await shop.insert(2)
-        before_commit(shop.insert, 3)
+        uow.before_commit(shop.insert, 3)
 
     async def handler() -> None:
-        before_commit(enqueue)
+        uow.before_commit(enqueue)
         await shop.insert(1)
 
     response = await handle(handler, db, probe=lambda: shop.items(backend))
@@ -62,12 +48,12 @@ async def test_flush_may_register_before_commit(db: Database, backend: Backend) 
     """A hook registered while the session is flushed still runs before COMMIT."""
 
     async def handler() -> None:
-        session = current_session()
+        session = uow.current_session()
         session.add(shop.Item(id=1))
         event.listen(
             session.sync_session,
             "before_flush",
-            lambda *_: before_commit(shop.insert, 2),
+            lambda *_: uow.before_commit(shop.insert, 2),
         )
 
     await handle(handler, db)
@@ -82,10 +68,10 @@ async def test_change_on_the_read_session_is_never_lost(
 
     async def add() -> None:
         await shop.insert(1)
-        current_read_session().add(shop.Item(id=2))
+        uow.current_read_session().add(shop.Item(id=2))
 
     async def change() -> None:
-        item = await current_read_session().get_one(shop.Item, 3)
+        item = await uow.current_read_session().get_one(shop.Item, 3)
         item.id = 4
 
     await backend.execute("INSERT INTO items (id) VALUES (3)")
@@ -93,8 +79,8 @@ async def test_change_on_the_read_session_is_never_lost(
         response = await handle(handler, db, hooks=True)
 
         assert 500 == response.status
-        assert isinstance(response.error, CommitFailedError)
-        assert isinstance(response.error.__cause__, ReadOnlySessionError)
+        assert isinstance(response.error, errors.CommitFailedError)
+        assert isinstance(response.error.__cause__, errors.ReadOnlySessionError)
         assert ["rollback"] == response.hooks
     assert [3] == await shop.items(backend)
 
@@ -120,21 +106,21 @@ async def test_before_commit_stops_the_commit(
 
     async def handler() -> None:
         await shop.insert(1)
-        before_commit(refuse)
-        before_commit(called.append, "second")
+        uow.before_commit(refuse)
+        uow.before_commit(called.append, "second")
 
     response = await handle(handler, db, hooks=True, hook_timeout=0.05)
 
     cause = Cause.BEFORE_COMMIT if kind == "raises" else Cause.TIMEOUT
     assert 500 == response.status
-    assert isinstance(response.error, BeforeCommitError)
+    assert isinstance(response.error, errors.BeforeCommitError)
     assert "refuse" in str(response.error)
     assert [] == called
     assert ["rollback"] == response.hooks
     assert [] == await shop.items(backend)
     assert [CommitFailed, UnitFinished] == list(map(type, response.events.results))
     finished = response.events.only(UnitFinished)
-    assert (Outcome.ROLLED_BACK, cause) == (finished.outcome, finished.cause)
+    assert (uow.Outcome.ROLLED_BACK, cause) == (finished.outcome, finished.cause)
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
@@ -149,7 +135,7 @@ async def test_before_commit_that_ends_the_process_stops_the_commit(
 
     async def handler() -> None:
         await shop.insert(1)
-        before_commit(leave)
+        uow.before_commit(leave)
 
     with pytest.raises(kind) as caught:
         await handle(handler, db, hooks=True, into=response)
@@ -175,9 +161,9 @@ async def test_cancelled_before_commit_rolls_back(
         await asyncio.Event().wait()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        units.append(current_unit_of_work())
+        units.append(uow.current_unit_of_work())
         await shop.insert(1)
-        before_commit(hang)
+        uow.before_commit(hang)
         try:
             await respond(send)
         finally:
@@ -193,9 +179,9 @@ async def test_cancelled_before_commit_rolls_back(
     else:
         response = await task
         assert 500 == response.status
-        assert isinstance(response.error, CommitFailedError)
+        assert isinstance(response.error, errors.CommitFailedError)
 
-    assert Outcome.ROLLED_BACK is units[0].outcome
+    assert uow.Outcome.ROLLED_BACK is units[0].outcome
     assert Cause.CANCELLED is units[0].cause
     assert [] == await shop.items(backend)
     assert [0, 0] == checked_out(db)
@@ -211,14 +197,14 @@ async def test_cancelled_while_a_hook_runs(db: Database, backend: Backend) -> No
             begun.set()
             await asyncio.Event().wait()
         except asyncio.CancelledError:
-            await current_session().execute("SELECT 1")
+            await uow.current_session().execute("SELECT 1")
             ended.append("hook")
             raise
 
     async def handler() -> None:
         await shop.insert(1)
-        before_commit(hook)
-        after_rollback(ended.append, "unit")
+        uow.before_commit(hook)
+        uow.after_rollback(ended.append, "unit")
 
     task = asyncio.create_task(handle(handler, db))
     await begun.wait()
@@ -242,7 +228,7 @@ async def test_send_in_a_task_of_its_own_is_waited_for(mariadb: MariaDBBackend) 
         hold = proxy.hold_answer(is_commit)
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            units.append(current_unit_of_work())
+            units.append(uow.current_unit_of_work())
             await shop.insert(1)
             tasks.append(asyncio.create_task(respond(send)))
             await hold.fired.wait()
@@ -255,7 +241,7 @@ async def test_send_in_a_task_of_its_own_is_waited_for(mariadb: MariaDBBackend) 
         await serving
         await tasks[0]
 
-        assert Outcome.COMMITTED is units[0].outcome
+        assert uow.Outcome.COMMITTED is units[0].outcome
         assert [1] == await shop.items(mariadb)
 
 
@@ -265,13 +251,13 @@ async def test_finishing_by_hand_hangs_nothing(db: Database) -> None:
 
     async def handler() -> None:
         await shop.insert(1)
-        await finish(current_unit_of_work(), rollback(Cause.EXPLICIT))
+        await finish(uow.current_unit_of_work(), rollback(Cause.EXPLICIT))
 
     await asyncio.wait_for(handle(handler, db, into=response), 5)
 
     assert [] == response.types
-    assert isinstance(response.error, UnitOfWorkClosedError)
-    assert Outcome.ROLLED_BACK is response.unit.outcome
+    assert isinstance(response.error, errors.UnitOfWorkClosedError)
+    assert uow.Outcome.ROLLED_BACK is response.unit.outcome
 
 
 # What breaks afterwards
@@ -282,14 +268,14 @@ async def test_listener_that_raises_after_commit(
     db: Database, backend: Backend, savepoint_open: bool
 ) -> None:
     """A SQLAlchemy listener that raises after COMMIT does not make it a rollback."""
-    sessions: list[Session] = []
+    sessions: list[uow.Session] = []
 
     def broken(_: object) -> None:
         if sessions[0].get_nested_transaction() is None:
             raise ZeroDivisionError
 
     async def handler() -> None:
-        sessions.append(current_session())
+        sessions.append(uow.current_session())
         event.listen(sessions[0].sync_session, "after_commit", broken)
         await shop.insert(1)
         if savepoint_open:
@@ -312,7 +298,7 @@ async def test_connection_that_dies_before_rollback(
 
     async def handler() -> None:
         await shop.insert(1)
-        await current_read_session().execute("SELECT 1")
+        await uow.current_read_session().execute("SELECT 1")
         await backend.kill_connections()
 
     response = await handle(handler, db, status=404, hooks=True)
@@ -337,7 +323,7 @@ async def test_connection_that_cannot_even_be_thrown_away(
 
     async def handler() -> None:
         await shop.insert(1)
-        await current_session().begin_nested().start()
+        await uow.current_session().begin_nested().start()
         event.listen(db.engine.sync_engine, "rollback", broken)
 
     response = await handle(handler, db, status=404)
@@ -358,7 +344,7 @@ async def test_read_session_that_cannot_be_closed(db: Database) -> None:
         raise ZeroDivisionError
 
     async def handler() -> None:
-        await current_read_session().execute("SELECT 1")
+        await uow.current_read_session().execute("SELECT 1")
         for name in ("rollback", "invalidate"):
             event.listen(target, name, broken)
 

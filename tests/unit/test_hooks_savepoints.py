@@ -14,16 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import exc as sa_exc
 
-from asgi_uow import (
-    Database,
-    after_commit,
-    after_response,
-    after_rollback,
-    before_commit,
-    current_session,
-    savepoint,
-    unit_of_work,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.errors import ReadOnlySessionError
 from tests.support import shop
 from tests.support.asgi import handle
@@ -36,7 +28,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session as SyncSession
 
-    from asgi_uow import Session
     from tests.servers.backend import Backend, MariaDBBackend, SQLiteBackend
 
     Open: TypeAlias = Callable[[], AbstractAsyncContextManager[object]]
@@ -73,10 +64,10 @@ class Record:
         self.rolled_back: list[str] = []
 
     def register(self, name: str) -> None:
-        before_commit(self.before.append, name)
-        after_commit(self.committed.append, name)
-        after_response(self.responded.append, name)
-        after_rollback(self.rolled_back.append, name)
+        uow.before_commit(self.before.append, name)
+        uow.after_commit(self.committed.append, name)
+        uow.after_response(self.responded.append, name)
+        uow.after_rollback(self.rolled_back.append, name)
 
     def all_committed(self, names: str) -> None:
         """Check that these were called, and no other, in this order."""
@@ -98,13 +89,13 @@ async def run(record: Record, open_one: Open, tree: tuple[Node, ...]) -> None:
 
 
 def plain() -> AbstractAsyncContextManager[object]:
-    return current_session().begin_nested()
+    return uow.current_session().begin_nested()
 
 
 @asynccontextmanager
 async def by_connection() -> AsyncGenerator[None]:
     """A savepoint that the session knows nothing of."""
-    connection = await current_session().connection()
+    connection = await uow.current_session().connection()
     async with connection.begin_nested():
         yield
 
@@ -112,13 +103,13 @@ async def by_connection() -> AsyncGenerator[None]:
 @asynccontextmanager
 async def with_statement() -> AsyncGenerator[None]:
     """A savepoint in which the database has something to do."""
-    async with savepoint():
-        await current_session().execute("SELECT 1")
+    async with uow.savepoint():
+        await uow.current_session().execute("SELECT 1")
         yield
 
 
 OPENERS: dict[str, Open] = {
-    "savepoint()": lambda: savepoint(),
+    "savepoint()": lambda: uow.savepoint(),
     "begin_nested()": plain,
     "connection": by_connection,
     "with a statement": with_statement,
@@ -180,10 +171,7 @@ async def test_p6_root_rolled_back(case: str, opener: str, db: Database) -> None
     tree, committed, rolled_back = TREES[case]
     record = Record()
 
-    async def handler() -> None:
-        await run(record, OPENERS[opener], tree)
-
-    await handle(handler, db, status=409)
+    await handle(lambda: run(record, OPENERS[opener], tree), db, status=409)
 
     record.all_committed("")
     expected = [*rolled_back, *reversed(committed)]
@@ -214,11 +202,7 @@ def make(inside: list[Node], keep: bool) -> Savepoint:
 LEAVES = st.text("abcdefghijk", min_size=1, max_size=3)
 NODES = st.recursive(
     LEAVES,
-    lambda nodes: st.builds(
-        make,
-        st.lists(nodes, max_size=4),
-        st.booleans(),
-    ),
+    lambda nodes: st.builds(make, st.lists(nodes, max_size=4), st.booleans()),
     max_leaves=12,
 )
 
@@ -250,9 +234,9 @@ def test_p6_any_tree(
             Database.from_url(f"sqlite:///{tmp_path / name}.db") for name in ("1", "2")
         )
         ways: list[Open] = [
-            lambda: savepoint(one),
-            lambda: savepoint(two),
-            lambda: current_session(one).begin_nested(),
+            lambda: uow.savepoint(one),
+            lambda: uow.savepoint(two),
+            lambda: uow.current_session(one).begin_nested(),
             with_statement,
         ]
 
@@ -280,17 +264,17 @@ async def test_p6_rows_and_hooks_agree(db: Database, backend: Backend) -> None:
 
     async def insert(number: int) -> None:
         await shop.insert(number)
-        after_commit(called.append, number)
+        uow.after_commit(called.append, number)
 
     async with db:
         await insert(1)
         with contextlib.suppress(Undo):
-            async with savepoint():
+            async with uow.savepoint():
                 await insert(2)
                 async with plain():
                     await insert(3)
                 raise Undo
-        async with savepoint():
+        async with uow.savepoint():
             await insert(4)
 
     assert [1, 4] == called == await shop.items(backend)
@@ -303,7 +287,7 @@ async def test_p6_exception_in_the_middle(db: Database) -> None:
     with pytest.raises(LookupError):
         async with db:
             record.register("a")
-            async with savepoint():
+            async with uow.savepoint():
                 record.register("b")
                 async with plain():
                     record.register("c")
@@ -321,7 +305,7 @@ async def test_p6_failed_statement(db: Database, backend: Backend) -> None:
         await shop.insert(1)
         record.register("a")
         with pytest.raises(sa_exc.IntegrityError):
-            async with savepoint():
+            async with uow.savepoint():
                 record.register("b")
                 await shop.insert(1)
         assert ["b"] == record.rolled_back
@@ -338,7 +322,7 @@ async def test_p6_failed_flush(db: Database, backend: Backend) -> None:
         await shop.insert(1)
         record.register("a")
         with pytest.raises(LookupError):
-            async with savepoint() as inner:
+            async with uow.savepoint() as inner:
                 record.register("b")
                 inner.session.add(shop.Item(id=1))
                 with pytest.raises(sa_exc.IntegrityError):
@@ -375,9 +359,9 @@ async def test_p6_arguments_that_cannot_be_compared(db: Database) -> None:
 
     async with db:
         with contextlib.suppress(Undo):
-            async with savepoint():
+            async with uow.savepoint():
                 for _ in range(2):
-                    after_rollback(note, Array(called))
+                    uow.after_rollback(note, Array(called))
                 raise Undo
         assert 2 == len(called)
 
@@ -387,10 +371,10 @@ async def test_p6_ended_by_hand(db: Database) -> None:
     record = Record()
 
     async with db:
-        kept = await current_session().begin_nested()
+        kept = await uow.current_session().begin_nested()
         record.register("a")
         await kept.commit()
-        undone = await current_session().begin_nested()
+        undone = await uow.current_session().begin_nested()
         record.register("b")
         await undone.rollback()
         assert ["b"] == record.rolled_back
@@ -462,8 +446,11 @@ async def test_p6_two_databases(
     one, two = databases
     record = Record()
 
-    async with unit_of_work(one, two):
-        sessions: list[Session] = [current_session(one), current_session(two)]
+    async with uow.unit_of_work(one, two):
+        sessions: list[uow.Session] = [
+            uow.current_session(one),
+            uow.current_session(two),
+        ]
         for session in sessions:
             await session.execute("SELECT 1")
         outer = await sessions[0].begin_nested()
@@ -497,12 +484,12 @@ async def test_p6_unproven_rollback(db: Database, backend: MariaDBBackend) -> No
         await shop.insert(1)
         record.register("a")
         with contextlib.suppress(Undo, sa_exc.DBAPIError):
-            async with savepoint():
+            async with uow.savepoint():
                 await shop.insert(2)
                 record.register("b")
                 await backend.kill_connections()
                 raise Undo
-        await current_session().flush()  # asks the database nothing
+        await uow.current_session().flush()  # asks the database nothing
         assert [] == record.rolled_back
 
     response = await handle(handler, db)
@@ -517,16 +504,16 @@ async def test_p6_savepoint_in_a_before_commit_hook(db: Database) -> None:
     called: list[str] = []
 
     async def enqueue() -> None:
-        async with savepoint():
-            before_commit(called.append, "kept")
+        async with uow.savepoint():
+            uow.before_commit(called.append, "kept")
         with contextlib.suppress(Undo):
-            async with savepoint():
-                before_commit(called.append, "undone")
-                after_commit(called.append, "undone")
+            async with uow.savepoint():
+                uow.before_commit(called.append, "undone")
+                uow.after_commit(called.append, "undone")
                 raise Undo
 
     async with db:
-        before_commit(enqueue)
+        uow.before_commit(enqueue)
 
     assert ["kept"] == called
 
@@ -543,7 +530,7 @@ async def test_p5_undone_hook_on_sqlite_does_not_wait_for_itself(
 
     async def compensate() -> None:
         try:
-            current_session()
+            uow.current_session()
         except RuntimeError as error:
             refused.append(error)
             raise
@@ -551,8 +538,8 @@ async def test_p5_undone_hook_on_sqlite_does_not_wait_for_itself(
     async with db:
         await shop.insert(1)
         with contextlib.suppress(Undo):
-            async with savepoint():
-                after_rollback(compensate)
+            async with uow.savepoint():
+                uow.after_rollback(compensate)
                 raise Undo
         assert "NestedUnitOfWorkError" == type(refused[0]).__name__
         await shop.insert(2)

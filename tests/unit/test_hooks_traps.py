@@ -11,19 +11,8 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy import exc as sa_exc
 
-from asgi_uow import (
-    Database,
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_response,
-    after_rollback,
-    before_commit,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-    savepoint,
-    unit_of_work,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.errors import NestedUnitOfWorkError, TooManyHooksError
 from asgi_uow.observers import (
     CommitFailed,
@@ -62,7 +51,7 @@ async def failures(
 
 
 @on(pool_size=1, max_overflow=0, pool_timeout=5)
-@pytest.mark.parametrize("register", [after_commit, after_response])
+@pytest.mark.parametrize("register", [uow.after_commit, uow.after_response])
 async def test_hook_reads_with_a_pool_of_one(
     register: Callable[..., None], db: Database
 ) -> None:
@@ -70,7 +59,7 @@ async def test_hook_reads_with_a_pool_of_one(
     found: list[object] = []
 
     async def read() -> None:
-        found.append(await current_read_session().scalar(shop.COUNT))
+        found.append(await uow.current_read_session().scalar(shop.COUNT))
 
     async def handler() -> None:
         await read()
@@ -83,12 +72,12 @@ async def test_hook_reads_with_a_pool_of_one(
     assert [0, 0] == checked_out(db)
 
 
-@pytest.mark.parametrize("register", [after_commit, after_response])
+@pytest.mark.parametrize("register", [uow.after_commit, uow.after_response])
 async def test_hook_after_a_read_in_memory(register: Callable[..., None]) -> None:
     """In memory a request that has read leaves the connection to its hooks."""
 
     async def handler() -> None:
-        await current_read_session().scalar(shop.COUNT)
+        await uow.current_read_session().scalar(shop.COUNT)
         register(shop.insert, 1)
 
     async with memory_database(pool_timeout=5) as db:
@@ -103,9 +92,9 @@ async def test_a_stream_goes_on_beside_hooks(db: Database, backend: Backend) -> 
     rows: list[object] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        stream = await current_read_session().stream(shop.SELECT)
+        stream = await uow.current_read_session().stream(shop.SELECT)
         rows.append(await stream.fetchone())
-        after_commit(rows.append, "hook")
+        uow.after_commit(rows.append, "hook")
         await send({"type": START, "status": 200, "headers": []})
         rows.append(await stream.fetchone())
         await send({"type": BODY, "body": b""})
@@ -121,8 +110,8 @@ async def test_held_seconds_of_a_connection_lent(db: Database) -> None:
     """The time for which a read session held connections is told once, in all."""
 
     async def handler() -> None:
-        await current_read_session().scalar(shop.COUNT)
-        after_commit(print)
+        await uow.current_read_session().scalar(shop.COUNT)
+        uow.after_commit(print)
 
     released = (await handle(handler, db)).events.only(ConnectionReleased)
     assert "read" == released.access
@@ -141,17 +130,17 @@ async def test_savepoint_of_the_unit_around(
     async with shop_database(backend) as db:
 
         async def handler() -> None:
-            await current_session(db).execute("SELECT 1")
+            await uow.current_session(db).execute("SELECT 1")
             with suppress(LookupError):
-                async with savepoint(db):
-                    after_commit(called.append, "undone")
-                    after_rollback(called.append, "rolled back")
+                async with uow.savepoint(db):
+                    uow.after_commit(called.append, "undone")
+                    uow.after_rollback(called.append, "rolled back")
                     raise LookupError
             assert ["rolled back"] == called
-            async with savepoint(db):
-                after_commit(called.append, "kept")
+            async with uow.savepoint(db):
+                uow.after_commit(called.append, "kept")
 
-        app = UnitOfWorkMiddleware(endpoint(handler), other)
+        app = uow.UnitOfWorkMiddleware(endpoint(handler), other)
         response = await serve(app, db)
 
         assert response.error is None
@@ -173,12 +162,12 @@ async def test_waiting_for_oneself_is_refused(sqlite: SQLiteBackend) -> None:
 
     async def session() -> None:
         try:
-            current_session()
+            uow.current_session()
         except NestedUnitOfWorkError as error:
             seen.append(type(error))
 
     async def compensate() -> None:
-        after_commit(session)
+        uow.after_commit(session)
         await block()
 
     async with shop_database(sqlite) as mine:
@@ -186,8 +175,8 @@ async def test_waiting_for_oneself_is_refused(sqlite: SQLiteBackend) -> None:
         async def handler() -> None:
             await shop.insert(1)
             with suppress(LookupError):
-                async with savepoint():
-                    after_rollback(compensate)
+                async with uow.savepoint():
+                    uow.after_rollback(compensate)
                     raise LookupError
 
         assert [] == await failures(handler, mine)
@@ -202,15 +191,15 @@ async def test_unproven_on_one_of_two_databases(
     called: list[str] = []
     async with shop_database(mariadb) as one, shop_database(sqlite) as two:
         with pytest.raises(Exception, match="already given this transaction up"):
-            async with unit_of_work(one, two):
+            async with uow.unit_of_work(one, two):
                 await shop.insert(1)
                 with suppress(sa_exc.DBAPIError, LookupError):
-                    async with savepoint(one):
+                    async with uow.savepoint(one):
                         await shop.insert(2)
-                        after_rollback(called.append, "rolled back")
+                        uow.after_rollback(called.append, "rolled back")
                         await mariadb.kill_connections()
                         raise LookupError
-                await current_session(two).execute("SELECT 1")
+                await uow.current_session(two).execute("SELECT 1")
                 assert [] == called
     assert ["rolled back"] == called
 
@@ -222,7 +211,7 @@ async def test_block_around_the_response(db: Database, backend: Backend) -> None
     """A savepoint that is open at the decision ends with it; so does its block."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        async with savepoint():
+        async with uow.savepoint():
             await shop.insert(1)
             await send({"type": START, "status": 200, "headers": []})
         await send({"type": BODY, "body": b""})
@@ -241,9 +230,9 @@ async def test_savepoint_in_a_cancelled_scope(backend: Backend) -> None:
         async def handler() -> None:
             await shop.insert(1)
             with anyio.CancelScope() as scope:
-                async with savepoint():
+                async with uow.savepoint():
                     await shop.insert(2)
-                    after_commit(called.append, "undone")
+                    uow.after_commit(called.append, "undone")
                     scope.cancel()
                     await anyio.sleep_forever()
             await shop.insert(3)
@@ -268,9 +257,9 @@ async def test_cancelled_savepoint_waits_for_its_turn(
 
     async def part() -> None:
         with anyio.CancelScope() as scope:
-            async with savepoint():
+            async with uow.savepoint():
                 await shop.insert(2)
-                after_commit(called.append, "undone")
+                uow.after_commit(called.append, "undone")
                 inside.set()
                 await using.wait()
                 if not natively:
@@ -278,9 +267,9 @@ async def test_cancelled_savepoint_waits_for_its_turn(
                 await anyio.sleep_forever()
 
     async def handler() -> None:
-        session = current_session()
+        session = uow.current_session()
         await shop.insert(1)
-        after_commit(called.append, "kept")
+        uow.after_commit(called.append, "kept")
         task = asyncio.create_task(part())
         await inside.wait()
         async with session.lock:
@@ -305,14 +294,14 @@ async def test_pending_hook_inside_another_call(db: Database, backend: Backend) 
     found: list[object] = []
 
     async def handler() -> None:
-        session = current_session()
+        session = uow.current_session()
 
         async def compensate() -> None:
             found.append(await session.scalar(shop.COUNT))
 
         connection = await session.connection()
         nested = await connection.begin_nested()
-        after_rollback(compensate)
+        uow.after_rollback(compensate)
         await nested.rollback()
         rows = await session.stream_scalars("SELECT id FROM items")
         found.append(await rows.all())
@@ -332,14 +321,14 @@ async def test_block_that_registers_itself(sqlite: SQLiteBackend) -> None:
         calls.append(len(calls))
         try:
             async with mine:
-                after_commit(again)
+                uow.after_commit(again)
         except TooManyHooksError as error:
             errors.append(error)
 
     async with shop_database(sqlite) as mine:
 
         async def handler() -> None:
-            after_commit(again)
+            uow.after_commit(again)
 
         assert [] == await failures(handler, mine)
     assert 101 == len(calls)
@@ -359,8 +348,8 @@ async def test_hook_whose_name_cannot_be_read(db: Database) -> None:
             raise NotImplementedError
 
     async def handler() -> None:
-        after_commit(Proxy())
-        after_commit(called.append, "second")
+        uow.after_commit(Proxy())
+        uow.after_commit(called.append, "second")
 
     errors = await failures(handler, db)
     assert 1 == len(errors)
@@ -377,7 +366,7 @@ async def test_many_before_commit_hooks(db: Database) -> None:
 
     async def handler() -> None:
         for number in range(3000):
-            before_commit(note, number)
+            uow.before_commit(note, number)
 
     assert [] == await failures(handler, db)
     assert list(range(3000)) == called
@@ -389,13 +378,13 @@ async def test_before_commit_hook_dropped_on_the_way(db: Database) -> None:
     called: list[str] = []
 
     async def handler() -> None:
-        opened = await current_session().begin_nested()
+        opened = await uow.current_session().begin_nested()
 
         async def undo() -> None:
             await opened.rollback()
 
-        before_commit(undo)
-        before_commit(called.append, "dropped")
+        uow.before_commit(undo)
+        uow.before_commit(called.append, "dropped")
 
     await failures(handler, db)
     assert [] == called
@@ -406,10 +395,10 @@ async def test_nothing_is_current_after_a_hook(db: Database) -> None:
     seen: list[object] = []
 
     async def handler() -> None:
-        after_commit(shop.insert, 1)
+        uow.after_commit(shop.insert, 1)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        unit = current_unit_of_work()
+        unit = uow.current_unit_of_work()
         await handler()
         await send({"type": START, "status": 200, "headers": []})
         seen.append(current.get() is unit)
@@ -428,8 +417,8 @@ async def test_read_connection_that_cannot_be_given_back(
     called: list[str] = []
 
     async def handler() -> None:
-        await current_read_session().scalar(shop.COUNT)
-        after_commit(called.append, "hook")
+        await uow.current_read_session().scalar(shop.COUNT)
+        uow.after_commit(called.append, "hook")
         await backend.kill_connections()
 
     await failures(handler, db)
@@ -444,7 +433,7 @@ async def test_task_that_reads_while_hooks_run(db: Database) -> None:
     tasks: list[asyncio.Task[None]] = []
 
     async def read() -> None:
-        session = current_read_session()
+        session = uow.current_read_session()
         async with session.own_lock:
             await session.scalar(shop.COUNT)
             reading.set()
@@ -453,7 +442,7 @@ async def test_task_that_reads_while_hooks_run(db: Database) -> None:
     async def handler() -> None:
         tasks.append(asyncio.create_task(read()))
         await reading.wait()
-        after_commit(go_on.set)
+        uow.after_commit(go_on.set)
 
     errors = await failures(handler, db)
     assert [] == errors
@@ -470,10 +459,10 @@ async def test_listener_that_breaks_giving_back(db: Database) -> None:
         raise ZeroDivisionError
 
     async def handler() -> None:
-        session = current_read_session()
+        session = uow.current_read_session()
         await session.scalar(shop.COUNT)
         event.listen(session.sync_session, "after_transaction_end", fail, once=True)
-        after_commit(called.append, "hook")
+        uow.after_commit(called.append, "hook")
 
     response = await handle(handler, db)
 
@@ -484,7 +473,7 @@ async def test_listener_that_breaks_giving_back(db: Database) -> None:
 
 
 @on("aiosqlite")
-@pytest.mark.parametrize("register", [before_commit, after_commit])
+@pytest.mark.parametrize("register", [uow.before_commit, uow.after_commit])
 async def test_hook_that_does_not_let_itself_be_cancelled(
     db: Database,
     backend: Backend,
@@ -512,7 +501,7 @@ async def test_hook_that_does_not_let_itself_be_cancelled(
     response = await handle(handler, db, hook_timeout=0.01)
 
     error: BaseException | None
-    if register is after_commit:
+    if register is uow.after_commit:
         assert 200 == response.status
         assert [1] == await shop.items(backend)
         error = response.events.only(HookFailed).error

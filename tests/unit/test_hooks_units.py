@@ -10,29 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asgi_uow import (
-    Database,
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_response,
-    after_rollback,
-    before_commit,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-    force_commit,
-    savepoint,
-    set_rollback_only,
-    unit_of_work,
-)
-from asgi_uow.errors import (
-    CommitFailedError,
-    DoomedError,
-    ManagedTransactionError,
-    NestedUnitOfWorkError,
-    TooManyHooksError,
-    UnitOfWorkClosedError,
-)
+import asgi_uow as uow
+from asgi_uow import Database, errors
 from asgi_uow.observers import CommitFailed
 from tests.support import shop
 from tests.support.asgi import endpoint, handle, serve
@@ -42,7 +21,6 @@ from tests.support.private import MOST_BY_HOOKS
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from asgi_uow import UnitOfWork
     from tests.servers.backend import Backend, SQLiteBackend
     from tests.support.asgi import Response
 
@@ -70,7 +48,11 @@ def reports(response: Response) -> list[tuple[str, str, str]]:
     return [(each.phase, each.hook, type(each.error).__name__) for each in failures]
 
 
-REGISTER = [(after_commit, 200), (after_response, 200), (after_rollback, 404)]
+REGISTER = [
+    (uow.after_commit, 200),
+    (uow.after_response, 200),
+    (uow.after_rollback, 404),
+]
 
 
 @pytest.mark.parametrize(("register", "status"), REGISTER)
@@ -78,17 +60,17 @@ async def test_own_unit(
     register: Register, status: int, db: Database, backend: Backend
 ) -> None:
     """Each hook has a session of its own, committed when the hook returns."""
-    units: list[UnitOfWork] = []
+    units: list[uow.UnitOfWork] = []
     inserted: list[object] = []
 
     async def hook(number: int) -> None:
-        units.append(current_unit_of_work())
+        units.append(uow.current_unit_of_work())
         await shop.insert(number)
-        found = await current_read_session().scalars("SELECT id FROM items")
+        found = await uow.current_read_session().scalars("SELECT id FROM items")
         inserted.append(set(found))
 
     def handler() -> None:
-        units.append(current_unit_of_work())
+        units.append(uow.current_unit_of_work())
         register(hook, 1)
         register(hook, 2)
 
@@ -131,9 +113,9 @@ async def test_own_unit_rollback_only(db: Database, backend: Backend) -> None:
 
     async def dry_run() -> None:
         await shop.insert(1)
-        set_rollback_only("dry run")
+        uow.set_rollback_only("dry run")
 
-    response = await call(functools.partial(after_commit, dry_run), db)
+    response = await call(functools.partial(uow.after_commit, dry_run), db)
 
     assert [] == await shop.items(backend)
     assert [] == response.failures
@@ -143,10 +125,10 @@ async def test_own_unit_force(db: Database, backend: Backend) -> None:
     """To force what is committed anyway changes nothing."""
 
     async def hook() -> None:
-        force_commit()
+        uow.force_commit()
         await shop.insert(1)
 
-    await call(functools.partial(after_commit, hook), db)
+    await call(functools.partial(uow.after_commit, hook), db)
     assert [1] == await shop.items(backend)
 
 
@@ -154,8 +136,8 @@ async def test_own_commit_fails(db: Database, backend: Backend) -> None:
     """P5: when the commit of a hook's work fails, that is reported once, by name."""
 
     def handler() -> None:
-        after_commit(shop.insert_then_break_commit, backend, 1)
-        after_commit(shop.insert, 2)
+        uow.after_commit(shop.insert_then_break_commit, backend, 1)
+        uow.after_commit(shop.insert, 2)
 
     response = await call(handler, db)
 
@@ -163,7 +145,7 @@ async def test_own_commit_fails(db: Database, backend: Backend) -> None:
     assert [2] == await shop.items(backend)
     [failure] = response.failures
     assert "insert_then_break_commit" == failure.hook
-    assert isinstance(failure.error, CommitFailedError)
+    assert isinstance(failure.error, errors.CommitFailedError)
     assert CommitFailed not in map(type, response.events)
     assert [0, 0] == checked_out(db)
 
@@ -173,15 +155,15 @@ async def test_own_unit_doomed(db: Database, backend: Backend) -> None:
 
     async def hook() -> None:
         await shop.insert(1)
-        connection = await current_session().connection()
-        with suppress(ManagedTransactionError):
+        connection = await uow.current_session().connection()
+        with suppress(errors.ManagedTransactionError):
             await connection.commit()
 
-    response = await call(functools.partial(after_commit, hook), db)
+    response = await call(functools.partial(uow.after_commit, hook), db)
 
     [failure] = response.failures
-    assert isinstance(failure.error, DoomedError)
-    assert isinstance(failure.error.__cause__, ManagedTransactionError)
+    assert isinstance(failure.error, errors.DoomedError)
+    assert isinstance(failure.error.__cause__, errors.ManagedTransactionError)
     assert [] == await shop.items(backend)
 
 
@@ -192,11 +174,11 @@ async def test_block_in_a_hook(db: Database, backend: Backend) -> None:
     async def hook() -> None:
         async with db:
             await shop.insert(1)
-            after_commit(called.append, "inner")
+            uow.after_commit(called.append, "inner")
         assert ["inner"] == called
         await shop.insert(2)
 
-    response = await call(functools.partial(after_commit, hook), db)
+    response = await call(functools.partial(uow.after_commit, hook), db)
 
     assert [] == response.failures
     assert [1, 2] == await shop.items(backend)
@@ -209,11 +191,11 @@ async def test_block_in_a_hook_that_uses_its_session(
 
     async def hook() -> None:
         await shop.insert(1)
-        with pytest.raises(NestedUnitOfWorkError):
+        with pytest.raises(errors.NestedUnitOfWorkError):
             async with db:
                 raise NotImplementedError
 
-    response = await call(functools.partial(after_commit, hook), db)
+    response = await call(functools.partial(uow.after_commit, hook), db)
 
     assert [] == response.failures
     assert [1] == await shop.items(backend)
@@ -226,11 +208,11 @@ async def test_independent_block_in_a_hook(backend: Backend) -> None:
 
         async def hook() -> None:
             await shop.insert(1)
-            async with unit_of_work(db, independent=True):
+            async with uow.unit_of_work(db, independent=True):
                 await shop.insert(2)
             raise LookupError
 
-        await call(functools.partial(after_commit, hook), db)
+        await call(functools.partial(uow.after_commit, hook), db)
 
     assert [2] == await shop.items(backend)
 
@@ -244,12 +226,14 @@ async def test_databases_of_the_unit_around(
 
         async def hook() -> None:
             await shop.insert(1)
-            await current_session(outer).execute("INSERT INTO items (id) VALUES (2)")
+            await uow.current_session(outer).execute(
+                "INSERT INTO items (id) VALUES (2)"
+            )
 
         async def handler() -> None:
-            after_commit(hook)
+            uow.after_commit(hook)
 
-        app = UnitOfWorkMiddleware(endpoint(handler), inner)
+        app = uow.UnitOfWorkMiddleware(endpoint(handler), inner)
         await serve(app, outer)
 
     assert [1] == await shop.items(backend)
@@ -263,14 +247,14 @@ async def test_after_the_hook(db: Database) -> None:
 
     async def leaked() -> None:
         await go_on.wait()
-        current_session()
+        uow.current_session()
 
     async def hook() -> None:
         tasks.append(asyncio.create_task(leaked()))
 
-    await call(functools.partial(after_commit, hook), db)
+    await call(functools.partial(uow.after_commit, hook), db)
     go_on.set()
-    with pytest.raises(UnitOfWorkClosedError):
+    with pytest.raises(errors.UnitOfWorkClosedError):
         await tasks[0]
 
 
@@ -282,11 +266,11 @@ async def test_in_memory() -> None:
     found: list[object] = []
 
     async def read() -> None:
-        found.append(await current_read_session().scalar("SELECT id FROM items"))
+        found.append(await uow.current_read_session().scalar("SELECT id FROM items"))
 
     def handler() -> None:
-        after_commit(shop.insert, 1)
-        after_response(read)
+        uow.after_commit(shop.insert, 1)
+        uow.after_response(read)
 
     response = await call(handler, db)
     assert [] == response.failures
@@ -298,7 +282,9 @@ async def test_in_memory() -> None:
 
 
 @on("aiosqlite")
-@pytest.mark.parametrize("register", [before_commit, after_commit, after_response])
+@pytest.mark.parametrize(
+    "register", [uow.before_commit, uow.after_commit, uow.after_response]
+)
 @pytest.mark.parametrize("fails", [False, True])
 async def test_registering_in_hooks(
     register: Register, fails: bool, db: Database
@@ -309,7 +295,7 @@ async def test_registering_in_hooks(
     async def hook() -> None:
         called.append("first")
         register(called.append, "registered")
-        if fails and register is not before_commit:
+        if fails and register is not uow.before_commit:
             raise LookupError
 
     def handler() -> None:
@@ -329,17 +315,17 @@ async def test_registering_for_a_later_phase(db: Database) -> None:
 
     async def last() -> None:
         called.append("last")
-        after_commit(called.append, "the commit is proven still")
+        uow.after_commit(called.append, "the commit is proven still")
 
     async def middle() -> None:
         called.append("middle")
-        after_response(last)
+        uow.after_response(last)
 
     async def first() -> None:
         called.append("first")
-        after_commit(middle)
+        uow.after_commit(middle)
 
-    await call(functools.partial(before_commit, first), db)
+    await call(functools.partial(uow.before_commit, first), db)
 
     assert ["first", "middle", "last", "the commit is proven still"] == called
 
@@ -353,11 +339,11 @@ async def test_registering_after_a_rollback(
 
     async def compensate() -> None:
         await shop.insert(1)
-        after_rollback(called.append, "rolled back too")
-        after_commit(called.append, "compensated")
-        after_response(called.append, "and released")
+        uow.after_rollback(called.append, "rolled back too")
+        uow.after_commit(called.append, "compensated")
+        uow.after_response(called.append, "and released")
 
-    await call(functools.partial(after_rollback, compensate), db, 404)
+    await call(functools.partial(uow.after_rollback, compensate), db, 404)
 
     assert ["compensated", "and released", "rolled back too"] == called
     assert [1] == await shop.items(backend)
@@ -369,14 +355,14 @@ async def test_rollback_of_a_hook(db: Database, backend: SQLiteBackend) -> None:
     called: list[str] = []
 
     async def hook(*, fails: bool) -> None:
-        after_rollback(called.append, f"fails: {fails}")
+        uow.after_rollback(called.append, f"fails: {fails}")
         await shop.insert(1)
         if fails:
             raise LookupError
 
     def handler() -> None:
-        after_commit(hook, fails=True)
-        after_commit(hook, fails=False)
+        uow.after_commit(hook, fails=True)
+        uow.after_commit(hook, fails=False)
 
     await call(handler, db)
 
@@ -390,15 +376,15 @@ async def test_savepoint_in_a_hook(db: Database, backend: Backend) -> None:
 
     async def hook() -> None:
         with suppress(LookupError):
-            async with savepoint():
+            async with uow.savepoint():
                 await shop.insert(1)
-                after_commit(called.append, "undone")
+                uow.after_commit(called.append, "undone")
                 raise LookupError
-        async with savepoint():
+        async with uow.savepoint():
             await shop.insert(2)
-            after_commit(called.append, "kept")
+            uow.after_commit(called.append, "kept")
 
-    await call(functools.partial(after_commit, hook), db)
+    await call(functools.partial(uow.after_commit, hook), db)
 
     assert ["kept"] == called
     assert [2] == await shop.items(backend)
@@ -419,7 +405,7 @@ async def test_too_many(register: Register, status: int, db: Database) -> None:
     assert status == response.status
     assert MOST_BY_HOOKS + 1 == len(calls)
     [failure] = response.failures
-    assert isinstance(failure.error, TooManyHooksError)
+    assert isinstance(failure.error, errors.TooManyHooksError)
     assert "register itself again" in str(failure.error)
 
 
@@ -428,17 +414,17 @@ async def test_too_many_before_commit(db: Database, backend: SQLiteBackend) -> N
     """In the transaction the 101st has everything rolled back."""
 
     async def again() -> None:
-        before_commit(again)
+        uow.before_commit(again)
 
     async def handler() -> None:
         await shop.insert(1)
-        before_commit(again)
+        uow.before_commit(again)
 
     response = await handle(handler, db)
 
     assert 500 == response.status
     assert response.error is not None
-    assert isinstance(response.error.__cause__, TooManyHooksError)
+    assert isinstance(response.error.__cause__, errors.TooManyHooksError)
     assert [] == await shop.items(backend)
 
 
@@ -449,7 +435,7 @@ async def test_no_limit_for_handlers(db: Database) -> None:
 
     def handler() -> None:
         for number in range(3 * MOST_BY_HOOKS):
-            after_commit(called.append, number)
+            uow.after_commit(called.append, number)
 
     await call(handler, db)
 
@@ -568,8 +554,8 @@ async def test_p5_hanging_thread(db: Database) -> None:
     called: list[str] = []
 
     def handler() -> None:
-        after_commit(go_on.wait, 60)
-        after_commit(called.append, "after")
+        uow.after_commit(go_on.wait, 60)
+        uow.after_commit(called.append, "after")
 
     response = await call(handler, db, hook_timeout=0.5)
 
@@ -586,7 +572,9 @@ async def test_p5_hanging_with_a_session(db: Database, backend: Backend) -> None
         await shop.insert(1)
         await hang()
 
-    response = await call(functools.partial(after_commit, work), db, hook_timeout=1.0)
+    response = await call(
+        functools.partial(uow.after_commit, work), db, hook_timeout=1.0
+    )
 
     assert 200 == response.status
     assert ["TimeoutError"] == [kind for _, _, kind in reports(response)]

@@ -8,21 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    after_commit,
-    after_response,
-    after_rollback,
-    before_commit,
-    current_session,
-    current_unit_of_work,
-    set_rollback_only,
-)
+import asgi_uow as uow
 from asgi_uow.errors import ManagedTransactionError
 from tests.support import shop
 from tests.support.asgi import handle
-from tests.support.databases import SERVERS, on
+from tests.support.databases import SERVERS, behind_proxy, is_commit, on
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -39,18 +29,18 @@ async def fail() -> None:
 
 
 async def rollback_only() -> None:
-    set_rollback_only("a dry run")
+    uow.set_rollback_only("a dry run")
 
 
 async def doom() -> None:
     """What gives the transaction up on every database, swallowed."""
-    connection = await current_session().connection()
+    connection = await uow.current_session().connection()
     with suppress(ManagedTransactionError):
         await connection.commit()
 
 
 async def refuse() -> None:
-    before_commit(fail)
+    uow.before_commit(fail)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,23 +50,19 @@ class Case:
     status: int
     handler: Callable[[], Awaitable[None]] = nothing
     cut: bool = False
-    outcome: Outcome = Outcome.ROLLED_BACK
+    outcome: uow.Outcome = uow.Outcome.ROLLED_BACK
 
 
 CASES = {
-    "redirect": Case(303, outcome=Outcome.COMMITTED),
+    "redirect": Case(303, outcome=uow.Outcome.COMMITTED),
     "4xx": Case(404),
     "5xx": Case(503),
     "exception": Case(200, fail),
     "rollback-only": Case(200, rollback_only),
     "doomed": Case(200, doom),
     "before_commit hook fails": Case(200, refuse),
-    "answer to COMMIT lost": Case(200, cut=True, outcome=Outcome.UNKNOWN),
+    "answer to COMMIT lost": Case(200, cut=True, outcome=uow.Outcome.UNKNOWN),
 }
-
-
-def is_commit(trip: str) -> bool:
-    return trip == "COMMIT"
 
 
 @on(*SERVERS)
@@ -86,30 +72,24 @@ async def test_p3_no_hook_without_a_commit(case: str, backend: ServerBackend) ->
 
     After a proven rollback after_rollback is, and while nobody knows none of them.
     """
-    await shop.create(backend)
     end = CASES[case]
     called: list[str] = []
-    outcomes: list[Callable[[], Outcome | None]] = []
 
     async def handler() -> None:
-        unit = current_unit_of_work()
-        outcomes.append(lambda: unit.outcome)
         await shop.insert(1)
-        for register in (after_commit, after_response, after_rollback):
+        for register in (uow.after_commit, uow.after_response, uow.after_rollback):
             register(called.append, register.__name__)
         await end.handler()
 
-    async with backend.proxy() as proxy:
-        db = Database.from_url(backend.through(proxy.port))
+    async with behind_proxy(backend) as (db, proxy):
         if end.cut:
             proxy.cut_after(is_commit)
-        await handle(handler, db, status=end.status)
-        await db.dispose()
+        response = await handle(handler, db, status=end.status)
 
     expected = {
-        Outcome.COMMITTED: ["after_commit", "after_response"],
-        Outcome.ROLLED_BACK: ["after_rollback"],
-        Outcome.UNKNOWN: [],
+        uow.Outcome.COMMITTED: ["after_commit", "after_response"],
+        uow.Outcome.ROLLED_BACK: ["after_rollback"],
+        uow.Outcome.UNKNOWN: [],
     }
-    assert end.outcome is outcomes[0]()
+    assert end.outcome is response.unit.outcome
     assert expected[end.outcome] == called

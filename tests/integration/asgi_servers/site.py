@@ -17,15 +17,8 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 
-from asgi_uow import (
-    Database,
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_rollback,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.errors import NoUnitOfWorkError
 from tests.support import shop
 
@@ -68,22 +61,22 @@ async def insert(request: Request) -> None:
     """Insert an item, and do what the query asks for."""
     number = request.path_params["number"]
     query = request.query_params
-    after_commit(tell, str(number), "committed")
-    after_rollback(tell, str(number), "rolled back")
+    uow.after_commit(tell, str(number), "committed")
+    uow.after_rollback(tell, str(number), "rolled back")
     await shop.insert(number)
     if "broken" in query:
         statement = "UPDATE items SET parent = 404 WHERE id = :number"
-        await current_session().execute(statement, number=number)
+        await uow.current_session().execute(statement, number=number)
     if "hold" in query:
         await pass_gate(int(query["hold"]))
     if "hold_commit" in query:
-        connection = await current_session().connection()
+        connection = await uow.current_session().connection()
         connection.info[GATE] = int(query["hold_commit"])
 
 
 async def item(request: Request) -> Response:
     """Insert an item; say whether the unit was untouched, and nobody else's."""
-    unit = current_unit_of_work()
+    unit = uow.current_unit_of_work()
     is_new = unit.state.value == "new" and unit not in units
     units.append(unit)
     await insert(request)
@@ -100,7 +93,7 @@ async def stream(request: Request) -> Response:
     async def chunks() -> AsyncIterator[str]:
         yield "kept: "
         count = "SELECT count(*) FROM items WHERE id = :number"
-        yield str(await current_read_session().scalar(count, number=number))
+        yield str(await uow.current_read_session().scalar(count, number=number))
         await pass_gate(port)
         yield "."
 
@@ -112,7 +105,7 @@ async def feed(websocket: WebSocket) -> None:
     await websocket.accept()
     async for message in websocket.iter_text():
         try:
-            current_session()
+            uow.current_session()
         except NoUnitOfWorkError as error:
             async with db:
                 await shop.insert(int(message))
@@ -148,4 +141,4 @@ app = Starlette(
         WebSocketRoute("/feed", feed),
     ]
 )
-app.add_middleware(UnitOfWorkMiddleware, db)
+app.add_middleware(uow.UnitOfWorkMiddleware, db)

@@ -14,16 +14,8 @@ import anyio
 import pytest
 from sqlalchemy import event
 
-from asgi_uow import (
-    CausalReads,
-    Database,
-    UnitOfWorkMiddleware,
-    after_commit,
-    current_read_session,
-    current_session,
-    parallel_read,
-    unit_of_work,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.observers import Event, ReaderBehind, ReaderFailed
 from tests.servers import eventually
 from tests.support import shop
@@ -44,7 +36,7 @@ class Client:
     """A browser: it keeps the cookie that it is given."""
 
     def __init__(
-        self, cluster: Cluster, causal_reads: CausalReads | None, **options: Any
+        self, cluster: Cluster, causal_reads: uow.CausalReads | None, **options: Any
     ) -> None:
         replicas = [cluster.at(server) for server in cluster.replicas]
         self.db = Database.from_url(
@@ -55,7 +47,7 @@ class Client:
         self.events: list[Event] = []
         self.found: list[object] = []
         self.cookie = b""
-        self._app = UnitOfWorkMiddleware(
+        self._app = uow.UnitOfWorkMiddleware(
             self._serve,
             self.db,
             causal_reads=causal_reads,
@@ -75,7 +67,9 @@ class Client:
                 pass
             case _:
                 sql = "SELECT count(*) FROM items WHERE id = :id"
-                self.found.append(await current_read_session().scalar(sql, id=number))
+                self.found.append(
+                    await uow.current_read_session().scalar(sql, id=number)
+                )
         await respond(send, status)
 
     async def send(self, method: str, number: int) -> Response:
@@ -101,7 +95,7 @@ async def make(cluster: Cluster) -> AsyncIterator[Callable[..., Client]]:
     await cluster.wait_until_applied()
     clients: list[Client] = []
 
-    def make(causal_reads: CausalReads | None = None, **options: Any) -> Client:
+    def make(causal_reads: uow.CausalReads | None = None, **options: Any) -> Client:
         clients.append(Client(cluster, causal_reads, **options))
         return clients[-1]
 
@@ -120,7 +114,7 @@ async def test_own_writes_with_the_appliers_stopped(
 ) -> None:
     """200 of 200 writes are seen by the next request, without the option none."""
     await stop_appliers(cluster)
-    careful = make(CausalReads(SECRET, wait=0.01))
+    careful = make(uow.CausalReads(SECRET, wait=0.01))
     careless = make()
 
     assert PAIRS == await careful.pairs(range(PAIRS))
@@ -133,7 +127,7 @@ async def test_own_writes_while_the_appliers_run(
     cluster: Cluster, make: Callable[..., Client]
 ) -> None:
     """With replicas that keep up, all 200 are seen, and read on the replicas."""
-    client = make(CausalReads(SECRET, wait=10))
+    client = make(uow.CausalReads(SECRET, wait=10))
 
     assert PAIRS == await client.pairs(range(PAIRS))
     assert ReaderBehind not in map(type, client.events)
@@ -143,7 +137,7 @@ async def test_waits_for_an_applier(
     cluster: Cluster, make: Callable[..., Client]
 ) -> None:
     """A read waits until a replica has got there, and reads it there."""
-    client = make(CausalReads(SECRET, wait=30))
+    client = make(uow.CausalReads(SECRET, wait=30))
     await stop_appliers(cluster)
     await client.send("POST", 1)
 
@@ -160,7 +154,7 @@ async def test_waits_before_the_snapshot(
     cluster: Cluster, make: Callable[..., Client]
 ) -> None:
     """What was applied during the wait is in the snapshot of all reads."""
-    client = make(CausalReads(SECRET, wait=30), read_isolation="REPEATABLE READ")
+    client = make(uow.CausalReads(SECRET, wait=30), read_isolation="REPEATABLE READ")
     await stop_appliers(cluster)
     await client.send("POST", 1)
     asked: list[str] = []
@@ -186,7 +180,7 @@ async def test_waits_before_the_snapshot(
 
 async def test_stamped_only_after_a_write(make: Callable[..., Client]) -> None:
     """Who only reads, or whose work is not kept, gets no token."""
-    client = make(CausalReads(SECRET))
+    client = make(uow.CausalReads(SECRET))
     for method, stamped in (("GET", 0), ("PUT", 0), ("HEAD", 0), ("POST", 1)):
         response = await client.send(method, 1)
         assert stamped == len(response.messages[0]["headers"])
@@ -194,7 +188,7 @@ async def test_stamped_only_after_a_write(make: Callable[..., Client]) -> None:
 
 async def test_cookie(make: Callable[..., Client]) -> None:
     """The token is a cookie that scripts and other sites do not get."""
-    client = make(CausalReads(SECRET, max_age=90, cookie="seen"))
+    client = make(uow.CausalReads(SECRET, max_age=90, cookie="seen"))
     response = await client.send("POST", 1)
     [(_, value)] = response.messages[0]["headers"]
     morsel = SimpleCookie(value.decode())["seen"]
@@ -208,7 +202,7 @@ async def test_cookie(make: Callable[..., Client]) -> None:
 
 async def test_tampered(cluster: Cluster, make: Callable[..., Client]) -> None:
     """A token that is not ours is nothing at all: the replica is read at once."""
-    client = make(CausalReads(SECRET, wait=30))
+    client = make(uow.CausalReads(SECRET, wait=30))
     await stop_appliers(cluster)
     await client.send("POST", 1)
     name, _, token = client.cookie.partition(b"=")
@@ -229,12 +223,12 @@ async def test_hooks_see_what_was_committed(
     seen: list[object] = []
 
     async def hook() -> None:
-        assert current_session() is not current_read_session()
-        seen.append(await current_read_session().scalar("SELECT id FROM items"))
+        assert uow.current_session() is not uow.current_read_session()
+        seen.append(await uow.current_read_session().scalar("SELECT id FROM items"))
 
     async with db:
         await shop.insert(1)
-        after_commit(hook)
+        uow.after_commit(hook)
 
     assert [1] == seen
 
@@ -243,7 +237,7 @@ async def test_position_that_cannot_be_learnt(
     cluster: Cluster, make: Callable[..., Client]
 ) -> None:
     """Then the client reads from the writer for a while; the write stays a success."""
-    client = make(CausalReads(SECRET, wait=30))
+    client = make(uow.CausalReads(SECRET, wait=30))
     await stop_appliers(cluster)
     await client.db.read_engine.dispose()
     engine = client.db.read_engine.sync_engine
@@ -264,13 +258,13 @@ async def test_parallel_reads_see_it_too(mariadb_cluster: Cluster) -> None:
     """Tasks that read at once go to one server, which is not behind."""
     await shop.create(mariadb_cluster.backend)
     await mariadb_cluster.wait_until_applied()
-    client = Client(mariadb_cluster, CausalReads(SECRET, wait=5))
+    client = Client(mariadb_cluster, uow.CausalReads(SECRET, wait=5))
     await mariadb_cluster.stop_applier(0)
     await client.send("POST", 1)
     found: set[tuple[object, ...]] = set()
 
     async def read() -> None:
-        async with parallel_read() as session:
+        async with uow.parallel_read() as session:
             rows = await session.execute("SELECT count(*), @@port FROM items")
             found.add(tuple(rows.one()))
 
@@ -278,8 +272,8 @@ async def test_parallel_reads_see_it_too(mariadb_cluster: Cluster) -> None:
         await asyncio.gather(*(read() for _ in range(4)))
         await respond(send)
 
-    wrapped = UnitOfWorkMiddleware(
-        app, client.db, causal_reads=CausalReads(SECRET, wait=5)
+    wrapped = uow.UnitOfWorkMiddleware(
+        app, client.db, causal_reads=uow.CausalReads(SECRET, wait=5)
     )
     for _ in range(5):
         found.clear()
@@ -294,19 +288,21 @@ async def test_cancelled_while_waiting(
     cluster: Cluster, make: Callable[..., Client]
 ) -> None:
     """A read that follows one that was cancelled while it waited is not stale."""
-    client = make(CausalReads(SECRET, wait=0.3))
+    client = make(uow.CausalReads(SECRET, wait=0.3))
     await stop_appliers(cluster)
     await client.send("POST", 1)
     found: list[object] = []
 
     async def app(_: Scope, __: Receive, send: Send) -> None:
         with anyio.move_on_after(0.05):
-            await current_read_session().scalar("SELECT 1")
-        found.append(await current_read_session().scalar("SELECT count(*) FROM items"))
+            await uow.current_read_session().scalar("SELECT 1")
+        found.append(
+            await uow.current_read_session().scalar("SELECT count(*) FROM items")
+        )
         await respond(send)
 
-    wrapped = UnitOfWorkMiddleware(
-        app, client.db, causal_reads=CausalReads(SECRET, wait=0.3)
+    wrapped = uow.UnitOfWorkMiddleware(
+        app, client.db, causal_reads=uow.CausalReads(SECRET, wait=0.3)
     )
     scope = http_scope(headers=[(b"cookie", client.cookie)])
     assert 200 == (await request(wrapped, scope=scope)).status
@@ -315,7 +311,7 @@ async def test_cancelled_while_waiting(
 
 async def test_units_inside(cluster: Cluster, make: Callable[..., Client]) -> None:
     """What hooks and blocks inside a request write is in its token; they see it."""
-    client = make(CausalReads(SECRET, wait=0.01))
+    client = make(uow.CausalReads(SECRET, wait=0.01))
     db = client.db
     await stop_appliers(cluster)
     count = "SELECT count(*) FROM items"
@@ -328,15 +324,17 @@ async def test_units_inside(cluster: Cluster, make: Callable[..., Client]) -> No
 
     async def app(scope: Scope, _: Receive, send: Send) -> None:
         if scope["method"] == "POST":
-            async with unit_of_work(db, independent=True):
+            async with uow.unit_of_work(db, independent=True):
                 await shop.insert(1)
-            after_commit(hook)
+            uow.after_commit(hook)
         else:
-            async with unit_of_work(db, independent=True):
+            async with uow.unit_of_work(db, independent=True):
                 found.append(await db.read.scalar(count))
         await respond(send)
 
-    wrapped = UnitOfWorkMiddleware(app, db, causal_reads=CausalReads(SECRET, wait=0.01))
+    wrapped = uow.UnitOfWorkMiddleware(
+        app, db, causal_reads=uow.CausalReads(SECRET, wait=0.01)
+    )
     response = await request(wrapped, scope=http_scope(method="POST"))
     assert [1] == found
     scope = http_scope(headers=[(b"cookie", response.cookie)])
@@ -348,7 +346,7 @@ async def test_frozen_replica(postgresql_cluster: Cluster) -> None:
     """A replica that does not answer at all is waited for no longer than said."""
     await shop.create(postgresql_cluster.backend)
     await postgresql_cluster.wait_until_applied()
-    client = Client(postgresql_cluster, CausalReads(SECRET, wait=0.2))
+    client = Client(postgresql_cluster, uow.CausalReads(SECRET, wait=0.2))
     await client.send("POST", 1)
     await client.send("GET", 1)
     [replica] = postgresql_cluster.replicas

@@ -135,8 +135,7 @@ async def _hold(column: C_contra, fact: Row[C_contra]) -> None:
 
 
 def main(
-    arguments: Sequence[str] | None = None,
-    matrices: Sequence[Matrix[Any]] = MATRICES,
+    arguments: Sequence[str] | None = None, matrices: Sequence[Matrix[Any]] = MATRICES
 ) -> int:
     """Run the facts and print the tables; 1 if one does not hold."""
     parser = argparse.ArgumentParser(

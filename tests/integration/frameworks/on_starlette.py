@@ -75,10 +75,7 @@ class StarletteAdapter(Adapter):
 
 
 def with_middleware(
-    app: Starlette,
-    site: Site,
-    databases: tuple[Database, ...],
-    options: dict[str, Any],
+    app: Starlette, site: Site, databases: tuple[Database, ...], options: dict[str, Any]
 ) -> ASGIApp:
     """Add the middleware to Starlette, or FastAPI; the last one is outermost."""
     if site.middleware is not None:

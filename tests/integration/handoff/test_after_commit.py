@@ -14,11 +14,7 @@ from celery.signals import (  # type: ignore[import-untyped]  # has no type hint
 )
 from redis.asyncio import Redis
 
-from asgi_uow import (
-    Database,
-    after_commit,
-    set_rollback_only,
-)
+from asgi_uow import Database, after_commit, set_rollback_only
 from asgi_uow.observers import HookFailed
 from tests.integration.handoff.queues import Broker, CeleryOnRedis, Taskiq
 from tests.servers.process import HOST, free_port

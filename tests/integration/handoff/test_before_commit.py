@@ -6,14 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    before_commit,
-    current_session,
-    savepoint,
-    set_rollback_only,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.errors import BeforeCommitError
 from tests.integration.handoff.queues import JobTable, PgQueuer
 from tests.support import shop
@@ -56,8 +50,8 @@ async def test_commit(
 
     async def handler() -> None:
         await shop.insert(7)
-        before_commit(job_table.enqueue, 7)
-        before_commit(look_in_between)
+        uow.before_commit(job_table.enqueue, 7)
+        uow.before_commit(look_in_between)
 
     response = await handle(handler, db, status=201, probe=look)
 
@@ -71,7 +65,7 @@ async def go_on(_: PostgreSQLBackend) -> None:
 
 
 async def refuse(_: PostgreSQLBackend) -> None:
-    set_rollback_only("a dry run")
+    uow.set_rollback_only("a dry run")
 
 
 async def fail_in_handler(_: PostgreSQLBackend) -> None:
@@ -79,7 +73,7 @@ async def fail_in_handler(_: PostgreSQLBackend) -> None:
 
 
 async def fail_in_hook(_: PostgreSQLBackend) -> None:
-    before_commit(fail)
+    uow.before_commit(fail)
 
 
 async def break_commit(backend: PostgreSQLBackend) -> None:
@@ -107,7 +101,7 @@ async def test_rollback(
 
     async def handler() -> None:
         await shop.insert(7)
-        before_commit(job_table.enqueue, 7)
+        uow.before_commit(job_table.enqueue, 7)
         await step(job_backend)
 
     await handle(handler, db, status=status)
@@ -126,12 +120,12 @@ async def test_hooks_come_before_the_flush(
     new: list[int] = []
 
     async def enqueue() -> None:
-        new.append(len(current_session().new))
+        new.append(len(uow.current_session().new))
         await job_table.enqueue(7)
 
     async with db:
-        current_session().add(shop.Item(id=7))
-        before_commit(enqueue)
+        uow.current_session().add(shop.Item(id=7))
+        uow.before_commit(enqueue)
 
     assert [1] == new
     assert [7] == await shop.items(job_backend)
@@ -144,12 +138,12 @@ async def test_first_statement(
     """A job that is all a unit of work does is rolled back with it."""
     with pytest.raises(BeforeCommitError):
         async with db:
-            before_commit(job_table.enqueue, 7)
-            before_commit(fail)
+            uow.before_commit(job_table.enqueue, 7)
+            uow.before_commit(fail)
     assert [] == await job_table.numbers(job_backend)
 
     async with db:
-        before_commit(job_table.enqueue, 8)
+        uow.before_commit(job_table.enqueue, 8)
     assert [8] == await job_table.numbers(job_backend)
 
 
@@ -163,8 +157,8 @@ async def test_asyncpg_begins_nothing(
     """
     with pytest.raises(BeforeCommitError):
         async with db:
-            before_commit(job_table.enqueue_at_once, 7)
-            before_commit(fail)
+            uow.before_commit(job_table.enqueue_at_once, 7)
+            uow.before_commit(fail)
     assert [7] == await job_table.numbers(job_backend)
 
 
@@ -173,11 +167,11 @@ async def test_refused_job(
 ) -> None:
     """An error of the queue that leaves the hook has nothing kept."""
     async with db:
-        before_commit(job_table.enqueue, 7, only_once="the one")
+        uow.before_commit(job_table.enqueue, 7, only_once="the one")
     with pytest.raises(BeforeCommitError) as caught:
         async with db:
             await shop.insert(8)
-            before_commit(job_table.enqueue, 8, only_once="the one")
+            uow.before_commit(job_table.enqueue, 8, only_once="the one")
 
     assert isinstance(caught.value.__cause__, job_table.duplicate)
     assert [] == await shop.items(job_backend)
@@ -191,15 +185,15 @@ async def test_refused_job_in_a_savepoint(
 
     async def enqueue_unless_there(number: int) -> None:
         with pytest.raises(job_table.duplicate):
-            async with savepoint():
+            async with uow.savepoint():
                 await job_table.enqueue(number, only_once="the one")
 
     async with db:
-        before_commit(job_table.enqueue, 7, only_once="the one")
+        uow.before_commit(job_table.enqueue, 7, only_once="the one")
     async with db as unit:
         await shop.insert(8)
-        before_commit(enqueue_unless_there, 8)
+        uow.before_commit(enqueue_unless_there, 8)
 
-    assert Outcome.COMMITTED is unit.outcome
+    assert uow.Outcome.COMMITTED is unit.outcome
     assert [8] == await shop.items(job_backend)
     assert [7] == await job_table.numbers(job_backend)

@@ -25,18 +25,8 @@ from sanic import (
 from sanic.exceptions import NotFound
 from sanic.response import ResponseStream, file_stream
 
-from asgi_uow import (
-    after_commit,
-    after_rollback,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-)
-from asgi_uow.errors import (
-    AsgiUowError,
-    NestedUnitOfWorkError,
-    UnitOfWorkFailedError,
-)
+import asgi_uow as uow
+from asgi_uow.errors import AsgiUowError, NestedUnitOfWorkError, UnitOfWorkFailedError
 from asgi_uow.sanic import setup
 from tests.promises.faults.mortal import checked_out
 from tests.support import shop
@@ -58,24 +48,24 @@ units: list[object] = []
 async def note(what: str, number: int) -> None:
     """Write a row in the unit of a hook."""
     statement = "INSERT INTO notes (what, number) VALUES (:what, :number)"
-    await current_session().execute(statement, what=what, number=number)
+    await uow.current_session().execute(statement, what=what, number=number)
 
 
 async def insert(request: Incoming, number: int) -> None:
     """Insert an item; with `?broken=1` so that COMMIT fails."""
-    after_commit(note, "committed", number)
-    after_rollback(note, "rolled back", number)
+    uow.after_commit(note, "committed", number)
+    uow.after_rollback(note, "rolled back", number)
     await shop.insert(number)
     if "broken" in request.args:
         statement = "UPDATE items SET parent = 404 WHERE id = :number"
-        await current_session().execute(statement, number=number)
+        await uow.current_session().execute(statement, number=number)
 
 
 @app.main_process_ready
 async def connect_before_the_fork(_: Any) -> None:
     """Leave a connection in the pool of the process that starts the workers."""
     async with db:
-        await current_session().execute("SELECT 1")
+        await uow.current_session().execute("SELECT 1")
 
 
 # Every way to answer
@@ -179,7 +169,7 @@ for blueprint in (mine, liar):
 @app.get("/unit")
 async def unit(_: Incoming) -> HTTPResponse:
     """Say whether this unit is untouched, and nobody else's."""
-    mine = current_unit_of_work()
+    mine = uow.current_unit_of_work()
     is_new = mine.state.value == "new" and mine not in units
     units.append(mine)
     return json(is_new)
@@ -196,7 +186,7 @@ async def stream_and_hang(request: Incoming, number: int) -> None:
     await insert(request, number)
     response: Any = await request.respond(content_type="text/plain")
     await response.send("one ")
-    await current_read_session().execute("SELECT 1")
+    await uow.current_read_session().execute("SELECT 1")
     await asyncio.Event().wait()
 
 
@@ -205,14 +195,14 @@ async def stream_and_crash(request: Incoming, number: int) -> None:
     await insert(request, number)
     response: Any = await request.respond(content_type="text/plain")
     await response.send("one ")
-    await current_session().execute("SELECT 1")
+    await uow.current_session().execute("SELECT 1")
 
 
 def what_is_raised() -> str:
     """Ask for the session of a request where there is none."""
     raised = "nothing"
     try:
-        current_session()
+        uow.current_session()
     except AsgiUowError as error:
         raised = type(error).__name__
     return raised
@@ -248,7 +238,7 @@ async def beside(request: Incoming, number: int) -> HTTPResponse:
         request.app.add_task(go_on())
 
     await request.app.add_task(go_on())
-    after_commit(start)
+    uow.after_commit(start)
     return json(raised)
 
 
@@ -293,7 +283,7 @@ async def state(_: Incoming) -> HTTPResponse:
             "checked_out": checked_out(db),
             "is_ctx_db": app.ctx.db is db,
             "pid": os.getpid(),
-        },
+        }
     )
 
 

@@ -15,18 +15,9 @@ import pytest
 from sanic import Request, Sanic, text
 from sanic.exceptions import ServiceUnavailable
 
-from asgi_uow import (
-    CausalReads,
-    Database,
-    UnitOfWorkMiddleware,
-    current_session,
-    current_unit_of_work,
-)
-from asgi_uow.errors import (
-    CommitFailedError,
-    ConfigurationError,
-    UnitOfWorkFailedError,
-)
+import asgi_uow as uow
+from asgi_uow import Database
+from asgi_uow.errors import CommitFailedError, ConfigurationError, UnitOfWorkFailedError
 from asgi_uow.observers import UnitFinished
 from asgi_uow.sanic import setup
 from tests.servers.process import HOST, free_port
@@ -85,8 +76,10 @@ async def test_several_databases(
     async with shop_database(postgresql) as other:
 
         async def handler(request: Request[Any, Any]) -> HTTPResponse:
-            assert (db, other) == current_unit_of_work().databases
-            await current_session(other).execute("INSERT INTO items (id) VALUES (2)")
+            assert (db, other) == uow.current_unit_of_work().databases
+            await uow.current_session(other).execute(
+                "INSERT INTO items (id) VALUES (2)"
+            )
             return await insert(request)
 
         app.add_route(handler, "/")
@@ -109,8 +102,8 @@ async def test_options(db: Database, backend: Backend, app: Sanic[Any, Any]) -> 
         return False
 
     async def handler(request: Request[Any, Any]) -> HTTPResponse:
-        options = current_unit_of_work().options
-        seen.append((options.commit_timeout, options.hook_timeout))
+        settings = uow.current_unit_of_work().options
+        seen.append((settings.commit_timeout, settings.hook_timeout))
         return await insert(request)
 
     app.add_route(handler, "/")
@@ -135,7 +128,7 @@ def test_options_are_those_of_the_middleware() -> None:
     """Only who answers a failure is Sanic's to say."""
     options, others = (
         {name for name, each in found.parameters.items() if each.kind is KEYWORD_ONLY}
-        for found in (signature(UnitOfWorkMiddleware), signature(setup))
+        for found in (signature(uow.UnitOfWorkMiddleware), signature(setup))
     )
     assert {"error_app"} == options ^ others
 
@@ -157,13 +150,13 @@ async def test_causal_reads(
         return None if streams else response
 
     async def read(_: Request[Any, Any]) -> HTTPResponse:
-        brought.append(bool(current_unit_of_work().must_see.positions))
+        brought.append(bool(uow.current_unit_of_work().must_see.positions))
         return text("ok")
 
     app.add_route(write, "/", methods=["POST"])
     app.add_route(read, "/")
     async with shop_database(postgresql, read_urls=[postgresql.url]) as db:
-        setup(app, db, causal_reads=CausalReads("a secret of many bytes"))
+        setup(app, db, causal_reads=uow.CausalReads("a secret of many bytes"))
         async with serving(app) as client:
             await client.get("/")
             assert [] == list(client.cookies)

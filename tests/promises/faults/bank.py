@@ -17,23 +17,14 @@ from typing import TYPE_CHECKING, ClassVar
 import anyio
 from sqlalchemy.exc import SQLAlchemyError
 
-from asgi_uow import (
-    Database,
-    Outcome,
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_rollback,
-    current_read_session,
-    current_session,
-    current_unit_of_work,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.errors import OutcomeUnknownError
 from tests.promises.faults.mortal import checked_out
 from tests.servers import eventually
 from tests.support.asgi import START, http_scope, no_body, respond
 
 if TYPE_CHECKING:
-    from asgi_uow import UnitOfWork
     from asgi_uow._asgi import Message, Receive, Scope, Send
     from asgi_uow.observers import Event
     from tests.promises.faults.mortal import Mortal
@@ -178,7 +169,7 @@ class Attempt:
     order: Order
     hooks: list[str] = dataclasses.field(default_factory=list)
     messages: list[Message] = dataclasses.field(default_factory=list)
-    unit: UnitOfWork | None = None
+    unit: uow.UnitOfWork | None = None
     error: BaseException | None = None
     is_cancelled: bool = False
     total: object = None
@@ -190,7 +181,7 @@ class Attempt:
         return starts[0] if starts else None
 
     @property
-    def outcome(self) -> Outcome | None:
+    def outcome(self) -> uow.Outcome | None:
         return None if self.unit is None else self.unit.outcome
 
     async def note(self, hook: str) -> None:
@@ -206,7 +197,7 @@ def lies(attempt: Attempt, *, is_kept: bool) -> list[str]:
     said = {
         "a success that was not kept": status == 200 and not is_kept,
         "a success that is not known to be one": (
-            status == 200 and outcome is not Outcome.COMMITTED
+            status == 200 and outcome is not uow.Outcome.COMMITTED
         ),
         "after_commit for what was not kept": (
             "after_commit" in attempt.hooks and not is_kept
@@ -214,20 +205,21 @@ def lies(attempt: Attempt, *, is_kept: bool) -> list[str]:
         "after_rollback for what was kept": (
             "after_rollback" in attempt.hooks and is_kept
         ),
-        "COMMITTED, but not kept": outcome is Outcome.COMMITTED and not is_kept,
+        "COMMITTED, but not kept": outcome is uow.Outcome.COMMITTED and not is_kept,
         "not COMMITTED nor UNKNOWN, but kept": (
-            outcome not in {Outcome.COMMITTED, Outcome.UNKNOWN} and is_kept
+            outcome not in {uow.Outcome.COMMITTED, uow.Outcome.UNKNOWN} and is_kept
         ),
         "COMMITTED, but neither a success nor cancelled": (
-            outcome is Outcome.COMMITTED and not (status == 200 or attempt.is_cancelled)
+            outcome is uow.Outcome.COMMITTED
+            and not (status == 200 or attempt.is_cancelled)
         ),
         "UNKNOWN, but neither a plain 500 nor cancelled": (
-            outcome is Outcome.UNKNOWN
+            outcome is uow.Outcome.UNKNOWN
             and not (isinstance(attempt.error, OutcomeUnknownError) and status == 500)
             and not attempt.is_cancelled
         ),
         "503 for what may be kept": (
-            status == 503 and outcome is not Outcome.ROLLED_BACK
+            status == 503 and outcome is not uow.Outcome.ROLLED_BACK
         ),
         "a unit of work without an outcome": (
             attempt.unit is not None and outcome is None
@@ -237,11 +229,11 @@ def lies(attempt: Attempt, *, is_kept: bool) -> list[str]:
     return [f"{attempt.order.id}: {lie}" for lie, told in said.items() if told]
 
 
-def hooks_of(outcome: Outcome | None) -> list[str]:
+def hooks_of(outcome: uow.Outcome | None) -> list[str]:
     """The hooks that run for an outcome, each once."""
     hooks = {
-        Outcome.COMMITTED: ["after_commit"],
-        Outcome.ROLLED_BACK: ["after_rollback"],
+        uow.Outcome.COMMITTED: ["after_commit"],
+        uow.Outcome.ROLLED_BACK: ["after_rollback"],
     }
     return [] if outcome is None else hooks.get(outcome, [])
 
@@ -271,7 +263,7 @@ class Bank:
             connect_args=CONNECT_ARGS.get(mortal.backend.driver, {}),
             resolve_unknown=plan.resolves and mortal.server.name == "postgresql",
         )
-        self.app = UnitOfWorkMiddleware(
+        self.app = uow.UnitOfWorkMiddleware(
             self.serve, self.db, observers=[self.events.append]
         )
 
@@ -279,21 +271,21 @@ class Bank:
 
     async def serve(self, scope: Scope, _: Receive, send: Send) -> None:
         attempt: Attempt = scope["attempt"]
-        attempt.unit = current_unit_of_work()
-        after_commit(attempt.note, "after_commit")
-        after_rollback(attempt.note, "after_rollback")
+        attempt.unit = uow.current_unit_of_work()
+        uow.after_commit(attempt.note, "after_commit")
+        uow.after_rollback(attempt.note, "after_rollback")
         serve = self.audit if attempt.order.is_audit else self.transfer
         await respond(send, await serve(attempt))
 
     async def audit(self, attempt: Attempt) -> int:
-        attempt.total = await current_read_session().scalar(
+        attempt.total = await uow.current_read_session().scalar(
             "SELECT sum(balance) FROM accounts"
         )
         return 200
 
     async def transfer(self, attempt: Attempt) -> int:
         order, status = attempt.order, 200
-        await current_session().execute(
+        await uow.current_session().execute(
             "INSERT INTO transfers (id, source, target, amount)"
             " VALUES (:id, :source, :target, :amount)",
             id=order.id,
@@ -307,7 +299,7 @@ class Bank:
         return status
 
     async def move(self, order: Order) -> int:
-        session = current_session()
+        session = uow.current_session()
         balances = await session.scalars(
             "SELECT balance FROM accounts WHERE id = :id FOR UPDATE", id=order.source
         )
@@ -457,7 +449,7 @@ class Bank:
             count[f"outcome {attempt.outcome and attempt.outcome.name}"] += 1
             count["cancelled"] += attempt.is_cancelled
             count["unknown but kept"] += (
-                attempt.outcome is Outcome.UNKNOWN and attempt.order.id in kept
+                attempt.outcome is uow.Outcome.UNKNOWN and attempt.order.id in kept
             )
             count.update(attempt.hooks)
         count.update(f"event {type(event).__name__}" for event in self.events)

@@ -11,13 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy.exc import SQLAlchemyError
 
-from asgi_uow import (
-    Database,
-    UnitOfWorkMiddleware,
-    after_commit,
-    after_response,
-    after_rollback,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from tests.promises.faults.mortal import KINDS, checked_out
 from tests.servers import eventually
 from tests.support import ROOT, shop
@@ -196,7 +191,7 @@ async def insert_side_by_side(db: Database, *numbers: int) -> list[int]:
         await shop.insert(scope["number"])
         await respond(send)
 
-    outer = UnitOfWorkMiddleware(app, db)
+    outer = uow.UnitOfWorkMiddleware(app, db)
     responses = await asyncio.gather(
         *(request(outer, scope=http_scope(number=number)) for number in numbers)
     )
@@ -219,7 +214,7 @@ async def test_fault(name: str, mortal: Mortal) -> None:
     hooks: list[str] = []
 
     async def handler() -> None:
-        for register in (after_commit, after_response, after_rollback):
+        for register in (uow.after_commit, uow.after_response, uow.after_rollback):
             register(hooks.append, register.__name__)
         await shop.insert(SUBJECT)
         await fault.inside(to)
@@ -267,7 +262,7 @@ async def test_crash_gives_the_transaction_id_to_another(mortal: Mortal) -> None
     hooks: list[str] = []
 
     async def handler() -> None:
-        after_commit(hooks.append, "after_commit")
+        uow.after_commit(hooks.append, "after_commit")
         await shop.insert(SUBJECT)
 
     await shop.create(backend)

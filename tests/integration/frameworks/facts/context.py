@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asgi_uow import (
-    current_session,
-    current_unit_of_work,
-    unit_of_work,
-)
+from asgi_uow import current_session, current_unit_of_work, unit_of_work
 from asgi_uow.errors import NoUnitOfWorkError, UnitOfWorkClosedError
 from tests.integration.frameworks.case import (
     count,

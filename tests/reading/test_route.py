@@ -7,26 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event
-from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
-from asgi_uow import (
-    CausalReads,
-    Database,
-    UnitOfWorkMiddleware,
-    after_commit,
-    current_read_session,
-    current_session,
-    force_commit,
-    parallel_read,
-)
+import asgi_uow as uow
+from asgi_uow import Database
 from asgi_uow.errors import ReadOnlySessionError
 from asgi_uow.observers import (
     LoggingObserver,
@@ -35,9 +25,9 @@ from asgi_uow.observers import (
     ReaderRestored,
 )
 from tests.servers import SQLiteBackend
-from tests.servers.process import HOST, free_port
+from tests.servers.process import HOST
 from tests.support import shop
-from tests.support.asgi import BODY, START, endpoint, http_scope, request
+from tests.support.asgi import BODY, START, serve
 from tests.support.databases import DRIVERS, SERVERS, checked_out, on
 from tests.support.private import (
     LONGEST_PAUSE,
@@ -46,13 +36,12 @@ from tests.support.private import (
     by_free_connections,
     code_of,
 )
+from tests.support.site import Site, down, prolong_pauses, site_with
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
-
     from sqlalchemy import Connection
 
-    from asgi_uow._asgi import ASGIApp, Receive, Scope, Send
+    from asgi_uow._asgi import Receive, Scope, Send
     from asgi_uow.observers import Event
     from tests.servers.backend import (
         Backend,
@@ -60,73 +49,19 @@ if TYPE_CHECKING:
         PostgreSQLBackend,
         ServerBackend,
     )
-    from tests.support.asgi import Response
 
 pytestmark = on(*DRIVERS)
 
-COUNT = "SELECT count(*) FROM items"
-CAUSAL = CausalReads("a secret of the tests, long enough")
+CAUSAL = uow.CausalReads("a secret of the tests, long enough")
 
 
-class Site:
-    """A database with readers, and the requests that it gets."""
-
-    def __init__(self, db: Database) -> None:
-        self.db = db
-        self.events: list[Event] = []
-        self.found: list[object] = []
-
-    async def read(self) -> None:
-        self.found.append(await current_read_session().scalar(COUNT))
-
-    def app(self, handler: Callable[[], Awaitable[object]]) -> ASGIApp:
-        return self.wrap(endpoint(handler))
-
-    def wrap(self, app: ASGIApp, causal_reads: CausalReads | None = None) -> ASGIApp:
-        return UnitOfWorkMiddleware(
-            app, self.db, observers=[self.events.append], causal_reads=causal_reads
-        )
-
-    async def get(self) -> Response:
-        return await request(self.app(self.read))
-
-    def told(self, kind: type[Event]) -> int:
-        return sum(isinstance(each, kind) for each in self.events)
-
-    def used(self) -> list[bool]:
-        """Has each reader connected ever?"""
-        return [
-            bool(reader.sync_engine.pool.checkedin())  # type: ignore[attr-defined]
-            for reader in self.db.readers
-        ]
-
-
-def down(backend: Backend) -> str:
-    """The URL of a server that is not there."""
-    if backend.name == "sqlite":
-        return "sqlite:////nowhere/at/all.db"
-    return backend.through(free_port())
-
-
-@asynccontextmanager
-async def site_with(
-    backend: Backend, *urls: str, **options: Any
-) -> AsyncGenerator[Site]:
-    await shop.create(backend)
-    db = Database.from_url(backend.url, read_urls=urls, **options)
-    site = Site(db)
-    yield site
-    await db.dispose()
-
-
-async def test_reads_from_a_reader(backend: Backend) -> None:
+async def test_reads_from_a_reader(site: Site) -> None:
     """The read session uses the reader, and not the read engine of the writer."""
-    async with site_with(backend, backend.url) as site:
-        assert 200 == (await site.get()).status
-        assert [0] == site.found
-        assert [True] == site.used()
-        assert 0 == site.db.read_engine.sync_engine.pool.checkedin()  # type: ignore[attr-defined]
-        assert [0, 0] == checked_out(site.db)
+    assert 200 == (await site.get()).status
+    assert [0] == site.found
+    assert [True] == site.used()
+    assert 0 == site.db.read_engine.sync_engine.pool.checkedin()  # type: ignore[attr-defined]
+    assert [0, 0] == checked_out(site.db)
 
 
 @on(*SERVERS)
@@ -164,22 +99,16 @@ async def test_no_reader_is_up(backend: ServerBackend) -> None:
         async def handler() -> None:
             await site.read()
             await site.read()
-            async with parallel_read() as session:
-                site.found.append(await session.scalar(COUNT))
+            async with uow.parallel_read() as session:
+                site.found.append(await session.scalar(shop.COUNT))
 
-        assert 200 == (await request(site.app(handler))).status
+        assert 200 == (await site.send(handler)).status
         assert 1 == site.told(ReaderFailed)
         assert [0, 0, 0] == site.found
         # The next request does not even try.
         prolong_pauses(site.db)
         assert 200 == (await site.get()).status
         assert 1 == site.told(ReaderFailed)
-
-
-def prolong_pauses(db: Database) -> None:
-    """Let none end during the test, however slow the machine is."""
-    for replica in db.replicas:
-        replica.open_until += 3600 * replica.failures
 
 
 @on(*SERVERS)
@@ -208,19 +137,18 @@ async def test_tried_by_one_request(backend: ServerBackend) -> None:
             assert [0, 0] == checked_out(site.db)
 
 
-async def test_used_again(backend: Backend) -> None:
+async def test_used_again(site: Site) -> None:
     """A reader that is up again when its pause is over is used, and that is told."""
-    async with site_with(backend, backend.url) as site:
-        [replica] = site.db.replicas
-        assert replica.trip() is not None
-        assert replica.trip() is None
-        await site.get()
-        assert [False] == site.used()
-        replica.open_until = 0.0
-        await site.get()
-        assert [True] == site.used()
-        assert 1 == site.told(ReaderRestored)
-        assert 0 == replica.failures
+    [replica] = site.db.replicas
+    assert replica.trip() is not None
+    assert replica.trip() is None
+    await site.get()
+    assert [False] == site.used()
+    replica.open_until = 0.0
+    await site.get()
+    assert [True] == site.used()
+    assert 1 == site.told(ReaderRestored)
+    assert 0 == replica.failures
 
 
 async def test_pauses(backend: Backend) -> None:
@@ -251,16 +179,15 @@ async def test_the_least_busy_first(sqlite: SQLiteBackend) -> None:
         await replica.engine.dispose()
 
 
-async def test_errors_of_statements_are_no_outage(backend: Backend) -> None:
+async def test_errors_of_statements_are_no_outage(site: Site) -> None:
     """What the server says about a statement is the handler's to see."""
-    async with site_with(backend, backend.url) as site:
 
-        async def handler() -> None:
-            await current_read_session().execute("SELECT nothing FROM nowhere")
+    async def handler() -> None:
+        await uow.current_read_session().execute("SELECT nothing FROM nowhere")
 
-        response = await request(site.app(handler))
-        assert response.error is not None
-        assert 0 == site.told(ReaderFailed)
+    response = await site.send(handler)
+    assert response.error is not None
+    assert 0 == site.told(ReaderFailed)
 
 
 async def test_wrong_password(postgresql: PostgreSQLBackend) -> None:
@@ -272,70 +199,64 @@ async def test_wrong_password(postgresql: PostgreSQLBackend) -> None:
     assert 0 == site.told(ReaderFailed)
 
 
-async def test_lost_during_the_first_read(backend: Backend) -> None:
+async def test_lost_during_the_first_read(site: Site, backend: Backend) -> None:
     """A reader that is lost before it has answered is done without."""
-    async with site_with(backend, backend.url) as site:
-        engine = site.db.readers[0].sync_engine
-        lost = backend.name != "sqlite"
-        statements: list[str] = []
+    engine = site.db.readers[0].sync_engine
+    lost = backend.name != "sqlite"
+    statements: list[str] = []
 
-        def lose(*args: Any) -> None:
-            statements.append(args[2])
-            raise ConnectionResetError
+    def lose(*args: Any) -> None:
+        statements.append(args[2])
+        raise ConnectionResetError
 
-        event.listen(engine, "before_cursor_execute", lose)
-        response = await site.get()
+    event.listen(engine, "before_cursor_execute", lose)
+    response = await site.get()
 
     assert 200 == response.status
-    assert [COUNT] == statements
+    assert [shop.COUNT] == statements
     assert 1 == site.told(ReaderFailed)
     assert lost or [0] == site.found
 
 
-async def test_lost_after_a_read(backend: Backend) -> None:
+async def test_lost_after_a_read(site: Site) -> None:
     """Once something was read nobody else is asked: it might not go together."""
-    async with site_with(backend, backend.url) as site:
-        engine = site.db.readers[0].sync_engine
+    engine = site.db.readers[0].sync_engine
 
-        async def handler() -> None:
-            await site.read()
+    async def handler() -> None:
+        await site.read()
 
-            def lose(*_: object) -> None:
-                raise ConnectionResetError
+        def lose(*_: object) -> None:
+            raise ConnectionResetError
 
-            event.listen(engine, "before_cursor_execute", lose)
-            await site.read()
+        event.listen(engine, "before_cursor_execute", lose)
+        await site.read()
 
-        response = await request(site.app(handler))
+    response = await site.send(handler)
 
     assert 503 == response.status
     assert 0 == site.told(ReaderFailed)
 
 
-async def test_lost_by_two_tasks(backend: Backend) -> None:
+async def test_lost_by_two_tasks(site: Site) -> None:
     """A task that is late to lose the reader goes where the other one has read."""
-    async with site_with(backend, backend.url) as site:
-        both, one_has_read = asyncio.Event(), asyncio.Event()
-        order = iter((both, one_has_read))
+    both, one_has_read = asyncio.Event(), asyncio.Event()
+    order = iter((both, one_has_read))
 
-        def lose(*_: object) -> None:
-            awaited = next(order)
-            if awaited is one_has_read:
-                both.set()
-            await_only(awaited.wait())
-            raise ConnectionResetError
+    def lose(*_: object) -> None:
+        awaited = next(order)
+        if awaited is one_has_read:
+            both.set()
+        await_only(awaited.wait())
+        raise ConnectionResetError
 
-        async def read() -> None:
-            async with parallel_read() as session:
-                site.found.append(await session.scalar(COUNT))
-                prolong_pauses(site.db)
-                one_has_read.set()
+    async def read() -> None:
+        async with uow.parallel_read() as session:
+            site.found.append(await session.scalar(shop.COUNT))
+            prolong_pauses(site.db)
+            one_has_read.set()
 
-        async def handler() -> None:
-            await asyncio.gather(read(), read())
-
-        event.listen(site.db.readers[0].sync_engine, "before_cursor_execute", lose)
-        response = await request(site.app(handler))
+    event.listen(site.db.readers[0].sync_engine, "before_cursor_execute", lose)
+    response = await site.send(lambda: asyncio.gather(read(), read()))
 
     assert 200 == response.status
     assert [0, 0] == site.found
@@ -362,31 +283,30 @@ async def test_in_the_way_everywhere(postgresql: PostgreSQLBackend) -> None:
             event.listen(engine, "before_cursor_execute", note)
 
         async def handler() -> None:
-            await current_read_session().execute("SELECT conflict()")
+            await uow.current_read_session().execute("SELECT conflict()")
 
-        response = await request(site.app(handler))
+        response = await site.send(handler)
 
     assert "40001" == code_of(response.error)
     assert ["a", "b", "writer"] == [*sorted(asked[:2]), *asked[2:]]
     assert 0 == site.told(ReaderFailed)
 
 
-async def test_after_a_write(backend: Backend) -> None:
+async def test_after_a_write(site: Site) -> None:
     """Reads after a write are the writer's, in the transaction and after it."""
-    async with site_with(backend, backend.url) as site:
 
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await shop.insert(1)
-            await site.read()
-            after_commit(site.read)
-            await send({"type": START, "status": 200, "headers": []})
-            await site.read()
-            await send({"type": BODY, "body": b""})
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert(1)
+        await site.read()
+        uow.after_commit(site.read)
+        await send({"type": START, "status": 200, "headers": []})
+        await site.read()
+        await send({"type": BODY, "body": b""})
 
-        response = await request(site.wrap(app))
-        assert response.error is None
-        assert [1, 1, 1] == site.found
-        assert [False] == site.used()
+    response = await serve(app, site.db)
+    assert response.error is None
+    assert [1, 1, 1] == site.found
+    assert [False] == site.used()
 
 
 async def test_each_does_its_own(
@@ -399,11 +319,11 @@ async def test_each_does_its_own(
     async with SQLiteBackend(tmp_path_factory.mktemp("writer")) as writer:
         await shop.create(writer)
         db = Database(create_async_engine(writer.url), readers=[replica])
-        async with db as uow:
+        async with db as unit:
             assert [1] == (await db.read.scalars(shop.SELECT)).all()
             with pytest.raises(ReadOnlySessionError):
                 await db.read.execute("DELETE FROM items")
-            assert uow.session() is db.write
+            assert unit.session() is db.write
             await shop.insert(2)
         assert (replica,) == db.readers
         await db.dispose()
@@ -414,21 +334,7 @@ async def test_each_does_its_own(
 # Causal reads
 
 
-async def sent(
-    site: Site,
-    handler: Callable[[], Awaitable[object]],
-    status: int = 200,
-    *,
-    cookie: bytes = b"",
-    causal_reads: CausalReads = CAUSAL,
-) -> Response:
-    """Have a handler answer a client that has a cookie."""
-    app = site.wrap(endpoint(handler, status), causal_reads)
-    headers = [(b"cookie", cookie)] if cookie else []
-    return await request(app, scope=http_scope(scheme="https", headers=headers))
-
-
-def cookie(positions: dict[str, str], causal_reads: CausalReads = CAUSAL) -> bytes:
+def cookie(positions: dict[str, str], causal_reads: uow.CausalReads = CAUSAL) -> bytes:
     """Make a cookie as a response would set it."""
     _, value = causal_reads.response_header(positions, secure=False)
     return value.partition(b";")[0]
@@ -440,16 +346,16 @@ async def insert_one() -> None:
 
 async def test_stamped(backend: Backend) -> None:
     """The response to a write carries a token, on https a secure one."""
-    async with site_with(backend, backend.url) as site:
-        response = await sent(site, insert_one)
+    async with site_with(backend, backend.url, causal_reads=CAUSAL) as site:
+        response = await site.send(insert_one)
     assert response.cookie.startswith(b"asgi_uow=")
     assert "Secure" in response.headers["set-cookie"]
 
 
 async def test_what_was_known_before(sqlite: SQLiteBackend) -> None:
     """A new token keeps what the client's last one says of other databases."""
-    async with site_with(sqlite, sqlite.url) as site:
-        response = await sent(site, insert_one, cookie=cookie({"another": "0/1"}))
+    async with site_with(sqlite, sqlite.url, causal_reads=CAUSAL) as site:
+        response = await site.send(insert_one, cookie=cookie({"another": "0/1"}))
     expected = {"another": "0/1", site.db.key: READ_FROM_WRITER}
     assert expected == CAUSAL.positions([(b"cookie", response.cookie)])
 
@@ -459,34 +365,34 @@ async def test_not_stamped(backend: Backend) -> None:
 
     async def insert_by_force() -> None:
         await shop.insert(2)
-        force_commit()
+        uow.force_commit()
 
-    async with site_with(backend, backend.url) as site:
-        assert b"" == (await sent(site, site.read)).cookie
-        assert b"" == (await sent(site, insert_one, 409)).cookie
-        assert b"" != (await sent(site, insert_by_force, 403)).cookie
+    async with site_with(backend, backend.url, causal_reads=CAUSAL) as site:
+        assert b"" == (await site.send(site.read)).cookie
+        assert b"" == (await site.send(insert_one, 409)).cookie
+        assert b"" != (await site.send(insert_by_force, 403)).cookie
 
 
 async def test_nothing_to_wait_for(backend: Backend) -> None:
     """Without replicas there is no token, and no connection that one waits for."""
     options = {"pool_size": 1, "max_overflow": 0}
     async with (
-        site_with(backend, **options) as site,
+        site_with(backend, causal_reads=CAUSAL, **options) as site,
         site.db.read_engine.connect(),
     ):
-        assert b"" == (await sent(site, insert_one)).cookie
+        assert b"" == (await site.send(insert_one)).cookie
 
 
 async def test_read_with_a_token(backend: Backend) -> None:
     """The next read waits for the position, or goes to the writer's server."""
-    async with site_with(backend, backend.url) as site:
-        token = (await sent(site, insert_one)).cookie
+    async with site_with(backend, backend.url, causal_reads=CAUSAL) as site:
+        token = (await site.send(insert_one)).cookie
 
         async def read_twice() -> None:
             await site.read()
             await site.read()
 
-        response = await sent(site, read_twice, cookie=token)
+        response = await site.send(read_twice, cookie=token)
 
         assert 200 == response.status
         assert [1, 1] == site.found
@@ -496,9 +402,9 @@ async def test_read_with_a_token(backend: Backend) -> None:
 
 async def test_too_far_behind(postgresql: PostgreSQLBackend) -> None:
     """A reader that does not get there in time is done without, and that is told."""
-    async with site_with(postgresql, postgresql.url) as site:
+    async with site_with(postgresql, postgresql.url, causal_reads=CAUSAL) as site:
         nonsense = cookie({site.db.key: "nonsense"})
-        assert 200 == (await sent(site, site.read, cookie=nonsense)).status
+        assert 200 == (await site.send(site.read, cookie=nonsense)).status
     assert 1 == site.told(ReaderBehind)
     assert [0] == site.found
 
@@ -507,30 +413,32 @@ async def test_hooks_see_what_their_request_must_see(
     postgresql: PostgreSQLBackend,
 ) -> None:
     """A hook that reads waits for what the client has written before."""
-    async with site_with(postgresql, postgresql.url) as site:
+    async with site_with(postgresql, postgresql.url, causal_reads=CAUSAL) as site:
 
         async def handler() -> None:
-            after_commit(site.read)
+            uow.after_commit(site.read)
 
         nonsense = cookie({site.db.key: "nonsense"})
-        assert 200 == (await sent(site, handler, cookie=nonsense)).status
+        assert 200 == (await site.send(handler, cookie=nonsense)).status
     assert 1 == site.told(ReaderBehind)
     assert [0] == site.found
 
 
 async def test_one_wait_for_all_readers(mariadb: MariaDBBackend) -> None:
     """The seconds are for all readers together: the second is only asked."""
-    causal = CausalReads("a secret of the tests, long enough", wait=0.5)
+    causal = uow.CausalReads("a secret of the tests, long enough", wait=0.05)
     waits: list[str] = []
 
     def note(*args: Any) -> None:
         waits.extend(["wait"] * ("GTID_WAIT" in args[2]))
 
-    async with site_with(mariadb, mariadb.url, mariadb.url) as site:
+    async with site_with(
+        mariadb, mariadb.url, mariadb.url, causal_reads=causal
+    ) as site:
         for reader in site.db.readers:
             event.listen(reader.sync_engine, "before_cursor_execute", note)
         far = cookie({site.db.key: "0-1-99999999"})
-        response = await sent(site, site.read, cookie=far, causal_reads=causal)
+        response = await site.send(site.read, cookie=far)
         assert 200 == response.status
     assert 2 == site.told(ReaderBehind)
     assert ["wait"] == waits
@@ -541,74 +449,22 @@ async def test_position_that_cannot_be_learnt(
     backend: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A write stays a success; the client then reads from the writer's server."""
-    async with site_with(backend, backend.url) as site:
+    async with site_with(backend, backend.url, causal_reads=CAUSAL) as site:
         engine = site.db.read_engine.sync_engine
 
         def refuse(*_: object) -> None:
             raise ConnectionRefusedError
 
         event.listen(engine, "do_connect", refuse)
-        token = (await sent(site, insert_one)).cookie
+        token = (await site.send(insert_one)).cookie
         event.remove(engine, "do_connect", refuse)
-        assert 200 == (await sent(site, site.read, cookie=token)).status
+        assert 200 == (await site.send(site.read, cookie=token)).status
         assert [1] == site.found
         assert [False] == site.used()
     assert "was not learnt" in caplog.text
 
 
-# Health
-
-
-async def test_check(backend: Backend) -> None:
-    """The report tells of the writer and of each reader."""
-    async with site_with(backend, backend.url, down(backend)) as site:
-        report = await site.db.check(timeout=30)
-        assert report.ok
-        assert report.writer.ok
-        assert [True, False] == [reader.ok for reader in report.readers]
-        assert report.readers[0].error is None
-        assert report.readers[1].error is not None
-        assert [0, 0, 0] == checked_out(site.db)
-
-
-async def test_check_in_time(backend: Backend) -> None:
-    """A server whose connections are all in use is reported when time is up."""
-    options = {"pool_size": 1, "max_overflow": 0}
-    async with site_with(backend, **options) as site:
-        async with site.db.read_engine.connect():
-            report = await site.db.check(timeout=0.05)
-        assert not report.ok
-        assert "no answer within 0.05 seconds" == report.writer.error
-        assert (await site.db.check(timeout=30)).ok
-
-
-@on("asyncmy", "asyncpg", "psycopg")
-async def test_check_of_a_replica_that_is_lost(backend: ServerBackend) -> None:
-    """A reader that is lost while it is asked for its lag is not well."""
-    async with (
-        backend.proxy() as proxy,
-        site_with(backend, backend.through(proxy.port)) as site,
-    ):
-        lost = proxy.cut_before(lambda trip: trip.startswith(("SHOW", "SELECT CASE")))
-        report = await site.db.check(timeout=30)
-        assert lost.fired.is_set()
-        assert report.ok
-        assert not report.readers[0].ok
-        assert [0, 0] == checked_out(site.db)
-
-
-async def test_check_of_a_replica_that_does_not_tell(backend: Backend) -> None:
-    """Who may not ask how far a reader is behind finds the reader well."""
-    async with site_with(backend, backend.url) as site:
-
-        def refuse(*args: Any) -> None:
-            if args[2].startswith(("SHOW", "SELECT CASE")):
-                raise sa_exc.OperationalError(args[2], (), Exception())
-
-        event.listen(site.db.readers[0].sync_engine, "before_cursor_execute", refuse)
-        report = await site.db.check(timeout=30)
-        assert report.readers[0].ok
-        assert report.readers[0].lag is None
+# Among others
 
 
 async def test_concurrent_choices(backend: Backend) -> None:
@@ -625,9 +481,9 @@ async def test_the_write_session_has_no_route(backend: Backend) -> None:
     async with site_with(backend, down(backend)) as site:
 
         async def handler() -> None:
-            await current_session().execute("INSERT INTO items (id) VALUES (1)")
+            await uow.current_session().execute("INSERT INTO items (id) VALUES (1)")
 
-        assert 200 == (await request(site.app(handler))).status
+        assert 200 == (await site.send(handler)).status
         assert 0 == site.told(ReaderFailed)
     assert [1] == await shop.items(backend)
 
