@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncResult, AsyncSession
+from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
 from asgi_uow._concurrency import TaskLock, run_to_completion
@@ -207,6 +208,7 @@ class Session(StatementSession):
     def watch(self, stream: AsyncResult[*TupleAny]) -> AsyncResult[*TupleAny]:
         """Have the fetches of a stream wait for other calls too."""
         host, lock = self.host, self.lock
+        close = stream._real_result.close  # noqa: SLF001  # the stream would be a cycle
 
         async def serialize(fetch: Call) -> object:
             async with lock:
@@ -215,7 +217,7 @@ class Session(StatementSession):
                 except BaseException as error:
                     await self.failed(error, "a fetch")
                     if isinstance(error, DBAPIError):
-                        await AsyncResult.close(stream)  # no more rows are on their way
+                        await greenlet_spawn(close)  # no more rows are on their way
                     raise
 
         watched = serialized(stream, serialize)

@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from asgi_uow._decision import Decision
+    from asgi_uow._sessions.managed import Shared
     from asgi_uow._sessions.read_session import ReadSession
     from asgi_uow._unit.participant import Participant
     from asgi_uow._unit.unit import UnitOfWork
+    from asgi_uow.observers import Event
 
 STATE_OF = {outcome: State[outcome.name] for outcome in Outcome}
 
@@ -48,25 +50,22 @@ async def finish(
     was not kept. Until COMMIT is sent a cancellation rolls back; from then on it is
     delivered after the last hook. `error` is why the response has to be replaced.
     """
-    if unit.shared is None and not decision.replace_response:
+    shared = unit.shared
+    if shared is None and not decision.replace_response:
         unit.move(State.PREPARING if decision.commit else State.ROLLING_BACK)
         unit.conclude_unused(commit=decision.commit)
         unit.cause = decision.cause
         return
     ending = time.perf_counter()
     cancelled: BaseException | None = None
-    ended = ROLLED_BACK
+    ended, has_run = ROLLED_BACK, True
     if decision.commit:
         unit.move(State.PREPARING)
-        try:
-            await prepare(unit)
-        except Exception as raised:  # noqa: BLE001  # raised below as the failure
-            ended = stopped_by(raised)
-        except BaseException as raised:  # noqa: BLE001  # raised below as it is
-            cancelled, ended = raised, stopped_by(raised)
+        ended, has_run, cancelled = await _prepared(unit)
         if ended.cause is not None:
             decision = rollback(ended.cause)
-    unit.doom = unit.doomed_by
+    if has_run or not decision.commit:  # who decided has asked just before
+        unit.doom = unit.doomed_by
     if decision.commit and unit.doom is not None:
         decision = rollback(Cause.DOOMED, replace_response=True)
     if decision.replace_response:
@@ -77,7 +76,8 @@ async def finish(
     try:
         await _complete(unit, decision, ended, ending, shield)
     finally:
-        unit.tell()
+        if shared is None or shared.events:
+            unit.tell()
     if cancelled is not None:
         raise cancelled
     shield.deliver()
@@ -85,11 +85,21 @@ async def finish(
         raise unit.failure
 
 
+async def _prepared(unit: UnitOfWork) -> tuple[Ended, bool, BaseException | None]:
+    """Give what stopped the preparation, whether it ran anything, what is to raise."""
+    try:
+        return ROLLED_BACK, await prepare(unit), None
+    except Exception as raised:  # noqa: BLE001  # raised later, as the failure
+        return stopped_by(raised), True, None
+    except BaseException as raised:  # noqa: BLE001  # raised later, as it is
+        return stopped_by(raised), True, raised
+
+
 async def _complete(
     unit: UnitOfWork, decision: Decision, ended: Ended, ending: float, shield: Shield
 ) -> None:
     """Commit or roll back, and run the hooks of the outcome."""
-    shared, participants = unit.share(), unit.participants.values()
+    shared, participants = unit.shared or unit.share(), unit.participants.values()
     completion = Completion(shared.events, shield, unit.options.commit_timeout)
     if decision.commit:
         ended = await completion.commit(participants)  # <- here, and nowhere else
@@ -101,7 +111,7 @@ async def _complete(
     unit.cause, unit.outcome = ended.cause or decision.cause, ended.outcome
     unit.failure = ended.failure(shared.outages)
     unit.move(STATE_OF[ended.outcome])
-    _report(unit, ended.outcome, ending)
+    _report(unit, shared.events, ended.outcome, ending)
     hooks = unit.hooks
     if hooks is None or not hooks:
         return
@@ -118,9 +128,11 @@ async def _complete(
         await run_hooks(unit, "after_rollback", undone, shield, end_unit)
 
 
-def _report(unit: UnitOfWork, outcome: Outcome, ending: float) -> None:
+def _report(
+    unit: UnitOfWork, events: list[Event], outcome: Outcome, ending: float
+) -> None:
     """Record what later reads must see, and what the observers are told."""
-    events, options = unit.share().events, unit.options
+    options = unit.options
     for participant in unit.participants.values():
         committed = outcome is Outcome.COMMITTED
         participant.conclude(committed=committed, wants_details=options.wants_details)
@@ -134,7 +146,8 @@ def _report(unit: UnitOfWork, outcome: Outcome, ending: float) -> None:
         used = [db for db, each in unit.participants.items() if each.has_written]
         what = outcome, unit.cause, unit.reason, tuple(db.name for db in used)
         events.append(UnitFinished(*what, now - unit.opened, now - ending))
-    unit.stamp()
+    if events:
+        unit.stamp()
 
 
 async def end_unit(unit: UnitOfWork, decision: Decision) -> None:
@@ -148,30 +161,32 @@ async def end_unit(unit: UnitOfWork, decision: Decision) -> None:
 # Before COMMIT
 
 
-async def prepare(unit: UnitOfWork) -> None:
+async def prepare(unit: UnitOfWork) -> bool:
     """Run the `before_commit` hooks and flush, until neither adds to the other.
 
-    Each has `hook_timeout` seconds. Raises `HookStoppedError` from what a hook has
-    raised, and what the flush raises.
+    Gives whether there was anything to run. Each has `hook_timeout` seconds. Raises
+    `HookStoppedError` from what a hook has raised, and what the flush raises.
     """
     for participant in unit.participants.values():
         if participant.reader is not None:
             for reader in participant.readers():
                 reader.refuse_changes()
-    done = 0
+    done, has_run = 0, False
     while True:
         if unit.hooks is not None:
+            has_run = True
             unit.quota = unit.hooks.quota
             done = await _call_before_commit(unit, done)
         participants = unit.participants
         for participant in participants.values():
             writer = participant.writer
             if writer is not None and writer.has_changes:
+                has_run = True
                 with anyio.fail_after(unit.options.hook_timeout):
                     await writer.flush()
         waiting = unit.hooks is not None and unit.hooks.queue("before_commit")[done:]
         if not waiting and participants is unit.participants:
-            return
+            return has_run
 
 
 async def _call_before_commit(unit: UnitOfWork, done: int) -> int:
@@ -229,28 +244,36 @@ async def release(unit: UnitOfWork) -> None:
     shared = unit.shared
     if shared is None:
         return
-    shield = Shield()
+    shield: Shield | None = None
     try:
         for participant in unit.participants.values():
             if participant.reader is not None or participant.parallel:
+                shield = shield or Shield()
                 for reader in participant.readers():
                     await _close_reader(unit, participant, reader, shield)
         if unit.outcome is Outcome.COMMITTED and unit.hooks is not None:
+            shield = shield or Shield()
             hooks = unit.hooks.take("after_response")
             await run_hooks(unit, "after_response", hooks, shield, end_unit)
     finally:
-        unit.tell()
-        # A leaked context may keep the unit alive.
-        for participant in unit.participants.values():
-            participant.parallel.clear()
-            if participant.writer is not None:
-                shared.writers.remove(participant.writer.sync_session)
-        if unit.hooks is not None:
-            unit.hooks.queues.clear()
-            if not unit.is_nested:
-                shared.savepoints.clear()
-        unit.participants, unit.failure = {}, None
-    shield.deliver()
+        if shared.events:
+            unit.tell()
+        _forget(unit, shared)
+    if shield is not None:
+        shield.deliver()
+
+
+def _forget(unit: UnitOfWork, shared: Shared) -> None:
+    """Let go of what was closed: a leaked context may keep the unit alive."""
+    for participant in unit.participants.values():
+        participant.parallel.clear()
+        if participant.writer is not None:
+            shared.writers.remove(participant.writer.sync_session)
+    if unit.hooks is not None:
+        unit.hooks.queues.clear()
+        if not unit.is_nested:
+            shared.savepoints.clear()
+    unit.participants, unit.failure = {}, None
 
 
 async def close_parallel(

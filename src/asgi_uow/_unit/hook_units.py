@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+from collections import deque
 from typing import TYPE_CHECKING
 
 from asgi_uow._concurrency import Shield
@@ -56,7 +57,7 @@ async def run_hooks(
         for follower in FOLLOWS[phase]:
             registered = [] if own.hooks is None else own.hooks.take(follower)
             later = phase == "after_commit" and follower == "after_response"
-            (queue(unit, follower) if later else run.waiting).extend(registered)
+            (queue(unit, follower) if later else waiting).extend(registered)
         try:
             await end(own, _decide(own, error))
         except BaseException as failure:  # noqa: BLE001  # hook isolation
@@ -65,8 +66,8 @@ async def run_hooks(
             failed = HookFailed(phase, hook.name, error, unit=unit)
             unit.share().events.append(failed)
 
-    run = HookRun(hooks, begin, end_hook)
-    await run.run(shield, unit.options.hook_timeout)
+    waiting = deque(hooks)
+    await HookRun(waiting, begin, end_hook).run(shield, unit.options.hook_timeout)
 
 
 def queue(unit: UnitOfWork, phase: str) -> list[Hook]:

@@ -9,7 +9,6 @@ import inspect
 import time
 import types
 import warnings
-from collections import deque
 from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
@@ -21,7 +20,8 @@ from asgi_uow.observers import HookFinished, HookStarted
 
 if TYPE_CHECKING:
     import contextvars
-    from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
+    from collections import deque
+    from collections.abc import Callable, Coroutine, Generator, Mapping
 
     from asgi_uow._concurrency import Shield
     from asgi_uow._databases.journal import Frame
@@ -165,22 +165,22 @@ class HookRun(Generic[Owner]):
     cancellation: that one is left behind.
     """
 
-    __slots__ = ("_begin", "_end", "_running", "waiting")
+    __slots__ = ("_begin", "_end", "_running", "_waiting")
 
     def __init__(
         self,
-        hooks: Iterable[Hook],
+        waiting: deque[Hook],
         begin: Callable[[Hook], tuple[contextvars.Context, Work, Owner]],
         end: Callable[[Hook, Owner, BaseException | None], Work | None],
     ) -> None:
-        self.waiting = deque(hooks)
+        self._waiting = waiting
         self._begin = begin
         self._end = end
         self._running: tuple[Hook, Owner] | None = None
 
     async def run(self, shield: Shield, seconds: float | None) -> None:
         """Call all, also those added to `waiting`, each for so many seconds."""
-        while self.waiting:
+        while self._waiting:
             try:
                 await shield.run(self._call_all(shield), seconds, at_once=False)
             except TimeoutError as error:
@@ -191,8 +191,8 @@ class HookRun(Generic[Owner]):
                         await shield.run(ending, at_once=False)
 
     async def _call_all(self, shield: Shield) -> None:
-        while self.waiting:
-            hook = self.waiting.popleft()
+        while self._waiting:
+            hook = self._waiting.popleft()
             context, work, owner = self._begin(hook)
             running = self._running = hook, owner
             error = await call_hook(work, context, shield)
