@@ -360,7 +360,7 @@ async def test_a_turn_within_a_turn(memory: Database) -> None:
 
 
 @on("aiosqlite")
-async def test_add_while_another_task_flushes(db: Database, backend: Backend) -> None:
+async def test_add_while_another_task_flushes(backend: Backend) -> None:
     """SQLAlchemy would only warn, and might lose the object: refused."""
     flushing = asyncio.Event()
 
@@ -383,7 +383,8 @@ async def test_add_while_another_task_flushes(db: Database, backend: Backend) ->
     async def late(session: uow.Session) -> None:
         session.add_all([shop.Item(id=2)])
 
-    assert 200 == (await handle(handler, db)).status
+    async with shop_database(backend) as db:
+        assert 200 == (await handle(handler, db)).status
     assert [1] == await shop.items(backend)
 
 
