@@ -7,9 +7,8 @@ import contextvars
 import functools
 import math
 import sys
-import types
 from collections import deque
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from anyio import CancelScope
 
@@ -29,7 +28,7 @@ if sys.version_info >= (3, 12):
 else:  # pragma: no cover  # measured on later Pythons
 
     def _start_at_once(
-        work: Coroutine[object, object, T], *, loop: asyncio.AbstractEventLoop
+        work: Coroutine[Any, Any, T], *, loop: asyncio.AbstractEventLoop
     ) -> asyncio.Future[T]:
         """Do as an eager task does: what never has to wait takes no turn of the loop.
 
@@ -47,19 +46,14 @@ else:  # pragma: no cover  # measured on later Pythons
             return done
         return asyncio.Task(_go_on(work, waits_for), loop=loop)
 
-    @types.coroutine
-    def _go_on(
-        work: Coroutine[object, object, T], waits_for: object
-    ) -> Generator[object, object, T]:
+    def _go_on(work: Coroutine[Any, Any, T], waits_for: Any) -> Generator[Any, None, T]:
         while True:
             try:
-                value = yield waits_for
+                resume = functools.partial(work.send, (yield waits_for))
             except BaseException as error:  # noqa: BLE001  # the work's to handle
-                resume, value = work.throw, error
-            else:
-                resume = work.send
+                resume = functools.partial(work.throw, error)
             try:
-                waits_for = resume(value)
+                waits_for = resume()
             except StopIteration as stop:
                 return stop.value
 
@@ -110,9 +104,10 @@ class Shield:
         """
         self.seconds, self._gave_up = seconds, False
         self.restart()
-        task = (_start_at_once if at_once else asyncio.Task)(work, loop=self._loop)
+        start = _start_at_once if at_once else asyncio.Task
+        task: asyncio.Future[T] = start(work, loop=self._loop)
         try:
-            if not task.done():
+            if isinstance(task, asyncio.Task) and not task.done():
                 asyncio._unregister_task(task)  # noqa: SLF001  # public in the link
                 await self._wait(task)
             if not task.done() or (self.is_late and task.cancelled()):

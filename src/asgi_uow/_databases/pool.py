@@ -155,6 +155,10 @@ def attach_listeners(
     # Not events of the engine: one listener there costs each statement 50 calls.
     target._connection_cls = policy.connection_class  # noqa: SLF001
     check = _note_settings if read_only else _check_statement
+
+    def check_plain(cursor: object, statement: str, context: Context) -> None:
+        check(cursor, statement, (), context)
+
     for name, listener in (
         ("connect", policy.on_connect),
         ("checkout", policy.on_checkout),
@@ -162,7 +166,7 @@ def attach_listeners(
         ("handle_error", policy.on_error),
         ("do_execute", check),
         ("do_executemany", check),
-        ("do_execute_no_params", lambda _, sql, context: check(_, sql, (), context)),
+        ("do_execute_no_params", check_plain),
     ):
         event.listen(target, name, listener)
     if read_only:
