@@ -30,8 +30,6 @@ class Outcome(enum.Enum):
     PARTIAL = "partial"
     """One database committed, a later one of the same unit did not."""
 
-    __hash__ = object.__hash__  # an enum's own is a Python function
-
 
 class Cause(enum.Enum):
     """Why a unit of work was not committed."""
@@ -63,8 +61,9 @@ class State(enum.Enum):
     RESPONDING = "responding"
     CLOSED = "closed"
 
-    __hash__ = object.__hash__  # an enum's own is a Python function
 
+# An enum's own hash is a Python function, and these are looked up often.
+State.__hash__ = Outcome.__hash__ = object.__hash__  # type: ignore[method-assign, assignment]
 
 UNDECIDED = frozenset({State.NEW, State.ACTIVE, State.ROLLBACK_ONLY})
 WRITABLE = UNDECIDED | {State.PREPARING}

@@ -172,7 +172,8 @@ class UnitOfWorkFailedError(AsgiUowError, RuntimeError):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(outcome, cause)
-        self.outcome, self.cause = outcome, cause
+        self.outcome: Outcome = outcome
+        self.cause: Cause = cause
         self.retry_after = retry_after
         self._end = f": {detail}" if detail else "."
 

@@ -70,9 +70,10 @@ class Engines:
     ) -> None:
         self.options = options
         self._readers = tuple(readers)
-        self.replicas = tuple(map(Replica, self._readers))
-        self.write_options = {"expire_on_commit": False, **options.session_options}
-        self.read_options = self.write_options | READ_OPTIONS
+        self.replicas: tuple[Replica, ...] = tuple(map(Replica, self._readers))
+        shared: dict[str, Any] = {"expire_on_commit": False, **options.session_options}
+        self.write_options: dict[str, Any] = shared
+        self.read_options: dict[str, Any] = shared | READ_OPTIONS
         self._check_not_a_reader(engine)
         for reader in self._readers:
             _check_engine(reader)
@@ -102,7 +103,7 @@ class Engines:
         if self.options.resolve_unknown and asks is None:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
-        self.is_memory = known.is_memory(engine.url)
+        self.is_memory: bool = known.is_memory(engine.url)
         if self.is_memory:
             self._read_engine = engine
         else:

@@ -36,8 +36,8 @@ class Frame:
     __slots__ = ("around", "undone")
 
     def __init__(self, around: Frame | None) -> None:
-        self.around = around
-        self.undone = False
+        self.around: Frame | None = around
+        self.undone: bool = False
 
     def is_undone(self) -> bool:
         """Tell whether it, or one around it, was rolled back."""

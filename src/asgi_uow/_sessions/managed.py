@@ -26,7 +26,7 @@ class Shared:
     __slots__ = ("committed", "events", "outages", "savepoints", "state", "writers")
 
     def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
-        self.state = State.NEW
+        self.state: State = State.NEW
         """That of the unit of work."""
         self.outages: list[Exception] = []
         """Errors that mean a database out of reach."""
@@ -56,11 +56,11 @@ class ManagedSession(orm.Session):
     """Those on which it has begun a transaction, and what cancels a statement there."""
     connected: float | None = None
     """Since when it holds a connection of its own, by `time.perf_counter()`."""
-    held = 0.0
+    held: float = 0.0
     """Seconds for which it has held those that it has given back."""
-    driver_exposed = False
+    driver_exposed: bool = False
     """Whether somebody was given the connection, and with it the driver's own."""
-    follows_savepoints = False
+    follows_savepoints: bool = False
 
     def begin(self, nested: bool = False) -> orm.SessionTransaction:  # noqa: FBT001, FBT002
         """Open a SAVEPOINT; a transaction is the unit's to begin."""
@@ -162,8 +162,10 @@ class ReadOnlySession(ManagedSession):
 
     sibling: ManagedSession | None = None
     """The write session of the unit."""
-    joins_always = False
+    joins_always: bool = False
     """Whether there is one connection for both, as with SQLite in memory."""
+
+    connected: float | None = None
 
     @property
     def writer(self) -> ManagedSession | None:

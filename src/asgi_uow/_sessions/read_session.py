@@ -15,6 +15,7 @@ from asgi_uow._sessions.session import READS, Session
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
+    from sqlalchemy import orm
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from asgi_uow._reading.route import Route
@@ -28,13 +29,13 @@ UNCONNECTED = frozenset({"flush", "close"})
 class ReadSession(Session):
     """Reads from a replica or from the writer's server, or in its transaction."""
 
-    sync_session_class = ReadOnlySession
+    sync_session_class: type[orm.Session] = ReadOnlySession
     # Narrower still.
     sync_session: ReadOnlySession  # pyright: ignore[reportIncompatibleVariableOverride]
     route: Route | None = None
     """Finds the replica to read from, where there is a choice."""
     sibling: Session | None = None
-    usable_in = frozenset(State) - {State.CLOSED}
+    usable_in: frozenset[State] = frozenset(State) - {State.CLOSED}
 
     def follow(self, writer: Session, *, always: bool) -> None:
         """Read in the transaction of the unit's write session while that is in use."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     import sqlalchemy as sa
+    from sqlalchemy import orm
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.util.typing import TupleAny
 
@@ -86,7 +87,7 @@ class Session(StatementSession):
     decided, every call on its write session raises `UnitOfWorkClosedError`.
     """
 
-    sync_session_class = ManagedSession
+    sync_session_class: type[orm.Session] = ManagedSession
     # Narrower than SQLAlchemy's, which only reads it.
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -99,10 +100,10 @@ class Session(StatementSession):
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
     ) -> None:
         super().__init__(bind, close_resets_only=False, **options)
-        self.own_lock = TaskLock()
+        self.own_lock: TaskLock = TaskLock()
         self.shared = shared
         self.streams: list[StreamResult] = []
-        self.journal = Journal(db.facts, db.driver, shared.savepoints)
+        self.journal: Journal = Journal(db.facts, db.driver, shared.savepoints)
         sync = self.sync_session
         sync.database, sync.shared, sync.journal = db, shared, self.journal
         sync.connections = {}

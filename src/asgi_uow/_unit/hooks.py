@@ -90,7 +90,7 @@ class Quota:
     __slots__ = ("left",)
 
     def __init__(self) -> None:
-        self.left = MOST_BY_HOOKS
+        self.left: int = MOST_BY_HOOKS
 
     def take(self, phase: str) -> None:
         """Take one; raises `TooManyHooksError` when there is none left."""
@@ -105,7 +105,7 @@ class Hooks:
     __slots__ = ("queues", "quota")
 
     def __init__(self, quota: Quota | None = None) -> None:
-        self.quota = quota or Quota()
+        self.quota: Quota = quota or Quota()
         """What these hooks may register, in all."""
         self.queues: dict[str, list[Hook]] = {}
 

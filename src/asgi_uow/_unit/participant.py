@@ -26,8 +26,8 @@ class Participant:
     __slots__ = ("_must_see", "_route", "db", "parallel", "reader", "shared", "writer")
 
     def __init__(self, db: Engines, shared: Shared, must_see: MustSee) -> None:
-        self.db = db
-        self.shared = shared
+        self.db: Engines = db
+        self.shared: Shared = shared
         self.writer: Session | None = None
         self.reader: ReadSession | None = None
         self.parallel: list[ReadSession] = []
