@@ -63,7 +63,7 @@ class State(enum.Enum):
 
 
 # An enum's own hash is a Python function, and these are looked up often.
-State.__hash__ = Outcome.__hash__ = object.__hash__  # type: ignore[method-assign, assignment]
+State.__hash__ = Outcome.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 UNDECIDED = frozenset({State.NEW, State.ACTIVE, State.ROLLBACK_ONLY})
 WRITABLE = UNDECIDED | {State.PREPARING}

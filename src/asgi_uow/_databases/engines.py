@@ -57,8 +57,8 @@ class DatabaseOptions:
 class Engines:
     """A writer engine, a read engine on the same server, and replicas."""
 
-    is_memory = False
-    owns_engines = False
+    is_memory: bool = False
+    owns_engines: bool = False
     _engine: AsyncEngine | None = None
     _read_engine: AsyncEngine | None = None
 
@@ -103,7 +103,7 @@ class Engines:
         if self.options.resolve_unknown and asks is None:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
-        self.is_memory: bool = known.is_memory(engine.url)
+        self.is_memory = known.is_memory(engine.url)
         if self.is_memory:
             self._read_engine = engine
         else:
