@@ -157,7 +157,7 @@ def is_ours(value: object) -> bool:
 def live(kinds: tuple[type, ...]) -> list[object]:
     """Give the objects that are of a class of ours, or of one of these."""
     objects = gc.get_objects()
-    return [each for each in objects if isinstance(each, kinds) or is_ours(each)]
+    return [each for each in objects if issubclass(type(each), kinds) or is_ours(each)]
 
 
 async def garbage_of(work: Callable[[], Coroutine[object, object, None]]) -> list[str]:
