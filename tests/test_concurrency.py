@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from tests.support.private import bounded, concurrency, run_to_completion
+from tests.support.private import TaskLock, bounded, concurrency, run_to_completion
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -231,3 +231,26 @@ async def test_bounded_work_cleans_up_in_a_cancelled_scope() -> None:
         await bounded(work(), None)
     assert ["cleaned up"] == done
     assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize("first", ["cancel", "release"])
+async def test_lock_goes_on_to_the_next(first: str) -> None:
+    """One that is cancelled as its turn comes hands the lock on."""
+    lock = TaskLock()
+    order: list[str] = []
+
+    async def use(name: str) -> None:
+        async with lock:
+            order.append(name)
+
+    await lock.__aenter__()
+    cancelled = asyncio.create_task(use("cancelled"))
+    last = asyncio.create_task(use("last"))
+    await asyncio.sleep(0)
+    steps: list[Callable[[], object]] = [cancelled.cancel, lock.release]
+    for step in steps if first == "cancel" else reversed(steps):
+        step()
+    await asyncio.wait([cancelled, last])
+    assert cancelled.cancelled()
+    assert ["last"] == order
+    assert lock.is_free

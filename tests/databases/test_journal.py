@@ -491,6 +491,22 @@ async def test_ddl_that_is_not_understood(
     assert [] == await shop.items(backend)
 
 
+@on("asyncmy")
+async def test_ddl_that_failed(db: Database, backend: MariaDBBackend) -> None:
+    """DDL that is understood commits what was before it, even if it fails then."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        with suppress(sa_exc.OperationalError):
+            await uow.current_session().execute("CREATE TABLE items (id INTEGER)")
+
+    response = await handle(handler, db, status=404)
+
+    assert isinstance(response.error, errors.PartialCommitError)
+    assert "CREATE TABLE items" in str(response.error)
+    assert [1] == await shop.items(backend)
+
+
 @pytest.mark.parametrize("how", ["connection", "transaction"])
 @pytest.mark.parametrize("by_hand", ["commit", "rollback"])
 async def test_ended_by_hand_through_the_back_door(

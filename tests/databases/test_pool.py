@@ -11,6 +11,7 @@ from sqlalchemy import Connection, event, text
 from sqlalchemy import exc as sa_exc
 
 from asgi_uow import Database
+from asgi_uow.errors import ManagedTransactionError
 from tests.servers import eventually
 from tests.support import shop
 from tests.support.databases import DRIVERS, SERVER_DRIVERS, behind_proxy, on
@@ -109,6 +110,43 @@ async def test_a_forgotten_connection(backend: PostgreSQLBackend, db: Database) 
     with pytest.warns(sa_exc.SAWarning, match="garbage collector"):
         forget()
     await eventually(0, backend.open_transactions)
+
+
+async def test_an_engine_used_by_hand(backend: Backend, db: Database) -> None:
+    """Outside a unit the engine is an engine: savepoints, COMMIT, ROLLBACK."""
+    insert_number = text("INSERT INTO items (id) VALUES (:id)")
+    async with db.engine.begin() as connection:
+        async with connection.begin_nested():
+            await connection.execute(insert_number, {"id": 1})
+        savepoint = await connection.begin_nested()
+        await connection.execute(insert_number, {"id": 2})
+        await savepoint.rollback()
+    assert [1] == await shop.items(backend)
+
+
+@on("asyncmy")
+async def test_two_phases_by_hand(backend: Backend, db: Database) -> None:
+    """So is a transaction that is prepared first."""
+
+    def prepare_and_commit(connection: Connection) -> None:
+        with connection.begin_twophase() as transaction:
+            connection.execute(text("INSERT INTO items (id) VALUES (1)"))
+            transaction.prepare()
+            transaction.commit()
+
+    async with db.engine.connect() as connection:
+        await connection.run_sync(prepare_and_commit)
+    assert [1] == await shop.items(backend)
+
+
+async def test_no_parameters(db: Database) -> None:
+    """What is sent without parameters is looked at like everything else."""
+    async with db:
+        connection = await db.write.connection()
+        with pytest.raises(ManagedTransactionError):
+            await connection.exec_driver_sql(
+                "COMMIT", execution_options={"no_parameters": True}
+            )
 
 
 # Handed out

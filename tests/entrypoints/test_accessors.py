@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         lambda: uow.set_rollback_only("why"),
         lambda: uow.after_commit(print),
         lambda: uow.before_commit(print),
+        lambda: Database(None).write,
+        lambda: Database(None).read,
     ],
 )
 def test_outside_a_unit(use: Callable[[], object]) -> None:

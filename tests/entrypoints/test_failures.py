@@ -276,3 +276,23 @@ async def test_error_that_is_in_its_own_context(db: Database) -> None:
 
     assert [] == response.messages
     assert response.error is raised[0]
+
+
+@pytest.mark.parametrize("in_its_own_context", [True, False])
+async def test_error_after_an_outage(db: Database, *, in_its_own_context: bool) -> None:
+    """What does not follow from a database that is down is left to the framework."""
+    down = Database.from_url(UNREACHABLE)
+    error = ZeroDivisionError()
+    group = ExceptionGroup("one", [error])
+    if in_its_own_context:
+        error.__context__ = group
+
+    async def handler() -> None:
+        with suppress(OSError, sa_exc.DBAPIError):
+            await current_session(down).execute("SELECT 1")
+        raise error
+
+    response = await handle(handler, db, down)
+
+    assert [] == response.messages
+    assert response.error is error

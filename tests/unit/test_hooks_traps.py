@@ -514,3 +514,24 @@ async def test_hook_that_does_not_let_itself_be_cancelled(
     assert isinstance(error, TimeoutError)
     over.set()
     await asyncio.wait([task for task in tasks if task])
+
+
+@on("aiosqlite")
+async def test_hook_that_fails_as_its_time_is_up(db: Database) -> None:
+    """What it raises when it is cancelled is what is reported."""
+    never = asyncio.Event()
+
+    async def hook() -> None:
+        try:
+            await never.wait()
+        except asyncio.CancelledError:
+            raise ZeroDivisionError from None
+
+    async def handler() -> None:
+        await shop.insert(1)
+        uow.after_commit(hook)
+
+    response = await handle(handler, db, hook_timeout=0.01)
+
+    assert 200 == response.status
+    assert isinstance(response.events.only(HookFailed).error, ZeroDivisionError)

@@ -184,14 +184,13 @@ class Journal:
 
     def end_savepoint(self, name: str, *, undone: bool) -> None:
         """Record RELEASE, or ROLLBACK TO, which undoes what was aborted inside."""
-        if name not in self._names:
-            return
-        depth = self._names.index(name)
-        while len(self._names) > depth:
+        while name in self._names:
             key = (self, self._names.pop())
             if undone:
                 self.savepoints.roll_back(key, by=self)
             else:
                 self.savepoints.release(key)
         if undone:
-            self.entries = [each for each in self.entries if each[1] <= depth]
+            self.entries = [
+                each for each in self.entries if each[1] <= len(self._names)
+            ]

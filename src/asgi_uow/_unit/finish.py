@@ -76,7 +76,7 @@ async def finish(
     try:
         await _complete(unit, decision, ended, ending, shield)
     finally:
-        if shared is None or shared.events:
+        if unit.shared is not None and unit.shared.events:
             unit.tell()
     if cancelled is not None:
         raise cancelled

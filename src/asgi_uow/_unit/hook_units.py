@@ -115,7 +115,8 @@ def call_when_undone(unit: UnitOfWork, hook: Hook, end: EndUnit) -> None:
 
 async def _call_undone(unit: UnitOfWork, hook: Hook, end: EndUnit) -> None:
     hooks = queue(unit, "after_rollback")
-    if hook in hooks:  # otherwise the end of the unit has called it
+    # The end of the unit may have called it.
+    if hook in hooks:  # pragma: no branch
         hooks.remove(hook)
         shield = Shield()
         await run_hooks(unit, "after_rollback", [hook], shield, end)

@@ -184,10 +184,10 @@ class HookRun(Generic[Owner]):
             try:
                 await shield.run(self._call_all(shield), seconds, at_once=False)
             except TimeoutError as error:
-                if self._running is not None:
+                if self._running is not None:  # pragma: no branch  # it is set at once
                     ending = self._end(*self._running, error)
                     self._running = None
-                    if ending is not None:
+                    if ending is not None:  # pragma: no branch  # there is an error
                         await shield.run(ending, at_once=False)
 
     async def _call_all(self, shield: Shield) -> None:

@@ -245,19 +245,20 @@ class UnitOfWork:
         The events of a hook's unit are told with those of the unit whose hook it is.
         """
         self.stamp()
-        if self.shared is not None and self.shared.events and not self.is_hook:
-            events = list(self.shared.events)
-            self.shared.events.clear()
+        if not self.is_hook:
+            shared = self.share()
+            events = list(shared.events)
+            shared.events.clear()
             for each in events:
                 self.options.tell(each)
 
     def stamp(self) -> None:
         """Say of events that their unit has not told yet whose they are."""
-        if self.shared is not None and self.shared.events:
-            self.shared.events[:] = [
-                each if each.unit is not None else dataclasses.replace(each, unit=self)
-                for each in self.shared.events
-            ]
+        events = self.share().events
+        events[:] = [
+            each if each.unit is not None else dataclasses.replace(each, unit=self)
+            for each in events
+        ]
 
     # Units around
 
