@@ -355,14 +355,16 @@ CLEAN = {
 
 async def left_by(backend: Backend, names: Iterable[str]) -> dict[str, list[str]]:
     """Name what requests leave of ours to the garbage collector."""
-    found: dict[str, list[str]] = {}
     async with shop_database(backend) as db:
-        for name in names:
-            handler, status = CLEAN[name]
-            app = UnitOfWorkMiddleware(endpoint(handler, status), db, observers=())
-            if left := await garbage_of(functools.partial(ask, app)):
-                found[name] = left
-    return found
+        applications = {
+            name: UnitOfWorkMiddleware(endpoint(*CLEAN[name]), db, observers=())
+            for name in names
+        }
+        left = {
+            name: await garbage_of(functools.partial(ask, app))
+            for name, app in applications.items()
+        }
+    return {name: classes for name, classes in left.items() if classes}
 
 
 @on(*DRIVERS)

@@ -506,3 +506,10 @@ def test_logged(
     assert level == record.levelname
     assert words in record.getMessage()
     assert "s3cret" not in caplog.text
+
+
+async def test_calls_without_a_connection(site: Site) -> None:
+    """What reads nothing goes nowhere, and fixes no server for the reads to come."""
+    async with site.db as unit:
+        await unit.read_session(site.db).flush()
+        assert 1 == await site.db.read.run_sync(lambda _: 1)

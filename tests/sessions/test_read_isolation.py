@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -151,3 +151,17 @@ def test_other_levels() -> None:
     level: Any = "SERIALIZABLE"
     with pytest.raises(ConfigurationError, match="SERIALIZABLE"):
         Database.from_url("sqlite:///app.db", read_isolation=level)
+
+
+@on(*SERVERS)
+async def test_begin_on_a_lost_connection(backend: ServerBackend) -> None:
+    """A snapshot that cannot be begun is an error, and the next unit has its own."""
+    async with database(backend) as db:
+        async with db:
+            await db.read.execute(COUNT)
+        await backend.kill_connections()
+        with suppress(DBAPIError):  # asyncpg has noticed before, and connects anew
+            async with db:
+                await db.read.execute(COUNT)
+        async with db:
+            assert 0 == await db.read.scalar(COUNT)

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import event, insert
+from sqlalchemy import column, event, insert, table
 from sqlalchemy.exc import DBAPIError
 
 from asgi_uow import Database
@@ -307,3 +307,15 @@ async def test_other_options_change_nothing(backend: Backend) -> None:
             await db.read.scalar("SELECT count(*) FROM items")
     await db.dispose()
     assert 1 == len(made)
+
+
+@pytest.mark.parametrize("method", ["execute", "scalar", "scalars"])
+async def test_statements_inside_run_sync(stocked: Backend, method: str) -> None:
+    """Inside `run_sync` an INSERT is refused before it is sent."""
+    db = small(stocked)
+    statement = insert(table("items", column("id"))).values(id=7)
+    async with db:
+        with pytest.raises(ReadOnlySessionError):
+            await db.read.run_sync(lambda session: getattr(session, method)(statement))
+    assert [1] == await shop.items(stocked)
+    await db.dispose()

@@ -501,3 +501,37 @@ async def test_a_connection_lost_before_commit(
     assert uow.Outcome.ROLLED_BACK is caught.value.outcome
     assert 1 == caught.value.retry_after
     assert [("Ann",), ("Bob",)] == await backend.fetch(NAMES)
+
+
+class StopError(BaseException):
+    """Neither an error of the application nor a cancellation."""
+
+
+async def test_what_stops_everything(db: Database, backend: Backend) -> None:
+    """It goes through a session as it is, and what was written is rolled back."""
+
+    def stop(session: SyncSession) -> None:
+        raise StopError
+
+    with pytest.raises(StopError):
+        async with db:
+            await db.write.execute(INSERT, {"id": 3, "name": "Cid"})
+            await db.write.run_sync(stop)
+    assert 2 == await backend.scalar("SELECT count(*) FROM person")
+
+
+@pytest.mark.parametrize("method", ["commit", "prepare"])
+async def test_the_session_inside_is_the_units_too(db: Database, method: str) -> None:
+    """Not even the synchronous session lets itself be ended by hand."""
+    async with db:
+        with pytest.raises(errors.ManagedTransactionError, match=method):
+            await db.write.run_sync(lambda session: getattr(session, method)())
+
+
+@on(*SERVER_DRIVERS)
+async def test_isolation_level_of_a_transaction(db: Database) -> None:
+    """Any isolation level that has transactions may be asked for."""
+    async with db:
+        options = {"isolation_level": "SERIALIZABLE"}
+        connection = await db.write.connection(execution_options=options)
+        assert "SERIALIZABLE" == await connection.get_isolation_level()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import asgi_uow as uow
@@ -12,7 +11,7 @@ from asgi_uow.observers import HookFailed
 from tests.support.observer import Events
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
     from asgi_uow import Database
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
@@ -161,29 +160,6 @@ class Client:
         except Exception as error:  # noqa: BLE001  # what a server would log
             response.error = error
         return response
-
-    @asynccontextmanager
-    async def lifespan(self) -> AsyncGenerator[None, None]:
-        """Start the application, then shut it down."""
-        events: asyncio.Queue[Message] = asyncio.Queue()
-        answers: asyncio.Queue[Message] = asyncio.Queue()
-        scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
-
-        async def run() -> None:
-            await self.app(scope, events.get, answers.put)
-
-        async def is_complete(event: str) -> bool:
-            await events.put({"type": f"lifespan.{event}"})
-            answer = await asyncio.wait_for(answers.get(), timeout=5)
-            return bool(answer["type"] == f"lifespan.{event}.complete")
-
-        task = asyncio.create_task(run())
-        try:
-            assert await is_complete("startup")
-            yield
-        finally:
-            assert await is_complete("shutdown")
-            await task
 
 
 def receiving(over: asyncio.Event) -> Receive:

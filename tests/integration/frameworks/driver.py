@@ -22,6 +22,29 @@ class Server(Client):
     spec_version = "2.3"
 
     @asynccontextmanager
+    async def lifespan(self) -> AsyncGenerator[None, None]:
+        """Start the application, then shut it down."""
+        events: asyncio.Queue[Message] = asyncio.Queue()
+        answers: asyncio.Queue[Message] = asyncio.Queue()
+        scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
+
+        async def run() -> None:
+            await self.app(scope, events.get, answers.put)
+
+        async def is_complete(event: str) -> bool:
+            await events.put({"type": f"lifespan.{event}"})
+            answer = await asyncio.wait_for(answers.get(), timeout=5)
+            return bool(answer["type"] == f"lifespan.{event}.complete")
+
+        task = asyncio.create_task(run())
+        try:
+            assert await is_complete("startup")
+            yield
+        finally:
+            assert await is_complete("shutdown")
+            await task
+
+    @asynccontextmanager
     async def no_lifespan(self) -> AsyncGenerator[None, None]:
         """Find that the application has no lifespan, then go on without."""
         events: asyncio.Queue[Message] = asyncio.Queue()
