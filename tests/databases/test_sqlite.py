@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import exc as sa_exc
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from asgi_uow import Database, unit_of_work
@@ -204,3 +205,20 @@ async def test_memory_and_an_ordinary_error() -> None:
             with suppress(sa_exc.IntegrityError):
                 await shop.insert(1)
         assert [1] == await items(db)
+
+
+async def test_begin_of_an_engine_made_by_hand(backend: SQLiteBackend) -> None:
+    """Without our own connection BEGIN is sent at once, and can fail by itself."""
+    await shop.create(backend)
+    db = Database(create_async_engine(backend.url, connect_args={"timeout": 0}))
+    async with db:
+        await shop.insert(1)
+    with closing(sqlite3.connect(str(db.engine.url.database))) as rival:
+        rival.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sa_exc.OperationalError, match="SQL: BEGIN IMMEDIATE"):
+            async with db:
+                await shop.insert(2)
+    async with db:
+        await shop.insert(3)
+    assert [1, 3] == await shop.items(backend)
+    await db.dispose()
