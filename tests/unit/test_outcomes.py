@@ -136,3 +136,15 @@ def test_resolve_unknown_is_for_postgresql() -> None:
     """Only PostgreSQL can be asked."""
     with pytest.raises(ConfigurationError, match="PostgreSQL only"):
         Database.from_url("sqlite:///app.db", resolve_unknown=True)
+
+
+@on("asyncpg", "psycopg")
+async def test_what_became_of_a_transaction(db: Database) -> None:
+    """A COMMIT is proved by its id and the life of the server that gave it."""
+    async with db:
+        await shop.insert(1)
+        transaction = str(await db.write.scalar(db.facts.TRANSACTION_ID or ""))
+    number = transaction.partition("@")[0]
+
+    assert await db.was_committed(transaction, 30) is True
+    assert await db.was_committed(f"{number}@another life", 30) is None
