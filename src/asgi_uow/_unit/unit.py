@@ -246,9 +246,8 @@ class UnitOfWork:
         """
         self.stamp()
         if not self.is_hook:
-            shared = self.share()
-            events = list(shared.events)
-            shared.events.clear()
+            waiting = self.share().events
+            events, waiting[:] = list(waiting), []
             for each in events:
                 self.options.tell(each)
 
