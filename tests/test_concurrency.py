@@ -253,3 +253,32 @@ async def test_lock_goes_on_to_the_next(first: str) -> None:
     assert cancelled.cancelled()
     assert ["last"] == order
     assert lock.is_free
+
+
+async def test_one_task() -> None:
+    """Work is in one task from its first line on, also before it waits."""
+    tasks: list[asyncio.Task[object] | None] = []
+
+    async def work() -> None:
+        tasks.append(asyncio.current_task())
+        await asyncio.sleep(0)
+        tasks.append(asyncio.current_task())
+
+    await run_to_completion(work())
+    assert tasks[0] is tasks[1]
+    assert tasks[0] is not asyncio.current_task()
+
+
+async def test_one_task_that_does_not_wait() -> None:
+    """The caller is itself again after work that ended, or failed, at once."""
+    caller, tasks = asyncio.current_task(), asyncio.all_tasks()
+
+    async def work(error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+    await run_to_completion(work(None))
+    with pytest.raises(ZeroDivisionError):
+        await run_to_completion(work(ZeroDivisionError()))
+    assert caller is asyncio.current_task()
+    assert tasks == asyncio.all_tasks()

@@ -30,32 +30,41 @@ else:  # pragma: no cover  # measured on later Pythons
     def _start_at_once(
         work: Coroutine[Any, Any, T], *, loop: asyncio.AbstractEventLoop
     ) -> asyncio.Future[T]:
-        """Do as an eager task does: what never has to wait takes no turn of the loop.
-
-        Not for work that binds itself to the current task before it waits.
-        """
+        """Take the first step at once, as the task that goes on with it."""
+        steps: deque[Any] = deque()
+        task = asyncio.Task(_go_on(work, steps), loop=loop)
+        caller = asyncio.current_task()
+        asyncio._leave_task(loop, caller)  # type: ignore[arg-type]  # noqa: SLF001  # public, see `Shield`
+        asyncio._enter_task(loop, task)  # noqa: SLF001
         try:
-            waits_for = work.send(None)
-        except StopIteration as stop:
-            done = loop.create_future()
-            done.set_result(stop.value)
-            return done
+            steps.append(work.send(None))
         except BaseException as error:  # noqa: BLE001  # raised by result()
-            done = loop.create_future()
-            done.set_exception(error)
+            done: asyncio.Future[T] = loop.create_future()
+            if isinstance(error, StopIteration):
+                done.set_result(error.value)
+            else:
+                done.set_exception(error)
+            asyncio._unregister_task(task)  # noqa: SLF001
+            task.cancel()  # it has nothing left to do
             return done
-        return asyncio.Task(_go_on(work, waits_for), loop=loop)
+        finally:
+            asyncio._leave_task(loop, task)  # noqa: SLF001
+            asyncio._enter_task(loop, caller)  # type: ignore[arg-type]  # noqa: SLF001
+        return task
 
-    def _go_on(work: Coroutine[Any, Any, T], waits_for: Any) -> Generator[Any, None, T]:
+    def _go_on(
+        work: Coroutine[Any, Any, T], steps: deque[Any]
+    ) -> Generator[Any, None, T]:
         while True:
             try:
-                resume = functools.partial(work.send, (yield waits_for))
+                resume = functools.partial(work.send, (yield steps.pop()))
             except BaseException as error:  # noqa: BLE001  # the work's to handle
                 resume = functools.partial(work.throw, error)
             try:
-                waits_for = resume()
+                steps.append(resume())
             except StopIteration as stop:
-                return stop.value
+                result: T = stop.value
+                return result
 
 
 class Shield:

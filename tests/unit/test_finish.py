@@ -44,6 +44,26 @@ async def test_before_commit_runs_inside_the_transaction(
     assert [[1, 2, 3]] == response.seen
 
 
+async def test_listener_may_add_during_the_last_flush(
+    db: Database, backend: Backend
+) -> None:
+    """What a listener adds while the session is flushed is committed too."""
+
+    async def handler() -> None:
+        session = uow.current_session()
+        session.add(shop.Item(id=1))
+
+        def add_another(*_: object) -> None:
+            uow.current_session().add(shop.Item(id=2))
+
+        event.listen(session.sync_session, "after_flush", add_another, once=True)
+
+    response = await handle(handler, db)
+
+    assert 200 == response.status
+    assert [1, 2] == await shop.items(backend)
+
+
 async def test_flush_may_register_before_commit(db: Database, backend: Backend) -> None:
     """A hook registered while the session is flushed still runs before COMMIT."""
 

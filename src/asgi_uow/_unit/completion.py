@@ -128,9 +128,7 @@ class Completion:
         for commit, step in steps:
             sync = commit.session.sync_session
             try:
-                # Several calls under one lock: all in one task, from the first on.
-                at_once = not commit.db.options.resolve_unknown
-                await self._shield.run(step(), self._timeout, at_once=at_once)
+                await self._shield.run(step(), self._timeout)
             except Exception as error:  # noqa: BLE001  # becomes the failure
                 if not await self._was_kept(commit, error):
                     return self._refused(commit, error, any_committed=any_committed)
