@@ -129,7 +129,7 @@ async def test_before_commit_stops_the_commit(
         uow.before_commit(refuse)
         uow.before_commit(called.append, "second")
 
-    response = await handle(handler, db, hooks=True, hook_timeout=0.05)
+    response = await handle(handler, db, hooks=True, hook_timeout=0.5)
 
     cause = Cause.BEFORE_COMMIT if kind == "raises" else Cause.TIMEOUT
     assert 500 == response.status

@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from asgi_uow._unit.participant import Participant
 
 
-class HookStoppedError(Exception):
-    """Carries the name of the `before_commit` hook whose error is its cause."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ended:
     """What became of the work, and what is to be raised if it was not kept."""
@@ -48,18 +44,15 @@ class Ended:
 COMMITTED, ROLLED_BACK = Ended(Outcome.COMMITTED), Ended(Outcome.ROLLED_BACK)
 
 
-def stopped_by(error: BaseException) -> Ended:
-    """Tell what it means that the preparation was stopped by `error`."""
+def stopped_by(error: BaseException, hook: str = "") -> Ended:
+    """Tell what an error of the flush means, or of a `before_commit` hook."""
     kind: type[errors.UnitOfWorkFailedError] = errors.CommitFailedError
-    cause, detail = Cause.COMMIT_FAILED, ""
-    if isinstance(error, HookStoppedError) and error.__cause__ is not None:
-        kind, cause, detail = errors.BeforeCommitError, Cause.BEFORE_COMMIT, str(error)
-        error = error.__cause__
+    cause = Cause.COMMIT_FAILED if isinstance(error, Exception) else Cause.CANCELLED
+    if hook and isinstance(error, Exception):
+        kind, cause = errors.BeforeCommitError, Cause.BEFORE_COMMIT
     if isinstance(error, TimeoutError):
         cause = Cause.TIMEOUT
-    elif not isinstance(error, Exception):
-        cause = Cause.CANCELLED
-    return Ended(Outcome.ROLLED_BACK, kind, cause, error, detail)
+    return Ended(Outcome.ROLLED_BACK, kind, cause, error, hook)
 
 
 def partial_for_ddl(

@@ -6,7 +6,7 @@ under a `Shield`, so nothing interrupts it between two steps either.
 
 from __future__ import annotations
 
-import contextvars
+import functools
 import time
 from typing import TYPE_CHECKING
 
@@ -17,15 +17,8 @@ from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._decision import Cause, Outcome, State, rollback
 from asgi_uow._unit.completion import Completion
-from asgi_uow._unit.failures import (
-    ROLLED_BACK,
-    Ended,
-    HookStoppedError,
-    partial_for_ddl,
-    stopped_by,
-)
-from asgi_uow._unit.hook_units import call_when_undone, queue, run_hooks, watched
-from asgi_uow._unit.hooks import call_hook
+from asgi_uow._unit.failures import ROLLED_BACK, Ended, partial_for_ddl, stopped_by
+from asgi_uow._unit.hook_units import HookRun, queue
 from asgi_uow.observers import CommitFailed, UnitFinished
 
 if TYPE_CHECKING:
@@ -34,6 +27,7 @@ if TYPE_CHECKING:
     from asgi_uow._decision import Decision
     from asgi_uow._sessions.managed import Shared
     from asgi_uow._sessions.read_session import ReadSession
+    from asgi_uow._unit.hooks import Hook, Hooks
     from asgi_uow._unit.participant import Participant
     from asgi_uow._unit.unit import UnitOfWork
     from asgi_uow.observers import Event
@@ -57,15 +51,14 @@ async def finish(
         unit.cause = decision.cause
         return
     ending = time.perf_counter()
-    cancelled: BaseException | None = None
-    ended, has_run = ROLLED_BACK, True
+    ended = ROLLED_BACK
     if decision.commit:
         unit.move(State.PREPARING)
-        ended, has_run, cancelled = await _prepared(unit)
+        ended = await prepare(unit)
         if ended.cause is not None:
             decision = rollback(ended.cause)
-    if has_run or not decision.commit:  # who decided has asked just before
-        unit.doom = unit.doomed_by
+    stopping = ended.error
+    unit.doom = unit.doomed_by
     if decision.commit and unit.doom is not None:
         decision = rollback(Cause.DOOMED, replace_response=True)
     if decision.replace_response:
@@ -78,21 +71,11 @@ async def finish(
     finally:
         if unit.shared is not None and unit.shared.events:
             unit.tell()
-    if cancelled is not None:
-        raise cancelled
+    if stopping is not None and not isinstance(stopping, Exception):
+        raise stopping
     shield.deliver()
     if unit.failure is not None:
         raise unit.failure
-
-
-async def _prepared(unit: UnitOfWork) -> tuple[Ended, bool, BaseException | None]:
-    """Give what stopped the preparation, whether it ran anything, what is to raise."""
-    try:
-        return ROLLED_BACK, await prepare(unit), None
-    except Exception as raised:  # noqa: BLE001  # raised later, as the failure
-        return stopped_by(raised), True, None
-    except BaseException as raised:  # noqa: BLE001  # raised later, as it is
-        return stopped_by(raised), True, raised
 
 
 async def _complete(
@@ -112,20 +95,26 @@ async def _complete(
     unit.failure = ended.failure(shared.outages)
     unit.move(STATE_OF[ended.outcome])
     _report(unit, shared.events, ended.outcome, ending)
-    hooks = unit.hooks
-    if hooks is None or not hooks:
-        return
-    for participant in participants:
+    if unit.hooks:
+        await _run_hooks(unit, unit.hooks, completion, shield)
+
+
+async def _run_hooks(
+    unit: UnitOfWork, hooks: Hooks, completion: Completion, shield: Shield
+) -> None:
+    """Run what the outcome allows; what is not certain calls none."""
+    for participant in unit.participants.values():
         # A hook that reads must not wait for the connection of its own request.
         if participant.reader is not None:
             await completion.release_reader(participant.reader)
-    if ended.outcome is Outcome.COMMITTED:
-        undone, committed = hooks.take_undone(), hooks.take("after_commit")
-        await run_hooks(unit, "after_rollback", undone, shield, end_unit)
-        await run_hooks(unit, "after_commit", committed, shield, end_unit)
-    elif ended.outcome is Outcome.ROLLED_BACK:
-        undone = hooks.take_rolled_back()
-        await run_hooks(unit, "after_rollback", undone, shield, end_unit)
+    undone = hooks.take("after_rollback")[::-1]
+    if unit.outcome is Outcome.COMMITTED:
+        undone = [hook for hook in undone if hook.is_dropped]
+    if unit.outcome in {Outcome.COMMITTED, Outcome.ROLLED_BACK}:
+        await HookRun(unit, "after_rollback", undone, end_unit).run(shield)
+    if unit.outcome is Outcome.COMMITTED:
+        committed = hooks.take("after_commit")
+        await HookRun(unit, "after_commit", committed, end_unit).run(shield)
 
 
 def _report(
@@ -161,65 +150,35 @@ async def end_unit(unit: UnitOfWork, decision: Decision) -> None:
 # Before COMMIT
 
 
-async def prepare(unit: UnitOfWork) -> bool:
+async def prepare(unit: UnitOfWork) -> Ended:
     """Run the `before_commit` hooks and flush, until neither adds to the other.
 
-    Gives whether there was anything to run. Each has `hook_timeout` seconds. Raises
-    `HookStoppedError` from what a hook has raised, and what the flush raises.
+    Each has `hook_timeout` seconds. Gives what stopped it, which is raised later.
     """
-    for participant in unit.participants.values():
-        if participant.reader is not None:
+    try:
+        for participant in unit.participants.values():
             for reader in participant.readers():
                 reader.refuse_changes()
-    done, has_run = 0, False
-    while True:
-        if unit.hooks is not None:
-            has_run = True
-            unit.quota = unit.hooks.quota
-            done = await _call_before_commit(unit, done)
-        participants = unit.participants
-        for participant in participants.values():
-            writer = participant.writer
-            if writer is not None and writer.has_changes:
-                has_run = True
-                with anyio.fail_after(unit.options.hook_timeout):
-                    await writer.flush()
-        waiting = unit.hooks is not None and unit.hooks.queue("before_commit")[done:]
-        if not waiting and participants is unit.participants:
-            return has_run
-
-
-async def _call_before_commit(unit: UnitOfWork, done: int) -> int:
-    """Call those of a live list that were not called yet; give how many there are."""
-    hooks = queue(unit, "before_commit")
-    if done == len(hooks):
-        return done
-    shield = Shield(forwards=True)
-    error: BaseException | None = None
-
-    async def call_all() -> None:
-        nonlocal done, error
-        while done < len(hooks) and error is None:
-            hook = hooks[done]
-            done += 1
-            if not hook.is_dropped:
-                work = watched(unit, "before_commit", hook, of=unit)
-                error = await call_hook(work, contextvars.copy_context(), shield)
-
-    try:
-        await shield.run(call_all(), unit.options.hook_timeout, at_once=False)
-    except TimeoutError as late:
-        error = late
-    finally:
-        shield.deliver()
-    try:
-        if isinstance(error, Exception):
-            raise HookStoppedError(hooks[done - 1].name) from error
-        if error is not None:
-            raise error
-    finally:
-        error = None  # its traceback refers to this frame
-    return done
+        while True:
+            if unit.hooks is not None:
+                unit.quota = unit.hooks.quota
+                hooks = HookRun(
+                    unit, "before_commit", queue(unit, "before_commit"), end_unit
+                )
+                shield = Shield(forwards=True)
+                failed = await hooks.run(shield)
+                shield.deliver()
+                if failed is not None:
+                    return stopped_by(failed[1], failed[0].name)
+            participants = unit.participants
+            for each in participants.values():
+                if each.writer is not None and each.writer.has_changes:
+                    with anyio.fail_after(unit.options.hook_timeout):
+                        await each.writer.flush()
+            if participants is unit.participants and not queue(unit, "before_commit"):
+                return ROLLED_BACK
+    except BaseException as error:  # noqa: BLE001  # raised by finish()
+        return stopped_by(error)
 
 
 def register(
@@ -231,8 +190,18 @@ def register(
 ) -> None:
     """Register a hook; one of `after_rollback` is also called for its savepoint."""
     hook = unit.register(phase, fn, args, kwargs)
-    if phase == "after_rollback":
-        call_when_undone(unit, hook, end_unit)
+    if phase == "after_rollback" and hook.frame is not None:
+        callback = functools.partial(_call_undone, unit, hook)
+        unit.share().savepoints.call_if_undone(hook.frame, callback)
+
+
+async def _call_undone(unit: UnitOfWork, hook: Hook) -> None:
+    hooks = queue(unit, "after_rollback")
+    if hook in hooks:  # pragma: no branch  # the end of the unit may have called it
+        hooks.remove(hook)
+        shield = Shield()
+        await HookRun(unit, "after_rollback", [hook], end_unit).run(shield)
+        shield.deliver()
 
 
 # After the end
@@ -254,7 +223,7 @@ async def release(unit: UnitOfWork) -> None:
         if unit.outcome is Outcome.COMMITTED and unit.hooks is not None:
             shield = shield or Shield()
             hooks = unit.hooks.take("after_response")
-            await run_hooks(unit, "after_response", hooks, shield, end_unit)
+            await HookRun(unit, "after_response", hooks, end_unit).run(shield)
     finally:
         if shared.events:
             unit.tell()

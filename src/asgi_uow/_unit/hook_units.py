@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextvars
-import functools
-from collections import deque
 from typing import TYPE_CHECKING
 
-from asgi_uow._concurrency import Shield
 from asgi_uow._decision import COMMIT, Cause, State, exception_cause, rollback
-from asgi_uow._unit.hooks import HookRun, told
+from asgi_uow._unit.hooks import call_hook, told
 from asgi_uow._unit.unit import CLOSED, UnitOfWork, current
 from asgi_uow.observers import HookFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
+    from asgi_uow._concurrency import Shield
     from asgi_uow._decision import Decision
     from asgi_uow._unit.hooks import Hook, Work
 
@@ -32,50 +30,87 @@ Anything else it registers is about the unit of its own.
 """
 
 
-async def run_hooks(
-    unit: UnitOfWork, phase: str, hooks: Iterable[Hook], shield: Shield, end: EndUnit
-) -> None:
-    """Call every hook, also those registered meanwhile; `end` ends their own units."""
+class HookRun:
+    """Calls hooks one after the other, also those added to `waiting` meanwhile.
 
-    def begin(hook: Hook) -> tuple[contextvars.Context, Work, UnitOfWork]:
-        own = _unit_for_hook(unit)
-        context = contextvars.copy_context()
-        context.run(current.set, own)
-        return context, watched(own, phase, hook, of=unit), own
+    All run in one task, but for what follows a hook that ignores its cancellation:
+    that one is left behind. `end` ends the unit of work of a hook.
+    """
 
-    def end_hook(
-        hook: Hook, own: UnitOfWork, error: BaseException | None
-    ) -> Work | None:
-        if own.is_used or error is not None:
-            return end_used(hook, own, error)
-        own.state = CLOSED
-        return None
+    __slots__ = ("_end", "_failed", "_phase", "_running", "_unit", "waiting")
 
-    async def end_used(
-        hook: Hook, own: UnitOfWork, error: BaseException | None
+    def __init__(
+        self, unit: UnitOfWork, phase: str, hooks: list[Hook], end: EndUnit
     ) -> None:
+        self.waiting = hooks
+        self._failed: tuple[Hook, BaseException] | None = None
+        self._unit, self._phase, self._end = unit, phase, end
+        self._running: tuple[Hook, UnitOfWork] | None = None
+
+    async def run(self, shield: Shield) -> tuple[Hook, BaseException] | None:
+        """Call all, each for `hook_timeout` seconds; give what stops the commit."""
+        seconds = self._unit.options.hook_timeout
+        while self.waiting:
+            try:
+                await shield.run(self._call_all(shield), seconds, at_once=False)
+            except TimeoutError as error:
+                if self._running is not None:  # pragma: no branch  # it is set at once
+                    (hook, own), self._running = self._running, None
+                    await shield.run(self._conclude(hook, own, error), at_once=False)
+        failed, self._failed = self._failed, None  # its traceback refers to this object
+        return failed
+
+    async def _call_all(self, shield: Shield) -> None:
+        phase, unit = self._phase, self._unit
+        while self.waiting:
+            hook = self.waiting.pop(0)
+            if phase != "after_rollback" and hook.is_dropped:
+                continue
+            own = unit if phase == "before_commit" else _unit_for_hook(unit)
+            context = contextvars.copy_context()
+            context.run(current.set, own)
+            running = self._running = hook, own
+            work = _watched(own, phase, hook, of=unit)
+            error = await call_hook(work, context, shield)
+            try:
+                if self._running is not running:
+                    return  # it was left behind, and comes back now
+                if error is not None or own.is_used:
+                    shield.pause()
+                    await self._conclude(hook, own, error)
+                else:
+                    own.state = CLOSED
+            finally:
+                del error  # its traceback refers to this frame
+
+    async def _conclude(
+        self, hook: Hook, own: UnitOfWork, error: BaseException | None
+    ) -> None:
+        """End the unit of a hook; tell if it failed, or have that stop the commit."""
+        if own is self._unit:
+            if error is not None:
+                self._failed = hook, error
+                self.waiting.clear()
+            return
+        phase = self._phase
         for follower in FOLLOWS[phase]:
             registered = [] if own.hooks is None else own.hooks.take(follower)
             later = phase == "after_commit" and follower == "after_response"
-            (queue(unit, follower) if later else waiting).extend(registered)
+            (queue(self._unit, follower) if later else self.waiting).extend(registered)
         try:
-            await end(own, _decide(own, error))
+            await self._end(own, _decide(own, error))
         except BaseException as failure:  # noqa: BLE001  # hook isolation
             error = failure if error is None else error
         if error is not None:
-            failed = HookFailed(phase, hook.name, error, unit=unit)
-            unit.share().events.append(failed)
-
-    waiting = deque(hooks)
-    await HookRun(waiting, begin, end_hook).run(shield, unit.options.hook_timeout)
+            failed = HookFailed(phase, hook.name, error, unit=self._unit)
+            self._unit.share().events.append(failed)
 
 
 def queue(unit: UnitOfWork, phase: str) -> list[Hook]:
-    """Give the queue of a phase."""
     return unit.hooks.queue(phase) if unit.hooks is not None else []
 
 
-def watched(own: UnitOfWork, phase: str, hook: Hook, of: UnitOfWork) -> Work:
+def _watched(own: UnitOfWork, phase: str, hook: Hook, of: UnitOfWork) -> Work:
     """Give the call of a hook, with its events if somebody wants them."""
     if own.options.wants_details:
         return told(own.options.tell, phase, hook, own, of)
@@ -104,20 +139,3 @@ def _decide(own: UnitOfWork, error: BaseException | None) -> Decision:
     if own.doomed_by is not None:
         return rollback(Cause.DOOMED, replace_response=True)
     return COMMIT
-
-
-def call_when_undone(unit: UnitOfWork, hook: Hook, end: EndUnit) -> None:
-    """Have an `after_rollback` hook called once its savepoint is rolled back."""
-    if hook.frame is not None:
-        callback = functools.partial(_call_undone, unit, hook, end)
-        unit.share().savepoints.call_if_undone(hook.frame, callback)
-
-
-async def _call_undone(unit: UnitOfWork, hook: Hook, end: EndUnit) -> None:
-    hooks = queue(unit, "after_rollback")
-    # The end of the unit may have called it.
-    if hook in hooks:  # pragma: no branch
-        hooks.remove(hook)
-        shield = Shield()
-        await run_hooks(unit, "after_rollback", [hook], shield, end)
-        shield.deliver()

@@ -11,7 +11,7 @@ import types
 import warnings
 from contextlib import suppress
 from itertools import chain
-from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias
 
 import anyio.to_thread
 
@@ -20,7 +20,6 @@ from asgi_uow.observers import HookFinished, HookStarted
 
 if TYPE_CHECKING:
     import contextvars
-    from collections import deque
     from collections.abc import Callable, Coroutine, Generator, Mapping
 
     from asgi_uow._concurrency import Shield
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from asgi_uow.observers import Event
 
     Work: TypeAlias = Coroutine[object, object, None]
-
-Owner = TypeVar("Owner")
 
 PHASES = ("before_commit", "after_commit", "after_rollback", "after_response")
 
@@ -118,19 +115,8 @@ class Hooks:
         return self.queues.setdefault(phase, [])
 
     def take(self, phase: str) -> list[Hook]:
-        """Give, once, the hooks of a phase that no rollback of a savepoint dropped."""
-        return [hook for hook in self.queues.pop(phase, ()) if not hook.is_dropped]
-
-    def take_undone(self) -> list[Hook]:
-        """Give, once, what savepoints that were rolled back call, last one first."""
-        found = self.queues.get("after_rollback", [])
-        undone = [hook for hook in found if hook.is_dropped]
-        self.queues["after_rollback"] = [each for each in found if not each.is_dropped]
-        return undone[::-1]
-
-    def take_rolled_back(self) -> list[Hook]:
-        """Give, once, what a rollback of the whole unit calls, last one first."""
-        return self.queues.pop("after_rollback", [])[::-1]
+        """Give, once, what was registered for a phase."""
+        return self.queues.pop(phase, [])
 
     def __del__(self) -> None:
         """Warn of hooks that never ran: their unit was dropped without an end."""
@@ -155,56 +141,6 @@ def check_callable(phase: str, fn: object) -> Callable[..., object]:
     if inspect.iscoroutine(fn):
         fn.close()  # otherwise it warns that it was never awaited
     raise TypeError(message)
-
-
-class HookRun(Generic[Owner]):
-    """Calls hooks one after the other, each in a context of its own.
-
-    `begin(hook)` gives context, work and an owner; `end(hook, owner, error)` comes
-    after it. All run in one task, but for what follows a hook that ignores its
-    cancellation: that one is left behind.
-    """
-
-    __slots__ = ("_begin", "_end", "_running", "_waiting")
-
-    def __init__(
-        self,
-        waiting: deque[Hook],
-        begin: Callable[[Hook], tuple[contextvars.Context, Work, Owner]],
-        end: Callable[[Hook, Owner, BaseException | None], Work | None],
-    ) -> None:
-        self._waiting = waiting
-        self._begin = begin
-        self._end = end
-        self._running: tuple[Hook, Owner] | None = None
-
-    async def run(self, shield: Shield, seconds: float | None) -> None:
-        """Call all, also those added to `waiting`, each for so many seconds."""
-        while self._waiting:
-            try:
-                await shield.run(self._call_all(shield), seconds, at_once=False)
-            except TimeoutError as error:
-                if self._running is not None:  # pragma: no branch  # it is set at once
-                    ending = self._end(*self._running, error)
-                    self._running = None
-                    if ending is not None:  # pragma: no branch  # there is an error
-                        await shield.run(ending, at_once=False)
-
-    async def _call_all(self, shield: Shield) -> None:
-        while self._waiting:
-            hook = self._waiting.popleft()
-            context, work, owner = self._begin(hook)
-            running = self._running = hook, owner
-            error = await call_hook(work, context, shield)
-            try:
-                if self._running is not running:
-                    return  # it was left behind, and comes back now
-                ending = self._end(hook, owner, error)
-                if ending is not None:
-                    shield.pause()
-                    await ending
-            finally:
-                del error  # its traceback refers to this frame
 
 
 async def call_hook(
