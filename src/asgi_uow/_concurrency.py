@@ -230,12 +230,10 @@ class TaskLock:
 
     @property
     def is_free(self) -> bool:
-        """Whether nobody is using the session."""
         return self._owner is None
 
     @property
     def is_mine(self) -> bool:
-        """Whether the current task has the lock."""
         return self._owner is asyncio.current_task()
 
     def take(self, task: AnyTask) -> bool:
@@ -277,11 +275,9 @@ class TaskLock:
                 granted.set_result(None)
 
     async def __aenter__(self) -> None:
-        """Wait for the call in flight, unless it is this task's own."""
         task = asyncio.current_task()
         if task is not None and not self.take(task):
             await self.wait(task)
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Let the next one in."""
         self.release()

@@ -17,10 +17,10 @@ from sanic import HTTPResponse
 from sanic.exceptions import ServerError
 from sanic.http.constants import HTTP
 
+from asgi_uow._databases.driver_errors import is_outage
 from asgi_uow._decision import commit_below_400
 from asgi_uow._entrypoints import middleware as mw
 from asgi_uow._entrypoints.problem import FAILURE, START, problem_details
-from asgi_uow._unit.failures import is_outage
 from asgi_uow._unit.unit import current
 from asgi_uow.database import Database
 from asgi_uow.errors import ConfigurationError, UnitOfWorkFailedError

@@ -81,6 +81,25 @@ def is_driver_disconnect(error: BaseException) -> bool:
     return code_of(error) in known.codes("disconnect")
 
 
+def is_outage(error: BaseException, outages: list[Exception]) -> bool:
+    """Tell whether `error` is, or follows from, one of the `outages`."""
+    seen: list[BaseException] = []
+    ahead: list[BaseException | None] = [error] if outages else []
+    while ahead:
+        cause = ahead.pop()
+        # A task group's only error, raised again by Starlette, has the group as
+        # its context, and is in the group.
+        if cause is None or any(cause is each for each in seen):
+            continue
+        if any(cause is each for each in outages):
+            return True
+        seen.append(cause)
+        ahead.append(cause.__cause__ or cause.__context__)
+        if isinstance(cause, BaseExceptionGroup):
+            ahead.extend(cause.exceptions)
+    return False
+
+
 def message_of(error: BaseException) -> str:
     with suppress(Exception):  # whatever its class does
         return str(error)

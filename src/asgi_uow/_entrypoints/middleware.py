@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from asgi_uow import _decision
 from asgi_uow._concurrency import run_to_completion
+from asgi_uow._databases.driver_errors import is_outage
 from asgi_uow._decision import ERROR_STATUS, SETTLED, UNDECIDED, Cause, State
 from asgi_uow._entrypoints.problem import FAILURE, START, problem_details
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._reading.route import written_position
-from asgi_uow._unit.failures import is_outage
 from asgi_uow._unit.finish import finish, release
 from asgi_uow._unit.unit import CLOSED, COMMITTED, UnitOfWork, UnitOptions, current
 from asgi_uow.errors import UnitOfWorkClosedError

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import TYPE_CHECKING
 
 from sqlalchemy import orm, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
-from asgi_uow._databases.driver_errors import is_in_doubt
+from asgi_uow._databases.driver_errors import is_conflict, is_in_doubt, is_outage
 from asgi_uow._databases.pool import raw_of
-from asgi_uow._decision import Cause, Outcome
-from asgi_uow._unit.failures import COMMITTED, Ended
+from asgi_uow._decision import RETRY_AFTER, Cause, Outcome
 from asgi_uow.observers import ReleaseFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Iterable
 
     from asgi_uow._concurrency import Shield
     from asgi_uow._databases.engines import Engines
@@ -32,6 +31,58 @@ RESOLVE_SECONDS = 30.0
 """Seconds for settling an unknown outcome where `commit_timeout` is None."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of the work, and what is to be raised if it was not kept."""
+
+    outcome: Outcome
+    kind: type[errors.UnitOfWorkFailedError] = errors.CommitFailedError
+    cause: Cause | None = None
+    error: BaseException | None = None
+    detail: str = ""
+
+    def failure(self, outages: list[Exception]) -> errors.UnitOfWorkFailedError | None:
+        """Make the failure; it asks for a retry if nothing was kept and it may help."""
+        if self.cause is None:
+            return None
+        retry_after: int | None = None
+        if self.error is not None and self.outcome is Outcome.ROLLED_BACK:
+            may_help = is_outage(self.error, outages) or is_conflict(self.error)
+            retry_after = RETRY_AFTER if may_help else None
+        what = self.outcome, self.cause
+        failure = self.kind(*what, detail=self.detail, retry_after=retry_after)
+        failure.__cause__ = self.error
+        return failure
+
+
+COMMITTED, ROLLED_BACK = Ended(Outcome.COMMITTED), Ended(Outcome.ROLLED_BACK)
+
+
+def stopped_by(error: BaseException, hook: str = "") -> Ended:
+    """Tell what an error of the flush means, or of a `before_commit` hook."""
+    kind: type[errors.UnitOfWorkFailedError] = errors.CommitFailedError
+    cause = Cause.COMMIT_FAILED if isinstance(error, Exception) else Cause.CANCELLED
+    if hook and isinstance(error, Exception):
+        kind, cause = errors.BeforeCommitError, Cause.BEFORE_COMMIT
+    if isinstance(error, TimeoutError):
+        cause = Cause.TIMEOUT
+    return Ended(Outcome.ROLLED_BACK, kind, cause, error, hook)
+
+
+def partial_for_ddl(
+    ended: Ended, cause: Cause | None, participants: Iterable[Participant]
+) -> Ended:
+    """Tell whether DDL has kept a part of what is to be rolled back."""
+    for each in participants:
+        statement = each.writer and each.writer.sync_session.journal.implicit_commit
+        if statement and ended.outcome is Outcome.ROLLED_BACK:
+            cause = ended.cause or cause or Cause.COMMIT_FAILED
+            kind, error = errors.PartialCommitError, ended.error
+            detail = f"MySQL committed by itself for {statement!r}"
+            return Ended(Outcome.PARTIAL, kind, cause, error, detail)
+    return ended
+
+
 class Commit:
     """One COMMIT: may it have reached the server, and has the server answered?"""
 
@@ -43,33 +94,19 @@ class Commit:
         self.transaction_id: str | None = None
         self.sent = self.in_doubt = False
 
-    async def prepare(self) -> None:
+    def prepare(self) -> None:
         """Have the server promise that it can commit."""
-        await _in_lock(self.session, self._prepare)
-
-    def _prepare(self) -> None:
         sync = self.session.sync_session
         self._require_whole(sync)
         sync.journal.is_ending = True
         sync.prepare()
 
-    def run(self) -> Coroutine[object, object, None]:
-        """Commit, and give the connection back."""
-        resolves = self.db.options.resolve_unknown
-        if resolves and self.session.sync_session.connections:
-            return self._run_resolvable()
-        return _in_lock(self.session, self._commit)
-
-    async def _run_resolvable(self) -> None:
-        async with self.session.own_lock:
-            question = text(self.db.facts.TRANSACTION_ID or "")
-            self.transaction_id = await AsyncSession.scalar(self.session, question)
-            await _in_lock(self.session, self._commit)
-
-    def _commit(self) -> None:
-        # Checked, flushed, committed and closed in one greenlet.
+    def run(self) -> None:
+        """Check, flush, commit and close, in one greenlet."""
         sync = self.session.sync_session
         self._require_whole(sync)
+        if self.db.options.resolve_unknown and sync.connections:
+            self.transaction_id = sync.scalar(text(self.db.facts.TRANSACTION_ID or ""))
         sync.journal.is_ending = self.sent = True
         orm.Session.commit(sync)
         orm.Session.close(sync)
@@ -115,7 +152,7 @@ class Completion:
 
         Sessions with `twophase=True` are all prepared before the first COMMIT.
         """
-        steps: list[tuple[Commit, Callable[[], Coroutine[object, object, None]]]] = []
+        steps: list[tuple[Commit, Callable[[], None]]] = []
         prepares = 0
         for each in participants:
             if each.writer is not None:
@@ -128,7 +165,7 @@ class Completion:
         for commit, step in steps:
             sync = commit.session.sync_session
             try:
-                await self._shield.run(step(), self._timeout)
+                await self._shield.run(_in_lock(commit.session, step), self._timeout)
             except Exception as error:  # noqa: BLE001  # becomes the failure
                 if not await self._was_kept(commit, error):
                     return self._refused(commit, error, any_committed=any_committed)
@@ -153,7 +190,6 @@ class Completion:
     def _refused(
         self, commit: Commit, error: Exception, *, any_committed: bool
     ) -> Ended:
-        """Tell what a failed COMMIT means."""
         commit.session.record_error(error)
         self._is_stuck = isinstance(error, TimeoutError)
         cause = Cause.TIMEOUT if self._is_stuck else Cause.COMMIT_FAILED
@@ -187,7 +223,6 @@ class Completion:
         await self._close(session, end)
 
     async def close_reader(self, session: ReadSession) -> None:
-        """Give the connection of a read session back, or throw it away."""
         await self._close(session, lambda: orm.Session.close(session.sync_session))
 
     async def _close(self, session: Session, end: Callable[[], None]) -> None:
@@ -197,7 +232,6 @@ class Completion:
             await self.discard(session, error)
 
     async def release_reader(self, session: ReadSession) -> None:
-        """Have a read session that is idle hold no connection."""
         try:
             await self._shield.run(session.release_if_idle(), self._timeout)
         except Exception as error:  # noqa: BLE001  # reported; nothing depends on it

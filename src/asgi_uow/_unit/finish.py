@@ -16,8 +16,13 @@ from asgi_uow import errors
 from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._decision import Cause, Outcome, State, rollback
-from asgi_uow._unit.completion import Completion
-from asgi_uow._unit.failures import ROLLED_BACK, Ended, partial_for_ddl, stopped_by
+from asgi_uow._unit.completion import (
+    ROLLED_BACK,
+    Completion,
+    Ended,
+    partial_for_ddl,
+    stopped_by,
+)
 from asgi_uow._unit.hook_units import HookRun, queue
 from asgi_uow.observers import CommitFailed, UnitFinished
 
@@ -81,7 +86,6 @@ async def finish(
 async def _complete(
     unit: UnitOfWork, decision: Decision, ended: Ended, ending: float, shield: Shield
 ) -> None:
-    """Commit or roll back, and run the hooks of the outcome."""
     shared, participants = unit.shared or unit.share(), unit.participants.values()
     completion = Completion(shared.events, shield, unit.options.commit_timeout)
     if decision.commit:
@@ -147,9 +151,6 @@ async def end_unit(unit: UnitOfWork, decision: Decision) -> None:
         await release(unit)
 
 
-# Before COMMIT
-
-
 async def prepare(unit: UnitOfWork) -> Ended:
     """Run the `before_commit` hooks and flush, until neither adds to the other.
 
@@ -202,9 +203,6 @@ async def _call_undone(unit: UnitOfWork, hook: Hook) -> None:
         shield = Shield()
         await HookRun(unit, "after_rollback", [hook], end_unit).run(shield)
         shield.deliver()
-
-
-# After the end
 
 
 async def release(unit: UnitOfWork) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextvars
+import time
 from typing import TYPE_CHECKING
 
 from asgi_uow._decision import COMMIT, Cause, State, exception_cause, rollback
-from asgi_uow._unit.hooks import call_hook, told
+from asgi_uow._unit.hooks import call_hook
 from asgi_uow._unit.unit import CLOSED, UnitOfWork, current
-from asgi_uow.observers import HookFailed
+from asgi_uow.observers import HookFailed, HookFinished, HookStarted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +71,8 @@ class HookRun:
             context = contextvars.copy_context()
             context.run(current.set, own)
             running = self._running = hook, own
-            work = _watched(own, phase, hook, of=unit)
+            is_told = own.options.wants_details
+            work = _call(own, phase, hook, unit) if is_told else hook.call()
             error = await call_hook(work, context, shield)
             try:
                 if self._running is not running:
@@ -110,11 +112,20 @@ def queue(unit: UnitOfWork, phase: str) -> list[Hook]:
     return unit.hooks.queue(phase) if unit.hooks is not None else []
 
 
-def _watched(own: UnitOfWork, phase: str, hook: Hook, of: UnitOfWork) -> Work:
-    """Give the call of a hook, with its events if somebody wants them."""
-    if own.options.wants_details:
-        return told(own.options.tell, phase, hook, own, of)
-    return hook.call()
+async def _call(own: UnitOfWork, phase: str, hook: Hook, of: UnitOfWork) -> None:
+    """Call a hook; tell the observers, where it runs, of its beginning and end."""
+    tell = own.options.tell
+    tell(HookStarted(phase, hook.name, unit=own, of=of))
+    started = time.perf_counter()
+    error: BaseException | None = None
+    try:
+        await hook.call()
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        seconds = time.perf_counter() - started
+        tell(HookFinished(phase, hook.name, seconds, error, unit=own, of=of))
 
 
 def _unit_for_hook(unit: UnitOfWork) -> UnitOfWork:

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import functools
 import inspect
-import time
 import types
 import warnings
 from contextlib import suppress
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, TypeAlias
 import anyio.to_thread
 
 from asgi_uow.errors import TooManyHooksError
-from asgi_uow.observers import HookFinished, HookStarted
 
 if TYPE_CHECKING:
     import contextvars
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 
     from asgi_uow._concurrency import Shield
     from asgi_uow._databases.journal import Frame
-    from asgi_uow.observers import Event
 
     Work: TypeAlias = Coroutine[object, object, None]
 
@@ -46,7 +43,6 @@ class Hook:
 
     @property
     def name(self) -> str:
-        """The qualified name of the callable; a partial shows what it wraps."""
         return name_of(self.fn)
 
     @property
@@ -63,15 +59,15 @@ class Hook:
         """
         if is_async(self.fn):
             await self.fn(*self.args, **self.kwargs)  # type: ignore[misc]
-        else:
-            bound = functools.partial(self.fn, *self.args, **self.kwargs)
-            result, error = await anyio.to_thread.run_sync(
-                _call_in_thread, bound, abandon_on_cancel=True
-            )
-            if error is not None:
-                raise error
-            if inspect.isawaitable(result):
-                await result
+            return
+        bound = functools.partial(self.fn, *self.args, **self.kwargs)
+        result, error = await anyio.to_thread.run_sync(
+            _call_in_thread, bound, abandon_on_cancel=True
+        )
+        if error is not None:
+            raise error
+        if inspect.isawaitable(result):
+            await result
 
 
 def _call_in_thread(fn: Callable[[], object]) -> tuple[object, BaseException | None]:
@@ -90,7 +86,6 @@ class Quota:
         self.left: int = MOST_BY_HOOKS
 
     def take(self, phase: str) -> None:
-        """Take one; raises `TooManyHooksError` when there is none left."""
         if not self.left:
             raise TooManyHooksError(phase, MOST_BY_HOOKS)
         self.left -= 1
@@ -107,7 +102,6 @@ class Hooks:
         self.queues: dict[str, list[Hook]] = {}
 
     def __bool__(self) -> bool:
-        """Tell whether anything was registered."""
         return any(self.queues.values())
 
     def queue(self, phase: str) -> list[Hook]:
@@ -122,12 +116,8 @@ class Hooks:
         """Warn of hooks that never ran: their unit was dropped without an end."""
         if self:
             names = ", ".join(hook.name for hook in chain(*self.queues.values()))
-            warnings.warn(
-                f"a unit of work was collected with hooks that never ran: {names}",
-                ResourceWarning,
-                stacklevel=2,
-                source=self,
-            )
+            message = f"a unit of work was collected with hooks that never ran: {names}"
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
 
 
 def check_callable(phase: str, fn: object) -> Callable[..., object]:
@@ -175,7 +165,6 @@ async def call_hook(
 def _run_in(
     context: contextvars.Context, work: Work
 ) -> Generator[object, object, BaseException | None]:
-    """Drive `work` in a context; give what it raised."""
     resume: Callable[..., object] = work.send
     value: object = None
     while True:
@@ -186,29 +175,9 @@ def _run_in(
         except BaseException as error:  # noqa: BLE001  # hook isolation
             return error
         try:
-            value = yield waits_for
+            resume, value = work.send, (yield waits_for)
         except BaseException as error:  # noqa: BLE001  # the hook's to handle
             resume, value = work.throw, error
-        else:
-            resume = work.send
-
-
-async def told(
-    tell: Callable[[Event], None], phase: str, hook: Hook, unit: object, of: object
-) -> None:
-    """Call a hook and tell the observers, where it runs, of its beginning and end."""
-    tell(HookStarted(phase, hook.name, unit=unit, of=of))
-    started = time.perf_counter()
-    error: BaseException | None = None
-    try:
-        await hook.call()
-    except BaseException as raised:
-        error = raised
-        raise
-    finally:
-        seconds = time.perf_counter() - started
-        finished = HookFinished(phase, hook.name, seconds, error, unit=unit, of=of)
-        tell(finished)
 
 
 def name_of(fn: Callable[..., object]) -> str:

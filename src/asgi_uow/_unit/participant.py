@@ -44,7 +44,6 @@ class Participant:
         return writer
 
     def open_reader(self) -> ReadSession:
-        """Make a read session."""
         db, shared = self.db, self.shared
         reader = ReadSession(db, db.read_engine, db.read_options, shared)
         if db.replicas:
@@ -65,14 +64,12 @@ class Participant:
         return self.parallel[-1]
 
     def readers(self) -> Iterator[ReadSession]:
-        """Give the read sessions that are open."""
         if self.reader is not None:
             yield self.reader
         yield from self.parallel
 
     @property
     def has_written(self) -> bool:
-        """Whether the write session has executed something."""
         return self.writer is not None and bool(self.writer.sync_session.connections)
 
     @property
@@ -103,7 +100,6 @@ class Participant:
     def report_release(
         self, session: Session, access: Literal["read", "write"]
     ) -> None:
-        """Tell for how long a session has held connections."""
         since, held = session.sync_session.connected, session.sync_session.held
         if since is not None or held:
             seconds = held if since is None else held + time.perf_counter() - since

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -30,27 +31,25 @@ ROLLED_BACK = State.ROLLED_BACK, Outcome.ROLLED_BACK
 NEW, CLOSED = State.NEW, State.CLOSED
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class UnitOptions:
     """What a unit of work is told from outside; times in seconds, None is no limit."""
 
     observers: tuple[Observer, ...] = (LoggingObserver(),)
     commit_timeout: float | None = 30.0
     hook_timeout: float | None = 5.0
-    wants_details: bool = dataclasses.field(init=False)
-    """Whether an observer wants beginnings and successes, which nobody logs."""
 
-    def __post_init__(self) -> None:
-        details = any(type(each) is not LoggingObserver for each in self.observers)
-        object.__setattr__(self, "wants_details", details)
+    @functools.cached_property
+    def wants_details(self) -> bool:
+        """Whether an observer wants beginnings and successes, which nobody logs."""
+        return any(type(each) is not LoggingObserver for each in self.observers)
 
     @property
     def wants_outcomes(self) -> bool:
-        """Whether one wants `UnitFinished`."""
-        for each in self.observers:
-            if not isinstance(each, LoggingObserver) or each.logs_outcomes:
-                return True
-        return False
+        return any(
+            not isinstance(each, LoggingObserver) or each.logs_outcomes
+            for each in self.observers
+        )
 
     def tell(self, event: Event) -> None:
         notify(self.observers, event)
@@ -89,7 +88,6 @@ class UnitOfWork:
     """Whether its end is more than a word: something was opened, registered or set."""
     forced: bool = False
     is_started: bool = False
-    """Whether anything was asked of it."""
     must_see: MustSee = NOTHING
     opened: float = 0.0
     hooks: Hooks | None = None
@@ -111,8 +109,6 @@ class UnitOfWork:
                 if error is not None:
                     return error
         return self.doom
-
-    # What handlers use
 
     def session(self, db: Engines | None = None) -> Session:
         """Give the write session of `db`, of the first database by default.
@@ -188,15 +184,12 @@ class UnitOfWork:
             self.start()
         return hook
 
-    # Its parts
-
     def share(self) -> Shared:
         """Give what its sessions have in common; made at first use."""
         if self.shared is None:
             self.is_used = True
             around = None if self.around is None else self.around.share()
-            nested, hook = self.is_nested, self.is_hook
-            self.shared = Shared(around, nested=nested, hook=hook)
+            self.shared = Shared(around, nested=self.is_nested, hook=self.is_hook)
             self.shared.state = self.state
         return self.shared
 
@@ -259,21 +252,16 @@ class UnitOfWork:
             for each in events
         ]
 
-    # Units around
-
     def outwards(self) -> Iterator[UnitOfWork]:
-        """Give the units that enclose this one, the nearest first."""
-        unit = self.around
-        while unit is not None:
-            yield unit
-            unit = unit.around
+        if self.around is not None:
+            yield self.around
+            yield from self.around.outwards()
 
     def serves(self, db: Engines) -> bool:
         """Tell whether this unit, or one it is nested in, serves `db`."""
-        unit: UnitOfWork | None = self
-        while unit is not None and db not in unit.databases:
-            unit = unit.around if unit.is_nested else None
-        return unit is not None
+        if db in self.databases or self.around is None:
+            return db in self.databases
+        return self.is_nested and self.around.serves(db)
 
     def holds(self, db: Engines) -> bool:
         """Tell whether this unit holds a connection that another would wait for."""
@@ -286,7 +274,6 @@ class UnitOfWork:
         return any(each.holds(db) for each in around)
 
     def __repr__(self) -> str:
-        """Show state and databases, without passwords."""
         names = ", ".join(db.name for db in self.databases)
         return f"<UnitOfWork {self.state.value} on {names}>"
 
