@@ -170,9 +170,9 @@ class Session(StatementSession):
 
         A failed flush dooms too: SQLAlchemy has rolled the transaction back.
         """
-        if not self.journal.entries and not self.sync_session.is_active:
-            return self.journal.last
-        return self.journal.doomed_by
+        if self.journal.entries:
+            return self.journal.doomed_by
+        return None if self.sync_session.is_active else self.journal.last
 
     @property
     def has_changes(self) -> bool:

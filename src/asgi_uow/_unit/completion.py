@@ -41,15 +41,15 @@ class Ended:
     error: BaseException | None = None
     detail: str = ""
 
-    def failure(self, outages: list[Exception]) -> errors.UnitOfWorkFailedError | None:
+    def failure(
+        self, cause: Cause, outages: list[Exception]
+    ) -> errors.UnitOfWorkFailedError:
         """Make the failure; it asks for a retry if nothing was kept and it may help."""
-        if self.cause is None:
-            return None
         retry_after: int | None = None
         if self.error is not None and self.outcome is Outcome.ROLLED_BACK:
             may_help = is_outage(self.error, outages) or is_conflict(self.error)
             retry_after = RETRY_AFTER if may_help else None
-        what = self.outcome, self.cause
+        what = self.outcome, cause
         failure = self.kind(*what, detail=self.detail, retry_after=retry_after)
         failure.__cause__ = self.error
         return failure

@@ -62,8 +62,9 @@ async def finish(
         ended = await prepare(unit)
         if ended.cause is not None:
             decision = rollback(ended.cause)
+    else:
+        unit.doom = unit.doomed_by
     stopping = ended.error
-    unit.doom = unit.doomed_by
     if decision.commit and unit.doom is not None:
         decision = rollback(Cause.DOOMED, replace_response=True)
     if decision.replace_response:
@@ -96,7 +97,8 @@ async def _complete(
             if participant.writer is not None:
                 await completion.roll_back(participant.writer, ended)
     unit.cause, unit.outcome = ended.cause or decision.cause, ended.outcome
-    unit.failure = ended.failure(shared.outages)
+    if ended.cause is not None:
+        unit.failure = ended.failure(ended.cause, shared.outages)
     unit.move(STATE_OF[ended.outcome])
     _report(unit, shared.events, ended.outcome, ending)
     if unit.hooks:
@@ -154,11 +156,12 @@ async def end_unit(unit: UnitOfWork, decision: Decision) -> None:
 async def prepare(unit: UnitOfWork) -> Ended:
     """Run the `before_commit` hooks and flush, until neither adds to the other.
 
-    Each has `hook_timeout` seconds. Gives what stopped it, which is raised later.
+    Each has `hook_timeout` seconds, and may doom what was whole when this end was
+    decided. Gives what stopped it, which is raised later.
     """
     try:
         for participant in unit.participants.values():
-            for reader in participant.readers():
+            for reader in participant.readers:
                 reader.refuse_changes()
         while True:
             if unit.hooks is not None:
@@ -169,6 +172,7 @@ async def prepare(unit: UnitOfWork) -> Ended:
                 shield = Shield(forwards=True)
                 failed = await hooks.run(shield)
                 shield.deliver()
+                unit.doom = unit.doomed_by
                 if failed is not None:
                     return stopped_by(failed[1], failed[0].name)
             participants = unit.participants
@@ -176,7 +180,9 @@ async def prepare(unit: UnitOfWork) -> Ended:
                 if each.writer is not None and each.writer.has_changes:
                     with anyio.fail_after(unit.options.hook_timeout):
                         await each.writer.flush()
-            if participants is unit.participants and not queue(unit, "before_commit"):
+                    unit.doom = unit.doomed_by
+            waiting = unit.hooks is not None and unit.hooks.queue("before_commit")
+            if participants is unit.participants and not waiting:
                 return ROLLED_BACK
     except BaseException as error:  # noqa: BLE001  # raised by finish()
         return stopped_by(error)
@@ -214,10 +220,9 @@ async def release(unit: UnitOfWork) -> None:
     shield: Shield | None = None
     try:
         for participant in unit.participants.values():
-            if participant.reader is not None or participant.parallel:
-                shield = shield or Shield()
-                for reader in participant.readers():
-                    await _close_reader(unit, participant, reader, shield)
+            while participant.readers:
+                shield, reader = shield or Shield(), participant.readers.pop()
+                await _close_reader(unit, participant, reader, shield)
         if unit.outcome is Outcome.COMMITTED and unit.hooks is not None:
             shield = shield or Shield()
             hooks = unit.hooks.take("after_response")
@@ -233,7 +238,6 @@ async def release(unit: UnitOfWork) -> None:
 def _forget(unit: UnitOfWork, shared: Shared) -> None:
     """Let go of what was closed: a leaked context may keep the unit alive."""
     for participant in unit.participants.values():
-        participant.parallel.clear()
         if participant.writer is not None:
             shared.writers.remove(participant.writer.sync_session)
     if unit.hooks is not None:
@@ -247,8 +251,8 @@ async def close_parallel(
     unit: UnitOfWork, participant: Participant, session: ReadSession
 ) -> None:
     """Give the connection of one read session back, unless the unit has done so."""
-    if session in participant.parallel:
-        participant.parallel.remove(session)
+    if session in participant.readers:
+        participant.readers.remove(session)
         shield = Shield()
         await _close_reader(unit, participant, session, shield)
         shield.deliver()

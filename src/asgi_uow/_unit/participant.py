@@ -13,8 +13,6 @@ from asgi_uow._sessions.session import Session
 from asgi_uow.observers import ConnectionReleased, ImplicitCommit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from asgi_uow._databases.engines import Engines
     from asgi_uow._reading.causal import MustSee
     from asgi_uow._sessions.managed import Shared
@@ -23,14 +21,15 @@ if TYPE_CHECKING:
 class Participant:
     """The sessions of one database: a writer, a reader, readers of parallel tasks."""
 
-    __slots__ = ("_must_see", "_route", "db", "parallel", "reader", "shared", "writer")
+    __slots__ = ("_must_see", "_route", "db", "reader", "readers", "shared", "writer")
 
     def __init__(self, db: Engines, shared: Shared, must_see: MustSee) -> None:
         self.db: Engines = db
         self.shared: Shared = shared
         self.writer: Session | None = None
         self.reader: ReadSession | None = None
-        self.parallel: list[ReadSession] = []
+        self.readers: list[ReadSession] = []
+        """That of the unit, and those of parallel tasks."""
         self._must_see = must_see
         self._route: Route | None = None
 
@@ -39,7 +38,7 @@ class Participant:
         db = self.db
         writer = self.writer = Session(db, db.engine, db.write_options, self.shared)
         self.shared.writers.append(writer.sync_session)
-        for reader in self.readers():
+        for reader in self.readers:
             reader.follow(writer, always=db.is_memory)
         return writer
 
@@ -53,6 +52,7 @@ class Participant:
             reader.route = self._route
         if self.writer is not None:
             reader.follow(self.writer, always=db.is_memory)
+        self.readers.append(reader)
         return reader
 
     async def open_parallel(self) -> ReadSession:
@@ -60,13 +60,7 @@ class Participant:
         if self.reader is not None:
             # Requests that hold one connection and wait for a second can deadlock.
             await self.reader.release_if_idle()
-        self.parallel.append(self.open_reader())
-        return self.parallel[-1]
-
-    def readers(self) -> Iterator[ReadSession]:
-        if self.reader is not None:
-            yield self.reader
-        yield from self.parallel
+        return self.open_reader()
 
     @property
     def has_written(self) -> bool:

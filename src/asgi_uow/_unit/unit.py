@@ -46,10 +46,10 @@ class UnitOptions:
 
     @property
     def wants_outcomes(self) -> bool:
-        return any(
-            not isinstance(each, LoggingObserver) or each.logs_outcomes
-            for each in self.observers
-        )
+        for each in self.observers:
+            if type(each) is not LoggingObserver or each.logs_outcomes:
+                return True
+        return False
 
     def tell(self, event: Event) -> None:
         notify(self.observers, event)
