@@ -163,16 +163,16 @@ async def prepare(unit: UnitOfWork) -> Ended:
         for participant in unit.participants.values():
             for reader in participant.readers:
                 reader.refuse_changes()
+        has_run = False
         while True:
             if unit.hooks is not None:
+                has_run = True
                 unit.quota = unit.hooks.quota
-                hooks = HookRun(
-                    unit, "before_commit", queue(unit, "before_commit"), end_unit
-                )
+                waiting = unit.hooks.queue("before_commit")
+                hooks = HookRun(unit, "before_commit", waiting, end_unit)
                 shield = Shield(forwards=True)
                 failed = await hooks.run(shield)
                 shield.deliver()
-                unit.doom = unit.doomed_by
                 if failed is not None:
                     return stopped_by(failed[1], failed[0].name)
             participants = unit.participants
@@ -180,9 +180,9 @@ async def prepare(unit: UnitOfWork) -> Ended:
                 if each.writer is not None and each.writer.has_changes:
                     with anyio.fail_after(unit.options.hook_timeout):
                         await each.writer.flush()
-                    unit.doom = unit.doomed_by
-            waiting = unit.hooks is not None and unit.hooks.queue("before_commit")
-            if participants is unit.participants and not waiting:
+                    has_run = True
+            if participants is unit.participants and not queue(unit, "before_commit"):
+                unit.doom = unit.doomed_by if has_run else None
                 return ROLLED_BACK
     except BaseException as error:  # noqa: BLE001  # raised by finish()
         return stopped_by(error)
