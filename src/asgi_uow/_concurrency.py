@@ -194,20 +194,17 @@ class Shield:
 
 async def run_to_completion(work: Coroutine[object, object, T]) -> T:
     """Run `work` to its end whatever cancels the caller, then deliver the cancel."""
-    return await _run(Shield(), work, None)
+    return await bounded(work, None, forwards=False)
 
 
-async def bounded(work: Coroutine[object, object, T], seconds: float | None) -> T:
+async def bounded(
+    work: Coroutine[object, object, T], seconds: float | None, *, forwards: bool = True
+) -> T:
     """Await `work` for at most `seconds`; then cancel it and raise `TimeoutError`.
 
     Unlike `asyncio.timeout()` this also returns when `work` does not react.
     """
-    return await _run(Shield(forwards=True), work, seconds)
-
-
-async def _run(
-    shield: Shield, work: Coroutine[object, object, T], seconds: float | None
-) -> T:
+    shield = Shield(forwards=forwards)
     try:
         return await shield.run(work, seconds)
     finally:

@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import anyio.to_thread
 
-from asgi_uow.errors import TooManyHooksError
-
 if TYPE_CHECKING:
     import contextvars
-    from collections.abc import Callable, Coroutine, Generator, Mapping
+    from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
 
     from asgi_uow._concurrency import Shield
     from asgi_uow._databases.journal import Frame
@@ -77,28 +75,14 @@ def _call_in_thread(fn: Callable[[], object]) -> tuple[object, BaseException | N
         return None, error
 
 
-class Quota:
-    """How many hooks the hooks of one unit may still register, at any depth."""
-
-    __slots__ = ("left",)
-
-    def __init__(self) -> None:
-        self.left: int = MOST_BY_HOOKS
-
-    def take(self, phase: str) -> None:
-        if not self.left:
-            raise TooManyHooksError(phase, MOST_BY_HOOKS)
-        self.left -= 1
-
-
 class Hooks:
     """The hooks of one unit of work, a queue per phase in order of registration."""
 
     __slots__ = ("queues", "quota")
 
-    def __init__(self, quota: Quota | None = None) -> None:
-        self.quota: Quota = quota or Quota()
-        """What these hooks may register, in all."""
+    def __init__(self, quota: Iterator[int] | None = None) -> None:
+        self.quota: Iterator[int] = quota or iter(range(MOST_BY_HOOKS))
+        """How many these hooks may still register, at any depth."""
         self.queues: dict[str, list[Hook]] = {}
 
     def __bool__(self) -> bool:

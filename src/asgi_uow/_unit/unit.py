@@ -13,7 +13,7 @@ from asgi_uow import errors
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import NOTHING
 from asgi_uow._sessions.managed import Shared
-from asgi_uow._unit.hooks import Hook, Hooks, Quota, check_callable
+from asgi_uow._unit.hooks import MOST_BY_HOOKS, Hook, Hooks, check_callable
 from asgi_uow._unit.participant import Participant
 from asgi_uow.observers import LoggingObserver, UnitStarted, notify
 
@@ -91,7 +91,7 @@ class UnitOfWork:
     must_see: MustSee = NOTHING
     opened: float = 0.0
     hooks: Hooks | None = None
-    quota: Quota | None = None
+    quota: Iterator[int] | None = None
     """How many hooks may be registered by what runs in this unit: hooks."""
     participants: Mapping[Engines, Participant] = MappingProxyType({})
     shared: Shared | None = None
@@ -172,8 +172,8 @@ class UnitOfWork:
         if self.state not in WRITABLE:
             self._check(f"{phase}()", WRITABLE)
         call = check_callable(phase, fn)
-        if self.quota is not None:
-            self.quota.take(phase)
+        if self.quota is not None and next(self.quota, None) is None:
+            raise errors.TooManyHooksError(phase, MOST_BY_HOOKS)
         if self.hooks is None:
             self.hooks = Hooks(self.quota)
         savepoints = (self.shared or self.share()).savepoints
