@@ -197,6 +197,6 @@ def _async_url(url: str | sa.URL) -> sa.URL:
     if database is None:
         return parsed
     if "+" not in parsed.drivername:
-        driver = database.DEFAULT_DRIVER
+        driver = next(iter(database.EXTRAS))
         parsed = parsed.set(drivername=f"{parsed.drivername}+{driver}")
     return parsed.update_query_dict({**database.URL_QUERY, **parsed.query})

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import exc as sa_exc
 
-from asgi_uow._databases import known, postgresql
+from asgi_uow._databases import known
+from asgi_uow._databases.known import FACTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-FACTS = known.DATABASES.values()
 READ_ONLY_CODES = known.codes("read_only")
-RECOVERY_CONFLICT = postgresql.RECOVERY_CONFLICT
+RECOVERY_CONFLICTS = known.codes("recovery_conflict")
 
 # Where the errors of drivers, and SQLAlchemy's wrappers of them, are defined.
 PACKAGES = {"sqlalchemy.dialects"}.union(*(each.PACKAGES for each in FACTS))

@@ -216,8 +216,8 @@ def _check_engine(engine: object) -> None:
             f"Database() takes an AsyncEngine, not {type(engine).__name__}: use "
             "create_async_engine(...), or Database.from_url(url) for a URL."
         )
-    elif not known.is_known(engine.dialect):
-        name, names = engine.dialect.name, ", ".join(known.names())
+    elif engine.dialect.name not in known.DATABASES:
+        name, names = engine.dialect.name, ", ".join(known.DATABASES)
         message = f"asgi-uow does not know the database {name!r}; it knows {names}."
     elif isinstance(engine.sync_engine.pool, StaticPool):
         message = (

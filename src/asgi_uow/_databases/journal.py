@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import code_of
-from asgi_uow._databases.mysql import ROLLBACK_ON_TIMEOUT
 from asgi_uow.errors import ManagedTransactionError, TransactionGoneError
 
 if TYPE_CHECKING:
@@ -26,8 +25,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=BaseException)
 
-LOCK_TIMEOUTS = known.codes("lock_timeout")
 SYNTAX_ERRORS = known.codes("syntax")
+ABORTING_CODES = "asgi_uow.aborting_codes"
+"""The key in a connection's info: what `Database.set_up` gave."""
 
 
 class Frame:
@@ -106,7 +106,7 @@ class Journal:
     """Whether the database has acknowledged the COMMIT of the transaction."""
     last: BaseException | None = None
     ddl: str | None = None
-    """The last statement, if MySQL commits for it."""
+    """The last statement, if the database commits for it."""
     _implicit_commit: str | None = None
 
     def __init__(
@@ -125,7 +125,7 @@ class Journal:
 
     @property
     def implicit_commit(self) -> str | None:
-        """The statement for which MySQL has committed on its own, if it did."""
+        """The statement for which the database has committed, if it did."""
         return self._implicit_commit or self.ddl
 
     def doom(self, error: T) -> T:
@@ -139,8 +139,7 @@ class Journal:
         self.last = context.sqlalchemy_exception or error
         code = code_of(error)
         info = context.connection.info if context.connection is not None else {}
-        undone_on_timeout = code in LOCK_TIMEOUTS and info.get(ROLLBACK_ON_TIMEOUT)
-        if context.is_disconnect or undone_on_timeout:
+        if context.is_disconnect or code in info.get(ABORTING_CODES, ()):
             self.doom(self.last)
         elif self._driver.aborts_transaction(raw, error):
             depth = len(self._names) if self._driver.savepoints_survive else 0
@@ -150,18 +149,18 @@ class Journal:
         self.ddl = None
 
     def check_statement(self, statement: str, raw: object) -> None:
-        """Refuse what would end the transaction; note DDL, for which MySQL commits."""
+        """Refuse what would end the transaction; note DDL that commits."""
         if self.is_ending:
             return
         kind = known.kind_of(statement)
         is_open = self._driver.in_transaction(raw)
-        commits_for_ddl = self._database.COMMITS_FOR_DDL
+        commits_for_ddl = self._database.IMPLICIT_COMMIT is not None
         if self.entries and not is_open and not commits_for_ddl:
             raise TransactionGoneError from self.doomed_by
-        if kind is known.Kind.TRANSACTION_CONTROL:
+        if kind == "transaction_control":
             raise ManagedTransactionError(repr(statement))
         self._implicit_commit = self.implicit_commit
-        commits = kind is known.Kind.IMPLICIT_COMMIT and commits_for_ddl and is_open
+        commits = kind == "implicit_commit" and commits_for_ddl and is_open
         self.ddl = statement if commits else None
 
     def check_commit(self) -> None:

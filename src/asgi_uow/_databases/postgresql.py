@@ -16,13 +16,11 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-DEFAULT_DRIVER: str = "asyncpg"
 EXTRAS: Mapping[str, str] = {"asyncpg": "postgresql"}
 PACKAGES = frozenset({"asyncpg", "psycopg"})
 URL_QUERY: Mapping[str, str] = {}
 ENGINE_OPTIONS: Mapping[str, object] = {}
 SINGLE_WRITER: bool = False
-COMMITS_FOR_DDL: bool = False
 READ_ONLY_STATEMENT: str = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
 IS_READ_ONLY: str = "SELECT pg_is_in_recovery()"
 LAG: str | None = (
@@ -34,10 +32,7 @@ LAG: str | None = (
 )
 # Asked where the driver was used past SQLAlchemy: an error aborts the transaction.
 QUESTION_BEFORE_COMMIT: str | None = "SELECT 1"
-ENDS_TRANSACTIONS: bool = False
-TELLS_AUTOCOMMIT: bool = True
 BEGIN_WRITE: str | None = None
-BEGIN_SNAPSHOT: str | None = None
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 CODES: Mapping[str, frozenset[int | str]] = {
@@ -45,10 +40,9 @@ CODES: Mapping[str, frozenset[int | str]] = {
     # Classes: connection exception, insufficient resources, shutting down or starting.
     "unavailable": frozenset({"08", "53", "57P"}),
     "conflict": frozenset({"40001", "40P01", "55P03"}),
+    "recovery_conflict": frozenset({"40001"}),
     "in_doubt": frozenset({"40003"}),  # statement_completion_unknown
 }
-
-RECOVERY_CONFLICT = "40001"  # a replica stopped a read in the way of its replication
 
 TRANSACTION_CONTROL: str = r"END\b|ABORT\b"
 IMPLICIT_COMMIT: str | None = None
@@ -136,8 +130,8 @@ def code_of(error: BaseException) -> str | None:
     return code if isinstance(code, str) else None
 
 
-def set_up(*_: object, **__: object) -> Mapping[str, object]:
-    return {}
+def set_up(*_: object, **__: object) -> frozenset[int | str]:
+    return frozenset()
 
 
 async def position(connection: AsyncConnection) -> str | None:

@@ -88,7 +88,7 @@ class Commit:
             if driver.is_dead(raw):
                 message = "the connection was lost before COMMIT was sent"
                 raise ConnectionError(message)
-            if facts.ENDS_TRANSACTIONS and not driver.in_transaction(raw):
+            if facts.BEGIN_WRITE is not None and not driver.in_transaction(raw):
                 raise sync.journal.doom(errors.TransactionGoneError())
             if sync.driver_exposed and facts.QUESTION_BEFORE_COMMIT is not None:
                 try:
