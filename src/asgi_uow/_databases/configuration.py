@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
+from contextlib import suppress
 from functools import partial
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.util import asbool
 
 from asgi_uow._databases import known
 from asgi_uow.errors import ConfigurationError, MissingDriverError
@@ -39,15 +42,10 @@ NOT_ASYNC = (
     "{!r} is not an async driver: leave the driver out to get the usual one, or name "
     "an async one."
 )
-TRUE = {"1", "true", "t", "yes", "y", "on"}
-FALSE = {"0", "false", "f", "no", "n", "off", ""}
 
 
 def _boolean(value: object) -> bool:
-    word = str(value).strip().lower()
-    if word not in TRUE | FALSE:
-        raise ValueError(word)
-    return word in TRUE
+    return asbool(str(value).strip() or "false")
 
 
 def _echo(value: object) -> bool | str:
@@ -152,8 +150,11 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         # SQLAlchemy's 30 seconds are long for a client, and a pool does not wake those
         # who wait when the server is back.
         defaults["pool_timeout"] = 10.0
-    if parsed.drivername == "sqlite+aiosqlite":
-        options = _with_safe_connection(options)
+    if parsed.drivername in known.CONNECTS:
+        with suppress(ImportError):  # SQLAlchemy says so below
+            own = {"async_creator_fn": resolve_name(known.CONNECTS[parsed.drivername])}
+            arguments = {**own, **options.get("connect_args", {})}
+            options = {**options, "connect_args": arguments}
     forced = ONE_CONNECTION if known.is_memory(parsed) else {}
     try:
         # Before SQLAlchemy looks for the driver: to install it would not help.
@@ -169,15 +170,6 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         raise ConfigurationError(message) from error
     except (TypeError, sa_exc.ArgumentError) as error:
         raise ConfigurationError(str(error)) from error
-
-
-def _with_safe_connection(options: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        from asgi_uow._databases.sqlite_connection import connect  # noqa: PLC0415  # needs the extra
-    except ImportError:
-        return dict(options)  # SQLAlchemy says so below
-    theirs = options.get("connect_args", {})
-    return {**options, "connect_args": {"async_creator_fn": connect, **theirs}}
 
 
 def _async_url(url: str | sa.URL) -> sa.URL:

@@ -70,14 +70,12 @@ class Engines:
     ) -> None:
         self.options = options
         self._readers = tuple(readers)
+        for reader in self._readers:
+            _check_engine(reader)
         self.replicas: tuple[Replica, ...] = tuple(map(Replica, self._readers))
         shared: dict[str, Any] = {"expire_on_commit": False, **options.session_options}
         self.write_options: dict[str, Any] = shared
         self.read_options: dict[str, Any] = shared | READ_OPTIONS
-        self._check_not_a_reader(engine)
-        for reader in self._readers:
-            _check_engine(reader)
-            self._make_read_only(reader)
         if engine is not None:
             self.use(engine)
 
@@ -98,28 +96,22 @@ class Engines:
             message = "This Database has an engine already; make another Database."
             raise ConfigurationError(message)
         _check_engine(engine)
-        self._check_not_a_reader(engine)
+        if engine in self._readers:
+            message = "A reader cannot be the writer: it is made read-only."
+            raise ConfigurationError(message)
         asks = known.database_of(engine.dialect).TRANSACTION_ID
         if self.options.resolve_unknown and asks is None:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
         self.is_memory = known.is_memory(engine.url)
-        if self.is_memory:
-            self._read_engine = engine
-        else:
-            self._read_engine = read_engine or derive_engine(engine)
-            self._make_read_only(self._read_engine)
+        if self.is_memory:  # there is one connection, which has to be writable
+            read_engine = engine
+        self._read_engine = read_engine or derive_engine(engine)
         attach_listeners(engine, read_only=False)
-        self._engine = engine
-
-    def _make_read_only(self, engine: AsyncEngine) -> None:
         isolation = self.options.read_isolation
-        attach_listeners(engine, read_only=True, read_isolation=isolation)
-
-    def _check_not_a_reader(self, engine: AsyncEngine | None) -> None:
-        if engine in self._readers:
-            message = "A reader cannot be the writer: it is made read-only."
-            raise ConfigurationError(message)
+        for each in (self._read_engine, *self._readers):
+            attach_listeners(each, read_only=True, read_isolation=isolation)
+        self._engine = engine
 
     @property
     def read_engine(self) -> AsyncEngine:
@@ -196,18 +188,18 @@ def derive_engine(engine: AsyncEngine) -> AsyncEngine:
 async def execute_on_new_connection(engine: Engine, statement: str) -> None:
     """Run a statement on a connection of its own, for a few seconds at most."""
     aside = derive_engine(AsyncEngine(engine))
+
+    async def execute() -> None:
+        async with aside.connect() as connection:
+            await connection.exec_driver_sql(statement)
+
     try:
-        await bounded(_execute(aside, statement), CANCEL_SECONDS)
+        await bounded(execute(), CANCEL_SECONDS)
     except (sa_exc.DBAPIError, OSError):
         # It ended by itself, or the server is gone and its locks with it.
         logger.debug("%s was not run", statement, exc_info=True)
     finally:
         await aside.dispose()
-
-
-async def _execute(engine: AsyncEngine, statement: str) -> None:
-    async with engine.connect() as connection:
-        await connection.exec_driver_sql(statement)
 
 
 def _check_engine(engine: object) -> None:

@@ -190,6 +190,5 @@ class Journal:
             else:
                 self.savepoints.release(key)
         if undone:
-            self.entries = [
-                each for each in self.entries if each[1] <= len(self._names)
-            ]
+            depth = len(self._names)
+            self.entries = [each for each in self.entries if each[1] <= depth]

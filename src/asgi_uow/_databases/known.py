@@ -48,10 +48,7 @@ class Driver(Protocol):
 
     def aborts_transaction(self, _: Any, error: BaseException, /) -> bool:
         """Has the server rolled back more than the statement that failed?"""
-        codes = (
-            (each.code_of(error), each.CODES.get("aborting", ())) for each in FACTS
-        )
-        return any(code in aborting for code, aborting in codes)
+        return any(each.code_of(error) in codes("aborting") for each in FACTS)
 
     def reports_writable(self, _: Any, /) -> bool:
         """Has the server reported that the connection is not read-only (any more)?"""
@@ -119,6 +116,9 @@ DATABASES: Mapping[str, Database] = {  # by SQLAlchemy's name of the dialect
     "mariadb": mysql,
     "postgresql": postgresql,
     "sqlite": sqlite,
+}
+CONNECTS = {  # what connects in place of the driver; to import it needs the driver
+    "sqlite+aiosqlite": "asgi_uow._databases.sqlite_connection:connect",
 }
 
 FACTS = DATABASES.values()
