@@ -103,11 +103,7 @@ class Config:
 
 
 def read(mapping: Mapping[str, object], prefix: str) -> Config:
-    """Cast the keys of `mapping` that start with `prefix`; None counts as absent.
-
-    Raises `ConfigurationError` naming key and expected kind, never the value.
-    Warns of a key that looks like a misspelt one.
-    """
+    """Cast the keys of `mapping` that start with `prefix`; None counts as absent."""
     for key in mapping:
         if key.startswith(prefix):
             _warn_if_misspelt(key.removeprefix(prefix), prefix)
@@ -183,12 +179,11 @@ def _async_url(url: str | sa.URL) -> sa.URL:
             "with special characters has to be percent-encoded."
         )
         raise ConfigurationError(message) from None
-    if parsed.drivername == "postgres":
-        parsed = parsed.set(drivername="postgresql")
-    database = known.DATABASES.get(parsed.get_backend_name())
+    name = known.ALIASES.get(parsed.drivername, parsed.drivername)
+    database = known.DATABASES.get(name.partition("+")[0])
     if database is None:
         return parsed
-    if "+" not in parsed.drivername:
-        driver = next(iter(database.EXTRAS))
-        parsed = parsed.set(drivername=f"{parsed.drivername}+{driver}")
+    if "+" not in name:
+        name = f"{name}+{next(iter(database.EXTRAS))}"
+    parsed = parsed.set(drivername=name)
     return parsed.update_query_dict({**database.URL_QUERY, **parsed.query})

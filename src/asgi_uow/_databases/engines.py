@@ -23,17 +23,14 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+# Options of SQLAlchemy's `Session` that are the unit of work's to set.
 RESERVED = {"sync_session_class", "close_resets_only", "bind", "autocommit"}
-"""Options of SQLAlchemy's `Session` that are the unit of work's to set."""
-
 READ_OPTIONS = {
     "autoflush": False,
     "twophase": False,
     "join_transaction_mode": "rollback_only",
 }
-
-CANCEL_SECONDS = 2.0
-"""Seconds for connecting to a server and stopping a cancelled statement there."""
+CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement there
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from asgi_uow._databases import known
-from asgi_uow._databases.driver_errors import code_of
+from asgi_uow._databases.driver_errors import code_of, means
 from asgi_uow.errors import ManagedTransactionError, TransactionGoneError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=BaseException)
 
-SYNTAX_ERRORS = known.codes("syntax")
 ABORTING_CODES = "asgi_uow.aborting_codes"
 """The key in a connection's info: what `Database.set_up` gave."""
 
@@ -137,15 +136,14 @@ class Journal:
         """Record an error, and what it has aborted."""
         error = context.original_exception
         self.last = context.sqlalchemy_exception or error
-        code = code_of(error)
         info = context.connection.info if context.connection is not None else {}
-        if context.is_disconnect or code in info.get(ABORTING_CODES, ()):
+        if context.is_disconnect or code_of(error) in info.get(ABORTING_CODES, ()):
             self.doom(self.last)
         elif self._driver.aborts_transaction(raw, error):
             depth = len(self._names) if self._driver.savepoints_survive else 0
             self.entries.append((self.last, depth))
-        if self.ddl is not None and code not in SYNTAX_ERRORS:
-            self._implicit_commit = self._implicit_commit or self.ddl
+        if not means(error, "syntax"):
+            self._implicit_commit = self.implicit_commit
         self.ddl = None
 
     def check_statement(self, statement: str, raw: object) -> None:

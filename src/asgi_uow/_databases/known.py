@@ -24,9 +24,10 @@ Meaning: TypeAlias = Literal[
     "aborting",  # the whole transaction is rolled back, whatever the savepoints
     "syntax",  # not understood, so nothing was done
 ]
-# What a statement does to the transaction it is sent in: begins or ends it, unseen by
-# the unit of work; or commits what came before.
-Kind: TypeAlias = Literal["transaction_control", "implicit_commit"]
+Kind: TypeAlias = Literal[  # of a statement
+    "transaction_control",  # begins or ends a transaction, unseen by the unit of work
+    "implicit_commit",  # commits what came before, on some databases
+]
 
 
 class Driver(Protocol):
@@ -73,7 +74,7 @@ class Database(Protocol):
     SINGLE_WRITER: bool  # only one transaction can write at a time
     READ_ONLY_STATEMENT: str  # makes a connection read-only, for as long as it lives
     IS_READ_ONLY: str  # does the server take no writes, being (now) a replica?
-    LAG: str | None  # how far a replica is behind: "Seconds_Behind_Master"
+    LAG: str  # how far a replica is behind: "Seconds_Behind_Master"
     QUESTION_BEFORE_COMMIT: str | None  # fails if the transaction was aborted unseen
     # Sent by asgi-uow, since the driver sends none: it is always in autocommit mode, so
     # what follows an error that ended the transaction is committed at once.
@@ -117,11 +118,12 @@ DATABASES: Mapping[str, Database] = {  # by SQLAlchemy's name of the dialect
     "postgresql": postgresql,
     "sqlite": sqlite,
 }
+ALIASES = {"postgres": "postgresql"}  # which SQLAlchemy does not know
 CONNECTS = {  # what connects in place of the driver; to import it needs the driver
     "sqlite+aiosqlite": "asgi_uow._databases.sqlite_connection:connect",
 }
 
-FACTS = DATABASES.values()
+FACTS = tuple(dict.fromkeys(DATABASES.values()))
 _UNKNOWN = _UnknownDriver()
 _ALL: Mapping[str, Driver] = {
     name: driver for each in FACTS for name, driver in each.DRIVERS.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ ENGINE_OPTIONS: Mapping[str, object] = {"pool_recycle": 1800}
 SINGLE_WRITER: bool = False
 READ_ONLY_STATEMENT: str = "SET SESSION TRANSACTION READ ONLY"
 IS_READ_ONLY: str = "SELECT @@global.read_only"
-LAG: str | None = "SHOW SLAVE STATUS"
+LAG: str = "SHOW SLAVE STATUS"
 TRANSACTION_ID: str | None = None
 QUESTION_BEFORE_COMMIT: str | None = None
 BEGIN_WRITE: str | None = None
@@ -57,8 +58,8 @@ IMPLICIT_COMMIT: str | None = (
     r"FLUSH\b|INSTALL\b|UNINSTALL\b|CACHE\s+INDEX\b|LOAD\s+INDEX\b|SET\s+PASSWORD\b"
 )
 
-GTID = r"[0-9]{1,10}-[0-9]{1,10}-[0-9]{1,20}"
-GTID_LIST = re.compile(rf"{GTID}(?:,{GTID})*")
+GTID = re.compile(r"([0-9]{1,10})-([0-9]{1,10})-([0-9]{1,20})")
+GTID_LIST = re.compile(rf"{GTID.pattern}(?:,{GTID.pattern})*")
 
 
 class Asyncmy:
@@ -92,10 +93,9 @@ def set_up(dbapi_connection: Any, *, read_only: bool) -> frozenset[int | str]:
     """Ask, on a writer, whether a lock timeout undoes the whole transaction."""
     if read_only:
         return frozenset()
-    cursor = dbapi_connection.cursor()
-    cursor.execute("SELECT @@innodb_rollback_on_timeout")
-    [value] = cursor.fetchone() or [0]
-    cursor.close()
+    with closing(dbapi_connection.cursor()) as cursor:
+        cursor.execute("SELECT @@innodb_rollback_on_timeout")
+        [value] = cursor.fetchone() or [0]
     return frozenset({1205} if value else ())
 
 
@@ -143,10 +143,8 @@ def _is_mariadb(dialect: sa.Dialect) -> bool:
 
 def _covers(reached: str, position: str) -> bool:
     # By sequence number in each domain; the server's id does not count.
-    numbers = dict(_gtids(reached))
-    return all(numbers.get(domain, -1) >= number for domain, number in _gtids(position))
-
-
-def _gtids(position: str) -> list[tuple[int, int]]:
-    parts = re.findall("([0-9]+)-[0-9]+-([0-9]+)", position)
-    return [(int(domain), int(number)) for domain, number in parts]
+    have, need = (
+        [(int(domain), int(number)) for domain, _, number in GTID.findall(gtids)]
+        for gtids in (reached, position)
+    )
+    return all(dict(have).get(domain, -1) >= number for domain, number in need)

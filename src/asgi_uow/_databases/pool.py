@@ -8,6 +8,7 @@ from the first moment of each connection.
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,14 +39,12 @@ ERROR_SEEN = "asgi_uow.error_seen"
 IDLE_SINCE = "asgi_uow.idle_since"
 SETTINGS_CHANGED = "asgi_uow.settings_changed"
 
+PING_AFTER_IDLE = 30.0  # seconds; then a connection is pinged before it is handed out
+# Execution options after which a connection is not what its pool made it.
+CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
+
 raw_of = attrgetter("_connection")
 """The driver's connection, where every async dialect keeps it: the dialect calls."""
-
-PING_AFTER_IDLE = 30.0
-"""Seconds of idleness after which a connection is pinged before it is handed out."""
-
-CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
-"""Execution options after which a connection is not what its pool made it."""
 
 
 class Connection(sa.Connection):
@@ -62,12 +61,10 @@ class Connection(sa.Connection):
         if begin is not None:
             begin(statement)  # sent with the first statement
             return
-        cursor = self.connection.cursor()
         try:
-            cursor.execute(statement)
+            _execute(self.connection, statement)
         except BaseException as error:  # noqa: BLE001  # raised again, wrapped
-            self._handle_dbapi_exception(error, statement, None, cursor, None)
-        cursor.close()
+            self._handle_dbapi_exception(error, statement, None, None, None)
 
     def _rollback_impl(self) -> None:
         if self.journal is not None:
@@ -145,18 +142,18 @@ def attach_listeners(
     policy = _Policy(target, read_only=read_only, read_isolation=read_isolation)
     # Not events of the engine: one listener there costs each statement 50 calls.
     target._connection_cls = ReaderConnection if read_only else Connection  # noqa: SLF001
+    begin = policy.database.BEGIN_WRITE
+    if read_only and begin is not None:
+        # A snapshot of what the first read finds; in WAL that stops no writer.
+        begin = None if read_isolation is None else "BEGIN"
     # Also if there is none: a derived engine has the options of its original.
-    target.update_execution_options(**{BEGINS_WITH: policy.begins_with})
-    for name, listener in (
-        ("connect", policy.on_connect),
-        ("checkout", policy.on_checkout),
-        ("reset", policy.on_reset),
-        ("handle_error", policy.on_error),
-        ("do_execute", _check_statement),
-        ("do_executemany", _check_statement),
-        ("do_execute_no_params", _check_statement),
-    ):
-        event.listen(target, name, listener)
+    target.update_execution_options(**{BEGINS_WITH: begin})
+    event.listen(target, "connect", policy.on_connect)
+    event.listen(target, "checkout", policy.on_checkout)
+    event.listen(target, "reset", policy.on_reset)
+    event.listen(target, "handle_error", policy.on_error)
+    for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+        event.listen(target, name, _check_statement)
     if read_only:
         # In AUTOCOMMIT there is nothing to roll back when a connection is closed.
         target.dialect.skip_autocommit_rollback = True
@@ -174,15 +171,6 @@ class _Policy:
         self.is_memory = known.is_memory(engine.url)
         self.read_only = read_only
         self.read_isolation: Isolation = read_isolation
-
-    @property
-    def begins_with(self) -> str | None:
-        """What begins a transaction, where the driver sends nothing."""
-        begin = self.database.BEGIN_WRITE
-        if begin is None or not self.read_only:
-            return begin
-        # A snapshot of what the first read finds; in WAL that stops no writer.
-        return None if self.read_isolation is None else "BEGIN"
 
     def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
         """Set up a connection; as the last listener, so nothing set before survives."""
@@ -234,7 +222,7 @@ class _Policy:
 
     def on_error(self, context: interfaces.ExceptionContext) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
-        if failures.is_driver_disconnect(context.original_exception):
+        if failures.means(context.original_exception, "disconnect"):
             context.is_disconnect = True
         if self.is_memory and not isinstance(context.original_exception, Exception):
             context.is_disconnect = False  # the connection is the database
@@ -242,7 +230,7 @@ class _Policy:
         if isinstance(connection, Connection) and not connection.invalidated:
             connection.record_error(context)
         error = context.sqlalchemy_exception
-        if self.read_only and failures.code_of(error) in failures.READ_ONLY_CODES:
+        if self.read_only and failures.means(error, "read_only"):
             operation = "A statement"
             raise ReadOnlySessionError(operation) from error
 
@@ -253,10 +241,9 @@ def info_of(connection: sa.Connection) -> dict[Any, Any]:
     return connection.info if entry is None else entry.info
 
 
-def _execute(dbapi: DBAPI, statement: str) -> None:
-    cursor = dbapi.cursor()
-    cursor.execute(statement)
-    cursor.close()
+def _execute(connection: DBAPI | pool.PoolProxiedConnection, statement: str) -> None:
+    with closing(connection.cursor()) as cursor:
+        cursor.execute(statement)
 
 
 def _check_statement(_: object, statement: str, *context: object) -> None:

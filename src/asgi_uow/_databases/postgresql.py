@@ -23,7 +23,7 @@ ENGINE_OPTIONS: Mapping[str, object] = {}
 SINGLE_WRITER: bool = False
 READ_ONLY_STATEMENT: str = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
 IS_READ_ONLY: str = "SELECT pg_is_in_recovery()"
-LAG: str | None = (
+LAG: str = (
     "SELECT CASE WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()"
     " AND EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')"
     " THEN 0"

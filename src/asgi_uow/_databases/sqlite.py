@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ ENGINE_OPTIONS: Mapping[str, object] = {}
 SINGLE_WRITER: bool = True
 READ_ONLY_STATEMENT: str = "PRAGMA query_only = ON"
 IS_READ_ONLY: str = "SELECT 0"
-LAG: str | None = None
+LAG: str = "SELECT NULL AS Seconds_Behind_Master"
 TRANSACTION_ID: str | None = None
 QUESTION_BEFORE_COMMIT: str | None = None
 # The write lock at once: an upgrade later can fail without waiting. A SAVEPOINT opened
@@ -50,8 +51,7 @@ class Aiosqlite:
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return not raw.in_transaction  # SQLite says so when asked
 
-    def reports_writable(self, _: object) -> bool:
-        return False
+    reports_writable = is_dead
 
     def cancel_sql(self, _: object) -> None:
         return None
@@ -75,10 +75,9 @@ def is_memory(url: URL) -> bool:
 def set_up(dbapi_connection: Any, *, read_only: bool) -> frozenset[int | str]:  # noqa: ARG001
     """Wait for locks, keep foreign keys, and leave BEGIN to asgi-uow."""
     dbapi_connection.isolation_level = None
-    cursor = dbapi_connection.cursor()
-    cursor.execute("PRAGMA foreign_keys = ON")
-    _use_wal(dbapi_connection, cursor)
-    cursor.close()
+    with closing(dbapi_connection.cursor()) as cursor:
+        cursor.execute("PRAGMA foreign_keys = ON")
+        _use_wal(dbapi_connection, cursor)
     return frozenset()
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from asgi_uow import errors
-from asgi_uow._databases.driver_errors import is_conflict
+from asgi_uow._databases.driver_errors import means
 from asgi_uow._decision import RETRY_AFTER, Cause, Outcome
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Ended:
             return None
         later = False
         if self.outcome is Outcome.ROLLED_BACK and self.error is not None:
-            later = is_outage(self.error, outages) or is_conflict(self.error)
+            later = is_outage(self.error, outages) or means(self.error, "conflict")
         retry_after = RETRY_AFTER if later else None
         detail = self.detail
         failure = self.kind(
