@@ -6,9 +6,8 @@ import dataclasses
 import difflib
 import warnings
 from contextlib import suppress
-from functools import partial
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncEngine
-
-T = TypeVar("T")
 
 DEFAULTS: Mapping[str, object] = {
     "pool_reset_on_return": None,  # a listener sends ROLLBACK only where it is needed
@@ -52,10 +49,12 @@ def _echo(value: object) -> bool | str:
     return "debug" if str(value).strip().lower() == "debug" else _boolean(value)
 
 
-def _number(kind: Callable[[str], T], value: object) -> T:
-    if isinstance(value, bool):
-        raise TypeError(value)
-    return kind(str(value).strip())
+def _integer(value: object) -> int:
+    return int(str(value))  # not of True, or of 1.5
+
+
+def _seconds(value: object) -> float:
+    return float(str(value))
 
 
 def _url(value: object) -> str:
@@ -78,7 +77,6 @@ def _pool_class(value: object) -> type[sa.Pool]:
     raise ValueError(value)
 
 
-_integer, _seconds = partial(_number, int), partial(_number, float)
 _KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
     "URL": ("url", _url, "a URL"),
     "READ_URLS": ("read_urls", _urls, "a list of URLs, or URLs with commas between"),

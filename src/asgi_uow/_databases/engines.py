@@ -88,7 +88,7 @@ class Engines:
         self.use(engine)
 
     def use(self, engine: AsyncEngine, read_engine: AsyncEngine | None = None) -> None:
-        """Take the writer, and the read engine or one made like the writer."""
+        """Take the writer, and the read engine, or one made like the writer."""
         if self._engine is not None:
             message = "This Database has an engine already; make another Database."
             raise ConfigurationError(message)
