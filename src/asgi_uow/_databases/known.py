@@ -55,8 +55,7 @@ class Driver(Protocol):
         """Has the server reported that the connection is not read-only (any more)?"""
         return False
 
-    def cancel_sql(self, _: Any, /) -> str | None:
-        """What stops its statement, sent from another connection."""
+    def process_id(self, _: Any, /) -> int | None:
         return None
 
 
@@ -75,6 +74,7 @@ class Database(Protocol):
     READ_ONLY_STATEMENT: str  # makes a connection read-only, for as long as it lives
     IS_READ_ONLY: str  # does the server take no writes, being (now) a replica?
     LAG: str  # how far a replica is behind: "Seconds_Behind_Master"
+    CANCEL_SQL: str | None  # stops the statement of a process, from another connection
     QUESTION_BEFORE_COMMIT: str | None  # fails if the transaction was aborted unseen
     # Sent by asgi-uow, since the driver sends none: it is always in autocommit mode, so
     # what follows an error that ended the transaction is committed at once.

@@ -26,6 +26,7 @@ READ_ONLY_STATEMENT: str = "SET SESSION TRANSACTION READ ONLY"
 IS_READ_ONLY: str = "SELECT @@global.read_only"
 LAG: str = "SHOW SLAVE STATUS"
 TRANSACTION_ID: str | None = None
+CANCEL_SQL: str | None = "KILL QUERY {}"
 QUESTION_BEFORE_COMMIT: str | None = None
 BEGIN_WRITE: str | None = None
 
@@ -67,15 +68,13 @@ class Asyncmy:
     savepoints_survive = cursor_needs_begin = cancels_on_server = False
     in_transaction = methodcaller("get_transaction_status")
     is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
+    process_id = methodcaller("thread_id")
 
     def aborts_transaction(self, _: object, error: BaseException) -> bool:
         return code_of(error) in CODES["aborting"]
 
     def reports_writable(self, _: object) -> bool:
         return False
-
-    def cancel_sql(self, raw: Any) -> str:
-        return f"KILL QUERY {raw.thread_id()}"
 
 
 DRIVERS = {"asyncmy": Asyncmy()}
@@ -143,8 +142,6 @@ def _is_mariadb(dialect: sa.Dialect) -> bool:
 
 def _covers(reached: str, position: str) -> bool:
     # By sequence number in each domain; the server's id does not count.
-    have, need = (
-        [(int(domain), int(number)) for domain, _, number in GTID.findall(gtids)]
-        for gtids in (reached, position)
-    )
-    return all(dict(have).get(domain, -1) >= number for domain, number in need)
+    have = {int(domain): int(number) for domain, _, number in GTID.findall(reached)}
+    need = GTID.findall(position)
+    return all(have.get(int(domain), -1) >= int(number) for domain, _, number in need)

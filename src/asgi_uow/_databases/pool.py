@@ -183,7 +183,9 @@ class _Policy:
                 self.dialect.set_isolation_level(dbapi, self.read_isolation)
         elif database.BEGIN_WRITE is None:
             info[AUTOCOMMIT] = self.dialect.detect_autocommit_setting(dbapi)
-        info[CANCEL_SQL] = self.driver.cancel_sql(raw_of(dbapi))
+        process = self.driver.process_id(raw_of(dbapi))
+        if database.CANCEL_SQL is not None and process is not None:
+            info[CANCEL_SQL] = database.CANCEL_SQL.format(process)
 
     def on_checkout(self, dbapi: DBAPI, entry: Entry, _: object) -> None:
         """Replace a connection that is dead, or does not answer after idleness."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import select
-from operator import methodcaller
+from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -30,6 +30,7 @@ LAG: str = (
     " ELSE EXTRACT(EPOCH FROM clock_timestamp() - pg_last_xact_replay_timestamp())"
     ' END AS "Seconds_Behind_Master"'
 )
+CANCEL_SQL: str | None = "SELECT pg_cancel_backend({})"
 # Asked where the driver was used past SQLAlchemy: an error aborts the transaction.
 QUESTION_BEFORE_COMMIT: str | None = "SELECT 1"
 BEGIN_WRITE: str | None = None
@@ -82,6 +83,7 @@ class _Driver:
 class Asyncpg(_Driver):
     in_transaction = methodcaller("is_in_transaction")
     is_dead = methodcaller("is_closed")
+    process_id = methodcaller("get_server_pid")
 
     def aborts_transaction(self, _: object, error: BaseException) -> bool:
         # Only what the server sent has a severity; a wrong parameter never got there.
@@ -94,13 +96,10 @@ class Asyncpg(_Driver):
         settings = raw.get_settings()
         return getattr(settings, "default_transaction_read_only", "on") == "off"
 
-    def cancel_sql(self, raw: Any) -> str:
-        return f"SELECT pg_cancel_backend({raw.get_server_pid()})"
-
 
 class Psycopg(_Driver):
-    def in_transaction(self, raw: Any) -> bool:
-        return bool(raw.info.transaction_status)
+    in_transaction = attrgetter("info.transaction_status")  # 0 is IDLE
+    process_id = attrgetter("info.backend_pid")
 
     def is_dead(self, raw: Any) -> bool:
         if raw.closed:
@@ -116,9 +115,6 @@ class Psycopg(_Driver):
     def reports_writable(self, raw: Any) -> bool:
         setting = raw.info.parameter_status("default_transaction_read_only")
         return bool(setting == "off")
-
-    def cancel_sql(self, raw: Any) -> str:
-        return f"SELECT pg_cancel_backend({raw.info.backend_pid})"
 
 
 DRIVERS: Mapping[str, Asyncpg | Psycopg] = {"asyncpg": Asyncpg(), "psycopg": Psycopg()}

@@ -21,6 +21,7 @@ READ_ONLY_STATEMENT: str = "PRAGMA query_only = ON"
 IS_READ_ONLY: str = "SELECT 0"
 LAG: str = "SELECT NULL AS Seconds_Behind_Master"
 TRANSACTION_ID: str | None = None
+CANCEL_SQL: str | None = None
 QUESTION_BEFORE_COMMIT: str | None = None
 # The write lock at once: an upgrade later can fail without waiting. A SAVEPOINT opened
 # before any DML needs the explicit BEGIN too, or its RELEASE commits.
@@ -53,7 +54,7 @@ class Aiosqlite:
 
     reports_writable = is_dead
 
-    def cancel_sql(self, _: object) -> None:
+    def process_id(self, _: object) -> None:
         return None
 
 
