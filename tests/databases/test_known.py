@@ -110,6 +110,16 @@ def test_tables_of_codes() -> None:
     assert all(map(known.codes, meanings))
 
 
+def test_a_driver_that_another_file_describes() -> None:
+    """A database whose file leaves a driver out has it as it is elsewhere."""
+    dialect = make_url("postgresql+psycopg://").get_dialect()()
+    expected = driver_of(dialect)
+    assert expected is known.DATABASES["postgresql"].DRIVERS["psycopg"]
+    for name in ("mariadb", "unheard_of"):
+        dialect.name = name
+        assert expected is driver_of(dialect)
+
+
 async def test_what_a_connection_tells(engine: AsyncEngine) -> None:
     """A driver's connection knows whether a transaction is open."""
     driver = driver_of(engine.dialect)

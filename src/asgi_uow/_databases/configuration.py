@@ -133,10 +133,7 @@ def _warn_if_misspelt(name: str, prefix: str) -> None:
 
 
 def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
-    """Make an engine with defaults that suit the database; `options` win over them.
-
-    Raises `ConfigurationError` for what cannot work, never showing a password.
-    """
+    """Make an engine with defaults that suit the database; `options` win over them."""
     parsed = _async_url(url)
     database = known.DATABASES.get(parsed.get_backend_name())
     defaults = {**DEFAULTS, **(database.ENGINE_OPTIONS if database else {})}

@@ -15,7 +15,7 @@ from asgi_uow._databases.driver_errors import code_of, means
 from asgi_uow.errors import ManagedTransactionError, TransactionGoneError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Collection, Coroutine
 
     from sqlalchemy.engine.interfaces import ExceptionContext
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     Callback: TypeAlias = Callable[[], Coroutine[object, object, None]]
 
 T = TypeVar("T", bound=BaseException)
-
-ABORTING_CODES = "asgi_uow.aborting_codes"
-"""The key in a connection's info: what `Database.set_up` gave."""
 
 
 class Frame:
@@ -132,12 +129,13 @@ class Journal:
         self.entries.append((error, 0))
         return error
 
-    def record_error(self, context: ExceptionContext, raw: object) -> None:
-        """Record an error, and what it has aborted."""
+    def record_error(
+        self, context: ExceptionContext, raw: object, aborting: Collection[int | str]
+    ) -> None:
+        """Record an error, and what it has aborted; see `Database.set_up`."""
         error = context.original_exception
         self.last = context.sqlalchemy_exception or error
-        info = context.connection.info if context.connection is not None else {}
-        if context.is_disconnect or code_of(error) in info.get(ABORTING_CODES, ()):
+        if context.is_disconnect or code_of(error) in aborting:
             self.doom(self.last)
         elif self._driver.aborts_transaction(raw, error):
             depth = len(self._names) if self._driver.savepoints_survive else 0

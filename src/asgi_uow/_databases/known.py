@@ -119,9 +119,8 @@ DATABASES: Mapping[str, Database] = {  # by SQLAlchemy's name of the dialect
     "sqlite": sqlite,
 }
 ALIASES = {"postgres": "postgresql"}  # which SQLAlchemy does not know
-CONNECTS = {  # what connects in place of the driver; to import it needs the driver
-    "sqlite+aiosqlite": "asgi_uow._databases.sqlite_connection:connect",
-}
+# What connects in place of the driver; to import it needs the driver.
+CONNECTS = {"sqlite+aiosqlite": "asgi_uow._databases.sqlite_connection:connect"}
 
 FACTS = tuple(dict.fromkeys(DATABASES.values()))
 _UNKNOWN = _UnknownDriver()

@@ -18,7 +18,6 @@ from sqlalchemy.exc import DisconnectionError
 
 from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
-from asgi_uow._databases.journal import ABORTING_CODES
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     DBAPI = interfaces.DBAPIConnection
     Entry = pool.ConnectionPoolEntry
 
+ABORTING_CODES = "asgi_uow.aborting_codes"
 AUTOCOMMIT = "asgi_uow.autocommit"
 BEGINS_WITH = "asgi_uow.begins_with"
 CANCEL_SQL = "asgi_uow.cancel_sql"
@@ -77,7 +77,9 @@ class Connection(sa.Connection):
         if not self.closed:
             self.info[ERROR_SEEN] = True
             if self.journal is not None:
-                self.journal.record_error(context, self.connection.driver_connection)
+                aborting = self.info.get(ABORTING_CODES, ())
+                raw = self.connection.driver_connection
+                self.journal.record_error(context, raw, aborting)
 
     def check_statement(self, statement: str) -> None:
         """Have the journal look at a statement, but for the many that are plain."""
