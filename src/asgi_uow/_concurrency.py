@@ -8,12 +8,12 @@ import functools
 import math
 import sys
 from collections import deque
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from anyio import CancelScope
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Generator
+    from collections.abc import Coroutine
 
     AnyTask: TypeAlias = asyncio.Task[object]
 
@@ -24,47 +24,10 @@ GRACE = 7.0
 
 
 if sys.version_info >= (3, 12):
+    # What never has to wait takes no turn of the loop.
     _start_at_once = functools.partial(asyncio.Task, eager_start=True)
-else:  # pragma: no cover  # measured on later Pythons
-
-    def _start_at_once(
-        work: Coroutine[Any, Any, T], *, loop: asyncio.AbstractEventLoop
-    ) -> asyncio.Future[T]:
-        """Take the first step at once, as the task that goes on with it."""
-        steps: deque[Any] = deque()
-        task = asyncio.Task(_go_on(work, steps), loop=loop)
-        caller = asyncio.current_task()
-        asyncio._leave_task(loop, caller)  # type: ignore[arg-type]  # noqa: SLF001  # public, see `Shield`
-        asyncio._enter_task(loop, task)  # noqa: SLF001
-        try:
-            steps.append(work.send(None))
-        except BaseException as error:  # noqa: BLE001  # raised by result()
-            done: asyncio.Future[T] = loop.create_future()
-            if isinstance(error, StopIteration):
-                done.set_result(error.value)
-            else:
-                done.set_exception(error)
-            asyncio._unregister_task(task)  # noqa: SLF001
-            task.cancel()  # it has nothing left to do
-            return done
-        finally:
-            asyncio._leave_task(loop, task)  # noqa: SLF001
-            asyncio._enter_task(loop, caller)  # type: ignore[arg-type]  # noqa: SLF001
-        return task
-
-    def _go_on(
-        work: Coroutine[Any, Any, T], steps: deque[Any]
-    ) -> Generator[Any, None, T]:
-        while True:
-            try:
-                resume = functools.partial(work.send, (yield steps.pop()))
-            except BaseException as error:  # noqa: BLE001  # the work's to handle
-                resume = functools.partial(work.throw, error)
-            try:
-                steps.append(resume())
-            except StopIteration as stop:
-                result: T = stop.value
-                return result
+else:
+    _start_at_once = asyncio.Task
 
 
 class Shield:

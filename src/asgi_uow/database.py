@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary, ref
 
 from asgi_uow import errors
-from asgi_uow._databases import configuration, known
+from asgi_uow._databases import configuration
 from asgi_uow._databases.engines import DatabaseOptions, Engines
 from asgi_uow._databases.health import check
 from asgi_uow._decision import WRITABLE, State, decide_exit
@@ -94,11 +94,7 @@ class Database(Engines):
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
         )
-        writer = create(url, engine_options)
-        if known.is_memory(writer.url):
-            database.use(writer)
-        else:
-            database.use(writer, create(url, engine_options))
+        database.use(create(url, engine_options), create(url, engine_options))
         database.owns_engines = True
         return database
 

@@ -175,6 +175,18 @@ def test_a_reader_that_cannot_work() -> None:
         late.engine = writer
 
 
+async def test_an_engine_that_was_refused(sqlite: SQLiteBackend) -> None:
+    """A reader that was refused as the writer can still be one, of another database."""
+    engine = create_async_engine(sqlite.url)
+    with pytest.raises(errors.ConfigurationError, match="cannot be the writer"):
+        Database(None, readers=[engine]).engine = engine
+    db = Database(engine)
+    async with db:
+        await db.write.execute("CREATE TABLE t (id INTEGER)")
+    await db.dispose()
+    assert "t" == await sqlite.scalar("SELECT name FROM sqlite_master")
+
+
 @pytest.mark.parametrize(
     "option", ["sync_session_class", "close_resets_only", "bind", "autocommit"]
 )

@@ -15,7 +15,7 @@ from asgi_uow.errors import ReadOnlySessionError
 from tests.servers import eventually
 from tests.support import ROOT, shop
 from tests.support.databases import DRIVERS, SERVER_DRIVERS, on
-from tests.support.private import READ_ONLY_CODES, code_of
+from tests.support.private import code_of, means
 from tests.support.writes import (
     BY_THE_SESSION,
     CALLS,
@@ -75,7 +75,7 @@ async def attempt(session: Session, row: str, call: Call) -> str:
     if row in BY_THE_SESSION:
         assert outcome.__cause__ is None
     else:
-        assert code_of(outcome.__cause__) in READ_ONLY_CODES
+        assert means(outcome.__cause__, "read_only")
     return "refused"
 
 

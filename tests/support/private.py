@@ -8,7 +8,7 @@ from asgi_uow import UnitOfWork
 from asgi_uow import _concurrency as concurrency
 from asgi_uow._concurrency import TaskLock, bounded, run_to_completion
 from asgi_uow._databases.configuration import read as read_configuration
-from asgi_uow._databases.driver_errors import READ_ONLY_CODES, code_of
+from asgi_uow._databases.driver_errors import code_of, means
 from asgi_uow._databases.health import LONGEST_PAUSE, Replica, by_free_connections
 from asgi_uow._databases.pool import IDLE_SINCE
 from asgi_uow._decision import (
@@ -49,7 +49,6 @@ __all__ = [
     "MOST_BY_HOOKS",
     "PHASES",
     "READ_FROM_WRITER",
-    "READ_ONLY_CODES",
     "SQLITE_CONNECTION",
     "TRANSITIONS",
     "Cause",
@@ -74,6 +73,7 @@ __all__ = [
     "exception_cause",
     "finish",
     "make_unit",
+    "means",
     "name_of",
     "read_configuration",
     "release",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import suppress
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.util import asbool
 
 from asgi_uow._databases import known
 from asgi_uow.errors import ConfigurationError, MissingDriverError
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncEngine
-
-T = TypeVar("T")
 
 DEFAULTS: Mapping[str, object] = {
     "pool_reset_on_return": None,  # a listener sends ROLLBACK only where it is needed
@@ -39,25 +39,22 @@ NOT_ASYNC = (
     "{!r} is not an async driver: leave the driver out to get the usual one, or name "
     "an async one."
 )
-TRUE = {"1", "true", "t", "yes", "y", "on"}
-FALSE = {"0", "false", "f", "no", "n", "off", ""}
 
 
 def _boolean(value: object) -> bool:
-    word = str(value).strip().lower()
-    if word not in TRUE | FALSE:
-        raise ValueError(word)
-    return word in TRUE
+    return asbool(str(value).strip() or "false")
 
 
 def _echo(value: object) -> bool | str:
     return "debug" if str(value).strip().lower() == "debug" else _boolean(value)
 
 
-def _number(kind: Callable[[str], T], value: object) -> T:
-    if isinstance(value, bool):
-        raise TypeError(value)
-    return kind(str(value).strip())
+def _integer(value: object) -> int:
+    return int(str(value))  # not of True, or of 1.5
+
+
+def _seconds(value: object) -> float:
+    return float(str(value))
 
 
 def _url(value: object) -> str:
@@ -80,7 +77,6 @@ def _pool_class(value: object) -> type[sa.Pool]:
     raise ValueError(value)
 
 
-_integer, _seconds = partial(_number, int), partial(_number, float)
 _KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
     "URL": ("url", _url, "a URL"),
     "READ_URLS": ("read_urls", _urls, "a list of URLs, or URLs with commas between"),
@@ -105,11 +101,7 @@ class Config:
 
 
 def read(mapping: Mapping[str, object], prefix: str) -> Config:
-    """Cast the keys of `mapping` that start with `prefix`; None counts as absent.
-
-    Raises `ConfigurationError` naming key and expected kind, never the value.
-    Warns of a key that looks like a misspelt one.
-    """
+    """Cast the keys of `mapping` that start with `prefix`; None counts as absent."""
     for key in mapping:
         if key.startswith(prefix):
             _warn_if_misspelt(key.removeprefix(prefix), prefix)
@@ -141,10 +133,7 @@ def _warn_if_misspelt(name: str, prefix: str) -> None:
 
 
 def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
-    """Make an engine with defaults that suit the database; `options` win over them.
-
-    Raises `ConfigurationError` for what cannot work, never showing a password.
-    """
+    """Make an engine with defaults that suit the database; `options` win over them."""
     parsed = _async_url(url)
     database = known.DATABASES.get(parsed.get_backend_name())
     defaults = {**DEFAULTS, **(database.ENGINE_OPTIONS if database else {})}
@@ -152,8 +141,11 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         # SQLAlchemy's 30 seconds are long for a client, and a pool does not wake those
         # who wait when the server is back.
         defaults["pool_timeout"] = 10.0
-    if parsed.drivername == "sqlite+aiosqlite":
-        options = _with_safe_connection(options)
+    if parsed.drivername in known.CONNECTS:
+        with suppress(ImportError):  # SQLAlchemy says so below
+            own = {"async_creator_fn": resolve_name(known.CONNECTS[parsed.drivername])}
+            arguments = {**own, **options.get("connect_args", {})}
+            options = {**options, "connect_args": arguments}
     forced = ONE_CONNECTION if known.is_memory(parsed) else {}
     try:
         # Before SQLAlchemy looks for the driver: to install it would not help.
@@ -171,15 +163,6 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         raise ConfigurationError(str(error)) from error
 
 
-def _with_safe_connection(options: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        from asgi_uow._databases.sqlite_connection import connect  # noqa: PLC0415  # needs the extra
-    except ImportError:
-        return dict(options)  # SQLAlchemy says so below
-    theirs = options.get("connect_args", {})
-    return {**options, "connect_args": {"async_creator_fn": connect, **theirs}}
-
-
 def _async_url(url: str | sa.URL) -> sa.URL:
     try:
         parsed = sa.make_url(url)
@@ -191,12 +174,11 @@ def _async_url(url: str | sa.URL) -> sa.URL:
             "with special characters has to be percent-encoded."
         )
         raise ConfigurationError(message) from None
-    if parsed.drivername == "postgres":
-        parsed = parsed.set(drivername="postgresql")
-    database = known.DATABASES.get(parsed.get_backend_name())
+    name = known.ALIASES.get(parsed.drivername, parsed.drivername)
+    database = known.DATABASES.get(name.partition("+")[0])
     if database is None:
         return parsed
-    if "+" not in parsed.drivername:
-        driver = database.DEFAULT_DRIVER
-        parsed = parsed.set(drivername=f"{parsed.drivername}+{driver}")
+    if "+" not in name:
+        name = f"{name}+{next(iter(database.EXTRAS))}"
+    parsed = parsed.set(drivername=name)
     return parsed.update_query_dict({**database.URL_QUERY, **parsed.query})

@@ -12,17 +12,14 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import exc as sa_exc
 
-from asgi_uow._databases import known, postgresql
+from asgi_uow._databases import known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-FACTS = known.DATABASES.values()
-READ_ONLY_CODES = known.codes("read_only")
-RECOVERY_CONFLICT = postgresql.RECOVERY_CONFLICT
 
 # Where the errors of drivers, and SQLAlchemy's wrappers of them, are defined.
-PACKAGES = {"sqlalchemy.dialects"}.union(*(each.PACKAGES for each in FACTS))
+PACKAGES = {"sqlalchemy.dialects"}.union(*(each.PACKAGES for each in known.FACTS))
 # What SQLAlchemy raises with the message of a driver, or with parameters, inside.
 WRAPPERS = (sa_exc.StatementError, sa_exc.PendingRollbackError)
 
@@ -42,8 +39,16 @@ def code_of(error: BaseException | None) -> str | int | None:
     MySQL's number comes first: asyncmy errors carry a SQLSTATE too, and 40000 or
     HY000 says less than 1213.
     """
-    codes = (each.code_of(cause) for cause in causes(error) for each in FACTS)
+    codes = (each.code_of(cause) for cause in causes(error) for each in known.FACTS)
     return next((code for code in codes if code is not None), None)
+
+
+def means(error: BaseException | None, meaning: known.Meaning) -> bool:
+    """Tell whether the driver's code has this meaning."""
+    code = code_of(error)
+    # "57P" stands for 57P01 and all others that begin so.
+    classes = {code[:2], code[:3]} if isinstance(code, str) else set()
+    return not known.codes(meaning).isdisjoint({code, *classes})
 
 
 def is_lost(error: BaseException) -> bool:
@@ -55,30 +60,16 @@ def is_lost(error: BaseException) -> bool:
 
 def is_in_doubt(error: BaseException) -> bool:
     """Tell whether a COMMIT that ended with `error` may have been carried out."""
-    return is_lost(error) or code_of(error) in known.codes("in_doubt")
+    return is_lost(error) or means(error, "in_doubt")
 
 
 def is_unavailable(error: BaseException) -> bool:
     """Tell whether the database could not be reached; trying again may help."""
-    if isinstance(error, sa_exc.TimeoutError) or is_lost(error):
-        return True
-    code = code_of(error)
-    if code is None:
+    if isinstance(error, sa_exc.OperationalError) and code_of(error) is None:
         # psycopg that could not connect: no server, so no SQLSTATE and no statement.
-        return isinstance(error, sa_exc.OperationalError) and error.statement is None
-    # "57P" stands for 57P01 and all others that begin so.
-    classes = {code[:2], code[:3]} if isinstance(code, str) else set()
-    return not known.codes("unavailable").isdisjoint({code, *classes})
-
-
-def is_conflict(error: BaseException) -> bool:
-    """Tell whether another transaction was in the way; trying again may help."""
-    return code_of(error) in known.codes("conflict")
-
-
-def is_driver_disconnect(error: BaseException) -> bool:
-    """Tell whether a connection is of no use, although SQLAlchemy does not know it."""
-    return code_of(error) in known.codes("disconnect")
+        return is_lost(error) or error.statement is None
+    is_timeout = isinstance(error, sa_exc.TimeoutError)
+    return is_timeout or is_lost(error) or means(error, "unavailable")
 
 
 def is_outage(error: BaseException, outages: list[Exception]) -> bool:

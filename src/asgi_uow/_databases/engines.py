@@ -23,17 +23,14 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+# Options of SQLAlchemy's `Session` that are the unit of work's to set.
 RESERVED = {"sync_session_class", "close_resets_only", "bind", "autocommit"}
-"""Options of SQLAlchemy's `Session` that are the unit of work's to set."""
-
 READ_OPTIONS = {
     "autoflush": False,
     "twophase": False,
     "join_transaction_mode": "rollback_only",
 }
-
-CANCEL_SECONDS = 2.0
-"""Seconds for connecting to a server and stopping a cancelled statement there."""
+CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement there
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +67,12 @@ class Engines:
     ) -> None:
         self.options = options
         self._readers = tuple(readers)
+        for reader in self._readers:
+            _check_engine(reader)
         self.replicas: tuple[Replica, ...] = tuple(map(Replica, self._readers))
         shared: dict[str, Any] = {"expire_on_commit": False, **options.session_options}
         self.write_options: dict[str, Any] = shared
         self.read_options: dict[str, Any] = shared | READ_OPTIONS
-        self._check_not_a_reader(engine)
-        for reader in self._readers:
-            _check_engine(reader)
-            self._make_read_only(reader)
         if engine is not None:
             self.use(engine)
 
@@ -93,33 +88,27 @@ class Engines:
         self.use(engine)
 
     def use(self, engine: AsyncEngine, read_engine: AsyncEngine | None = None) -> None:
-        """Take the writer, and the read engine or one made like the writer."""
+        """Take the writer, and the read engine, or one made like the writer."""
         if self._engine is not None:
             message = "This Database has an engine already; make another Database."
             raise ConfigurationError(message)
         _check_engine(engine)
-        self._check_not_a_reader(engine)
+        if engine in self._readers:
+            message = "A reader cannot be the writer: it is made read-only."
+            raise ConfigurationError(message)
         asks = known.database_of(engine.dialect).TRANSACTION_ID
         if self.options.resolve_unknown and asks is None:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
         self.is_memory = known.is_memory(engine.url)
-        if self.is_memory:
-            self._read_engine = engine
-        else:
-            self._read_engine = read_engine or derive_engine(engine)
-            self._make_read_only(self._read_engine)
+        if self.is_memory:  # there is one connection, which has to be writable
+            read_engine = engine
+        self._read_engine = read_engine or derive_engine(engine)
         attach_listeners(engine, read_only=False)
-        self._engine = engine
-
-    def _make_read_only(self, engine: AsyncEngine) -> None:
         isolation = self.options.read_isolation
-        attach_listeners(engine, read_only=True, read_isolation=isolation)
-
-    def _check_not_a_reader(self, engine: AsyncEngine | None) -> None:
-        if engine in self._readers:
-            message = "A reader cannot be the writer: it is made read-only."
-            raise ConfigurationError(message)
+        for each in (self._read_engine, *self._readers):
+            attach_listeners(each, read_only=True, read_isolation=isolation)
+        self._engine = engine
 
     @property
     def read_engine(self) -> AsyncEngine:
@@ -196,18 +185,18 @@ def derive_engine(engine: AsyncEngine) -> AsyncEngine:
 async def execute_on_new_connection(engine: Engine, statement: str) -> None:
     """Run a statement on a connection of its own, for a few seconds at most."""
     aside = derive_engine(AsyncEngine(engine))
+
+    async def execute() -> None:
+        async with aside.connect() as connection:
+            await connection.exec_driver_sql(statement)
+
     try:
-        await bounded(_execute(aside, statement), CANCEL_SECONDS)
+        await bounded(execute(), CANCEL_SECONDS)
     except (sa_exc.DBAPIError, OSError):
         # It ended by itself, or the server is gone and its locks with it.
         logger.debug("%s was not run", statement, exc_info=True)
     finally:
         await aside.dispose()
-
-
-async def _execute(engine: AsyncEngine, statement: str) -> None:
-    async with engine.connect() as connection:
-        await connection.exec_driver_sql(statement)
 
 
 def _check_engine(engine: object) -> None:
@@ -216,8 +205,8 @@ def _check_engine(engine: object) -> None:
             f"Database() takes an AsyncEngine, not {type(engine).__name__}: use "
             "create_async_engine(...), or Database.from_url(url) for a URL."
         )
-    elif not known.is_known(engine.dialect):
-        name, names = engine.dialect.name, ", ".join(known.names())
+    elif engine.dialect.name not in known.DATABASES:
+        name, names = engine.dialect.name, ", ".join(known.DATABASES)
         message = f"asgi-uow does not know the database {name!r}; it knows {names}."
     elif isinstance(engine.sync_engine.pool, StaticPool):
         message = (

@@ -128,10 +128,10 @@ async def _ask(role: Role, engine: AsyncEngine, seconds: float) -> ServerHealth:
     try:
         with anyio.fail_after(seconds):
             async with engine.connect() as connection:
-                statement = known.database_of(engine.dialect).IS_READ_ONLY
-                read_only = (await connection.exec_driver_sql(statement)).scalar()
+                facts = known.database_of(engine.dialect)
+                read_only = await connection.scalar(sa.text(facts.IS_READ_ONLY))
                 if role == "reader":
-                    lag = await _lag(connection)
+                    lag = await _lag(connection, facts)
                 elif read_only:
                     error = "it takes no writes: it is a replica"
     except TimeoutError:
@@ -143,12 +143,9 @@ async def _ask(role: Role, engine: AsyncEngine, seconds: float) -> ServerHealth:
     return ServerHealth(role, name, error is None, took, lag, error)
 
 
-async def _lag(connection: AsyncConnection) -> float | None:
-    statement = known.database_of(connection.dialect).LAG
-    if statement is None:
-        return None
+async def _lag(connection: AsyncConnection, facts: known.Database) -> float | None:
     try:
-        row = (await connection.execute(sa.text(statement))).mappings().first()
+        row = (await connection.execute(sa.text(facts.LAG))).mappings().first()
     except sa_exc.DBAPIError as error:
         if driver_errors.is_lost(error):
             raise

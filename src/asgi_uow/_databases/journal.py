@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from asgi_uow._databases import known
-from asgi_uow._databases.driver_errors import code_of
-from asgi_uow._databases.mysql import ROLLBACK_ON_TIMEOUT
+from asgi_uow._databases.driver_errors import code_of, means
 from asgi_uow.errors import ManagedTransactionError, TransactionGoneError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Collection, Coroutine
 
     from sqlalchemy.engine.interfaces import ExceptionContext
 
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
     Callback: TypeAlias = Callable[[], Coroutine[object, object, None]]
 
 T = TypeVar("T", bound=BaseException)
-
-LOCK_TIMEOUTS = known.codes("lock_timeout")
-SYNTAX_ERRORS = known.codes("syntax")
 
 
 class Frame:
@@ -106,7 +102,7 @@ class Journal:
     """Whether the database has acknowledged the COMMIT of the transaction."""
     last: BaseException | None = None
     ddl: str | None = None
-    """The last statement, if MySQL commits for it."""
+    """The last statement, if the database commits for it."""
     _implicit_commit: str | None = None
 
     def __init__(
@@ -125,7 +121,7 @@ class Journal:
 
     @property
     def implicit_commit(self) -> str | None:
-        """The statement for which MySQL has committed on its own, if it did."""
+        """The statement for which the database has committed, if it did."""
         return self._implicit_commit or self.ddl
 
     def doom(self, error: T) -> T:
@@ -133,35 +129,34 @@ class Journal:
         self.entries.append((error, 0))
         return error
 
-    def record_error(self, context: ExceptionContext, raw: object) -> None:
-        """Record an error, and what it has aborted."""
+    def record_error(
+        self, context: ExceptionContext, raw: object, aborting: Collection[int | str]
+    ) -> None:
+        """Record an error, and what it has aborted; see `Database.set_up`."""
         error = context.original_exception
         self.last = context.sqlalchemy_exception or error
-        code = code_of(error)
-        info = context.connection.info if context.connection is not None else {}
-        undone_on_timeout = code in LOCK_TIMEOUTS and info.get(ROLLBACK_ON_TIMEOUT)
-        if context.is_disconnect or undone_on_timeout:
+        if context.is_disconnect or code_of(error) in aborting:
             self.doom(self.last)
         elif self._driver.aborts_transaction(raw, error):
             depth = len(self._names) if self._driver.savepoints_survive else 0
             self.entries.append((self.last, depth))
-        if self.ddl is not None and code not in SYNTAX_ERRORS:
-            self._implicit_commit = self._implicit_commit or self.ddl
+        if not means(error, "syntax"):
+            self._implicit_commit = self.implicit_commit
         self.ddl = None
 
     def check_statement(self, statement: str, raw: object) -> None:
-        """Refuse what would end the transaction; note DDL, for which MySQL commits."""
+        """Refuse what would end the transaction; note DDL that commits."""
         if self.is_ending:
             return
         kind = known.kind_of(statement)
         is_open = self._driver.in_transaction(raw)
-        commits_for_ddl = self._database.COMMITS_FOR_DDL
+        commits_for_ddl = self._database.IMPLICIT_COMMIT is not None
         if self.entries and not is_open and not commits_for_ddl:
             raise TransactionGoneError from self.doomed_by
-        if kind is known.Kind.TRANSACTION_CONTROL:
+        if kind == "transaction_control":
             raise ManagedTransactionError(repr(statement))
         self._implicit_commit = self.implicit_commit
-        commits = kind is known.Kind.IMPLICIT_COMMIT and commits_for_ddl and is_open
+        commits = kind == "implicit_commit" and commits_for_ddl and is_open
         self.ddl = statement if commits else None
 
     def check_commit(self) -> None:
@@ -191,6 +186,5 @@ class Journal:
             else:
                 self.savepoints.release(key)
         if undone:
-            self.entries = [
-                each for each in self.entries if each[1] <= len(self._names)
-            ]
+            depth = len(self._names)
+            self.entries = [each for each in self.entries if each[1] <= depth]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import re
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 from asgi_uow._databases import mysql, postgresql, sqlite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from sqlalchemy import URL, Dialect
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -21,8 +20,13 @@ Meaning: TypeAlias = Literal[
     "conflict",  # with another transaction; trying again may help
     "in_doubt",  # COMMIT may have been carried out
     "disconnect",  # the connection is of no use, and SQLAlchemy does not know
-    "lock_timeout",  # see ROLLBACK_ON_TIMEOUT
+    "recovery_conflict",  # a replica stopped a read in the way of its replication
+    "aborting",  # the whole transaction is rolled back, whatever the savepoints
     "syntax",  # not understood, so nothing was done
+]
+Kind: TypeAlias = Literal[  # of a statement
+    "transaction_control",  # begins or ends a transaction, unseen by the unit of work
+    "implicit_commit",  # commits what came before, on some databases
 ]
 
 
@@ -45,15 +49,13 @@ class Driver(Protocol):
 
     def aborts_transaction(self, _: Any, error: BaseException, /) -> bool:
         """Has the server rolled back more than the statement that failed?"""
-        return mysql.code_of(error) in mysql.ABORTING_CODES
+        return any(each.code_of(error) in codes("aborting") for each in FACTS)
 
     def reports_writable(self, _: Any, /) -> bool:
         """Has the server reported that the connection is not read-only (any more)?"""
         return False
 
-    @property
-    def cancel_sql(self) -> Callable[[Any], str] | None:
-        """What stops its statement, sent from another connection."""
+    def process_id(self, _: Any, /) -> int | None:
         return None
 
 
@@ -64,25 +66,23 @@ class _UnknownDriver(Driver):
 class Database(Protocol):
     """What a file of facts says about its database. SQL that is None does not exist."""
 
-    DEFAULT_DRIVER: str  # of a URL that names none
-    EXTRAS: Mapping[str, str]  # of asgi-uow, by the driver that they install
+    EXTRAS: Mapping[str, str]  # by the driver they install; the first is the default
     PACKAGES: frozenset[str]  # where drivers, sync ones too, define their errors
     URL_QUERY: Mapping[str, str]  # added to the URL, unless it says otherwise
     ENGINE_OPTIONS: Mapping[str, object]
     SINGLE_WRITER: bool  # only one transaction can write at a time
-    COMMITS_FOR_DDL: bool  # what matches IMPLICIT_COMMIT commits what came before
     READ_ONLY_STATEMENT: str  # makes a connection read-only, for as long as it lives
     IS_READ_ONLY: str  # does the server take no writes, being (now) a replica?
-    LAG: str | None  # how far a replica is behind: "Seconds_Behind_Master"
+    LAG: str  # how far a replica is behind: "Seconds_Behind_Master"
+    CANCEL_SQL: str | None  # stops the statement of a process, from another connection
     QUESTION_BEFORE_COMMIT: str | None  # fails if the transaction was aborted unseen
-    ENDS_TRANSACTIONS: bool  # an error can end one, and what follows is autocommitted
-    TELLS_AUTOCOMMIT: bool  # the driver knows whether it is in autocommit mode
-    BEGIN_WRITE: str | None  # sent by asgi-uow, since the driver sends none
-    BEGIN_SNAPSHOT: str | None
+    # Sent by asgi-uow, since the driver sends none: it is always in autocommit mode, so
+    # what follows an error that ended the transaction is committed at once.
+    BEGIN_WRITE: str | None
     TRANSACTION_ID: str | None  # asked before COMMIT, for `was_committed`
     CODES: Mapping[str, frozenset[int | str]]  # by `Meaning`; "57P" is a class
     TRANSACTION_CONTROL: str  # regular expression, beside that of the SQL standard
-    IMPLICIT_COMMIT: str | None  # regular expression
+    IMPLICIT_COMMIT: str | None  # regular expression: what commits what came before
 
     @property
     def DRIVERS(self) -> Mapping[str, Driver]: ...  # noqa: N802  # read-only
@@ -90,8 +90,8 @@ class Database(Protocol):
     # Finds the code in a driver's error, or in SQLAlchemy's around it.
     def code_of(self, error: BaseException, /) -> int | str | None: ...
 
-    # Prepares a new connection; gives what is to be kept in its pool's info.
-    def set_up(self, raw: Any, /, *, read_only: bool) -> Mapping[str, object]: ...
+    # Prepares a new connection; gives codes that are "aborting" there, beside CODES.
+    def set_up(self, raw: Any, /, *, read_only: bool) -> frozenset[int | str]: ...
 
     # How far a replica must be to have all commits the writer has answered; None where
     # nothing can be waited for. Asked after COMMIT on an AUTOCOMMIT connection.
@@ -118,42 +118,30 @@ DATABASES: Mapping[str, Database] = {  # by SQLAlchemy's name of the dialect
     "postgresql": postgresql,
     "sqlite": sqlite,
 }
+ALIASES = {"postgres": "postgresql"}  # which SQLAlchemy does not know
+# What connects in place of the driver; to import it needs the driver.
+CONNECTS = {"sqlite+aiosqlite": "asgi_uow._databases.sqlite_connection:connect"}
 
-_FACTS = DATABASES.values()
+FACTS = tuple(dict.fromkeys(DATABASES.values()))
 _UNKNOWN = _UnknownDriver()
-_DRIVERS: Mapping[str, Driver] = {
-    name: driver for each in _FACTS for name, driver in each.DRIVERS.items()
+_ALL: Mapping[str, Driver] = {
+    name: driver for each in FACTS for name, driver in each.DRIVERS.items()
 }
+# A file leaves out the drivers that are described in another.
+_DRIVERS = {name: {**_ALL, **each.DRIVERS} for name, each in DATABASES.items()}
 
 
 def driver_of(dialect: Dialect) -> Driver:
-    return _DRIVERS.get(dialect.driver, _UNKNOWN)
+    return _DRIVERS.get(dialect.name, _ALL).get(dialect.driver, _UNKNOWN)
 
 
 def database_of(dialect: Dialect) -> Database:
-    """Raises `KeyError` unless `is_known(dialect)`."""
     return DATABASES[dialect.name]
-
-
-def is_known(dialect: Dialect) -> bool:
-    return dialect.name in DATABASES
-
-
-def names() -> tuple[str, ...]:
-    return tuple(DATABASES)
 
 
 @functools.cache
 def codes(meaning: Meaning) -> frozenset[int | str]:
-    return frozenset().union(*(each.CODES.get(meaning, ()) for each in _FACTS))
-
-
-class Kind(enum.Enum):
-    """What a statement does to the transaction it is sent in."""
-
-    PLAIN = enum.auto()
-    TRANSACTION_CONTROL = enum.auto()  # begins or ends it, unseen by the unit of work
-    IMPLICIT_COMMIT = enum.auto()  # commits it, where the database COMMITS_FOR_DDL
+    return frozenset().union(*(each.CODES.get(meaning, ()) for each in FACTS))
 
 
 def _pattern(*statements: str | None) -> re.Pattern[str]:
@@ -166,16 +154,16 @@ _STANDARD = (
     r"COMMIT\b|BEGIN\b|START\s+TRANSACTION\b|"
     r"ROLLBACK\b(?!(?:\s+(?:WORK|TRANSACTION))?\s+TO\b)"
 )
-_CONTROL = _pattern(_STANDARD, *(each.TRANSACTION_CONTROL for each in _FACTS))
-_COMMITS = _pattern(*(each.IMPLICIT_COMMIT for each in _FACTS))
+_CONTROL = _pattern(_STANDARD, *(each.TRANSACTION_CONTROL for each in FACTS))
+_COMMITS = _pattern(*(each.IMPLICIT_COMMIT for each in FACTS))
 _SETTINGS = re.compile(r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|set_config)\b")
 
 
 @functools.lru_cache(maxsize=1024)
-def kind_of(statement: str) -> Kind:
+def kind_of(statement: str) -> Kind | None:
     if _CONTROL.match(statement):
-        return Kind.TRANSACTION_CONTROL
-    return Kind.IMPLICIT_COMMIT if _COMMITS.match(statement) else Kind.PLAIN
+        return "transaction_control"
+    return "implicit_commit" if _COMMITS.match(statement) else None
 
 
 @functools.lru_cache(maxsize=1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
@@ -15,25 +16,19 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-DEFAULT_DRIVER: str = "asyncmy"
 EXTRAS: Mapping[str, str] = {"asyncmy": "mysql"}
 PACKAGES = frozenset({"asyncmy", "aiomysql", "pymysql", "MySQLdb"})
 URL_QUERY: Mapping[str, str] = {"charset": "utf8mb4"}
 # The server closes a connection that is idle for wait_timeout, 28800 seconds.
 ENGINE_OPTIONS: Mapping[str, object] = {"pool_recycle": 1800}
 SINGLE_WRITER: bool = False
-COMMITS_FOR_DDL: bool = True
 READ_ONLY_STATEMENT: str = "SET SESSION TRANSACTION READ ONLY"
 IS_READ_ONLY: str = "SELECT @@global.read_only"
-LAG: str | None = "SHOW SLAVE STATUS"
-# The key in a connection's info: does 1205 roll everything back there?
-ROLLBACK_ON_TIMEOUT = "asgi_uow.rollback_on_timeout"
+LAG: str = "SHOW SLAVE STATUS"
 TRANSACTION_ID: str | None = None
+CANCEL_SQL: str | None = "KILL QUERY {}"
 QUESTION_BEFORE_COMMIT: str | None = None
-ENDS_TRANSACTIONS: bool = False
-TELLS_AUTOCOMMIT: bool = True
 BEGIN_WRITE: str | None = None
-BEGIN_SNAPSHOT: str | None = None
 
 # https://mariadb.com/kb/en/mariadb-error-code-reference/
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
@@ -47,13 +42,11 @@ CODES: Mapping[str, frozenset[int | str]] = {
     "conflict": frozenset({1020, 1205, 1213, 3101}),
     # asyncmy refuses with `InterfaceError(0, ...)` after a statement was cancelled.
     "disconnect": frozenset({0}),
-    "lock_timeout": frozenset({1205}),
+    # Snapshot conflict, commit and rollback errors, lock table full, deadlock, XA,
+    # replication.
+    "aborting": frozenset({1020, 1180, 1181, 1206, 1213, 1402, 1613, 1614, 3101}),
     "syntax": frozenset({1064}),
 }
-
-# The whole transaction is rolled back, whatever the savepoints: snapshot conflict,
-# commit and rollback errors, lock table full, deadlock, XA, replication.
-ABORTING_CODES = frozenset({1020, 1180, 1181, 1206, 1213, 1402, 1613, 1614, 3101})
 
 TRANSACTION_CONTROL: str = (
     r"(?:UN)?LOCK\s+TABLES\b|"
@@ -66,8 +59,8 @@ IMPLICIT_COMMIT: str | None = (
     r"FLUSH\b|INSTALL\b|UNINSTALL\b|CACHE\s+INDEX\b|LOAD\s+INDEX\b|SET\s+PASSWORD\b"
 )
 
-GTID = r"[0-9]{1,10}-[0-9]{1,10}-[0-9]{1,20}"
-GTID_LIST = re.compile(rf"{GTID}(?:,{GTID})*")
+GTID = re.compile(r"([0-9]{1,10})-([0-9]{1,10})-([0-9]{1,20})")
+GTID_LIST = re.compile(rf"{GTID.pattern}(?:,{GTID.pattern})*")
 
 
 class Asyncmy:
@@ -75,15 +68,13 @@ class Asyncmy:
     savepoints_survive = cursor_needs_begin = cancels_on_server = False
     in_transaction = methodcaller("get_transaction_status")
     is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
+    process_id = methodcaller("thread_id")
 
     def aborts_transaction(self, _: object, error: BaseException) -> bool:
-        return code_of(error) in ABORTING_CODES
+        return code_of(error) in CODES["aborting"]
 
     def reports_writable(self, _: object) -> bool:
         return False
-
-    def cancel_sql(self, raw: Any) -> str:
-        return f"KILL QUERY {raw.thread_id()}"
 
 
 DRIVERS = {"asyncmy": Asyncmy()}
@@ -97,15 +88,14 @@ def code_of(error: BaseException) -> int | None:
     return number if isinstance(number, int) and package in PACKAGES else None
 
 
-def set_up(dbapi_connection: Any, *, read_only: bool) -> Mapping[str, object]:
+def set_up(dbapi_connection: Any, *, read_only: bool) -> frozenset[int | str]:
     """Ask, on a writer, whether a lock timeout undoes the whole transaction."""
     if read_only:
-        return {}
-    cursor = dbapi_connection.cursor()
-    cursor.execute("SELECT @@innodb_rollback_on_timeout")
-    [value] = cursor.fetchone() or [0]
-    cursor.close()
-    return {ROLLBACK_ON_TIMEOUT: bool(value)}
+        return frozenset()
+    with closing(dbapi_connection.cursor()) as cursor:
+        cursor.execute("SELECT @@innodb_rollback_on_timeout")
+        [value] = cursor.fetchone() or [0]
+    return frozenset({1205} if value else ())
 
 
 async def position(connection: AsyncConnection) -> str | None:
@@ -152,10 +142,6 @@ def _is_mariadb(dialect: sa.Dialect) -> bool:
 
 def _covers(reached: str, position: str) -> bool:
     # By sequence number in each domain; the server's id does not count.
-    numbers = dict(_gtids(reached))
-    return all(numbers.get(domain, -1) >= number for domain, number in _gtids(position))
-
-
-def _gtids(position: str) -> list[tuple[int, int]]:
-    parts = re.findall("([0-9]+)-[0-9]+-([0-9]+)", position)
-    return [(int(domain), int(number)) for domain, number in parts]
+    have = {int(domain): int(number) for domain, _, number in GTID.findall(reached)}
+    need = GTID.findall(position)
+    return all(have.get(int(domain), -1) >= int(number) for domain, _, number in need)

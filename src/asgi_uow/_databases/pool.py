@@ -8,6 +8,7 @@ from the first moment of each connection.
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,49 +28,43 @@ if TYPE_CHECKING:
     from asgi_uow._databases.journal import Journal
 
     Isolation = Literal["REPEATABLE READ"] | None
-    Context = interfaces.ExecutionContext | None
     DBAPI = interfaces.DBAPIConnection
     Entry = pool.ConnectionPoolEntry
 
+ABORTING_CODES = "asgi_uow.aborting_codes"
 AUTOCOMMIT = "asgi_uow.autocommit"
+BEGINS_WITH = "asgi_uow.begins_with"
 CANCEL_SQL = "asgi_uow.cancel_sql"
 ERROR_SEEN = "asgi_uow.error_seen"
 IDLE_SINCE = "asgi_uow.idle_since"
 SETTINGS_CHANGED = "asgi_uow.settings_changed"
 
-PLAIN = known.Kind.PLAIN  # Python 3.11 takes long for each member of an enum
+PING_AFTER_IDLE = 30.0  # seconds; then a connection is pinged before it is handed out
+# Execution options after which a connection is not what its pool made it.
+CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
 
 raw_of = attrgetter("_connection")
 """The driver's connection, where every async dialect keeps it: the dialect calls."""
 
-PING_AFTER_IDLE = 30.0
-"""Seconds of idleness after which a connection is pinged before it is handed out."""
-
-CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
-"""Execution options after which a connection is not what its pool made it."""
-
 
 class Connection(sa.Connection):
-    """A connection of one of our engines; a journal is attached to a writer's."""
+    """A connection of one of our engines; only a writer's has a journal."""
 
-    begins_with: str | None = None
     journal: Journal | None = None
 
     def _begin_impl(self, transaction: RootTransaction) -> None:
         super()._begin_impl(transaction)
-        statement = self.begins_with
+        statement = self._execution_options.get(BEGINS_WITH)
         if statement is None:
             return
         begin = getattr(self.connection.driver_connection, "begin", None)
         if begin is not None:
             begin(statement)  # sent with the first statement
             return
-        cursor = self.connection.cursor()
         try:
-            cursor.execute(statement)
+            _execute(self.connection, statement)
         except BaseException as error:  # noqa: BLE001  # raised again, wrapped
-            self._handle_dbapi_exception(error, statement, None, cursor, None)
-        cursor.close()
+            self._handle_dbapi_exception(error, statement, None, None, None)
 
     def _rollback_impl(self) -> None:
         if self.journal is not None:
@@ -82,11 +77,17 @@ class Connection(sa.Connection):
         if not self.closed:
             self.info[ERROR_SEEN] = True
             if self.journal is not None:
-                self.journal.record_error(context, self.connection.driver_connection)
+                aborting = self.info.get(ABORTING_CODES, ())
+                raw = self.connection.driver_connection
+                self.journal.record_error(context, raw, aborting)
 
-
-class WriterConnection(Connection):
-    """Asks its journal before COMMIT, and tells it of savepoints."""
+    def check_statement(self, statement: str) -> None:
+        """Have the journal look at a statement, but for the many that are plain."""
+        journal = self.journal
+        if journal is not None and (
+            known.kind_of(statement) or journal.entries or journal.ddl is not None
+        ):
+            journal.check_statement(statement, self.connection.driver_connection)
 
     def _commit_impl(self) -> None:
         if self.journal is not None:
@@ -119,29 +120,18 @@ class WriterConnection(Connection):
         super()._rollback_to_savepoint_impl(name)
 
 
-class LockingWriterConnection(WriterConnection):
-    """Takes SQLite's write lock at once: an upgrade later can fail without waiting.
-
-    A SAVEPOINT opened before any DML needs the explicit BEGIN too, or its RELEASE
-    commits. https://www.sqlite.org/lang_savepoint.html
-    """
-
-    begins_with = "BEGIN IMMEDIATE"
-
-
 class ReaderConnection(Connection):
-    """Remembers options that make a connection of a read engine another."""
+    """Remembers what makes a connection of a read engine another."""
 
     def execution_options(self, **options: Any) -> Any:
         if not CHANGING_OPTIONS.isdisjoint(options):
             self.info[SETTINGS_CHANGED] = True
         return super().execution_options(**options)
 
-
-class SnapshotConnection(ReaderConnection):
-    """Keeps what the first read on SQLite finds; in WAL that stops no writer."""
-
-    begins_with = "BEGIN"
+    def check_statement(self, statement: str) -> None:
+        # One of them may be what makes the connection read-only.
+        if known.changes_settings(statement):
+            self.info[SETTINGS_CHANGED] = True
 
 
 def attach_listeners(
@@ -153,22 +143,19 @@ def attach_listeners(
         return
     policy = _Policy(target, read_only=read_only, read_isolation=read_isolation)
     # Not events of the engine: one listener there costs each statement 50 calls.
-    target._connection_cls = policy.connection_class  # noqa: SLF001
-    check = _note_settings if read_only else _check_statement
-
-    def check_plain(cursor: object, statement: str, context: Context) -> None:
-        check(cursor, statement, (), context)
-
-    for name, listener in (
-        ("connect", policy.on_connect),
-        ("checkout", policy.on_checkout),
-        ("reset", policy.on_reset),
-        ("handle_error", policy.on_error),
-        ("do_execute", check),
-        ("do_executemany", check),
-        ("do_execute_no_params", check_plain),
-    ):
-        event.listen(target, name, listener)
+    target._connection_cls = ReaderConnection if read_only else Connection  # noqa: SLF001
+    begin = policy.database.BEGIN_WRITE
+    if read_only and begin is not None:
+        # A snapshot of what the first read finds; in WAL that stops no writer.
+        begin = None if read_isolation is None else "BEGIN"
+    # Also if there is none: a derived engine has the options of its original.
+    target.update_execution_options(**{BEGINS_WITH: begin})
+    event.listen(target, "connect", policy.on_connect)
+    event.listen(target, "checkout", policy.on_checkout)
+    event.listen(target, "reset", policy.on_reset)
+    event.listen(target, "handle_error", policy.on_error)
+    for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+        event.listen(target, name, _check_statement)
     if read_only:
         # In AUTOCOMMIT there is nothing to roll back when a connection is closed.
         target.dialect.skip_autocommit_rollback = True
@@ -187,30 +174,20 @@ class _Policy:
         self.read_only = read_only
         self.read_isolation: Isolation = read_isolation
 
-    @property
-    def connection_class(self) -> type[Connection]:
-        begins = self.database.BEGIN_WRITE is not None
-        if not self.read_only:
-            return LockingWriterConnection if begins else WriterConnection
-        snapshot = begins and self.read_isolation is not None
-        return SnapshotConnection if snapshot else ReaderConnection
-
     def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
         """Set up a connection; as the last listener, so nothing set before survives."""
-        entry.info.update(self.database.set_up(dbapi, read_only=self.read_only))
+        info, database = entry.info, self.database
+        info[ABORTING_CODES] = database.set_up(dbapi, read_only=self.read_only)
         if self.read_only:
             self.dialect.set_isolation_level(dbapi, "AUTOCOMMIT")
-            cursor = dbapi.cursor()
-            cursor.execute(self.database.READ_ONLY_STATEMENT)
-            cursor.close()
-            isolation = self.read_isolation
-            if isolation is not None and self.database.BEGIN_SNAPSHOT is None:
-                self.dialect.set_isolation_level(dbapi, isolation)
-        elif self.database.TELLS_AUTOCOMMIT:
-            entry.info[AUTOCOMMIT] = self.dialect.detect_autocommit_setting(dbapi)
-        if self.driver.cancel_sql is not None:
-            raw = raw_of(dbapi)
-            entry.info[CANCEL_SQL] = self.driver.cancel_sql(raw)
+            _execute(dbapi, database.READ_ONLY_STATEMENT)
+            if self.read_isolation is not None and database.BEGIN_WRITE is None:
+                self.dialect.set_isolation_level(dbapi, self.read_isolation)
+        elif database.BEGIN_WRITE is None:
+            info[AUTOCOMMIT] = self.dialect.detect_autocommit_setting(dbapi)
+        process = self.driver.process_id(raw_of(dbapi))
+        if database.CANCEL_SQL is not None and process is not None:
+            info[CANCEL_SQL] = database.CANCEL_SQL.format(process)
 
     def on_checkout(self, dbapi: DBAPI, entry: Entry, _: object) -> None:
         """Replace a connection that is dead, or does not answer after idleness."""
@@ -245,13 +222,11 @@ class _Policy:
             dbapi.rollback()
             if self.driver.is_known and self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
-                cursor = dbapi.cursor()
-                cursor.execute("ROLLBACK")
-                cursor.close()
+                _execute(dbapi, "ROLLBACK")
 
     def on_error(self, context: interfaces.ExceptionContext) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
-        if failures.is_driver_disconnect(context.original_exception):
+        if failures.means(context.original_exception, "disconnect"):
             context.is_disconnect = True
         if self.is_memory and not isinstance(context.original_exception, Exception):
             context.is_disconnect = False  # the connection is the database
@@ -259,7 +234,7 @@ class _Policy:
         if isinstance(connection, Connection) and not connection.invalidated:
             connection.record_error(context)
         error = context.sqlalchemy_exception
-        if self.read_only and failures.code_of(error) in failures.READ_ONLY_CODES:
+        if self.read_only and failures.means(error, "read_only"):
             operation = "A statement"
             raise ReadOnlySessionError(operation) from error
 
@@ -270,19 +245,13 @@ def info_of(connection: sa.Connection) -> dict[Any, Any]:
     return connection.info if entry is None else entry.info
 
 
-def _check_statement(_: object, statement: str, __: object, context: Context) -> None:
-    """Have the journal look at a statement, but for the many that are plain."""
-    connection = None if context is None else context.root_connection
-    if not isinstance(connection, Connection) or connection.journal is None:
-        return
-    journal = connection.journal
-    unusual = known.kind_of(statement) is not PLAIN
-    if unusual or journal.entries or journal.ddl is not None:
-        journal.check_statement(statement, connection.connection.driver_connection)
+def _execute(connection: DBAPI | pool.PoolProxiedConnection, statement: str) -> None:
+    with closing(connection.cursor()) as cursor:
+        cursor.execute(statement)
 
 
-def _note_settings(_: object, statement: str, __: object, context: Context) -> None:
-    # One of them may be what makes the connection read-only.
-    connection = None if context is None else context.root_connection
-    if isinstance(connection, Connection) and known.changes_settings(statement):
-        connection.info[SETTINGS_CHANGED] = True
+def _check_statement(_: object, statement: str, *context: object) -> None:
+    # The context comes last, with parameters before it or without.
+    connection = getattr(context[-1], "root_connection", None)
+    if isinstance(connection, Connection):
+        connection.check_statement(statement)

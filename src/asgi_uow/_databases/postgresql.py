@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import select
-from operator import methodcaller
+from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -16,28 +16,24 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-DEFAULT_DRIVER: str = "asyncpg"
 EXTRAS: Mapping[str, str] = {"asyncpg": "postgresql"}
 PACKAGES = frozenset({"asyncpg", "psycopg"})
 URL_QUERY: Mapping[str, str] = {}
 ENGINE_OPTIONS: Mapping[str, object] = {}
 SINGLE_WRITER: bool = False
-COMMITS_FOR_DDL: bool = False
 READ_ONLY_STATEMENT: str = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
 IS_READ_ONLY: str = "SELECT pg_is_in_recovery()"
-LAG: str | None = (
+LAG: str = (
     "SELECT CASE WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()"
     " AND EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')"
     " THEN 0"
     " ELSE EXTRACT(EPOCH FROM clock_timestamp() - pg_last_xact_replay_timestamp())"
     ' END AS "Seconds_Behind_Master"'
 )
+CANCEL_SQL: str | None = "SELECT pg_cancel_backend({})"
 # Asked where the driver was used past SQLAlchemy: an error aborts the transaction.
 QUESTION_BEFORE_COMMIT: str | None = "SELECT 1"
-ENDS_TRANSACTIONS: bool = False
-TELLS_AUTOCOMMIT: bool = True
 BEGIN_WRITE: str | None = None
-BEGIN_SNAPSHOT: str | None = None
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 CODES: Mapping[str, frozenset[int | str]] = {
@@ -45,10 +41,9 @@ CODES: Mapping[str, frozenset[int | str]] = {
     # Classes: connection exception, insufficient resources, shutting down or starting.
     "unavailable": frozenset({"08", "53", "57P"}),
     "conflict": frozenset({"40001", "40P01", "55P03"}),
+    "recovery_conflict": frozenset({"40001"}),
     "in_doubt": frozenset({"40003"}),  # statement_completion_unknown
 }
-
-RECOVERY_CONFLICT = "40001"  # a replica stopped a read in the way of its replication
 
 TRANSACTION_CONTROL: str = r"END\b|ABORT\b"
 IMPLICIT_COMMIT: str | None = None
@@ -88,6 +83,7 @@ class _Driver:
 class Asyncpg(_Driver):
     in_transaction = methodcaller("is_in_transaction")
     is_dead = methodcaller("is_closed")
+    process_id = methodcaller("get_server_pid")
 
     def aborts_transaction(self, _: object, error: BaseException) -> bool:
         # Only what the server sent has a severity; a wrong parameter never got there.
@@ -100,13 +96,10 @@ class Asyncpg(_Driver):
         settings = raw.get_settings()
         return getattr(settings, "default_transaction_read_only", "on") == "off"
 
-    def cancel_sql(self, raw: Any) -> str:
-        return f"SELECT pg_cancel_backend({raw.get_server_pid()})"
-
 
 class Psycopg(_Driver):
-    def in_transaction(self, raw: Any) -> bool:
-        return bool(raw.info.transaction_status)
+    in_transaction = attrgetter("info.transaction_status")  # 0 is IDLE
+    process_id = attrgetter("info.backend_pid")
 
     def is_dead(self, raw: Any) -> bool:
         if raw.closed:
@@ -123,9 +116,6 @@ class Psycopg(_Driver):
         setting = raw.info.parameter_status("default_transaction_read_only")
         return bool(setting == "off")
 
-    def cancel_sql(self, raw: Any) -> str:
-        return f"SELECT pg_cancel_backend({raw.info.backend_pid})"
-
 
 DRIVERS: Mapping[str, Asyncpg | Psycopg] = {"asyncpg": Asyncpg(), "psycopg": Psycopg()}
 
@@ -136,8 +126,8 @@ def code_of(error: BaseException) -> str | None:
     return code if isinstance(code, str) else None
 
 
-def set_up(*_: object, **__: object) -> Mapping[str, object]:
-    return {}
+def set_up(*_: object, **__: object) -> frozenset[int | str]:
+    return frozenset()
 
 
 async def position(connection: AsyncConnection) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -11,23 +12,21 @@ if TYPE_CHECKING:
 
     from sqlalchemy import URL
 
-DEFAULT_DRIVER: str = "aiosqlite"
 EXTRAS: Mapping[str, str] = {"aiosqlite": "sqlite"}
 PACKAGES = frozenset({"aiosqlite", "sqlite3"})
 URL_QUERY: Mapping[str, str] = {}
 ENGINE_OPTIONS: Mapping[str, object] = {}
 SINGLE_WRITER: bool = True
-COMMITS_FOR_DDL: bool = False
 READ_ONLY_STATEMENT: str = "PRAGMA query_only = ON"
 IS_READ_ONLY: str = "SELECT 0"
-LAG: str | None = None
+LAG: str = "SELECT NULL AS Seconds_Behind_Master"
 TRANSACTION_ID: str | None = None
+CANCEL_SQL: str | None = None
 QUESTION_BEFORE_COMMIT: str | None = None
-# After some errors SQLite rolls back by itself and goes on in autocommit mode.
-ENDS_TRANSACTIONS: bool = True
-TELLS_AUTOCOMMIT: bool = False
+# The write lock at once: an upgrade later can fail without waiting. A SAVEPOINT opened
+# before any DML needs the explicit BEGIN too, or its RELEASE commits.
+# https://www.sqlite.org/lang_savepoint.html
 BEGIN_WRITE: str | None = "BEGIN IMMEDIATE"
-BEGIN_SNAPSHOT: str | None = "BEGIN"
 
 BUSY_TIMEOUT = 5000  # milliseconds a statement waits for a lock
 WAL_PAUSE = 50  # between two attempts to have a file keep a write-ahead log
@@ -45,7 +44,6 @@ class Aiosqlite:
     is_known = True
     savepoints_survive = cursor_needs_begin = False
     exclusive_streams = cancels_on_server = False
-    cancel_sql = None
     in_transaction = attrgetter("in_transaction")
 
     def is_dead(self, _: object) -> bool:
@@ -54,8 +52,10 @@ class Aiosqlite:
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return not raw.in_transaction  # SQLite says so when asked
 
-    def reports_writable(self, _: object) -> bool:
-        return False
+    reports_writable = is_dead
+
+    def process_id(self, _: object) -> None:
+        return None
 
 
 DRIVERS = {"aiosqlite": Aiosqlite()}
@@ -73,14 +73,13 @@ def is_memory(url: URL) -> bool:
     return by_name or by_mode
 
 
-def set_up(dbapi_connection: Any, *, read_only: bool) -> Mapping[str, object]:  # noqa: ARG001
+def set_up(dbapi_connection: Any, *, read_only: bool) -> frozenset[int | str]:  # noqa: ARG001
     """Wait for locks, keep foreign keys, and leave BEGIN to asgi-uow."""
     dbapi_connection.isolation_level = None
-    cursor = dbapi_connection.cursor()
-    cursor.execute("PRAGMA foreign_keys = ON")
-    _use_wal(dbapi_connection, cursor)
-    cursor.close()
-    return {}
+    with closing(dbapi_connection.cursor()) as cursor:
+        cursor.execute("PRAGMA foreign_keys = ON")
+        _use_wal(dbapi_connection, cursor)
+    return frozenset()
 
 
 def _use_wal(dbapi_connection: Any, cursor: Any) -> None:

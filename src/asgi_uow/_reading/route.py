@@ -94,7 +94,7 @@ class Route:
         if replica is None or (self.has_read and replica is self._choice):
             return False
         lost = failures.is_lost(error) and not isinstance(error, TimeoutError)
-        if not lost and failures.code_of(error) != failures.RECOVERY_CONFLICT:
+        if not (lost or failures.means(error, "recovery_conflict")):
             return False
         await reader.release_connection()
         self._report_failed(replica, error)
@@ -167,7 +167,7 @@ class Route:
         return reached
 
     def _report_failed(self, replica: Replica, error: Exception) -> None:
-        conflict = failures.code_of(error) == failures.RECOVERY_CONFLICT
+        conflict = failures.means(error, "recovery_conflict")
         if not conflict and (seconds := replica.trip()) is not None:
             self._events.append(ReaderFailed(replica.name, error, seconds))
 

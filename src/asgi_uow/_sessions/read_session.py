@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from asgi_uow._concurrency import run_to_completion
 from asgi_uow._databases import known
-from asgi_uow._databases.driver_errors import READ_ONLY_CODES, causes, code_of
+from asgi_uow._databases.driver_errors import causes, means
 from asgi_uow._decision import State
 from asgi_uow._sessions.managed import ReadOnlySession
 from asgi_uow._sessions.session import READS, Session
@@ -92,7 +92,7 @@ class ReadSession(Session):
         elif self._must_reconnect(error):
             await self.release_connection()
         named = isinstance(error, ReadOnlySessionError)
-        if not named and code_of(error) in READ_ONLY_CODES:
+        if not named and means(error, "read_only"):
             raise ReadOnlySessionError(operation) from error
 
     def _must_reconnect(self, error: BaseException) -> bool:

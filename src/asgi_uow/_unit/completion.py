@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
-from asgi_uow._databases.driver_errors import is_conflict, is_in_doubt, is_outage
+from asgi_uow._databases.driver_errors import is_in_doubt, is_outage, means
 from asgi_uow._databases.pool import raw_of
 from asgi_uow._decision import RETRY_AFTER, Cause, Outcome
 from asgi_uow.observers import ReleaseFailed
@@ -47,7 +47,7 @@ class Ended:
         """Make the failure; it asks for a retry if nothing was kept and it may help."""
         retry_after: int | None = None
         if self.error is not None and self.outcome is Outcome.ROLLED_BACK:
-            may_help = is_outage(self.error, outages) or is_conflict(self.error)
+            may_help = is_outage(self.error, outages) or means(self.error, "conflict")
             retry_after = RETRY_AFTER if may_help else None
         what = self.outcome, cause
         failure = self.kind(*what, detail=self.detail, retry_after=retry_after)
@@ -125,7 +125,7 @@ class Commit:
             if driver.is_dead(raw):
                 message = "the connection was lost before COMMIT was sent"
                 raise ConnectionError(message)
-            if facts.ENDS_TRANSACTIONS and not driver.in_transaction(raw):
+            if facts.BEGIN_WRITE is not None and not driver.in_transaction(raw):
                 raise sync.journal.doom(errors.TransactionGoneError())
             if sync.driver_exposed and facts.QUESTION_BEFORE_COMMIT is not None:
                 try:
