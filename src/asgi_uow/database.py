@@ -8,11 +8,11 @@ from weakref import WeakKeyDictionary, ref
 
 from asgi_uow import errors
 from asgi_uow._databases import configuration, known
-from asgi_uow._databases.engines import DatabaseOptions, Engines
+from asgi_uow._databases.engines import Engines
 from asgi_uow._databases.health import check
 from asgi_uow._decision import WRITABLE, State, decide_exit
 from asgi_uow._unit.finish import end_unit
-from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current
+from asgi_uow._unit.unit import UnitOfWork, current
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,13 +54,14 @@ class Database(Engines):
         read_isolation: Literal["REPEATABLE READ"] | None = None,
         **session_options: Any,
     ) -> None:
-        options = DatabaseOptions(
+        super().__init__(
+            engine,
+            readers,
+            session_options,
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
-            session_options=session_options,
         )
-        super().__init__(engine, readers, options)
         self._entered: WeakKeyDictionary[UnitOfWork, ref[Task]] = WeakKeyDictionary()
 
     @classmethod
@@ -197,9 +198,8 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         around = current.get()
         unit = self.unit = UnitOfWork()
         unit.databases = self.databases
-        unit.options = DEFAULTS if around is None else around.options
         if around is not None:
-            unit.around = around
+            unit.around, unit.options = around, around.options
             unit.must_see = around.must_see
             unit.is_nested = around.state in WRITABLE and not around.is_hook
             # Otherwise a hook that registers itself in such a block never ends.
@@ -225,16 +225,13 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         await _leave(self.unit, exc)
 
 
-DEFAULTS = UnitOptions()
-
-
 async def _leave(unit: UnitOfWork, error: BaseException | None) -> None:
     decision = decide_exit(
         error,
         rollback_only=unit.state is State.ROLLBACK_ONLY,
         doomed=unit.doomed_by is not None,
         forced=unit.forced,
-        commit_on_exit=all(db.options.commit_on_exit for db in unit.databases),
+        commit_on_exit=all(db.commit_on_exit for db in unit.databases),
     )
     try:
         await end_unit(unit, decision)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,24 +35,6 @@ CANCEL_SECONDS = 2.0
 """Seconds for connecting to a server and stopping a cancelled statement there."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DatabaseOptions:
-    """What `asgi_uow.Database` is told beside its engines."""
-
-    commit_on_exit: bool = True
-    resolve_unknown: bool = False
-    read_isolation: Literal["REPEATABLE READ"] | None = None
-    session_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in sorted(RESERVED & self.session_options.keys()):
-            message = f"The session option {name!r} belongs to asgi-uow; leave it out."
-            raise ConfigurationError(message)
-        if (isolation := self.read_isolation) not in {None, "REPEATABLE READ"}:
-            message = f"read_isolation is 'REPEATABLE READ' or None: {isolation!r}"
-            raise ConfigurationError(message)
-
-
 class Engines:
     """A writer engine, a read engine on the same server, and replicas."""
 
@@ -66,12 +47,24 @@ class Engines:
         self,
         engine: AsyncEngine | None,
         readers: Sequence[AsyncEngine],
-        options: DatabaseOptions,
+        session_options: Mapping[str, Any],
+        *,
+        commit_on_exit: bool,
+        resolve_unknown: bool,
+        read_isolation: Literal["REPEATABLE READ"] | None,
     ) -> None:
-        self.options = options
+        for name in sorted(RESERVED & session_options.keys()):
+            message = f"The session option {name!r} belongs to asgi-uow; leave it out."
+            raise ConfigurationError(message)
+        if read_isolation not in {None, "REPEATABLE READ"}:
+            message = f"read_isolation is 'REPEATABLE READ' or None: {read_isolation!r}"
+            raise ConfigurationError(message)
+        self.commit_on_exit = commit_on_exit
+        self.resolve_unknown = resolve_unknown
+        self.read_isolation = read_isolation
         self._readers = tuple(readers)
         self.replicas: tuple[Replica, ...] = tuple(map(Replica, self._readers))
-        shared: dict[str, Any] = {"expire_on_commit": False, **options.session_options}
+        shared: dict[str, Any] = {"expire_on_commit": False, **session_options}
         self.write_options: dict[str, Any] = shared
         self.read_options: dict[str, Any] = shared | READ_OPTIONS
         self._check_not_a_reader(engine)
@@ -100,7 +93,7 @@ class Engines:
         _check_engine(engine)
         self._check_not_a_reader(engine)
         asks = known.database_of(engine.dialect).TRANSACTION_ID
-        if self.options.resolve_unknown and asks is None:
+        if self.resolve_unknown and asks is None:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
         self.is_memory = known.is_memory(engine.url)
@@ -113,8 +106,7 @@ class Engines:
         self._engine = engine
 
     def _make_read_only(self, engine: AsyncEngine) -> None:
-        isolation = self.options.read_isolation
-        attach_listeners(engine, read_only=True, read_isolation=isolation)
+        attach_listeners(engine, read_only=True, read_isolation=self.read_isolation)
 
     def _check_not_a_reader(self, engine: AsyncEngine | None) -> None:
         if engine in self._readers:

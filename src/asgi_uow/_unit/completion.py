@@ -55,7 +55,7 @@ class Commit:
 
     def run(self) -> Coroutine[object, object, None]:
         """Commit, and give the connection back."""
-        resolves = self.db.options.resolve_unknown
+        resolves = self.db.resolve_unknown
         if resolves and self.session.sync_session.connections:
             return self._run_resolvable()
         return _in_lock(self.session, self._commit)
@@ -129,7 +129,7 @@ class Completion:
             sync = commit.session.sync_session
             try:
                 # Several calls under one lock: all in one task, from the first on.
-                at_once = not commit.db.options.resolve_unknown
+                at_once = not commit.db.resolve_unknown
                 await self._shield.run(step(), self._timeout, at_once=at_once)
             except Exception as error:  # noqa: BLE001  # becomes the failure
                 if not await self._was_kept(commit, error):
