@@ -137,13 +137,12 @@ class Stage(enum.Enum):
     OPEN = "the application has sent no start"
     DECIDING = "a start is held until the unit of work has ended"
     PASSING = "what the application sends is forwarded"
-    REFUSED = "the work was not kept: what claims a success is refused"
+    REFUSED = "the work was not kept, so only an error is forwarded"
     ANSWERED = "the failure was answered"
-    OVER = "the application has ended without a start"
 
 
 # Python 3.11 takes long for each member of an enum.
-OPEN, DECIDING, PASSING, REFUSED, ANSWERED, OVER = Stage
+OPEN, DECIDING, PASSING, REFUSED, ANSWERED = Stage
 
 
 class _Exchange:
@@ -182,16 +181,13 @@ class _Exchange:
         if self.stage is DECIDING:  # another task's start
             await self._settle()
         is_start = message["type"] == START
-        if is_start:
-            if self.stage is OPEN:
-                message = await self._decide(message)
-            elif self.stage in {REFUSED, OVER} and message["status"] >= ERROR_STATUS:
-                self.stage = ANSWERED
-            elif self.stage is OVER:
-                operation = "sending a response"
-                raise UnitOfWorkClosedError(operation, self.unit.state)
-        if self.stage is REFUSED and self.unit.failure is not None:
-            raise self.unit.failure
+        if is_start and self.stage is OPEN:
+            message = await self._decide(message)
+        elif is_start and self.stage is REFUSED and message["status"] >= ERROR_STATUS:
+            self.stage = ANSWERED
+        if self.stage is REFUSED:
+            operation = "sending a response"
+            raise self.unit.failure or UnitOfWorkClosedError(operation, self.unit.state)
         await self.forward(message)
         if is_start and self.unit.state in SETTLED:
             self.unit.move(State.RESPONDING)
@@ -203,7 +199,7 @@ class _Exchange:
         if self.stage is DECIDING:
             await run_to_completion(self._settle())
         elif self.stage is OPEN:
-            self.stage = OVER
+            self.stage = REFUSED
             cause = Cause.ABANDONED
             if error is not None:
                 cause = _decision.exception_cause(error)
