@@ -210,9 +210,11 @@ class _Exchange:
         error_app = self.middleware.error_app
         if error_app is not None and self.stage is not PASSING:
             scope[FAILURE] = failure
-            await error_app(scope, receive, self._answer)
-            scope.pop(FAILURE, None)  # it refers to frames, and those to the scope
-        self.stage = ANSWERED
+            try:
+                await error_app(scope, receive, self._answer)
+            finally:
+                self.stage = ANSWERED
+                scope.pop(FAILURE, None)  # it refers to frames, and those to the scope
         try:
             if failure is not error:
                 raise failure from failure.__cause__
