@@ -205,18 +205,14 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
             # Otherwise a hook that registers itself in such a block never ends.
             unit.quota = around.quota
             for db in self.databases:
+                # A hook's own unit is in the way only once it is used.
+                taken = around.holds(db) if around.is_hook else around.serves(db)
+                second = taken and around.state in WRITABLE and not self.independent
                 # The enclosing unit cannot end before this one does: a deadlock.
-                if unit.is_blocked_by_others(db) or self._is_second(around, db):
+                if second or unit.is_blocked_by_others(db):
                     raise errors.NestedUnitOfWorkError(db)
         current.set(unit)
         return unit
-
-    def _is_second(self, around: UnitOfWork, db: Engines) -> bool:
-        """Tell whether `around` has a transaction of `db` that should be used."""
-        if self.independent or around.state not in WRITABLE:
-            return False
-        # A hook has a unit of its own, which is in the way only once it is used.
-        return around.holds(db) if around.is_hook else around.serves(db)
 
     async def __aexit__(
         self, exc_type: object, exc: BaseException | None, traceback: object
