@@ -207,6 +207,16 @@ async def test_other_messages_pass_untouched(db: Database) -> None:
 # commit_when
 
 
+async def test_the_request_is_left_to_the_application(db: Database) -> None:
+    """Whoever calls `receive` fails the test, so no test passes where we do."""
+
+    async def reading(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+
+    with pytest.raises(pytest.fail.Exception, match="only an application may"):
+        await serve(reading, db)
+
+
 async def test_broken_commit_when_is_a_failure(db: Database, backend: Backend) -> None:
     """A commit_when that raises keeps nothing and answers an error."""
 
