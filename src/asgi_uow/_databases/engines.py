@@ -61,7 +61,7 @@ class Engines:
             raise ConfigurationError(message)
         self.commit_on_exit = commit_on_exit
         self.resolve_unknown = resolve_unknown
-        self.read_isolation = read_isolation
+        self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
         self._readers = tuple(readers)
         self.replicas: tuple[Replica, ...] = tuple(map(Replica, self._readers))
         shared: dict[str, Any] = {"expire_on_commit": False, **session_options}

@@ -242,7 +242,6 @@ class _Exchange:
         await self.settled.wait()
 
     async def _decide(self, message: Message) -> Message:
-        """Decide, and end the unit before the start is forwarded."""
         unit, middleware = self.unit, self.middleware
         self.stage = DECIDING
         # Sanic's headers are a generator, and are read twice: here and outside.
