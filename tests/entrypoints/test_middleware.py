@@ -308,6 +308,31 @@ async def test_second_start_while_the_first_is_decided(
     assert [] == await shop.items(backend)
 
 
+async def test_application_that_ends_while_its_response_is_decided(
+    db: Database, backend: Backend
+) -> None:
+    """The unit is ended once, by the response that another task is sending."""
+    deciding, go_on = asyncio.Event(), asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def hold() -> None:
+        deciding.set()
+        await go_on.wait()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert(1)
+        uow.before_commit(hold)
+        tasks.append(asyncio.create_task(respond(send, 201)))
+        await deciding.wait()
+        asyncio.get_running_loop().call_soon(go_on.set)
+
+    response = await serve(app, db)
+    await tasks[0]
+
+    assert 201 == response.status
+    assert [1] == await shop.items(backend)
+
+
 @on(*DRIVERS)
 @pytest.mark.parametrize("raises", [True, False])
 async def test_start_after_the_application_has_returned(
