@@ -8,15 +8,14 @@ from weakref import WeakKeyDictionary, ref
 
 from asgi_uow import errors
 from asgi_uow._databases import configuration
-from asgi_uow._databases.engines import DatabaseOptions, Engines
+from asgi_uow._databases.engines import Engines
 from asgi_uow._databases.health import check
 from asgi_uow._decision import WRITABLE, State, decide_exit
 from asgi_uow._unit.finish import end_unit
-from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current
+from asgi_uow._unit.unit import UnitOfWork, current
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from types import TracebackType
     from typing import Self, TypeAlias
 
     from sqlalchemy import URL
@@ -55,14 +54,14 @@ class Database(Engines):
         read_isolation: Literal["REPEATABLE READ"] | None = None,
         **session_options: Any,
     ) -> None:
-        """See the class."""
-        options = DatabaseOptions(
+        super().__init__(
+            engine,
+            readers,
+            session_options,
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
-            session_options=session_options,
         )
-        super().__init__(engine, readers, options)
         self._entered: WeakKeyDictionary[UnitOfWork, ref[Task]] = WeakKeyDictionary()
 
     @classmethod
@@ -100,10 +99,7 @@ class Database(Engines):
 
     @classmethod
     def from_config(
-        cls,
-        mapping: Mapping[str, object],
-        *,
-        prefix: str = "DATABASE_",
+        cls, mapping: Mapping[str, object], *, prefix: str = "DATABASE_"
     ) -> Self:
         """Create the engines from `os.environ`, Sanic's `app.config` or the like.
 
@@ -143,10 +139,7 @@ class Database(Engines):
         return unit
 
     async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
+        self, exc_type: object, exc: BaseException | None, traceback: object
     ) -> None:
         """Commit, or roll back after an exception; raises if not kept."""
         await _leave(self._take_entered(), exc)
@@ -156,11 +149,11 @@ class Database(Engines):
         task, unit = _task(), current.get()
         entered = None if unit is None else self._entered.get(unit)
         if unit is None or entered is None or entered() is not task:
-            alive = [(each, by()) for each, by in self._entered.items()]
-            mine = [each for each, by in alive if by is task]
-            behind = [each for each, by in alive if by is None or by.done()]
-            found = mine or behind or [each for each, _ in alive]
-            if not found or not (mine or behind or len(found) == 1):
+            by = {each: entered_by() for each, entered_by in self._entered.items()}
+            mine = [each for each, other in by.items() if other is task]
+            behind = [each for each, o in by.items() if o is None or o.done()]
+            found = mine or behind or list(by)
+            if not (mine or behind or len(found) == 1):
                 operation = "leaving a unit of work that another task has entered"
                 raise errors.NoUnitOfWorkError(operation)
             unit = found[-1]
@@ -191,7 +184,6 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
     """
 
     def __init__(self, *databases: Engines, independent: bool = False) -> None:
-        """Serve `databases`, the first being the default."""
         if not databases:
             message = "unit_of_work() needs at least one Database."
             raise TypeError(message)
@@ -204,67 +196,42 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         around = current.get()
         unit = self.unit = UnitOfWork()
         unit.databases = self.databases
-        unit.options = DEFAULTS if around is None else around.options
         if around is not None:
-            for db in self.databases:
-                self._refuse_nested(around, db)
-            unit.around = around
+            unit.around, unit.options = around, around.options
             unit.must_see = around.must_see
             unit.is_nested = around.state in WRITABLE and not around.is_hook
-            # A hook that registers itself in a block of its own would never end.
+            # Otherwise a hook that registers itself in such a block never ends.
             unit.quota = around.quota
+            for db in self.databases:
+                # A hook's own unit is in the way only once it is used.
+                taken = around.holds(db) if around.is_hook else around.serves(db)
+                second = taken and around.state in WRITABLE and not self.independent
+                # The enclosing unit cannot end before this one does: a deadlock.
+                if second or unit.is_blocked_by_others(db):
+                    raise errors.NestedUnitOfWorkError(db)
         current.set(unit)
         return unit
 
-    def _refuse_nested(self, around: UnitOfWork, db: Engines) -> None:
-        if db.facts.SINGLE_WRITER and (
-            around.holds(db) or around.is_blocked_by_others(db)
-        ):
-            raise errors.NestedUnitOfWorkError(
-                db
-            )  # it would wait for the outer forever
-        if self.independent or around.state not in WRITABLE:
-            return
-        # A hook has a unit of its own, which is in the way only once it is used.
-        if around.holds(db) if around.is_hook else around.serves(db):
-            raise errors.NestedUnitOfWorkError(db)
-
     async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
+        self, exc_type: object, exc: BaseException | None, traceback: object
     ) -> None:
         """Commit or roll back, then close; raises if the work was not kept."""
         await _leave(self.unit, exc)
 
 
-DEFAULTS = UnitOptions()
-
-
 async def _leave(unit: UnitOfWork, error: BaseException | None) -> None:
-    """End the unit of work of an `async with` block."""
     decision = decide_exit(
         error,
         rollback_only=unit.state is State.ROLLBACK_ONLY,
         doomed=unit.doomed_by is not None,
         forced=unit.forced,
-        commit_on_exit=all(db.options.commit_on_exit for db in unit.databases),
+        commit_on_exit=all(db.commit_on_exit for db in unit.databases),
     )
     try:
         await end_unit(unit, decision)
     finally:
-        _step_back_from(unit)
-
-
-def _step_back_from(unit: UnitOfWork) -> None:
-    """Make the unit around current again, unless another one is current by now.
-
-    Two blocks need not end in the order of their nesting (generators), nor in the
-    task they began in; a token would insist on both.
-    """
-    if current.get() is unit:
-        around = unit.around
-        while around is not None and around.state is State.CLOSED:
-            around = around.around
-        current.set(around)
+        # Not by a token: blocks need not end in the order of their nesting
+        # (generators), nor in the task that they began in.
+        if current.get() is unit:
+            left = (each for each in unit.outwards() if each.state is not State.CLOSED)
+            current.set(next(left, None))

@@ -19,19 +19,19 @@ from sanic.http.constants import HTTP
 
 from asgi_uow._databases.driver_errors import is_outage
 from asgi_uow._decision import commit_below_400
-from asgi_uow._entrypoints import middleware as mw
-from asgi_uow._entrypoints.problem import FAILURE, START, problem_details
+from asgi_uow._entrypoints.middleware import UnitOfWorkMiddleware
+from asgi_uow._entrypoints.problem import START, problem
 from asgi_uow._unit.unit import current
 from asgi_uow.database import Database
 from asgi_uow.errors import ConfigurationError, UnitOfWorkFailedError
 from asgi_uow.observers import LoggingObserver
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Sequence
 
     from sanic import Request, Sanic
 
-    from asgi_uow._asgi import Headers, Message, Receive, Scope, Send
+    from asgi_uow._asgi import Message, Receive, Scope, Send
     from asgi_uow._decision import CommitWhen
     from asgi_uow._reading.causal import CausalReads
     from asgi_uow.observers import Observer
@@ -72,7 +72,7 @@ def setup(
     if not databases:
         app.ctx.db = Database.from_config(app.config)
         databases = (app.ctx.db,)
-    middleware = mw.UnitOfWorkMiddleware(
+    middleware = UnitOfWorkMiddleware(
         _application,
         *databases,
         commit_when=commit_when,
@@ -82,8 +82,7 @@ def setup(
         commit_timeout=commit_timeout,
         hook_timeout=hook_timeout,
     )
-    server = _Server(databases, middleware, commit_timeout)
-    app.ctx.asgi_uow = server
+    server = app.ctx.asgi_uow = _Server(middleware)
     # First, before the application's own listener uses the database.
     app.before_server_start(server.start, priority=1000)
     app.after_server_stop(server.stop)
@@ -99,9 +98,7 @@ class _Server:
     whose `http.response.start` is the first write of the response.
     """
 
-    databases: Sequence[Database]
-    middleware: mw.UnitOfWorkMiddleware
-    commit_timeout: float | None
+    middleware: UnitOfWorkMiddleware
     process: int = dataclasses.field(default_factory=os.getpid)
     serving: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
 
@@ -110,7 +107,7 @@ class _Server:
         if self.process != os.getpid():
             # Forked: connections of the parent are the parent's.
             # https://docs.sqlalchemy.org/en/20/core/pooling.html#pooling-multiprocessing
-            for db in self.databases:
+            for db in self.middleware.databases:
                 for engine in {db.engine, db.read_engine, *db.readers}:
                     await engine.dispose(close=False)
         with suppress(ServerError):  # the application has a handler for everything
@@ -119,8 +116,9 @@ class _Server:
     async def stop(self, _: Sanic[Any, Any]) -> None:
         """Let units whose client has gone reach their end, then close the engines."""
         if self.serving:
-            await asyncio.wait(self.serving, timeout=self.commit_timeout)
-        for db in self.databases:
+            timeout = self.middleware.options.commit_timeout
+            await asyncio.wait(self.serving, timeout=timeout)
+        for db in self.middleware.databases:
             await db.dispose_owned()
 
     async def take(self, request: Request[Any, Any]) -> None:
@@ -133,17 +131,15 @@ class _Server:
         upgrade = request.headers.getone("upgrade", "").lower() == "websocket"
         scope: Scope = {"type": "websocket" if upgrade else "http", REQUEST: request}
         if self.middleware.causal_reads is not None:
-            scope |= {"headers": _encoded(request), "scheme": request.scheme}
+            encode = partial(str.encode, errors="surrogateescape")  # as Sanic decodes
+            pairs = request.headers.items()
+            headers = [(encode(name), encode(value)) for name, value in pairs]
+            scope |= {"headers": headers, "scheme": request.scheme}
         self.serving.add(task)
         try:
             await self.middleware(scope, _receive, _send)
         finally:
             self.serving.discard(task)
-
-
-def _encoded(request: Request[Any, Any]) -> Headers:
-    encode = partial(str.encode, errors="surrogateescape")  # as Sanic decodes them
-    return [(encode(name), encode(value)) for name, value in request.headers.items()]
 
 
 def _refuse_other_servers(app: Sanic[Any, Any]) -> None:
@@ -162,41 +158,35 @@ def _refuse_other_servers(app: Sanic[Any, Any]) -> None:
 async def _application(scope: Scope, _: Receive, send: Send) -> None:
     request: Request[Any, Any] = scope[REQUEST]
     if scope["type"] == "http":
-        stream: Any = request.stream
-        stream.response_func = _gate(request, stream, send)
+        _hold_first_write(request, send)
     await request.app.handle_request(request)
 
 
-def _gate(
-    request: Request[Any, Any], stream: Any, send: Send
-) -> Callable[[bytes, bool], Awaitable[None]]:
-    """Make a function to replace the one that writes status line and headers.
+def _hold_first_write(request: Request[Any, Any], send: Send) -> None:
+    """Replace the function that writes status line and headers.
 
     A response middleware would be too early: its errors are logged and the response
     is sent. The signal `http.lifecycle.response` is too late for a stream.
     https://github.com/sanic-org/sanic/blob/v25.12.1/sanic/http/http1.py#L92
     """
+    stream: Any = request.stream
     write_head = stream.response_func
     was_refused = False
 
-    async def write(written: tuple[bytes, bool], known: int, headers: Headers) -> None:
-        if stream.response_func is gate:
-            for name, value in headers[known:]:  # the middleware's own
-                stream.response.headers.add(name.decode(), value.decode())
-            await write_head(*written)
-        else:  # another task's send, which came in meanwhile, was the first
-            await stream.response.send(*written)
-
     async def gate(data: bytes, end_stream: bool) -> None:  # noqa: FBT001  # Sanic's
         nonlocal was_refused
-        response = stream.response
-        headers = [(name.lower(), value) for name, value in response.processed_headers]
-        start: Message = {
-            "type": START,
-            "status": response.status,
-            "headers": headers,
-        }
-        start[WRITE] = partial(write, (data, end_stream), len(headers))
+        status, fields = stream.response.status, stream.response.processed_headers
+        headers = [(name.lower(), value) for name, value in fields]
+
+        async def write(message: Message) -> None:
+            if stream.response_func is gate:
+                for name, value in message["headers"][len(headers) :]:  # added by us
+                    stream.response.headers.add(name.decode(), value.decode())
+                await write_head(data, end_stream)
+            else:  # another task's send, which came in meanwhile, was the first
+                await stream.response.send(data, end_stream)
+
+        start = {"type": START, "status": status, "headers": headers, WRITE: write}
         try:
             await send(start)
         except UnitOfWorkFailedError as failure:
@@ -204,10 +194,10 @@ def _gate(
                 was_refused = True
                 raise
             # An exception handler answered it with a success.
-            stream.respond(await _problem(request, failure))
+            stream.respond(_problem(request, failure))
             await gate(b"", True)  # noqa: FBT003
 
-    return gate
+    stream.response_func = gate
 
 
 async def _receive() -> Message:
@@ -215,12 +205,12 @@ async def _receive() -> Message:
 
 
 async def _send(message: Message) -> None:
-    await message[WRITE](message["headers"])
+    await message[WRITE](message)
 
 
 def asgi_uow_answer(
     request: Request[Any, Any], error: Exception
-) -> Awaitable[HTTPResponse] | None:
+) -> HTTPResponse | None:
     """Answer what the middleware would; None leaves it to Sanic's own pages."""
     unit = current.get()
     outage = unit is not None and is_outage(error, unit.share().outages)
@@ -228,14 +218,7 @@ def asgi_uow_answer(
     return _problem(request, error) if is_ours else None
 
 
-async def _problem(request: Request[Any, Any], error: Exception) -> HTTPResponse:
+def _problem(request: Request[Any, Any], error: Exception) -> HTTPResponse:
     request.app.error_handler.log(request, error)
-    messages: list[Message] = []
-
-    async def keep(message: Message) -> None:
-        messages.append(message)
-
-    await problem_details({FAILURE: error}, _receive, keep)
-    [start, body] = messages
-    headers = {name.decode(): value.decode() for name, value in start["headers"]}
-    return HTTPResponse(body["body"], start["status"], headers)
+    status, headers, body = problem(error)
+    return HTTPResponse(body, status, headers)

@@ -11,9 +11,9 @@ import pytest
 from sqlalchemy import exc as sa_exc
 
 from asgi_uow import Database, current_read_session, current_session, force_commit
-from asgi_uow.errors import CommitFailedError
+from asgi_uow.errors import CommitFailedError, UnitOfWorkClosedError
 from tests.support import shop
-from tests.support.asgi import START, endpoint, handle, respond, serve
+from tests.support.asgi import START, Response, endpoint, handle, respond, serve
 from tests.support.databases import SERVERS, on
 
 if TYPE_CHECKING:
@@ -92,6 +92,49 @@ async def test_app_that_returns_normally_after_a_failure(db: Database) -> None:
 
     assert 500 == response.status
     assert isinstance(response.error, CommitFailedError)
+
+
+@pytest.mark.parametrize("ending", [None, asyncio.CancelledError], ids=str)
+async def test_success_after_a_failure_that_nobody_answered(
+    db: Database, ending: type[BaseException] | None
+) -> None:
+    """It is refused also when the application has ended, whichever task sends it."""
+    tasks: list[asyncio.Task[None]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert_orphan()
+        with suppress(CommitFailedError):
+            await respond(send)
+        tasks.append(asyncio.create_task(respond(send)))
+        if ending is not None:
+            raise ending
+
+    response = Response()
+    with suppress(asyncio.CancelledError):
+        await serve(app, db, error_app=None, into=response)
+    with pytest.raises(UnitOfWorkClosedError, match="sending a response"):
+        await tasks[0]
+
+    assert [] == response.types
+
+
+async def test_error_app_that_fails_is_not_called_again(db: Database) -> None:
+    """Not even where the application has hidden the failure: what it raises goes on."""
+    calls: list[str] = []
+
+    async def error_app(scope: Scope, receive: Receive, send: Send) -> None:
+        calls.append(scope["type"])
+        raise LookupError
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert_orphan()
+        with suppress(CommitFailedError):
+            await respond(send)
+
+    response = await serve(app, db, error_app=error_app)
+
+    assert ["http"] == calls
+    assert isinstance(response.error, LookupError)
 
 
 def wrapped(failure: Exception) -> Exception:

@@ -207,6 +207,16 @@ async def test_other_messages_pass_untouched(db: Database) -> None:
 # commit_when
 
 
+async def test_the_request_is_left_to_the_application(db: Database) -> None:
+    """Whoever calls `receive` fails the test, so no test passes where we do."""
+
+    async def reading(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+
+    with pytest.raises(pytest.fail.Exception, match="only an application may"):
+        await serve(reading, db)
+
+
 async def test_broken_commit_when_is_a_failure(db: Database, backend: Backend) -> None:
     """A commit_when that raises keeps nothing and answers an error."""
 
@@ -296,6 +306,31 @@ async def test_second_start_while_the_first_is_decided(
     assert 500 == response.status
     assert [START, BODY] == response.types
     assert [] == await shop.items(backend)
+
+
+async def test_application_that_ends_while_its_response_is_decided(
+    db: Database, backend: Backend
+) -> None:
+    """The unit is ended once, by the response that another task is sending."""
+    deciding, go_on = asyncio.Event(), asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def hold() -> None:
+        deciding.set()
+        await go_on.wait()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert(1)
+        uow.before_commit(hold)
+        tasks.append(asyncio.create_task(respond(send, 201)))
+        await deciding.wait()
+        asyncio.get_running_loop().call_soon(go_on.set)
+
+    response = await serve(app, db)
+    await tasks[0]
+
+    assert 201 == response.status
+    assert [1] == await shop.items(backend)
 
 
 @on(*DRIVERS)

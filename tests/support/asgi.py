@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import pytest
+
 import asgi_uow as uow
 from asgi_uow.observers import HookFailed
 from tests.support.observer import Events
@@ -124,6 +126,7 @@ class Client:
         path: str = "/",
         *,
         scope: Scope = None,
+        receive: Receive | None = None,
         leave_after: Callable[[Message], bool] | None = None,
         into: Response | None = None,
         **others: object,
@@ -156,7 +159,7 @@ class Client:
                 over.set()
 
         try:
-            await self.app(scope, receiving(over), send)
+            await self.app(scope, receive or receiving(over), send)
         except Exception as error:  # noqa: BLE001  # what a server would log
             response.error = error
         return response
@@ -177,7 +180,8 @@ def receiving(over: asyncio.Event) -> Receive:
 
 
 async def no_body() -> Message:
-    raise NotImplementedError  # for an application that reads no body
+    """Stand for a request that nobody reads; not an `Exception`, which is caught."""
+    pytest.fail("receive() was called: only an application may read the request")
 
 
 async def respond(send: Send, status: int = 200, body: bytes = b"ok") -> None:
@@ -214,7 +218,7 @@ async def serve(
     response = Response() if into is None else into
     options = {"observers": [response.events], **options}
     client = Client(uow.UnitOfWorkMiddleware(app, *databases, **options), probe)
-    return await client.request(into=response)
+    return await client.request(receive=no_body, into=response)
 
 
 async def handle(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,24 +32,6 @@ READ_OPTIONS = {
 CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement there
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DatabaseOptions:
-    """What `asgi_uow.Database` is told beside its engines."""
-
-    commit_on_exit: bool = True
-    resolve_unknown: bool = False
-    read_isolation: Literal["REPEATABLE READ"] | None = None
-    session_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in sorted(RESERVED & self.session_options.keys()):
-            message = f"The session option {name!r} belongs to asgi-uow; leave it out."
-            raise ConfigurationError(message)
-        if (isolation := self.read_isolation) not in {None, "REPEATABLE READ"}:
-            message = f"read_isolation is 'REPEATABLE READ' or None: {isolation!r}"
-            raise ConfigurationError(message)
-
-
 class Engines:
     """A writer engine, a read engine on the same server, and replicas."""
 
@@ -63,14 +44,26 @@ class Engines:
         self,
         engine: AsyncEngine | None,
         readers: Sequence[AsyncEngine],
-        options: DatabaseOptions,
+        session_options: Mapping[str, Any],
+        *,
+        commit_on_exit: bool,
+        resolve_unknown: bool,
+        read_isolation: Literal["REPEATABLE READ"] | None,
     ) -> None:
-        self.options = options
+        for name in sorted(RESERVED & session_options.keys()):
+            message = f"The session option {name!r} belongs to asgi-uow; leave it out."
+            raise ConfigurationError(message)
+        if read_isolation not in {None, "REPEATABLE READ"}:
+            message = f"read_isolation is 'REPEATABLE READ' or None: {read_isolation!r}"
+            raise ConfigurationError(message)
+        self.commit_on_exit = commit_on_exit
+        self.resolve_unknown = resolve_unknown
+        self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
         self._readers = tuple(readers)
         for reader in self._readers:
             _check_engine(reader)
         self.replicas: tuple[Replica, ...] = tuple(map(Replica, self._readers))
-        shared: dict[str, Any] = {"expire_on_commit": False, **options.session_options}
+        shared: dict[str, Any] = {"expire_on_commit": False, **session_options}
         self.write_options: dict[str, Any] = shared
         self.read_options: dict[str, Any] = shared | READ_OPTIONS
         if engine is not None:
@@ -97,7 +90,7 @@ class Engines:
             message = "A reader cannot be the writer: it is made read-only."
             raise ConfigurationError(message)
         asks = known.database_of(engine.dialect).TRANSACTION_ID
-        if self.options.resolve_unknown and asks is None:
+        if self.resolve_unknown and asks is None:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
         self.is_memory = known.is_memory(engine.url)
@@ -105,7 +98,7 @@ class Engines:
             read_engine = engine
         self._read_engine = read_engine or derive_engine(engine)
         attach_listeners(engine, read_only=False)
-        isolation = self.options.read_isolation
+        isolation = self.read_isolation
         for each in (self._read_engine, *self._readers):
             attach_listeners(each, read_only=True, read_isolation=isolation)
         self._engine = engine

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from asgi_uow._asgi import ASGIApp, Headers, Message, Receive, Scope, Send
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._decision import CommitWhen, Decision
+    from asgi_uow._decision import CommitWhen
     from asgi_uow._reading.causal import CausalReads
     from asgi_uow.observers import Observer
 
@@ -64,7 +64,6 @@ class UnitOfWorkMiddleware:
         commit_timeout: float | None = 30.0,
         hook_timeout: float | None = 5.0,
     ) -> None:
-        """Wrap `app`; opens nothing."""
         if not databases:
             message = "UnitOfWorkMiddleware(app, db): pass at least one Database."
             raise TypeError(message)
@@ -73,13 +72,9 @@ class UnitOfWorkMiddleware:
         self.commit_when = commit_when
         self.causal_reads = causal_reads
         self.error_app = error_app
-        self.options: UnitOptions = UnitOptions(
-            tuple(observers), commit_timeout, hook_timeout
-        )
-        self.has_default_rule: bool = commit_when is _decision.commit_below_400
+        self.options = UnitOptions(tuple(observers), commit_timeout, hook_timeout)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
         if scope["type"] != "http":
             await self._serve_other(scope, receive, send)
             return
@@ -104,11 +99,9 @@ class UnitOfWorkMiddleware:
         try:
             await self.app(scope, receive, exchange.send)
             if exchange.stage is not PASSING:
-                await exchange.end(_decision.rollback(Cause.ABANDONED))
-                await self._answer(scope, receive, exchange, None)
+                await exchange.conclude(scope, receive, None)
         except BaseException as error:
-            await exchange.end(_decision.rollback(_decision.exception_cause(error)))
-            await self._answer(scope, receive, exchange, error)
+            await exchange.conclude(scope, receive, error)
             raise
         finally:
             try:
@@ -120,29 +113,6 @@ class UnitOfWorkMiddleware:
                 current.reset(token)
                 scope[UNIT] = outer
 
-    async def _answer(
-        self,
-        scope: Scope,
-        receive: Receive,
-        exchange: _Exchange,
-        error: BaseException | None,
-    ) -> None:
-        """Answer for a failure that the application did not answer, and raise it."""
-        failure = exchange.failure_behind(error)
-        if failure is None:
-            return
-        started = exchange.stage is PASSING or exchange.is_forwarded
-        if self.error_app is not None and not started:
-            scope[FAILURE] = failure
-            await self.error_app(scope, receive, exchange.answer)
-            scope.pop(FAILURE, None)  # it refers to frames, and those to the scope
-        exchange.stage = ANSWERED
-        try:
-            if failure is not error:
-                raise failure from failure.__cause__
-        finally:
-            del failure, error  # their tracebacks refer to this frame
-
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def disposing(message: Message) -> None:
             # Engines that asgi-uow made end with the application.
@@ -151,13 +121,14 @@ class UnitOfWorkMiddleware:
                     await db.dispose_owned()
             await send(message)
 
-        is_lifespan = scope["type"] == "lifespan"
-        token = None if is_lifespan else current.set(None)
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, disposing)
+            return
+        token = current.set(None)
         try:
-            await self.app(scope, receive, disposing if is_lifespan else send)
+            await self.app(scope, receive, send)
         finally:
-            if token is not None:
-                current.reset(token)
+            current.reset(token)
 
 
 class Stage(enum.Enum):
@@ -166,13 +137,12 @@ class Stage(enum.Enum):
     OPEN = "the application has sent no start"
     DECIDING = "a start is held until the unit of work has ended"
     PASSING = "what the application sends is forwarded"
-    REFUSED = "the work was not kept: what claims a success is refused"
+    REFUSED = "the work was not kept, so only an error is forwarded"
     ANSWERED = "the failure was answered"
-    OVER = "the application has ended without a start"
 
 
 # Python 3.11 takes long for each member of an enum.
-OPEN, DECIDING, PASSING, REFUSED, ANSWERED, OVER = Stage
+OPEN, DECIDING, PASSING, REFUSED, ANSWERED = Stage
 
 
 class _Exchange:
@@ -184,7 +154,6 @@ class _Exchange:
     middleware: UnitOfWorkMiddleware
 
     stage: Stage = OPEN
-    is_forwarded: bool = False
     is_secure: bool = False
     settled: asyncio.Event | None = None
 
@@ -197,7 +166,7 @@ class _Exchange:
             self.stage is OPEN
             and not unit.is_used
             and message["type"] == START
-            and self.middleware.has_default_rule
+            and self.middleware.commit_when is _decision.commit_below_400
         ):
             # Nothing was asked of the unit, so the status alone decides.
             if message["status"] < ERROR_STATUS:
@@ -209,42 +178,50 @@ class _Exchange:
         return self._send(message)
 
     async def _send(self, message: Message) -> None:
-        """Let a message pass, a first start once the unit of work has ended."""
         if self.stage is DECIDING:  # another task's start
             await self._settle()
         is_start = message["type"] == START
-        if is_start:
-            is_error = message["status"] >= ERROR_STATUS
-            if self.stage is OPEN and self.unit.state in UNDECIDED:
-                message = await self._decide(message)
-            elif self.stage is REFUSED and is_error:
-                self.stage = ANSWERED
-            elif self.stage in {OPEN, OVER} and not is_error:
-                operation = "sending a response"
-                raise UnitOfWorkClosedError(operation, self.unit.state)
-        if self.stage is REFUSED and self.unit.failure is not None:
-            raise self.unit.failure
-        self.is_forwarded = self.is_forwarded or is_start
+        if is_start and self.stage is OPEN:
+            message = await self._decide(message)
+        elif is_start and self.stage is REFUSED and message["status"] >= ERROR_STATUS:
+            self.stage = ANSWERED
+        if self.stage is REFUSED:
+            operation = "sending a response"
+            raise self.unit.failure or UnitOfWorkClosedError(operation, self.unit.state)
         await self.forward(message)
         if is_start and self.unit.state in SETTLED:
             self.unit.move(State.RESPONDING)
 
-    async def answer(self, message: Message) -> None:
-        """Pass what an `error_app` sends; it may not claim a success."""
-        if message["type"] == START and message["status"] < ERROR_STATUS:
-            text = "an error_app has to answer with a status at or above 400"
-            raise ValueError(text)
-        await self.forward(message)
-
-    async def end(self, decision: Decision) -> None:
-        """Give a unit that never saw a start its end; wait for one being decided."""
+    async def conclude(
+        self, scope: Scope, receive: Receive, error: BaseException | None
+    ) -> None:
+        """End a unit that saw no start; answer, and raise, what nobody answered."""
         if self.stage is DECIDING:
             await run_to_completion(self._settle())
-        elif self.unit.state in UNDECIDED:
-            self.stage = OVER
-            await finish(self.unit, decision)
+        elif self.stage is OPEN:
+            self.stage = REFUSED
+            cause = Cause.ABANDONED
+            if error is not None:
+                cause = _decision.exception_cause(error)
+            await finish(self.unit, _decision.rollback(cause))
+        failure = self._unanswered(error)
+        if failure is None:
+            return
+        error_app = self.middleware.error_app
+        if error_app is not None and self.stage is not PASSING:
+            scope[FAILURE] = failure
+            try:
+                await error_app(scope, receive, self._answer)
+            finally:
+                self.stage = ANSWERED
+                scope.pop(FAILURE, None)  # it refers to frames, and those to the scope
+        try:
+            if failure is not error:
+                raise failure from failure.__cause__
+        finally:
+            del failure, error  # their tracebacks refer to this frame
 
-    def failure_behind(self, error: BaseException | None) -> Exception | None:
+    def _unanswered(self, error: BaseException | None) -> Exception | None:
         """Give what has to be answered for, if the application did not do so."""
         if self.stage is ANSWERED or not isinstance(error, Exception | None):
             return None
@@ -252,14 +229,19 @@ class _Exchange:
         outage = error if error is not None and is_outage(error, outages) else None
         return self.unit.failure or outage
 
+    async def _answer(self, message: Message) -> None:
+        """Pass what an `error_app` sends; it may not claim a success."""
+        if message["type"] == START and message["status"] < ERROR_STATUS:
+            text = "an error_app has to answer with a status at or above 400"
+            raise ValueError(text)
+        await self.forward(message)
+
     async def _settle(self) -> None:
-        """Wait until the start that is being decided has been."""
         if self.settled is None:
             self.settled = asyncio.Event()
         await self.settled.wait()
 
     async def _decide(self, message: Message) -> Message:
-        """Decide, and end the unit before the start is forwarded."""
         unit, middleware = self.unit, self.middleware
         self.stage = DECIDING
         # Sanic's headers are a generator, and are read twice: here and outside.

@@ -18,22 +18,29 @@ FAILURE = "asgi_uow.failure"
 
 
 async def problem_details(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
-    """Answer with a small `application/problem+json` (RFC 9457).
+    """Answer with what `problem` gives for the failure in the scope."""
+    status, fields, body = problem(scope[FAILURE])
+    headers = [(name.encode(), value.encode()) for name, value in fields.items()]
+    await send({"type": START, "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def problem(failure: Exception) -> tuple[int, dict[str, str], bytes]:
+    """Give status, headers and body of a small `application/problem+json` (RFC 9457).
 
     503 with `Retry-After` (RFC 9110, 10.2.3) where the work is proven not kept and
     trying again may help, otherwise 500. Says nothing about the cause.
     """
     # A failure of our own says so itself; any other is a database out of reach.
-    retry_after: int | None = getattr(scope[FAILURE], "retry_after", RETRY_AFTER)
+    retry_after: int | None = getattr(failure, "retry_after", RETRY_AFTER)
     status = HTTPStatus.INTERNAL_SERVER_ERROR
-    headers = [(b"content-type", b"application/problem+json")]
     detail = "The request could not be completed."
+    headers = {"content-type": "application/problem+json"}
     if retry_after is not None:
         status = HTTPStatus.SERVICE_UNAVAILABLE
-        headers.append((b"retry-after", str(retry_after).encode()))
         detail = "Nothing was changed; please try again."
-    problem = {"type": "about:blank", "title": status.phrase, "status": status.value}
-    body = json.dumps({**problem, "detail": detail}).encode()
-    headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": START, "status": status.value, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+        headers["retry-after"] = str(retry_after)
+    about = {"type": "about:blank", "title": status.phrase, "status": status.value}
+    body = json.dumps({**about, "detail": detail}).encode()
+    headers["content-length"] = str(len(body))
+    return status.value, headers, body

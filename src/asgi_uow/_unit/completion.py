@@ -105,7 +105,7 @@ class Commit:
         """Check, flush, commit and close, in one greenlet."""
         sync = self.session.sync_session
         self._require_whole(sync)
-        if self.db.options.resolve_unknown and sync.connections:
+        if self.db.resolve_unknown and sync.connections:
             self.transaction_id = sync.scalar(text(self.db.facts.TRANSACTION_ID or ""))
         sync.journal.is_ending = self.sent = True
         orm.Session.commit(sync)

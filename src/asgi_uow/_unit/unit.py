@@ -64,7 +64,7 @@ class UnitOfWork:
 
     # A request that touches nothing makes this object and sets the first two.
     databases: tuple[Engines, ...]
-    options: UnitOptions
+    options: UnitOptions = UnitOptions()
 
     state: State = NEW
     """Where in its life the unit is."""
