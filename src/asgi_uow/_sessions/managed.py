@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from asgi_uow._databases.journal import Savepoints
 from asgi_uow._decision import WRITABLE, State
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import sqlalchemy as sa
 
     from asgi_uow._databases.engines import Engines
@@ -76,30 +79,6 @@ class ManagedSession(orm.Session):
         self.journal.savepoints.open(transaction)
         return transaction
 
-    def _only_the_unit(self, operation: str) -> None:
-        if not self.journal.is_ending:
-            raise errors.ManagedTransactionError(operation)
-
-    def commit(self) -> None:
-        self._only_the_unit("session.commit()")
-        super().commit()
-
-    def prepare(self) -> None:
-        self._only_the_unit("session.prepare()")
-        super().prepare()
-
-    def rollback(self) -> None:
-        self._only_the_unit("session.rollback()")
-        super().rollback()
-
-    def close(self) -> None:
-        self._only_the_unit("session.close()")
-        super().close()
-
-    def invalidate(self) -> None:
-        self._only_the_unit("session.invalidate()")
-        super().invalidate()
-
     def reset(self) -> None:
         operation = "session.reset()"
         raise errors.ManagedTransactionError(operation)
@@ -141,17 +120,23 @@ class ManagedSession(orm.Session):
                 connection.close()
         super().close()
 
-    def accept(self, connection: sa.Connection) -> None:
-        if self.connected is None:
-            self.connected = time.perf_counter()
-        info = pool.info_of(connection)
-        self.connections[connection] = info.get(pool.CANCEL_SQL)
-        if pool.AUTOCOMMIT in info:
-            options = connection._execution_options  # noqa: SLF001  # also its engine's
-            if info[pool.AUTOCOMMIT] or "isolation_level" in options:
-                _refuse_autocommit(connection)
-        if isinstance(connection, pool.Connection):
-            connection.journal = self.journal
+
+def _only_the_unit(name: str) -> Callable[[ManagedSession], None]:
+    """Give the method of SQLAlchemy's session, refused to everybody else."""
+    method: Callable[[orm.Session], None] = getattr(orm.Session, name)
+    operation = f"session.{name}()"
+
+    @functools.wraps(method)
+    def call(self: ManagedSession) -> None:
+        if not self.journal.is_ending:
+            raise errors.ManagedTransactionError(operation)
+        method(self)
+
+    return call
+
+
+for _name in ("commit", "prepare", "rollback", "close", "invalidate"):
+    setattr(ManagedSession, _name, _only_the_unit(_name))
 
 
 class ReadOnlySession(ManagedSession):
@@ -165,8 +150,6 @@ class ReadOnlySession(ManagedSession):
     joins_always: bool = False
     """Whether there is one connection for both, as with SQLite in memory."""
 
-    connected: float | None = None
-
     @property
     def writer(self) -> ManagedSession | None:
         """The write session while reads belong into its transaction: it is in use."""
@@ -175,45 +158,44 @@ class ReadOnlySession(ManagedSession):
             return None
         return sibling if sibling.connections or self.joins_always else None
 
-    def get_bind(self, *args: object, **kwargs: object) -> sa.Engine | sa.Connection:
-        """Read from the writer's transaction once the unit has used it."""
+    def get_bind(self, *args: Any, **kwargs: Any) -> sa.Engine | sa.Connection:
+        """Refuse DML; read from the writer's transaction once the unit has used it."""
+        clause: sa.ClauseElement | None = kwargs.get("clause")
+        if clause is not None and getattr(clause, "is_dml", False):
+            operation = clause.__visit_name__.upper()
+            raise errors.ReadOnlySessionError(operation)
         if (writer := self.writer) is not None:
             return orm.Session.connection(writer)  # its driver is not exposed
-        return super().get_bind(*args, **kwargs)  # type: ignore[arg-type]
-
-    def accept(self, connection: sa.Connection) -> None:
-        self.connections[connection] = pool.info_of(connection).get(pool.CANCEL_SQL)
-        if self.writer is None and self.connected is None:
-            self.connected = time.perf_counter()
-
-    def execute(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().execute(_no_dml(statement), *args, **kwargs)
-
-    def scalar(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().scalar(_no_dml(statement), *args, **kwargs)
-
-    def scalars(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().scalars(_no_dml(statement), *args, **kwargs)
-
-
-def _no_dml(statement: Any) -> Any:
-    if getattr(statement, "is_dml", False):
-        operation = str(getattr(statement, "__visit_name__", "DML")).upper()
-        raise errors.ReadOnlySessionError(operation)
-    return statement
+        return super().get_bind(*args, **kwargs)
 
 
 @event.listens_for(ManagedSession, "after_begin", propagate=True)
 def _accept_connection(
     session: ManagedSession, _: orm.SessionTransaction, connection: sa.Connection
 ) -> None:
-    if connection not in session.connections:
-        session.accept(connection)
+    if connection in session.connections:
+        return
+    info = pool.info_of(connection)
+    session.connections[connection] = info.get(pool.CANCEL_SQL)
+    joins = isinstance(session, ReadOnlySession) and session.writer is not None
+    if session.connected is None and not joins:
+        session.connected = time.perf_counter()
+    if isinstance(session, ReadOnlySession):
+        return
+    if pool.AUTOCOMMIT in info:
+        _refuse_autocommit(connection, is_default=info[pool.AUTOCOMMIT])
+    if isinstance(connection, pool.Connection):
+        connection.journal = session.journal
 
 
-def _refuse_autocommit(connection: sa.Connection) -> None:
+def _refuse_autocommit(connection: sa.Connection, *, is_default: bool) -> None:
+    options = connection._execution_options  # noqa: SLF001  # also its engine's
     raw = connection.connection.dbapi_connection
-    if raw and connection.dialect.detect_autocommit_setting(raw):
+    if (
+        (is_default or "isolation_level" in options)
+        and raw
+        and connection.dialect.detect_autocommit_setting(raw)
+    ):
         message = (
             "The engine, or the execution options of the connection, say AUTOCOMMIT: "
             "nothing could be rolled back. Leave the isolation level out."

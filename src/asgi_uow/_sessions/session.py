@@ -25,7 +25,7 @@ from asgi_uow._databases.journal import Journal
 from asgi_uow._decision import WRITABLE
 from asgi_uow._sessions.managed import ManagedSession
 from asgi_uow._sessions.savepoint import Savepoint
-from asgi_uow._sessions.statements import StatementSession, StreamResult, serialized
+from asgi_uow._sessions.statements import StatementSession, StreamResult, adopt
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -221,7 +221,7 @@ class Session(StatementSession):
                         await greenlet_spawn(close)  # no more rows are on their way
                     raise
 
-        watched = serialized(stream, serialize)
+        watched = adopt(StreamResult, stream, serialize)
         host.streams = [each for each in host.streams if each.is_open]
         host.streams.append(watched)
         return watched

@@ -32,8 +32,8 @@ S = TypeVar("S", bound="Stream")
 OPTIONS = frozenset({"execution_options", "bind_arguments"})
 """Named arguments that are no parameters: they go on to SQLAlchemy."""
 
-OF_ONE = ("first", "one", "one_or_none", "scalar", "scalar_one", "scalar_one_or_none")
-OF_MANY = ("__anext__", "all", "close", "fetchall", "fetchmany", "fetchone", "freeze")
+FETCHES = {"__anext__", "all", "close", "fetchall", "fetchmany", "fetchone", "freeze"}
+FETCHES |= {"first", "one", "one_or_none", "scalar", "scalar_one", "scalar_one_or_none"}
 
 
 def _coerce(
@@ -161,10 +161,10 @@ class StreamResult(Stream, AsyncResult[Any]):
     """What `Session.stream()` gives."""
 
     def scalars(self, index: Any = 0) -> StreamScalarResult:
-        return _adopt(StreamScalarResult, super().scalars(index), self.serialize)
+        return adopt(StreamScalarResult, super().scalars(index), self.serialize)
 
     def mappings(self) -> StreamMappingResult:
-        return _adopt(StreamMappingResult, super().mappings(), self.serialize)
+        return adopt(StreamMappingResult, super().mappings(), self.serialize)
 
 
 class StreamScalarResult(Stream, AsyncScalarResult[Any]):
@@ -175,12 +175,7 @@ class StreamMappingResult(Stream, AsyncMappingResult):
     """What `mappings()` of a stream gives."""
 
 
-def serialized(result: AsyncResult[Any], serialize: Call) -> StreamResult:
-    """Give a stream like `result` whose fetches wait for other calls."""
-    return _adopt(StreamResult, result, serialize)
-
-
-def _adopt(cls: type[S], plain: object, serialize: Call) -> S:
+def adopt(cls: type[S], plain: object, serialize: Call) -> S:
     """Make a `cls` of SQLAlchemy's own result; constructors differ by version."""
     stream = cls.__new__(cls)
     for base in type(plain).__mro__:
@@ -200,6 +195,5 @@ def _waits(fetch: Call) -> Call:
 
 
 for _class in (StreamResult, StreamScalarResult, StreamMappingResult):
-    for _name in (*OF_ONE, *OF_MANY):
-        if hasattr(_class, _name):
-            setattr(_class, _name, _waits(getattr(_class, _name)))
+    for _name in FETCHES.intersection(dir(_class)):
+        setattr(_class, _name, _waits(getattr(_class, _name)))
