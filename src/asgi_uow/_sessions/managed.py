@@ -147,8 +147,6 @@ class ReadOnlySession(ManagedSession):
 
     sibling: ManagedSession | None = None
     """The write session of the unit."""
-    joins_always: bool = False
-    """Whether there is one connection for both, as with SQLite in memory."""
 
     @property
     def writer(self) -> ManagedSession | None:
@@ -156,7 +154,8 @@ class ReadOnlySession(ManagedSession):
         sibling = self.sibling
         if sibling is None or sibling.shared.state not in WRITABLE:
             return None
-        return sibling if sibling.connections or self.joins_always else None
+        # In memory there is one connection for both.
+        return sibling if sibling.connections or self.database.is_memory else None
 
     def get_bind(self, *args: Any, **kwargs: Any) -> sa.Engine | sa.Connection:
         """Refuse DML; read from the writer's transaction once the unit has used it."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow._concurrency import run_to_completion
 from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import READ_ONLY_CODES, causes, code_of
 from asgi_uow._decision import State
 from asgi_uow._sessions.managed import ReadOnlySession
-from asgi_uow._sessions.session import READS, Session
+from asgi_uow._sessions.session import READS, Savepoint, Session
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
@@ -19,11 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from asgi_uow._reading.route import Route
-    from asgi_uow._sessions.savepoint import Savepoint
     from asgi_uow._sessions.statements import Call
-
-UNCONNECTED = frozenset({"flush", "close"})
-"""Calls that need no connection."""
 
 
 class ReadSession(Session):
@@ -34,24 +31,18 @@ class ReadSession(Session):
     sync_session: ReadOnlySession  # pyright: ignore[reportIncompatibleVariableOverride]
     route: Route | None = None
     """Finds the replica to read from, where there is a choice."""
-    sibling: Session | None = None
+    sibling: Session
     usable_in: frozenset[State] = frozenset(State) - {State.CLOSED}
 
-    def follow(self, writer: Session, *, always: bool) -> None:
+    def follow(self, writer: Session) -> None:
         """Read in the transaction of the unit's write session while that is in use."""
         self.sibling = writer
         self.sync_session.sibling = writer.sync_session
-        self.sync_session.joins_always = always
-
-    @property
-    def writer(self) -> Session | None:
-        """The write session while reads belong into its transaction."""
-        return None if self.sync_session.writer is None else self.sibling
 
     @property
     def host(self) -> Session:
-        """The write session once the unit has used it: reads see its writes."""
-        return self.writer or self
+        """The write session while reads belong into its transaction."""
+        return self if self.sync_session.writer is None else self.sibling
 
     @property
     def is_plain(self) -> bool:  # type: ignore[override]
@@ -61,12 +52,12 @@ class ReadSession(Session):
         self, operation: str, method: Call, args: tuple[object, ...], kwargs: Any
     ) -> object:
         """Read in the writer's transaction, or from the server that the route finds."""
-        if (writer := self.writer) is not None:
-            async with writer.own_lock:
-                writer.refuse_while_streaming(operation)
+        if (host := self.host) is not self:
+            async with host.own_lock:
+                host.refuse_while_streaming(operation)
                 return await method(self, *args, **kwargs)
-        if self.route is None or method.__name__ in UNCONNECTED:
-            return await method(self, *args, **kwargs)
+        if self.route is None or method.__name__ in {"flush", "close"}:
+            return await method(self, *args, **kwargs)  # these need no connection
         while True:
             await self.route.connect(self)
             try:
@@ -87,45 +78,38 @@ class ReadSession(Session):
         Raises `ReadOnlySessionError` for what the server has refused.
         """
         await super().failed(error, operation)
-        if self.writer is None and not isinstance(error, Exception):
+        if self.host is self and self._must_reconnect(error):
             await run_to_completion(self.release_connection())
-        elif self._must_reconnect(error):
-            await self.release_connection()
         named = isinstance(error, ReadOnlySessionError)
         if not named and code_of(error) in READ_ONLY_CODES:
             raise ReadOnlySessionError(operation) from error
 
     def _must_reconnect(self, error: BaseException) -> bool:
         """Tell whether it has lost the connection, or ended a stream's transaction."""
-        if self.writer is not None:
-            return False
-        connections = self.sync_session.connections
-        if any(each.invalidated for each in connections):
+        if not isinstance(error, Exception):
             return True
-        held = [
-            (known.driver_of(each.dialect), each.connection.driver_connection)
-            for each in connections
-            if not each.closed
-        ]
-        return any(
-            driver.in_transaction(raw)
-            and any(driver.aborts_transaction(raw, each) for each in causes(error))
-            for driver, raw in held
-        )
+        for each in self.sync_session.connections:
+            if each.invalidated:
+                return True
+            if not each.closed:
+                driver = known.driver_of(each.dialect)
+                raw = each.connection.driver_connection
+                if driver.in_transaction(raw) and any(
+                    driver.aborts_transaction(raw, cause) for cause in causes(error)
+                ):
+                    return True
+        return False
 
     async def release_if_idle(self) -> None:
         """Return the connection to the pool if no call or stream is using it."""
-        if self.writer is None and self.own_lock.is_free and not self.is_streaming:
+        if self.host is self and self.own_lock.is_free and not self.is_streaming:
             async with self.own_lock:
                 await self.release_connection()
 
     async def release_connection(self) -> None:
         """Give the connection back; the next call takes another."""
         await self.close_streams()
-        sync = self.sync_session
-        await AsyncSession.run_sync(self, lambda _: sync.release_connection())
-
-    # What the route asks for
+        await greenlet_spawn(self.sync_session.release_connection)
 
     def is_bound_to(self, engine: AsyncEngine) -> bool:
         return self.sync_session.bind is engine.sync_engine
@@ -142,7 +126,7 @@ class ReadSession(Session):
 
     async def before_stream(self) -> None:
         """Begin a transaction for the cursor, if the driver needs one."""
-        if self.writer is not None:
+        if self.host is not self:
             return
         connection = await self.connection()
         driver = known.driver_of(connection.dialect)

@@ -32,8 +32,8 @@ S = TypeVar("S", bound="Stream")
 OPTIONS = frozenset({"execution_options", "bind_arguments"})
 """Named arguments that are no parameters: they go on to SQLAlchemy."""
 
-FETCHES = {"__anext__", "all", "close", "fetchall", "fetchmany", "fetchone", "freeze"}
-FETCHES |= {"first", "one", "one_or_none", "scalar", "scalar_one", "scalar_one_or_none"}
+OF_ONE = {"first", "one", "one_or_none", "scalar", "scalar_one", "scalar_one_or_none"}
+OF_MANY = {"__anext__", "all", "close", "fetchall", "fetchmany", "fetchone", "freeze"}
 
 
 def _coerce(
@@ -195,5 +195,5 @@ def _waits(fetch: Call) -> Call:
 
 
 for _class in (StreamResult, StreamScalarResult, StreamMappingResult):
-    for _name in FETCHES.intersection(dir(_class)):
+    for _name in (OF_ONE | OF_MANY).intersection(dir(_class)):
         setattr(_class, _name, _waits(getattr(_class, _name)))
