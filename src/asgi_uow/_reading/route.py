@@ -17,7 +17,7 @@ from asgi_uow._reading.causal import READ_FROM_WRITER
 from asgi_uow.observers import ReaderBehind, ReaderFailed, ReaderRestored, logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -33,9 +33,6 @@ CONNECT_SECONDS = 5.0
 
 ANSWER_SECONDS = 1.0
 """Seconds that a reader gets to say how far it is, beside what it is waited for."""
-
-UNREACHABLE = (sa_exc.DBAPIError, sa_exc.TimeoutError, OSError)
-"""What it can mean if a reader does not give a connection."""
 
 
 class Reader(Protocol):
@@ -69,8 +66,7 @@ class Route:
         self._until: float | None = None
         self._choosing = asyncio.Lock()
         self._choice: Replica | None = None
-        self._lost: list[Replica] = []
-        self._is_chosen = False
+        self._excluded: list[Replica] = []
         self.has_read = False
         """Whether something was read: from then on no other server will do."""
 
@@ -93,34 +89,31 @@ class Route:
         replica = next(bound, None)
         if replica is None or (self.has_read and replica is self._choice):
             return False
+        conflict = failures.code_of(error) == failures.RECOVERY_CONFLICT
         lost = failures.is_lost(error) and not isinstance(error, TimeoutError)
-        if not lost and failures.code_of(error) != failures.RECOVERY_CONFLICT:
+        if not (lost or conflict):
             return False
         await reader.release_connection()
-        self._report_failed(replica, error)
+        if not conflict:
+            self._report_failed(replica, error)
         # Never retry a replica: two could cancel a long read in turn, for ever.
-        self._lost.append(replica)
+        self._excluded.append(replica)
         async with self._choosing:
             if replica is self._choice:
-                self._is_chosen = False
+                self._choice = None
             await self._choose(reader)
         return True
 
-    def _candidates(self) -> Iterator[Replica]:
-        if self._is_chosen:
-            if self._choice is None:
-                return
-            yield self._choice
-        self._is_chosen = False
-        healthy = by_free_connections(self._replicas)
-        yield from (each for each in healthy if each not in self._lost)
-
     async def _choose(self, reader: Reader) -> None:
-        for replica in self._candidates():
-            if await self._connect_to(reader, replica):
-                self._choice, self._is_chosen = replica, True
+        """Connect to the choice made before, or to the first that will do."""
+        if self._choice is not None and await self._connect_to(reader, self._choice):
+            return
+        self._choice = None
+        for replica in by_free_connections(self._replicas):
+            if replica not in self._excluded and await self._connect_to(reader, replica):
+                self._choice = replica
                 return
-        self._choice, self._is_chosen = None, True
+        self._excluded += self._replicas  # the unit keeps to the writer's server
         reader.bind_to(self._fallback)
 
     async def _connect_to(self, reader: Reader, replica: Replica) -> bool:
@@ -133,7 +126,7 @@ class Route:
         except BaseException as error:
             # Otherwise the next call would use a replica that was never checked.
             await run_to_completion(reader.release_connection())
-            if self.has_read or not isinstance(error, UNREACHABLE):
+            if self.has_read or not isinstance(error, Exception):
                 raise
             if not failures.is_unavailable(error):
                 raise
@@ -155,7 +148,7 @@ class Route:
         """Connect; tells whether the reader has got as far as it must."""
         with anyio.fail_after(CONNECT_SECONDS):
             connection = await reader.open_connection()
-        if self._position is None or self._is_chosen:
+        if self._position is None or self._choice is not None:
             return True
         if self._until is None:  # for all readers together
             self._until = time.monotonic() + self._seconds
@@ -167,16 +160,14 @@ class Route:
         return reached
 
     def _report_failed(self, replica: Replica, error: Exception) -> None:
-        conflict = failures.code_of(error) == failures.RECOVERY_CONFLICT
-        if not conflict and (seconds := replica.trip()) is not None:
+        if (seconds := replica.trip()) is not None:
             self._events.append(ReaderFailed(replica.name, error, seconds))
 
 
 async def _end_snapshot(connection: AsyncConnection) -> None:
     """End the transaction that `read_isolation` began: its snapshot is too old."""
     raw = await connection.get_raw_connection()
-    driver = known.driver_of(connection.dialect)
-    if driver.in_transaction(raw.driver_connection):
+    if known.driver_of(connection.dialect).in_transaction(raw.driver_connection):
         await connection.run_sync(lambda sync: sync.connection.rollback())
 
 
