@@ -39,8 +39,9 @@ class Reader(Protocol):
     """A read session, as its route sees it."""
 
     @property
+    def bind(self) -> object: ...
+    @property
     def is_connected(self) -> bool: ...
-    def is_bound_to(self, engine: AsyncEngine) -> bool: ...
     def bind_to(self, engine: AsyncEngine) -> None: ...
     async def open_connection(self) -> AsyncConnection: ...
     async def release_connection(self) -> None: ...
@@ -49,9 +50,7 @@ class Reader(Protocol):
 class Route:
     """Where one unit of work reads: a replica if it can, else the writer's server.
 
-    `wrote` tells whether the unit, or one around it, has written: then its reads stay
-    on the writer's server. `must_see` holds the position that a reader must have
-    reached; `READ_FROM_WRITER` can be waited for on none.
+    There it stays once it, or a unit around it, has written, as `wrote` tells.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Route:
         self._until: float | None = None
         self._choosing = asyncio.Lock()
         self._choice: Replica | None = None
-        self._excluded: list[Replica] = []
+        self._barred: list[Replica] = []
         self.has_read = False
         """Whether something was read: from then on no other server will do."""
 
@@ -81,11 +80,10 @@ class Route:
     async def fail_over(self, reader: Reader, error: Exception) -> bool:
         """Tell whether a call that failed may be made again, on another server.
 
-        Only if the reader was lost, or had to stop the statement for the sake of its
-        replication, before anything was read. A statement that took too long is slow
-        elsewhere too.
+        Only if the reader was lost, or stopped the statement for its replication,
+        before anything was read. What took too long is slow elsewhere too.
         """
-        bound = (each for each in self._replicas if reader.is_bound_to(each.engine))
+        bound = (each for each in self._replicas if each.engine is reader.bind)
         replica = next(bound, None)
         if replica is None or (self.has_read and replica is self._choice):
             return False
@@ -97,7 +95,7 @@ class Route:
         if not conflict:
             self._report_failed(replica, error)
         # Never retry a replica: two could cancel a long read in turn, for ever.
-        self._excluded.append(replica)
+        self._barred.append(replica)
         async with self._choosing:
             if replica is self._choice:
                 self._choice = None
@@ -110,10 +108,10 @@ class Route:
             return
         self._choice = None
         for replica in by_free_connections(self._replicas):
-            if replica not in self._excluded and await self._connect_to(reader, replica):
+            if replica not in self._barred and await self._connect_to(reader, replica):
                 self._choice = replica
                 return
-        self._excluded += self._replicas  # the unit keeps to the writer's server
+        self._barred += self._replicas  # the unit keeps to the writer's server
         reader.bind_to(self._fallback)
 
     async def _connect_to(self, reader: Reader, replica: Replica) -> bool:
@@ -156,7 +154,11 @@ class Route:
         with anyio.fail_after(seconds + ANSWER_SECONDS):
             facts = known.database_of(connection.dialect)
             reached = await facts.wait_for(connection, self._position, seconds)
-            await _end_snapshot(connection)
+            # Ends the snapshot of `read_isolation`, which is too old.
+            raw = await connection.get_raw_connection()
+            driver = known.driver_of(connection.dialect)
+            if driver.in_transaction(raw.driver_connection):
+                await connection.run_sync(lambda sync: sync.connection.rollback())
         return reached
 
     def _report_failed(self, replica: Replica, error: Exception) -> None:
@@ -164,18 +166,10 @@ class Route:
             self._events.append(ReaderFailed(replica.name, error, seconds))
 
 
-async def _end_snapshot(connection: AsyncConnection) -> None:
-    """End the transaction that `read_isolation` began: its snapshot is too old."""
-    raw = await connection.get_raw_connection()
-    if known.driver_of(connection.dialect).in_transaction(raw.driver_connection):
-        await connection.run_sync(lambda sync: sync.connection.rollback())
-
-
 async def written_position(db: Engines, seconds: float) -> str | None:
     """Tell how far a replica must be to have what was committed until now.
 
-    None where there is nothing to wait for, `READ_FROM_WRITER` if it could not
-    be learnt in so many `seconds`.
+    None without replicas, `READ_FROM_WRITER` if that was not learnt in time.
     """
     if not db.replicas:
         return None

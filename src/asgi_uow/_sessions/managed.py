@@ -30,7 +30,6 @@ class Shared:
 
     def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
         self.state: State = State.NEW
-        """That of the unit of work."""
         self.outages: list[Exception] = []
         """Errors that mean a database out of reach."""
         self.events: list[Event] = around.events if around and hook else []
@@ -38,7 +37,6 @@ class Shared:
         self.savepoints: Savepoints
         self.savepoints = around.savepoints if around and nested else Savepoints()
         self.writers: list[ManagedSession] = around.writers if around else []
-        """The write sessions that were opened."""
         self.committed: set[Engines] = around.committed if around else set()
         """The databases in which something was committed."""
 
@@ -88,10 +86,7 @@ class ManagedSession(orm.Session):
         return super().connection(*args, **kwargs)
 
     def release_connection(self) -> None:
-        """Give the connection back; the next call takes another.
-
-        Objects stay loaded, which they would not after a rollback.
-        """
+        """Give the connection back; objects stay loaded, unlike after a rollback."""
         if (transaction := self.get_transaction()) is not None:
             transaction.close()
         self.connections.clear()
@@ -101,14 +96,14 @@ class ManagedSession(orm.Session):
 
     def take_cancel_sql(self) -> list[tuple[sa.Engine, str]]:
         """Give, once, what cancels statements in flight on the connections held."""
-        found = [
+        held = self.connections
+        self.connections = dict.fromkeys(held)
+        return [
             (each.engine, statement)
-            for each, statement in self.connections.items()
+            for each, statement in held.items()
             # One that was given back may be running somebody else's statement.
             if statement is not None and not each.closed
         ]
-        self.connections = dict.fromkeys(self.connections)
-        return found
 
     def discard(self) -> None:
         """Close the connections for good, also under a statement in flight."""
@@ -140,10 +135,7 @@ for _name in ("commit", "prepare", "rollback", "close", "invalidate"):
 
 
 class ReadOnlySession(ManagedSession):
-    """The synchronous read session: refuses to flush and to run DML.
-
-    Text that writes is refused by the database, whose read engine is read-only.
-    """
+    """Refuses to flush and to run DML; text that writes is the database's to refuse."""
 
     sibling: ManagedSession | None = None
     """The write session of the unit."""
@@ -190,11 +182,8 @@ def _accept_connection(
 def _refuse_autocommit(connection: sa.Connection, *, is_default: bool) -> None:
     options = connection._execution_options  # noqa: SLF001  # also its engine's
     raw = connection.connection.dbapi_connection
-    if (
-        (is_default or "isolation_level" in options)
-        and raw
-        and connection.dialect.detect_autocommit_setting(raw)
-    ):
+    can_be = is_default or "isolation_level" in options
+    if can_be and raw and connection.dialect.detect_autocommit_setting(raw):
         message = (
             "The engine, or the execution options of the connection, say AUTOCOMMIT: "
             "nothing could be rolled back. Leave the isolation level out."

@@ -16,18 +16,17 @@ from asgi_uow._sessions.session import READS, Savepoint, Session
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
-    from sqlalchemy import orm
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncResult
+    from sqlalchemy.util.typing import TupleAny
 
     from asgi_uow._reading.route import Route
-    from asgi_uow._sessions.statements import Call
+    from asgi_uow._sessions.statements import Call, Execute
 
 
 class ReadSession(Session):
     """Reads from a replica or from the writer's server, or in its transaction."""
 
-    sync_session_class: type[orm.Session] = ReadOnlySession
-    # Narrower still.
+    sync_session_class = ReadOnlySession
     sync_session: ReadOnlySession  # pyright: ignore[reportIncompatibleVariableOverride]
     route: Route | None = None
     """Finds the replica to read from, where there is a choice."""
@@ -73,10 +72,7 @@ class ReadSession(Session):
                 return result
 
     async def failed(self, error: BaseException, operation: str) -> None:
-        """Have the next read begin anew where nothing more can be read.
-
-        Raises `ReadOnlySessionError` for what the server has refused.
-        """
+        """Have the next read begin anew; name what the server has refused to write."""
         await super().failed(error, operation)
         if self.host is self and self._must_reconnect(error):
             await run_to_completion(self.release_connection())
@@ -102,7 +98,8 @@ class ReadSession(Session):
 
     async def release_if_idle(self) -> None:
         """Return the connection to the pool if no call or stream is using it."""
-        if self.host is self and self.own_lock.is_free and not self.is_streaming:
+        streaming = any(each.is_open for each in self.streams)
+        if self.host is self and self.own_lock.is_free and not streaming:
             async with self.own_lock:
                 await self.release_connection()
 
@@ -111,11 +108,8 @@ class ReadSession(Session):
         await self.close_streams()
         await greenlet_spawn(self.sync_session.release_connection)
 
-    def is_bound_to(self, engine: AsyncEngine) -> bool:
-        return self.sync_session.bind is engine.sync_engine
-
     def bind_to(self, engine: AsyncEngine) -> None:
-        self.sync_session.bind = engine.sync_engine
+        self.bind, self.sync_session.bind = engine, engine.sync_engine
 
     @property
     def is_connected(self) -> bool:
@@ -124,21 +118,21 @@ class ReadSession(Session):
     async def open_connection(self) -> AsyncConnection:
         return await AsyncSession.connection(self)
 
-    async def before_stream(self) -> None:
+    async def open_stream(self, execute: Execute) -> AsyncResult[*TupleAny]:
         """Begin a transaction for the cursor, if the driver needs one."""
-        if self.host is not self:
-            return
-        connection = await self.connection()
-        driver = known.driver_of(connection.dialect)
-        raw = await connection.get_raw_connection()
-        if (
-            driver.cursor_needs_begin
-            and not driver.in_transaction(raw.driver_connection)
-            and raw.dbapi_connection is not None
-            # Otherwise the driver begins one by itself.
-            and connection.dialect.detect_autocommit_setting(raw.dbapi_connection)
-        ):
-            await connection.exec_driver_sql("BEGIN")
+        if self.host is self:
+            connection = await self.connection()
+            driver = known.driver_of(connection.dialect)
+            raw = await connection.get_raw_connection()
+            if (
+                driver.cursor_needs_begin
+                and not driver.in_transaction(raw.driver_connection)
+                and raw.dbapi_connection is not None
+                # Otherwise the driver begins one by itself.
+                and connection.dialect.detect_autocommit_setting(raw.dbapi_connection)
+            ):
+                await connection.exec_driver_sql("BEGIN")
+        return await super().open_stream(execute)
 
     def begin_nested(self) -> Savepoint:
         """Refuse: there is no transaction to go back in."""

@@ -25,13 +25,12 @@ from asgi_uow._sessions.statements import StatementSession, StreamResult, adopt
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Mapping
 
-    from sqlalchemy import orm
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.util.typing import TupleAny
 
     from asgi_uow._databases.engines import Engines
     from asgi_uow._sessions.managed import Shared
-    from asgi_uow._sessions.statements import Call
+    from asgi_uow._sessions.statements import Call, Execute
 
 F = TypeVar("F", bound="Call")
 
@@ -84,7 +83,7 @@ class Session(StatementSession):
     decided, every call on its write session raises `UnitOfWorkClosedError`.
     """
 
-    sync_session_class: type[orm.Session] = ManagedSession
+    sync_session_class = ManagedSession
     # Narrower than SQLAlchemy's, which only reads it.
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -123,12 +122,8 @@ class Session(StatementSession):
         """Raise `ConcurrentUseError` if a stream keeps the connection to itself."""
         held = self.sync_session.connections
         exclusive = (known.driver_of(each.dialect).exclusive_streams for each in held)
-        if self.is_streaming and any(exclusive):
+        if any(each.is_open for each in self.streams) and any(exclusive):
             raise errors.ConcurrentUseError(operation, "a stream() is still being read")
-
-    @property
-    def is_streaming(self) -> bool:
-        return any(each.is_open for each in self.streams)
 
     async def failed(self, error: BaseException, operation: str) -> None:  # noqa: ARG002
         """Remember an outage; have the server stop a statement that was cancelled."""
@@ -141,25 +136,18 @@ class Session(StatementSession):
         if is_unavailable(error):
             self.shared.outages.append(error)
 
-    @property
-    def is_decided(self) -> bool:
-        """Whether the unit of work has begun to end."""
-        return self.shared.state not in WRITABLE
-
     async def call_due(self) -> None:
         """Call the `after_rollback` hooks of savepoints, if the rollback is proven."""
         # Not inside another call of this task: a hook may wait for its turn.
-        is_proven = self.doomed_by is None and not self.is_decided
+        is_proven = self.doomed_by is None and self.shared.state in WRITABLE
         if is_proven and not self.host.own_lock.is_mine:
             for callback in self.shared.savepoints.take_due(by=self.journal):
                 await callback()
 
     @property
     def doomed_by(self) -> BaseException | None:
-        """The error for which the work of this session can no longer be committed.
-
-        A failed flush dooms too: SQLAlchemy has rolled the transaction back.
-        """
+        """The error for which the work of this session can no longer be committed."""
+        # SQLAlchemy has rolled the transaction back for a flush that failed.
         if not self.journal.entries and not self.sync_session.is_active:
             return self.journal.last
         return self.journal.doomed_by
@@ -196,8 +184,9 @@ class Session(StatementSession):
         self._check_add("session.add_all()")
         super().add_all(instances)
 
-    def watch(self, stream: AsyncResult[*TupleAny]) -> AsyncResult[*TupleAny]:
+    async def open_stream(self, execute: Execute) -> AsyncResult[*TupleAny]:
         """Have the fetches of a stream wait for other calls too."""
+        stream = await execute()
         host = self.host
         close = stream._real_result.close  # noqa: SLF001  # the stream would be a cycle
 
@@ -212,8 +201,7 @@ class Session(StatementSession):
                     raise
 
         watched = adopt(StreamResult, stream, serialize)
-        host.streams = [each for each in host.streams if each.is_open]
-        host.streams.append(watched)
+        host.streams = [*(each for each in host.streams if each.is_open), watched]
         return watched
 
 
@@ -258,7 +246,7 @@ class Savepoint(AsyncSessionTransaction):
             raise
         try:
             async with self._turn():
-                if session.is_decided:
+                if session.shared.state not in WRITABLE:
                     return  # the decision has ended it, as it ends all of them
                 is_open = self.sync_transaction in journal.savepoints.opened
                 if not (self.ended or is_open):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from asgi_uow import errors
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
-from asgi_uow._reading.causal import NOTHING
+from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.managed import Shared
 from asgi_uow._unit.hooks import Hook, Hooks, Quota, check_callable
 from asgi_uow._unit.participant import Participant
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._reading.causal import MustSee
     from asgi_uow._sessions.session import Session
     from asgi_uow.observers import Event, Observer
 
@@ -90,7 +89,7 @@ class UnitOfWork:
     forced: bool = False
     is_started: bool = False
     """Whether anything was asked of it."""
-    must_see: MustSee = NOTHING
+    must_see: MustSee = MustSee()
     opened: float = 0.0
     hooks: Hooks | None = None
     quota: Quota | None = None
