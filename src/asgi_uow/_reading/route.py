@@ -28,11 +28,8 @@ if TYPE_CHECKING:
 
     Wrote = Callable[[], bool]
 
-CONNECT_SECONDS = 5.0
-"""Seconds that a reader gets to accept a connection."""
-
-ANSWER_SECONDS = 1.0
-"""Seconds that a reader gets to say how far it is, beside what it is waited for."""
+CONNECT_SECONDS = 5.0  # that a reader gets to accept a connection
+ANSWER_SECONDS = 1.0  # to say how far it is, beside what it is waited for
 
 
 class Reader(Protocol):
@@ -40,8 +37,6 @@ class Reader(Protocol):
 
     @property
     def bind(self) -> object: ...
-    @property
-    def is_connected(self) -> bool: ...
     def bind_to(self, engine: AsyncEngine) -> None: ...
     async def open_connection(self) -> AsyncConnection: ...
     async def release_connection(self) -> None: ...
@@ -69,11 +64,11 @@ class Route:
         self.has_read = False
         """Whether something was read: from then on no other server will do."""
 
-    async def connect(self, reader: Reader) -> None:
-        """Bind a session that is not connected yet, and connect it."""
+    async def connect(self, reader: Reader, *, is_connected: bool) -> None:
+        """Bind a session where it has to read from, and connect it unless it is."""
         if self._wrote():
             reader.bind_to(self._fallback)
-        elif not reader.is_connected:
+        elif not is_connected:
             async with self._choosing:  # one choice for all tasks of the unit
                 await self._choose(reader)
 

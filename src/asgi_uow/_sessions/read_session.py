@@ -16,6 +16,7 @@ from asgi_uow._sessions.session import READS, Savepoint, Session
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
+    import sqlalchemy as sa
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncResult
     from sqlalchemy.util.typing import TupleAny
 
@@ -58,7 +59,8 @@ class ReadSession(Session):
         if self.route is None or method.__name__ in {"flush", "close"}:
             return await method(self, *args, **kwargs)  # these need no connection
         while True:
-            await self.route.connect(self)
+            connections = self.sync_session.connections
+            await self.route.connect(self, is_connected=bool(connections))
             try:
                 result = await method(self, *args, **kwargs)
             except Exception as error:
@@ -74,27 +76,14 @@ class ReadSession(Session):
     async def failed(self, error: BaseException, operation: str) -> None:
         """Have the next read begin anew; name what the server has refused to write."""
         await super().failed(error, operation)
-        if self.host is self and self._must_reconnect(error):
+        if self.host is self and (
+            not isinstance(error, Exception)
+            or any(_is_lost(each, error) for each in self.sync_session.connections)
+        ):
             await run_to_completion(self.release_connection())
         named = isinstance(error, ReadOnlySessionError)
         if not named and code_of(error) in READ_ONLY_CODES:
             raise ReadOnlySessionError(operation) from error
-
-    def _must_reconnect(self, error: BaseException) -> bool:
-        """Tell whether it has lost the connection, or ended a stream's transaction."""
-        if not isinstance(error, Exception):
-            return True
-        for each in self.sync_session.connections:
-            if each.invalidated:
-                return True
-            if not each.closed:
-                driver = known.driver_of(each.dialect)
-                raw = each.connection.driver_connection
-                if driver.in_transaction(raw) and any(
-                    driver.aborts_transaction(raw, cause) for cause in causes(error)
-                ):
-                    return True
-        return False
 
     async def release_if_idle(self) -> None:
         """Return the connection to the pool if no call or stream is using it."""
@@ -110,10 +99,6 @@ class ReadSession(Session):
 
     def bind_to(self, engine: AsyncEngine) -> None:
         self.bind, self.sync_session.bind = engine, engine.sync_engine
-
-    @property
-    def is_connected(self) -> bool:
-        return bool(self.sync_session.connections)
 
     async def open_connection(self) -> AsyncConnection:
         return await AsyncSession.connection(self)
@@ -146,3 +131,14 @@ class ReadSession(Session):
         ):
             operation = "A change to an object"
             raise ReadOnlySessionError(operation)
+
+
+def _is_lost(connection: sa.Connection, error: BaseException) -> bool:
+    """Tell whether a connection is of no use, or the transaction of its stream."""
+    if connection.invalidated or connection.closed:
+        return connection.invalidated
+    driver = known.driver_of(connection.dialect)
+    raw = connection.connection.driver_connection
+    return driver.in_transaction(raw) and any(
+        driver.aborts_transaction(raw, cause) for cause in causes(error)
+    )

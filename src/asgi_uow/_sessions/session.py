@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound="Call")
 
-END_SECONDS = 30.0
-"""Seconds for RELEASE and ROLLBACK TO, which a cancelled scope does not interrupt."""
+END_SECONDS = 30.0  # for RELEASE and ROLLBACK TO, also in a cancelled scope
 
 READS = ("execute", "scalar", "scalars", "stream", "stream_scalars", "get", "get_one")
 CHANGES = ("refresh", "run_sync", "delete", "delete_all", "merge", "merge_all", "flush")

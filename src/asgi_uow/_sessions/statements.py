@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     Ts = TypeVarTuple("Ts")
     Params: TypeAlias = _CoreAnyExecuteParams | None
     Call: TypeAlias = Callable[..., Coroutine[object, object, object]]
-    Streaming: TypeAlias = Coroutine[Any, Any, AsyncResult[*TupleAny]]
-    Execute: TypeAlias = Callable[[], Streaming]
+    Execute: TypeAlias = Callable[[], Coroutine[Any, Any, AsyncResult[*TupleAny]]]
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Stream")
@@ -52,7 +51,7 @@ def _coerce(
 class StatementSession(AsyncSession):
     """SQLAlchemy's `AsyncSession` that also takes strings."""
 
-    open_stream: Callable[[Execute], Streaming]
+    open_stream: Callable[[Execute], Coroutine[Any, Any, AsyncResult[*TupleAny]]]
     """Gives what `stream()` returns; a subclass decides."""
 
     @overload
