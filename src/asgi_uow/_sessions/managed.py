@@ -137,8 +137,7 @@ for _name in ("commit", "prepare", "rollback", "close", "invalidate"):
 class ReadOnlySession(ManagedSession):
     """Refuses to flush and to run DML; text that writes is the database's to refuse."""
 
-    sibling: ManagedSession | None = None
-    """The write session of the unit."""
+    sibling: ManagedSession | None = None  # the write session of the unit
 
     @property
     def writer(self) -> ManagedSession | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from sqlalchemy.exc import DBAPIError
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from asgi_uow._sessions.managed import Shared
     from asgi_uow._sessions.statements import Call, Execute
 
-F = TypeVar("F", bound="Call")
-
 END_SECONDS = 30.0  # for RELEASE and ROLLBACK TO, also in a cancelled scope
 
 READS = ("execute", "scalar", "scalars", "stream", "stream_scalars", "get", "get_one")
@@ -41,7 +39,7 @@ CHANGES = ("refresh", "run_sync", "delete", "delete_all", "merge", "merge_all", 
 ENDS = ("connection", "commit", "rollback", "close", "reset", "invalidate")
 
 
-def _guarded(method: F) -> F:
+def _guarded(method: Call) -> Call:
     """Let a call wait for the one in flight, then check that the unit is open."""
     operation = f"session.{method.__name__}()"
 
@@ -66,7 +64,7 @@ def _guarded(method: F) -> F:
             await self.call_due()
         return result
 
-    return call  # type: ignore[return-value]  # the same signature, see wraps
+    return call
 
 
 class Session(StatementSession):
