@@ -43,10 +43,7 @@ class Reader(Protocol):
 
 
 class Route:
-    """Where one unit of work reads: a replica if it can, else the writer's server.
-
-    There it stays once it, or a unit around it, has written, as `wrote` tells.
-    """
+    """Where one unit of work reads: a replica if it can, else the writer's server."""
 
     def __init__(
         self, db: Engines, events: list[Event], wrote: Wrote, must_see: MustSee
@@ -66,7 +63,7 @@ class Route:
 
     async def connect(self, reader: Reader, *, is_connected: bool) -> None:
         """Bind a session where it has to read from, and connect it unless it is."""
-        if self._wrote():
+        if self._wrote():  # the unit, or one around it: replicas may be behind
             reader.bind_to(self._fallback)
         elif not is_connected:
             async with self._choosing:  # one choice for all tasks of the unit

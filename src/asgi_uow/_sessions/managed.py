@@ -167,14 +167,13 @@ def _accept_connection(
         return
     info = pool.info_of(connection)
     session.connections[connection] = info.get(pool.CANCEL_SQL)
+    reads = isinstance(session, ReadOnlySession)
     joins = isinstance(session, ReadOnlySession) and session.writer is not None
     if session.connected is None and not joins:
         session.connected = time.perf_counter()
-    if isinstance(session, ReadOnlySession):
-        return
-    if pool.AUTOCOMMIT in info:
-        _refuse_autocommit(connection, is_default=info[pool.AUTOCOMMIT])
-    if isinstance(connection, pool.Connection):
+    if isinstance(connection, pool.Connection) and not reads:
+        if pool.AUTOCOMMIT in info:
+            _refuse_autocommit(connection, is_default=info[pool.AUTOCOMMIT])
         connection.journal = session.journal
 
 
