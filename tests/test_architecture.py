@@ -37,8 +37,7 @@ PARTS = re.split(r"^# (\S+\.py)[^\n]*\n", STORY, flags=re.MULTILINE)
 COMMITS = {
     "_unit/completion.py": "the line that commits",
     "_unit/finish.py": "asks `Completion`, one step above that line",
-    "_sessions/managed.py": "what that line calls: refuses everybody else",
-    "_sessions/savepoint.py": "SQLAlchemy's name for RELEASE SAVEPOINT",
+    "_sessions/session.py": "SQLAlchemy's name for RELEASE SAVEPOINT",
     "_databases/sqlite_connection.py": (
         "aiosqlite's own method: sends nothing if BEGIN was never sent"
     ),

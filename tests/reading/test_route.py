@@ -513,3 +513,11 @@ async def test_calls_without_a_connection(site: Site) -> None:
     async with site.db as unit:
         await unit.read_session(site.db).flush()
         assert 1 == await site.db.read.run_sync(lambda _: 1)
+
+
+@on(*SERVERS)
+async def test_calls_without_a_connection_on_the_writer(backend: ServerBackend) -> None:
+    """Where no replica can be used, they connect nowhere at all."""
+    async with site_with(backend, down(backend)) as site, site.db:
+        assert 1 == await site.db.read.run_sync(lambda _: 1)
+        assert [0, 0] == checked_out(site.db)

@@ -295,8 +295,8 @@ async def test_reads_that_wait_while_the_unit_writes(
             waiting.set()
             return list((await read.execute(NAMES)).scalars())
 
-        async with write.lock:
-            async with read.lock:
+        async with write.own_lock:
+            async with read.own_lock:
                 late = asyncio.create_task(read_later())
                 await waiting.wait()
                 await asyncio.sleep(0)
@@ -354,7 +354,7 @@ async def test_objects_of_several_tasks(backend: Backend, db: Database) -> None:
 async def test_a_turn_within_a_turn(memory: Database) -> None:
     """Whoever has the turn goes on: a call may call."""
     async with memory:
-        async with memory.write.lock, memory.write.lock:
+        async with memory.write.own_lock, memory.write.own_lock:
             assert 1 == await memory.write.scalar("SELECT 1")
         assert 2 == await memory.write.run_sync(lambda s: s.scalar(text("SELECT 2")))
 
@@ -377,7 +377,7 @@ async def test_add_while_another_task_flushes(backend: Backend) -> None:
         await flush
 
     async def add(session: uow.Session) -> None:
-        async with uow.current_session().lock:
+        async with uow.current_session().own_lock:
             await asyncio.create_task(late(session))
 
     async def late(session: uow.Session) -> None:

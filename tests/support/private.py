@@ -26,7 +26,7 @@ from asgi_uow._decision import (
 from asgi_uow._reading.causal import LONGEST_TOKEN, READ_FROM_WRITER
 from asgi_uow._sessions.managed import ManagedSession
 from asgi_uow._sessions.read_session import ReadSession
-from asgi_uow._sessions.savepoint import Savepoint
+from asgi_uow._sessions.session import Savepoint
 from asgi_uow._unit.finish import finish, release
 from asgi_uow._unit.hooks import (
     MOST_BY_HOOKS,

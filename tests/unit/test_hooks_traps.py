@@ -272,7 +272,7 @@ async def test_cancelled_savepoint_waits_for_its_turn(
         uow.after_commit(called.append, "kept")
         task = asyncio.create_task(part())
         await inside.wait()
-        async with session.lock:
+        async with session.own_lock:
             using.set()
             for _ in range(10):
                 await asyncio.sleep(0)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+import anyio
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
-from asgi_uow._concurrency import bounded
+from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import known
 from asgi_uow._databases.health import Replica
 from asgi_uow._databases.pool import attach_listeners
@@ -175,7 +177,20 @@ def derive_engine(engine: AsyncEngine) -> AsyncEngine:
     )
 
 
-async def execute_on_new_connection(engine: Engine, statement: str) -> None:
+async def cancel_statements(cancel_sql: list[tuple[Engine, str]]) -> None:
+    """Cancel statements in flight on their server, from other connections.
+
+    MySQL goes on with a statement that was cancelled, locks and all, although the
+    connection is gone. So does PostgreSQL if an anyio scope was cancelled: its drivers
+    send a cancel request, but need an await for it, which the scope cancels too.
+    """
+    in_cancelled_scope = anyio.current_effective_deadline() == -math.inf
+    for engine, statement in cancel_sql:
+        if in_cancelled_scope or not known.driver_of(engine.dialect).cancels_on_server:
+            await run_to_completion(_execute_on_new_connection(engine, statement))
+
+
+async def _execute_on_new_connection(engine: Engine, statement: str) -> None:
     """Run a statement on a connection of its own, for a few seconds at most."""
     aside = derive_engine(AsyncEngine(engine))
 

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._sessions.savepoint import Savepoint
-    from asgi_uow._sessions.session import Session
+    from asgi_uow._sessions.session import Savepoint, Session
     from asgi_uow._unit.unit import UnitOfWork
 
 P = ParamSpec("P")

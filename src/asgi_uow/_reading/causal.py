@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from asgi_uow.errors import ConfigurationError
 
@@ -59,11 +59,15 @@ class CausalReads:
 
     def __post_init__(self, secret: str | bytes | Sequence[str | bytes]) -> None:
         object.__setattr__(self, "_keys", _keys(secret))
-        _check_seconds("wait", self.wait, least=0)
-        _check_seconds("max_age", self.max_age, least=1)
-        _check_name("cookie", self.cookie)
-        if self.header is not None:
-            _check_name("header", self.header)
+        for option, least in (("wait", 0), ("max_age", 1)):
+            value = getattr(self, option)
+            if not isinstance(value, (int, float)) or not least <= value < math.inf:
+                _refuse(f"{option}={value!r}", f"seconds, at least {least}")
+        for option in ("cookie", "header"):
+            value = getattr(self, option)
+            is_name = isinstance(value, str) and NAME.fullmatch(value)
+            if not is_name and (option, value) != ("header", None):
+                _refuse(f"{option}={value!r}", "a name as HTTP allows it")
 
     def positions(self, headers: Headers) -> dict[str, str]:
         """Read a request's positions, by the key of the database.
@@ -150,17 +154,11 @@ class MustSee:
         return self.positions.get(db.key) if self.positions else None
 
 
-NOTHING = MustSee()
-
-
 def _keys(secret: object) -> tuple[bytes, ...]:
     keys = tuple(map(_key, secret if isinstance(secret, (list, tuple)) else [secret]))
     if min(map(len, keys), default=0) < SHORTEST_SECRET:
-        message = (
-            f"CausalReads(secret): pass a str or bytes of at least {SHORTEST_SECRET} "
-            "bytes, or a list of them; secrets.token_hex() makes one."
-        )
-        raise ConfigurationError(message)
+        what = f"a str or bytes of at least {SHORTEST_SECRET} bytes, or a list of them"
+        _refuse("secret", f"{what}; secrets.token_hex() makes one")
     return keys
 
 
@@ -170,16 +168,9 @@ def _key(secret: object) -> bytes:
     return secret if isinstance(secret, bytes) else b""  # too short to be one
 
 
-def _check_seconds(option: str, value: object, *, least: float) -> None:
-    if not isinstance(value, (int, float)) or not least <= value < math.inf:
-        message = f"CausalReads({option}={value!r}): pass seconds, at least {least}."
-        raise ConfigurationError(message)
-
-
-def _check_name(option: str, value: object) -> None:
-    if not isinstance(value, str) or not NAME.fullmatch(value):
-        message = f"CausalReads({option}={value!r}): pass a name as HTTP allows it."
-        raise ConfigurationError(message)
+def _refuse(option: str, remedy: str) -> NoReturn:
+    message = f"CausalReads({option}): pass {remedy}."
+    raise ConfigurationError(message)
 
 
 def _encode(data: bytes) -> bytes:

@@ -17,7 +17,7 @@ from asgi_uow._reading.causal import READ_FROM_WRITER
 from asgi_uow.observers import ReaderBehind, ReaderFailed, ReaderRestored, logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -28,34 +28,22 @@ if TYPE_CHECKING:
 
     Wrote = Callable[[], bool]
 
-CONNECT_SECONDS = 5.0
-"""Seconds that a reader gets to accept a connection."""
-
-ANSWER_SECONDS = 1.0
-"""Seconds that a reader gets to say how far it is, beside what it is waited for."""
-
-UNREACHABLE = (sa_exc.DBAPIError, sa_exc.TimeoutError, OSError)
-"""What it can mean if a reader does not give a connection."""
+CONNECT_SECONDS = 5.0  # that a reader gets to accept a connection
+ANSWER_SECONDS = 1.0  # to say how far it is, beside what it is waited for
 
 
 class Reader(Protocol):
     """A read session, as its route sees it."""
 
     @property
-    def is_connected(self) -> bool: ...
-    def is_bound_to(self, engine: AsyncEngine) -> bool: ...
+    def bind(self) -> object: ...
     def bind_to(self, engine: AsyncEngine) -> None: ...
     async def open_connection(self) -> AsyncConnection: ...
     async def release_connection(self) -> None: ...
 
 
 class Route:
-    """Where one unit of work reads: a replica if it can, else the writer's server.
-
-    `wrote` tells whether the unit, or one around it, has written: then its reads stay
-    on the writer's server. `must_see` holds the position that a reader must have
-    reached; `READ_FROM_WRITER` can be waited for on none.
-    """
+    """Where one unit of work reads: a replica if it can, else the writer's server."""
 
     def __init__(
         self, db: Engines, events: list[Event], wrote: Wrote, must_see: MustSee
@@ -69,58 +57,53 @@ class Route:
         self._until: float | None = None
         self._choosing = asyncio.Lock()
         self._choice: Replica | None = None
-        self._lost: list[Replica] = []
-        self._is_chosen = False
+        self._barred: list[Replica] = []
         self.has_read = False
         """Whether something was read: from then on no other server will do."""
 
-    async def connect(self, reader: Reader) -> None:
-        """Bind a session that is not connected yet, and connect it."""
-        if self._wrote():
+    async def connect(self, reader: Reader, *, is_connected: bool) -> None:
+        """Bind a session where it has to read from, and connect it unless it is."""
+        if self._wrote():  # the unit, or one around it: replicas may be behind
             reader.bind_to(self._fallback)
-        elif not reader.is_connected:
+        elif not is_connected:
             async with self._choosing:  # one choice for all tasks of the unit
                 await self._choose(reader)
 
     async def fail_over(self, reader: Reader, error: Exception) -> bool:
         """Tell whether a call that failed may be made again, on another server.
 
-        Only if the reader was lost, or had to stop the statement for the sake of its
-        replication, before anything was read. A statement that took too long is slow
-        elsewhere too.
+        Only if the reader was lost, or stopped the statement for its replication,
+        before anything was read. What took too long is slow elsewhere too.
         """
-        bound = (each for each in self._replicas if reader.is_bound_to(each.engine))
+        bound = (each for each in self._replicas if each.engine is reader.bind)
         replica = next(bound, None)
         if replica is None or (self.has_read and replica is self._choice):
             return False
+        conflict = failures.means(error, "recovery_conflict")
         lost = failures.is_lost(error) and not isinstance(error, TimeoutError)
-        if not (lost or failures.means(error, "recovery_conflict")):
+        if not (lost or conflict):
             return False
         await reader.release_connection()
-        self._report_failed(replica, error)
+        if not conflict:
+            self._report_failed(replica, error)
         # Never retry a replica: two could cancel a long read in turn, for ever.
-        self._lost.append(replica)
+        self._barred.append(replica)
         async with self._choosing:
             if replica is self._choice:
-                self._is_chosen = False
+                self._choice = None
             await self._choose(reader)
         return True
 
-    def _candidates(self) -> Iterator[Replica]:
-        if self._is_chosen:
-            if self._choice is None:
-                return
-            yield self._choice
-        self._is_chosen = False
-        healthy = by_free_connections(self._replicas)
-        yield from (each for each in healthy if each not in self._lost)
-
     async def _choose(self, reader: Reader) -> None:
-        for replica in self._candidates():
-            if await self._connect_to(reader, replica):
-                self._choice, self._is_chosen = replica, True
+        """Connect to the choice made before, or to the first that will do."""
+        if self._choice is not None and await self._connect_to(reader, self._choice):
+            return
+        self._choice = None
+        for replica in by_free_connections(self._replicas):
+            if replica not in self._barred and await self._connect_to(reader, replica):
+                self._choice = replica
                 return
-        self._choice, self._is_chosen = None, True
+        self._barred += self._replicas  # the unit keeps to the writer's server
         reader.bind_to(self._fallback)
 
     async def _connect_to(self, reader: Reader, replica: Replica) -> bool:
@@ -133,7 +116,7 @@ class Route:
         except BaseException as error:
             # Otherwise the next call would use a replica that was never checked.
             await run_to_completion(reader.release_connection())
-            if self.has_read or not isinstance(error, UNREACHABLE):
+            if self.has_read or not isinstance(error, Exception):
                 raise
             if not failures.is_unavailable(error):
                 raise
@@ -155,7 +138,7 @@ class Route:
         """Connect; tells whether the reader has got as far as it must."""
         with anyio.fail_after(CONNECT_SECONDS):
             connection = await reader.open_connection()
-        if self._position is None or self._is_chosen:
+        if self._position is None or self._choice is not None:
             return True
         if self._until is None:  # for all readers together
             self._until = time.monotonic() + self._seconds
@@ -163,28 +146,22 @@ class Route:
         with anyio.fail_after(seconds + ANSWER_SECONDS):
             facts = known.database_of(connection.dialect)
             reached = await facts.wait_for(connection, self._position, seconds)
-            await _end_snapshot(connection)
+            # Ends the snapshot of `read_isolation`, which is too old.
+            raw = await connection.get_raw_connection()
+            driver = known.driver_of(connection.dialect)
+            if driver.in_transaction(raw.driver_connection):
+                await connection.run_sync(lambda sync: sync.connection.rollback())
         return reached
 
     def _report_failed(self, replica: Replica, error: Exception) -> None:
-        conflict = failures.means(error, "recovery_conflict")
-        if not conflict and (seconds := replica.trip()) is not None:
+        if (seconds := replica.trip()) is not None:
             self._events.append(ReaderFailed(replica.name, error, seconds))
-
-
-async def _end_snapshot(connection: AsyncConnection) -> None:
-    """End the transaction that `read_isolation` began: its snapshot is too old."""
-    raw = await connection.get_raw_connection()
-    driver = known.driver_of(connection.dialect)
-    if driver.in_transaction(raw.driver_connection):
-        await connection.run_sync(lambda sync: sync.connection.rollback())
 
 
 async def written_position(db: Engines, seconds: float) -> str | None:
     """Tell how far a replica must be to have what was committed until now.
 
-    None where there is nothing to wait for, `READ_FROM_WRITER` if it could not
-    be learnt in so many `seconds`.
+    None without replicas, `READ_FROM_WRITER` if that was not learnt in time.
     """
     if not db.replicas:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from asgi_uow._databases.journal import Savepoints
 from asgi_uow._decision import WRITABLE, State
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import sqlalchemy as sa
 
     from asgi_uow._databases.engines import Engines
@@ -27,7 +30,6 @@ class Shared:
 
     def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
         self.state: State = State.NEW
-        """That of the unit of work."""
         self.outages: list[Exception] = []
         """Errors that mean a database out of reach."""
         self.events: list[Event] = around.events if around and hook else []
@@ -35,7 +37,6 @@ class Shared:
         self.savepoints: Savepoints
         self.savepoints = around.savepoints if around and nested else Savepoints()
         self.writers: list[ManagedSession] = around.writers if around else []
-        """The write sessions that were opened."""
         self.committed: set[Engines] = around.committed if around else set()
         """The databases in which something was committed."""
 
@@ -76,30 +77,6 @@ class ManagedSession(orm.Session):
         self.journal.savepoints.open(transaction)
         return transaction
 
-    def _only_the_unit(self, operation: str) -> None:
-        if not self.journal.is_ending:
-            raise errors.ManagedTransactionError(operation)
-
-    def commit(self) -> None:
-        self._only_the_unit("session.commit()")
-        super().commit()
-
-    def prepare(self) -> None:
-        self._only_the_unit("session.prepare()")
-        super().prepare()
-
-    def rollback(self) -> None:
-        self._only_the_unit("session.rollback()")
-        super().rollback()
-
-    def close(self) -> None:
-        self._only_the_unit("session.close()")
-        super().close()
-
-    def invalidate(self) -> None:
-        self._only_the_unit("session.invalidate()")
-        super().invalidate()
-
     def reset(self) -> None:
         operation = "session.reset()"
         raise errors.ManagedTransactionError(operation)
@@ -109,10 +86,7 @@ class ManagedSession(orm.Session):
         return super().connection(*args, **kwargs)
 
     def release_connection(self) -> None:
-        """Give the connection back; the next call takes another.
-
-        Objects stay loaded, which they would not after a rollback.
-        """
+        """Give the connection back; objects stay loaded, unlike after a rollback."""
         if (transaction := self.get_transaction()) is not None:
             transaction.close()
         self.connections.clear()
@@ -122,14 +96,14 @@ class ManagedSession(orm.Session):
 
     def take_cancel_sql(self) -> list[tuple[sa.Engine, str]]:
         """Give, once, what cancels statements in flight on the connections held."""
-        found = [
+        held = self.connections
+        self.connections = dict.fromkeys(held)
+        return [
             (each.engine, statement)
-            for each, statement in self.connections.items()
+            for each, statement in held.items()
             # One that was given back may be running somebody else's statement.
             if statement is not None and not each.closed
         ]
-        self.connections = dict.fromkeys(self.connections)
-        return found
 
     def discard(self) -> None:
         """Close the connections for good, also under a statement in flight."""
@@ -141,31 +115,29 @@ class ManagedSession(orm.Session):
                 connection.close()
         super().close()
 
-    def accept(self, connection: sa.Connection) -> None:
-        if self.connected is None:
-            self.connected = time.perf_counter()
-        info = pool.info_of(connection)
-        self.connections[connection] = info.get(pool.CANCEL_SQL)
-        if pool.AUTOCOMMIT in info:
-            options = connection._execution_options  # noqa: SLF001  # also its engine's
-            if info[pool.AUTOCOMMIT] or "isolation_level" in options:
-                _refuse_autocommit(connection)
-        if isinstance(connection, pool.Connection):
-            connection.journal = self.journal
+
+def _only_the_unit(name: str) -> Callable[[ManagedSession], None]:
+    """Give the method of SQLAlchemy's session, refused to everybody else."""
+    method: Callable[[orm.Session], None] = getattr(orm.Session, name)
+    operation = f"session.{name}()"
+
+    @functools.wraps(method)
+    def call(self: ManagedSession) -> None:
+        if not self.journal.is_ending:
+            raise errors.ManagedTransactionError(operation)
+        method(self)
+
+    return call
+
+
+for _name in ("commit", "prepare", "rollback", "close", "invalidate"):
+    setattr(ManagedSession, _name, _only_the_unit(_name))
 
 
 class ReadOnlySession(ManagedSession):
-    """The synchronous read session: refuses to flush and to run DML.
+    """Refuses to flush and to run DML; text that writes is the database's to refuse."""
 
-    Text that writes is refused by the database, whose read engine is read-only.
-    """
-
-    sibling: ManagedSession | None = None
-    """The write session of the unit."""
-    joins_always: bool = False
-    """Whether there is one connection for both, as with SQLite in memory."""
-
-    connected: float | None = None
+    sibling: ManagedSession | None = None  # the write session of the unit
 
     @property
     def writer(self) -> ManagedSession | None:
@@ -173,47 +145,43 @@ class ReadOnlySession(ManagedSession):
         sibling = self.sibling
         if sibling is None or sibling.shared.state not in WRITABLE:
             return None
-        return sibling if sibling.connections or self.joins_always else None
+        # In memory there is one connection for both.
+        return sibling if sibling.connections or self.database.is_memory else None
 
-    def get_bind(self, *args: object, **kwargs: object) -> sa.Engine | sa.Connection:
-        """Read from the writer's transaction once the unit has used it."""
+    def get_bind(self, *args: Any, **kwargs: Any) -> sa.Engine | sa.Connection:
+        """Refuse DML; read from the writer's transaction once the unit has used it."""
+        clause: sa.ClauseElement | None = kwargs.get("clause")
+        if clause is not None and getattr(clause, "is_dml", False):
+            operation = clause.__visit_name__.upper()
+            raise errors.ReadOnlySessionError(operation)
         if (writer := self.writer) is not None:
             return orm.Session.connection(writer)  # its driver is not exposed
-        return super().get_bind(*args, **kwargs)  # type: ignore[arg-type]
-
-    def accept(self, connection: sa.Connection) -> None:
-        self.connections[connection] = pool.info_of(connection).get(pool.CANCEL_SQL)
-        if self.writer is None and self.connected is None:
-            self.connected = time.perf_counter()
-
-    def execute(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().execute(_no_dml(statement), *args, **kwargs)
-
-    def scalar(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().scalar(_no_dml(statement), *args, **kwargs)
-
-    def scalars(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().scalars(_no_dml(statement), *args, **kwargs)
-
-
-def _no_dml(statement: Any) -> Any:
-    if getattr(statement, "is_dml", False):
-        operation = str(getattr(statement, "__visit_name__", "DML")).upper()
-        raise errors.ReadOnlySessionError(operation)
-    return statement
+        return super().get_bind(*args, **kwargs)
 
 
 @event.listens_for(ManagedSession, "after_begin", propagate=True)
 def _accept_connection(
     session: ManagedSession, _: orm.SessionTransaction, connection: sa.Connection
 ) -> None:
-    if connection not in session.connections:
-        session.accept(connection)
+    if connection in session.connections:
+        return
+    info = pool.info_of(connection)
+    session.connections[connection] = info.get(pool.CANCEL_SQL)
+    reads = isinstance(session, ReadOnlySession)
+    joins = isinstance(session, ReadOnlySession) and session.writer is not None
+    if session.connected is None and not joins:
+        session.connected = time.perf_counter()
+    if isinstance(connection, pool.Connection) and not reads:
+        if pool.AUTOCOMMIT in info:
+            _refuse_autocommit(connection, is_default=info[pool.AUTOCOMMIT])
+        connection.journal = session.journal
 
 
-def _refuse_autocommit(connection: sa.Connection) -> None:
+def _refuse_autocommit(connection: sa.Connection, *, is_default: bool) -> None:
+    options = connection._execution_options  # noqa: SLF001  # also its engine's
     raw = connection.connection.dbapi_connection
-    if raw and connection.dialect.detect_autocommit_setting(raw):
+    can_be = is_default or "isolation_level" in options
+    if can_be and raw and connection.dialect.detect_autocommit_setting(raw):
         message = (
             "The engine, or the execution options of the connection, say AUTOCOMMIT: "
             "nothing could be rolled back. Leave the isolation level out."

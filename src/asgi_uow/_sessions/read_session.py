@@ -5,53 +5,44 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow._concurrency import run_to_completion
 from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import causes, means
 from asgi_uow._decision import State
 from asgi_uow._sessions.managed import ReadOnlySession
-from asgi_uow._sessions.session import READS, Session
+from asgi_uow._sessions.session import READS, Savepoint, Session
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
-    from sqlalchemy import orm
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    import sqlalchemy as sa
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncResult
+    from sqlalchemy.util.typing import TupleAny
 
     from asgi_uow._reading.route import Route
-    from asgi_uow._sessions.savepoint import Savepoint
-    from asgi_uow._sessions.statements import Call
-
-UNCONNECTED = frozenset({"flush", "close"})
-"""Calls that need no connection."""
+    from asgi_uow._sessions.statements import Call, Execute
 
 
 class ReadSession(Session):
     """Reads from a replica or from the writer's server, or in its transaction."""
 
-    sync_session_class: type[orm.Session] = ReadOnlySession
-    # Narrower still.
+    sync_session_class = ReadOnlySession
     sync_session: ReadOnlySession  # pyright: ignore[reportIncompatibleVariableOverride]
     route: Route | None = None
     """Finds the replica to read from, where there is a choice."""
-    sibling: Session | None = None
+    sibling: Session
     usable_in: frozenset[State] = frozenset(State) - {State.CLOSED}
 
-    def follow(self, writer: Session, *, always: bool) -> None:
+    def follow(self, writer: Session) -> None:
         """Read in the transaction of the unit's write session while that is in use."""
         self.sibling = writer
         self.sync_session.sibling = writer.sync_session
-        self.sync_session.joins_always = always
-
-    @property
-    def writer(self) -> Session | None:
-        """The write session while reads belong into its transaction."""
-        return None if self.sync_session.writer is None else self.sibling
 
     @property
     def host(self) -> Session:
-        """The write session once the unit has used it: reads see its writes."""
-        return self.writer or self
+        """The write session while reads belong into its transaction."""
+        return self if self.sync_session.writer is None else self.sibling
 
     @property
     def is_plain(self) -> bool:  # type: ignore[override]
@@ -61,14 +52,15 @@ class ReadSession(Session):
         self, operation: str, method: Call, args: tuple[object, ...], kwargs: Any
     ) -> object:
         """Read in the writer's transaction, or from the server that the route finds."""
-        if (writer := self.writer) is not None:
-            async with writer.own_lock:
-                writer.refuse_while_streaming(operation)
+        if (host := self.host) is not self:
+            async with host.own_lock:
+                host.refuse_while_streaming(operation)
                 return await method(self, *args, **kwargs)
-        if self.route is None or method.__name__ in UNCONNECTED:
-            return await method(self, *args, **kwargs)
+        if self.route is None or method.__name__ in {"flush", "close"}:
+            return await method(self, *args, **kwargs)  # these need no connection
         while True:
-            await self.route.connect(self)
+            connections = self.sync_session.connections
+            await self.route.connect(self, is_connected=bool(connections))
             try:
                 result = await method(self, *args, **kwargs)
             except Exception as error:
@@ -82,79 +74,50 @@ class ReadSession(Session):
                 return result
 
     async def failed(self, error: BaseException, operation: str) -> None:
-        """Have the next read begin anew where nothing more can be read.
-
-        Raises `ReadOnlySessionError` for what the server has refused.
-        """
+        """Have the next read begin anew; name what the server has refused to write."""
         await super().failed(error, operation)
-        if self.writer is None and not isinstance(error, Exception):
+        if self.host is self and (
+            not isinstance(error, Exception)
+            or any(_is_lost(each, error) for each in self.sync_session.connections)
+        ):
             await run_to_completion(self.release_connection())
-        elif self._must_reconnect(error):
-            await self.release_connection()
         named = isinstance(error, ReadOnlySessionError)
         if not named and means(error, "read_only"):
             raise ReadOnlySessionError(operation) from error
 
-    def _must_reconnect(self, error: BaseException) -> bool:
-        """Tell whether it has lost the connection, or ended a stream's transaction."""
-        if self.writer is not None:
-            return False
-        connections = self.sync_session.connections
-        if any(each.invalidated for each in connections):
-            return True
-        held = [
-            (known.driver_of(each.dialect), each.connection.driver_connection)
-            for each in connections
-            if not each.closed
-        ]
-        return any(
-            driver.in_transaction(raw)
-            and any(driver.aborts_transaction(raw, each) for each in causes(error))
-            for driver, raw in held
-        )
-
     async def release_if_idle(self) -> None:
         """Return the connection to the pool if no call or stream is using it."""
-        if self.writer is None and self.own_lock.is_free and not self.is_streaming:
+        streaming = any(each.is_open for each in self.streams)
+        if self.host is self and self.own_lock.is_free and not streaming:
             async with self.own_lock:
                 await self.release_connection()
 
     async def release_connection(self) -> None:
         """Give the connection back; the next call takes another."""
         await self.close_streams()
-        sync = self.sync_session
-        await AsyncSession.run_sync(self, lambda _: sync.release_connection())
-
-    # What the route asks for
-
-    def is_bound_to(self, engine: AsyncEngine) -> bool:
-        return self.sync_session.bind is engine.sync_engine
+        await greenlet_spawn(self.sync_session.release_connection)
 
     def bind_to(self, engine: AsyncEngine) -> None:
-        self.sync_session.bind = engine.sync_engine
-
-    @property
-    def is_connected(self) -> bool:
-        return bool(self.sync_session.connections)
+        self.bind, self.sync_session.bind = engine, engine.sync_engine
 
     async def open_connection(self) -> AsyncConnection:
         return await AsyncSession.connection(self)
 
-    async def before_stream(self) -> None:
+    async def open_stream(self, execute: Execute) -> AsyncResult[*TupleAny]:
         """Begin a transaction for the cursor, if the driver needs one."""
-        if self.writer is not None:
-            return
-        connection = await self.connection()
-        driver = known.driver_of(connection.dialect)
-        raw = await connection.get_raw_connection()
-        if (
-            driver.cursor_needs_begin
-            and not driver.in_transaction(raw.driver_connection)
-            and raw.dbapi_connection is not None
-            # Otherwise the driver begins one by itself.
-            and connection.dialect.detect_autocommit_setting(raw.dbapi_connection)
-        ):
-            await connection.exec_driver_sql("BEGIN")
+        if self.host is self:
+            connection = await self.connection()
+            driver = known.driver_of(connection.dialect)
+            raw = await connection.get_raw_connection()
+            if (
+                driver.cursor_needs_begin
+                and not driver.in_transaction(raw.driver_connection)
+                and raw.dbapi_connection is not None
+                # Otherwise the driver begins one by itself.
+                and connection.dialect.detect_autocommit_setting(raw.dbapi_connection)
+            ):
+                await connection.exec_driver_sql("BEGIN")
+        return await super().open_stream(execute)
 
     def begin_nested(self) -> Savepoint:
         """Refuse: there is no transaction to go back in."""
@@ -168,3 +131,14 @@ class ReadSession(Session):
         ):
             operation = "A change to an object"
             raise ReadOnlySessionError(operation)
+
+
+def _is_lost(connection: sa.Connection, error: BaseException) -> bool:
+    """Tell whether a connection is of no use, or the transaction of its stream."""
+    if connection.invalidated or connection.closed:
+        return connection.invalidated
+    driver = known.driver_of(connection.dialect)
+    raw = connection.connection.driver_connection
+    return driver.in_transaction(raw) and any(
+        driver.aborts_transaction(raw, cause) for cause in causes(error)
+    )

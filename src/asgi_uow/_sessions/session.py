@@ -1,52 +1,45 @@
-"""The session of a unit of work: SQLAlchemy's, with three additions.
-
-It takes plain SQL with named parameters, its calls take turns, and only the unit of
-work may commit, roll back or close it.
-"""
+"""The session of a unit of work, and its savepoints: their calls take turns."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import math
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncResult, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncResult, AsyncSessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
-from asgi_uow._concurrency import TaskLock, run_to_completion
+from asgi_uow._concurrency import TaskLock
 from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import is_unavailable
-from asgi_uow._databases.engines import execute_on_new_connection
+from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.journal import Journal
 from asgi_uow._decision import WRITABLE
 from asgi_uow._sessions.managed import ManagedSession
-from asgi_uow._sessions.savepoint import Savepoint
-from asgi_uow._sessions.statements import StatementSession, StreamResult, serialized
+from asgi_uow._sessions.statements import StatementSession, StreamResult, adopt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import AsyncGenerator, Iterable, Mapping
 
-    import sqlalchemy as sa
-    from sqlalchemy import orm
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.util.typing import TupleAny
 
     from asgi_uow._databases.engines import Engines
     from asgi_uow._sessions.managed import Shared
-    from asgi_uow._sessions.statements import Call
+    from asgi_uow._sessions.statements import Call, Execute
 
-F = TypeVar("F", bound="Call")
+END_SECONDS = 30.0  # for RELEASE and ROLLBACK TO, also in a cancelled scope
 
 READS = ("execute", "scalar", "scalars", "stream", "stream_scalars", "get", "get_one")
 CHANGES = ("refresh", "run_sync", "delete", "delete_all", "merge", "merge_all", "flush")
 ENDS = ("connection", "commit", "rollback", "close", "reset", "invalidate")
 
 
-def _guarded(method: F) -> F:
+def _guarded(method: Call) -> Call:
     """Let a call wait for the one in flight, then check that the unit is open."""
     operation = f"session.{method.__name__}()"
 
@@ -71,7 +64,7 @@ def _guarded(method: F) -> F:
             await self.call_due()
         return result
 
-    return call  # type: ignore[return-value]  # the same signature, see wraps
+    return call
 
 
 class Session(StatementSession):
@@ -87,7 +80,7 @@ class Session(StatementSession):
     decided, every call on its write session raises `UnitOfWorkClosedError`.
     """
 
-    sync_session_class: type[orm.Session] = ManagedSession
+    sync_session_class = ManagedSession
     # Narrower than SQLAlchemy's, which only reads it.
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -95,6 +88,8 @@ class Session(StatementSession):
     """The states of its unit in which it may be called."""
     is_plain = True
     """Whether calls need nothing but the session's own connection."""
+    route_call: Call
+    """Makes the others: finds the session or the server that they need."""
 
     def __init__(
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
@@ -113,10 +108,6 @@ class Session(StatementSession):
         """The session on whose connection the calls are made."""
         return self
 
-    @property
-    def lock(self) -> TaskLock:
-        return self.host.own_lock
-
     def check(self, operation: str) -> None:
         """Raise unless the unit of work is open and no stream is in the way."""
         if self.shared.state not in self.usable_in:
@@ -128,18 +119,8 @@ class Session(StatementSession):
         """Raise `ConcurrentUseError` if a stream keeps the connection to itself."""
         held = self.sync_session.connections
         exclusive = (known.driver_of(each.dialect).exclusive_streams for each in held)
-        if self.is_streaming and any(exclusive):
+        if any(each.is_open for each in self.streams) and any(exclusive):
             raise errors.ConcurrentUseError(operation, "a stream() is still being read")
-
-    @property
-    def is_streaming(self) -> bool:
-        return any(each.is_open for each in self.streams)
-
-    async def route_call(
-        self, operation: str, method: Call, args: tuple[object, ...], kwargs: Any
-    ) -> object:
-        """Make a call for which another session or server has to be looked for."""
-        raise NotImplementedError
 
     async def failed(self, error: BaseException, operation: str) -> None:  # noqa: ARG002
         """Remember an outage; have the server stop a statement that was cancelled."""
@@ -152,26 +133,20 @@ class Session(StatementSession):
         if is_unavailable(error):
             self.shared.outages.append(error)
 
-    @property
-    def is_decided(self) -> bool:
-        """Whether the unit of work has begun to end."""
-        return self.shared.state not in WRITABLE
-
     async def call_due(self) -> None:
         """Call the `after_rollback` hooks of savepoints, if the rollback is proven."""
         # Not inside another call of this task: a hook may wait for its turn.
-        if not self.is_decided and self.doomed_by is None and not self.lock.is_mine:
+        is_proven = self.doomed_by is None and self.shared.state in WRITABLE
+        if is_proven and not self.host.own_lock.is_mine:
             for callback in self.shared.savepoints.take_due(by=self.journal):
                 await callback()
 
     @property
     def doomed_by(self) -> BaseException | None:
-        """The error for which the work of this session can no longer be committed.
-
-        A failed flush dooms too: SQLAlchemy has rolled the transaction back.
-        """
+        """The error for which the work of this session can no longer be committed."""
         if self.journal.entries:
             return self.journal.doomed_by
+        # SQLAlchemy has rolled the transaction back for a flush that failed.
         return None if self.sync_session.is_active else self.journal.last
 
     @property
@@ -180,7 +155,7 @@ class Session(StatementSession):
 
     async def discard(self) -> None:
         cancel_sql = self.sync_session.take_cancel_sql()
-        await AsyncSession.run_sync(self, lambda _: self.sync_session.discard())
+        await greenlet_spawn(self.sync_session.discard)
         await cancel_statements(cancel_sql)
 
     async def close_streams(self) -> None:
@@ -195,7 +170,7 @@ class Session(StatementSession):
     def _check_add(self, operation: str) -> None:
         self.check(operation)
         # SQLAlchemy only warns, and may lose the object.
-        if self.sync_session._flushing and not self.lock.is_mine:  # noqa: SLF001
+        if self.sync_session._flushing and not self.own_lock.is_mine:  # noqa: SLF001
             raise errors.ConcurrentUseError(operation, "another task is flushing")
 
     def add(self, instance: object, *, _warn: bool = True) -> None:
@@ -206,13 +181,14 @@ class Session(StatementSession):
         self._check_add("session.add_all()")
         super().add_all(instances)
 
-    def watch(self, stream: AsyncResult[*TupleAny]) -> AsyncResult[*TupleAny]:
+    async def open_stream(self, execute: Execute) -> AsyncResult[*TupleAny]:
         """Have the fetches of a stream wait for other calls too."""
-        host, lock = self.host, self.lock
+        stream = await execute()
+        host = self.host
         close = stream._real_result.close  # noqa: SLF001  # the stream would be a cycle
 
         async def serialize(fetch: Call) -> object:
-            async with lock:
+            async with host.own_lock:
                 try:
                     return await fetch()
                 except BaseException as error:
@@ -221,23 +197,74 @@ class Session(StatementSession):
                         await greenlet_spawn(close)  # no more rows are on their way
                     raise
 
-        watched = serialized(stream, serialize)
-        host.streams = [each for each in host.streams if each.is_open]
-        host.streams.append(watched)
+        watched = adopt(StreamResult, stream, serialize)
+        host.streams = [*(each for each in host.streams if each.is_open), watched]
         return watched
 
 
-async def cancel_statements(cancel_sql: list[tuple[sa.Engine, str]]) -> None:
-    """Cancel statements in flight on their server, from other connections.
+class Savepoint(AsyncSessionTransaction):
+    """SQLAlchemy's `AsyncSessionTransaction` for a SAVEPOINT, taking turns."""
 
-    MySQL goes on with a statement that was cancelled, locks and all, although the
-    connection is gone. So does PostgreSQL if an anyio scope was cancelled: its drivers
-    send a cancel request, but need an await for it, which the scope cancels too.
-    """
-    in_cancelled_scope = anyio.current_effective_deadline() == -math.inf
-    for engine, statement in cancel_sql:
-        if in_cancelled_scope or not known.driver_of(engine.dialect).cancels_on_server:
-            await run_to_completion(execute_on_new_connection(engine, statement))
+    session: Session  # pyright: ignore[reportIncompatibleVariableOverride]
+    ended: bool
+
+    async def start(self, is_ctxmanager: bool = False) -> Savepoint:  # noqa: FBT001, FBT002
+        async with self._turn():
+            self.session.check("session.begin_nested()")
+            self.ended = False
+            await super().start(is_ctxmanager)
+        return self
+
+    async def commit(self) -> None:
+        """Send RELEASE SAVEPOINT."""
+        self.ended = True
+        async with self._turn():
+            await super().commit()
+
+    async def rollback(self) -> None:
+        """Send ROLLBACK TO SAVEPOINT."""
+        self.ended = True
+        async with self._turn():
+            await super().rollback()
+        await self.session.call_due()
+
+    async def __aexit__(self, type_: object, value: object, traceback: object) -> None:
+        """Release, or roll back to the savepoint after an exception.
+
+        Raises `ConcurrentUseError` if another task has ended it with one around it;
+        then it is not known what this block has kept, and nothing will be.
+        """
+        session, journal = self.session, self.session.journal
+        try:
+            with anyio.CancelScope(shield=True):
+                await session.own_lock.__aenter__()
+        except asyncio.CancelledError as error:
+            journal.doom(error)  # the savepoint stays open
+            raise
+        try:
+            async with self._turn():
+                if session.shared.state not in WRITABLE:
+                    return  # the decision has ended it, as it ends all of them
+                is_open = self.sync_transaction in journal.savepoints.opened
+                if not (self.ended or is_open):
+                    why = "another task ended it"
+                    lost = journal.doom(errors.ConcurrentUseError("A savepoint", why))
+                    if value is None:
+                        raise lost
+                with anyio.fail_after(END_SECONDS, shield=True):
+                    await super().__aexit__(type_, value, traceback)
+        finally:
+            session.own_lock.release()
+        await session.call_due()
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[None]:
+        async with self.session.own_lock:
+            try:
+                yield
+            except Exception as error:
+                self.session.record_error(error)
+                raise
 
 
 # `delete_all`, `merge_all`: SQLAlchemy 2.1.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 from sqlalchemy import text
@@ -25,15 +26,13 @@ if TYPE_CHECKING:
     Ts = TypeVarTuple("Ts")
     Params: TypeAlias = _CoreAnyExecuteParams | None
     Call: TypeAlias = Callable[..., Coroutine[object, object, object]]
+    Execute: TypeAlias = Callable[[], Coroutine[Any, Any, AsyncResult[*TupleAny]]]
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Stream")
 
 OPTIONS = frozenset({"execution_options", "bind_arguments"})
 """Named arguments that are no parameters: they go on to SQLAlchemy."""
-
-OF_ONE = ("first", "one", "one_or_none", "scalar", "scalar_one", "scalar_one_or_none")
-OF_MANY = ("__anext__", "all", "close", "fetchall", "fetchmany", "fetchone", "freeze")
 
 
 def _coerce(
@@ -52,12 +51,8 @@ def _coerce(
 class StatementSession(AsyncSession):
     """SQLAlchemy's `AsyncSession` that also takes strings."""
 
-    async def before_stream(self) -> None:
-        """Be told that `stream()` was called; for a subclass."""
-
-    def watch(self, stream: AsyncResult[*TupleAny]) -> AsyncResult[*TupleAny]:
-        """Give what `stream()` returns; a subclass decides."""
-        raise NotImplementedError
+    open_stream: Callable[[Execute], Coroutine[Any, Any, AsyncResult[*TupleAny]]]
+    """Gives what `stream()` returns; a subclass decides."""
 
     @overload
     async def execute(
@@ -118,8 +113,8 @@ class StatementSession(AsyncSession):
     ) -> AsyncResult[*TupleAny]:
         """Execute and stream the rows through a server-side cursor."""
         statement, params, options = _coerce(statement, params, named)
-        await self.before_stream()
-        return self.watch(await super().stream(statement, params, **options))
+        stream = functools.partial(super().stream, statement, params, **options)
+        return await self.open_stream(stream)
 
     @overload
     async def stream_scalars(
@@ -148,8 +143,7 @@ class Stream:
     @property
     def is_open(self) -> bool:
         """Whether rows may still be on their way; one read to its end is closed."""
-        closed: bool = self._real_result._soft_closed  # noqa: SLF001  # no other way
-        return not closed
+        return not self._real_result._soft_closed  # noqa: SLF001  # no other way
 
     async def partitions(self, size: int | None = None) -> AsyncIterator[Sequence[Any]]:
         """Iterate through lists of `size` rows."""
@@ -161,10 +155,10 @@ class StreamResult(Stream, AsyncResult[Any]):
     """What `Session.stream()` gives."""
 
     def scalars(self, index: Any = 0) -> StreamScalarResult:
-        return _adopt(StreamScalarResult, super().scalars(index), self.serialize)
+        return adopt(StreamScalarResult, super().scalars(index), self.serialize)
 
     def mappings(self) -> StreamMappingResult:
-        return _adopt(StreamMappingResult, super().mappings(), self.serialize)
+        return adopt(StreamMappingResult, super().mappings(), self.serialize)
 
 
 class StreamScalarResult(Stream, AsyncScalarResult[Any]):
@@ -175,18 +169,12 @@ class StreamMappingResult(Stream, AsyncMappingResult):
     """What `mappings()` of a stream gives."""
 
 
-def serialized(result: AsyncResult[Any], serialize: Call) -> StreamResult:
-    """Give a stream like `result` whose fetches wait for other calls."""
-    return _adopt(StreamResult, result, serialize)
-
-
-def _adopt(cls: type[S], plain: object, serialize: Call) -> S:
+def adopt(cls: type[S], plain: object, serialize: Call) -> S:
     """Make a `cls` of SQLAlchemy's own result; constructors differ by version."""
     stream = cls.__new__(cls)
     for base in type(plain).__mro__:
-        for name in getattr(base, "__slots__", ()):
+        for name in getattr(base, "__slots__", ()):  # `__dict__` is one
             setattr(stream, name, getattr(plain, name))
-    stream.__dict__.update(getattr(plain, "__dict__", {}))
     stream.serialize = serialize
     return stream
 
@@ -200,6 +188,5 @@ def _waits(fetch: Call) -> Call:
 
 
 for _class in (StreamResult, StreamScalarResult, StreamMappingResult):
-    for _name in (*OF_ONE, *OF_MANY):
-        if hasattr(_class, _name):
-            setattr(_class, _name, _waits(getattr(_class, _name)))
+    for _name, _method in inspect.getmembers(_class, inspect.iscoroutinefunction):
+        setattr(_class, _name, _waits(_method))

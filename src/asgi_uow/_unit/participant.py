@@ -39,7 +39,7 @@ class Participant:
         writer = self.writer = Session(db, db.engine, db.write_options, self.shared)
         self.shared.writers.append(writer.sync_session)
         for reader in self.readers:
-            reader.follow(writer, always=db.is_memory)
+            reader.follow(writer)
         return writer
 
     def open_reader(self) -> ReadSession:
@@ -51,7 +51,7 @@ class Participant:
                 self._route = Route(db, shared.events, wrote, self._must_see)
             reader.route = self._route
         if self.writer is not None:
-            reader.follow(self.writer, always=db.is_memory)
+            reader.follow(self.writer)
         self.readers.append(reader)
         return reader
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from asgi_uow import errors
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
-from asgi_uow._reading.causal import NOTHING
+from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.managed import Shared
 from asgi_uow._unit.hooks import MOST_BY_HOOKS, Hook, Hooks, check_callable
 from asgi_uow._unit.participant import Participant
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._reading.causal import MustSee
     from asgi_uow._sessions.session import Session
     from asgi_uow.observers import Event, Observer
 
@@ -88,7 +87,7 @@ class UnitOfWork:
     """Whether its end is more than a word: something was opened, registered or set."""
     forced: bool = False
     is_started: bool = False
-    must_see: MustSee = NOTHING
+    must_see: MustSee = MustSee()
     opened: float = 0.0
     hooks: Hooks | None = None
     quota: Iterator[int] | None = None
