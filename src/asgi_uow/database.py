@@ -12,7 +12,7 @@ from asgi_uow._databases.engines import Engines
 from asgi_uow._databases.health import check
 from asgi_uow._decision import WRITABLE, State, decide_exit
 from asgi_uow._unit.finish import end_unit
-from asgi_uow._unit.unit import UnitOfWork, current
+from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -195,7 +195,7 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         """Open the unit; no session and no connection yet."""
         around = current.get()
         unit = self.unit = UnitOfWork()
-        unit.databases = self.databases
+        unit.databases, unit.options, unit.state = self.databases, DEFAULTS, State.NEW
         if around is not None:
             unit.around, unit.options = around, around.options
             unit.must_see = around.must_see
@@ -217,6 +217,9 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
     ) -> None:
         """Commit or roll back, then close; raises if the work was not kept."""
         await _leave(self.unit, exc)
+
+
+DEFAULTS = UnitOptions()
 
 
 async def _leave(unit: UnitOfWork, error: BaseException | None) -> None:

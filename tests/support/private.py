@@ -88,5 +88,5 @@ SQLITE_CONNECTION = "asgi_uow._databases.sqlite_connection"
 def make_unit(*databases: Database) -> UnitOfWork:
     """Make a unit of work that nobody has entered."""
     unit = UnitOfWork()
-    unit.databases, unit.options = databases, UnitOptions()
+    unit.databases, unit.options, unit.state = databases, UnitOptions(), State.NEW
     return unit

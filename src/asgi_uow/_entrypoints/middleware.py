@@ -14,7 +14,7 @@ from asgi_uow._entrypoints.problem import FAILURE, START, problem_details
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._reading.route import written_position
 from asgi_uow._unit.finish import finish, release
-from asgi_uow._unit.unit import CLOSED, COMMITTED, UnitOfWork, UnitOptions, current
+from asgi_uow._unit.unit import CLOSED, COMMITTED, NEW, UnitOfWork, UnitOptions, current
 from asgi_uow.errors import UnitOfWorkClosedError
 from asgi_uow.observers import LoggingObserver
 
@@ -79,7 +79,7 @@ class UnitOfWorkMiddleware:
             await self._serve_other(scope, receive, send)
             return
         unit = UnitOfWork()
-        unit.databases, unit.options = self.databases, self.options
+        unit.databases, unit.options, unit.state = self.databases, self.options, NEW
         outer: UnitOfWork | None = scope.get(UNIT)
         if outer is not None and outer.state in UNDECIDED:
             if all(map(outer.serves, self.databases)):
@@ -88,6 +88,7 @@ class UnitOfWorkMiddleware:
             unit.around, unit.is_nested = outer, True
         exchange = _Exchange()
         exchange.unit, exchange.forward, exchange.middleware = unit, send, self
+        exchange.stage = OPEN
         if self.causal_reads is not None:
             positions = self.causal_reads.positions(scope.get("headers", ()))
             unit.must_see = MustSee(positions, self.causal_reads.wait)
@@ -152,8 +153,8 @@ class _Exchange:
     unit: UnitOfWork
     forward: Send
     middleware: UnitOfWorkMiddleware
+    stage: Stage
 
-    stage: Stage = OPEN
     is_secure: bool = False
     settled: asyncio.Event | None = None
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from asgi_uow._decision import COMMIT, Cause, State, exception_cause, rollback
 from asgi_uow._unit.hooks import call_hook
-from asgi_uow._unit.unit import CLOSED, UnitOfWork, current
+from asgi_uow._unit.unit import CLOSED, NEW, UnitOfWork, current
 from asgi_uow.observers import HookFailed, HookFinished, HookStarted
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ async def _call(own: UnitOfWork, phase: str, hook: Hook, of: UnitOfWork) -> None
 def _unit_for_hook(unit: UnitOfWork) -> UnitOfWork:
     """Make the unit that one hook gets for itself; its parts come when it asks."""
     own = UnitOfWork()
-    own.databases, own.options = unit.databases, unit.options
+    own.databases, own.options, own.state = unit.databases, unit.options, NEW
     own.around, own.is_hook = unit, True
     own.must_see = unit.must_see
     own.quota = None if unit.hooks is None else unit.hooks.quota

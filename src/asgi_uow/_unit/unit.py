@@ -61,12 +61,13 @@ class UnitOfWork:
     nothing is, and what was registered for that end happens then.
     """
 
-    # A request that touches nothing makes this object and sets the first two.
+    # Set by whoever makes one: a request that touches nothing runs no __init__, and
+    # to set what has a default in the class takes ten times as long.
     databases: tuple[Engines, ...]
-    options: UnitOptions = UnitOptions()
+    options: UnitOptions
+    state: State
+    """Where in its life the unit is; `NEW` at first."""
 
-    state: State = NEW
-    """Where in its life the unit is."""
     outcome: Outcome | None = None
     cause: Cause | None = None
     """Why it was not committed."""
