@@ -98,7 +98,8 @@ class Asyncpg(_Driver):
 
 
 class Psycopg(_Driver):
-    in_transaction = attrgetter("info.transaction_status")  # 0 is IDLE
+    # Past `info`, which makes an object for each question.
+    in_transaction = attrgetter("pgconn.transaction_status")  # 0 is IDLE
     process_id = attrgetter("info.backend_pid")
 
     def is_dead(self, raw: Any) -> bool:
@@ -110,11 +111,11 @@ class Psycopg(_Driver):
         return bool(poll.poll(0))
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
-        return bool(raw.info.transaction_status == PSYCOPG_IN_ERROR)
+        return bool(raw.pgconn.transaction_status == PSYCOPG_IN_ERROR)
 
     def reports_writable(self, raw: Any) -> bool:
-        setting = raw.info.parameter_status("default_transaction_read_only")
-        return bool(setting == "off")
+        setting = raw.pgconn.parameter_status(b"default_transaction_read_only")
+        return bool(setting == b"off")
 
 
 DRIVERS: Mapping[str, Asyncpg | Psycopg] = {"asyncpg": Asyncpg(), "psycopg": Psycopg()}

@@ -46,7 +46,8 @@ class ReadSession(Session):
 
     @property
     def is_plain(self) -> bool:  # type: ignore[override]
-        return self.route is None and self.sync_session.writer is None
+        sync = self.sync_session
+        return self.route is None and (sync.sibling is None or sync.writer is None)
 
     async def route_call(
         self, operation: str, method: Call, args: tuple[object, ...], kwargs: Any
@@ -126,7 +127,7 @@ class ReadSession(Session):
 
     def refuse_changes(self) -> None:
         """Raise `ReadOnlySessionError` for changes that nobody would ever flush."""
-        if self.has_changes and (
+        if not self.sync_session._is_clean() and (  # noqa: SLF001  # no other way
             any(map(self.is_modified, self.dirty)) or self.new or self.deleted
         ):
             operation = "A change to an object"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 from sqlalchemy import orm, text
@@ -222,8 +223,14 @@ class Completion:
 
         await self._close(session, end)
 
-    async def close_reader(self, session: ReadSession) -> None:
-        await self._close(session, lambda: orm.Session.close(session.sync_session))
+    async def close_reader(
+        self, participant: Participant, reader: ReadSession, *, wants_details: bool
+    ) -> None:
+        """Give the connection of a read session back, or throw it away."""
+        end = functools.partial(orm.Session.close, reader.sync_session)
+        await self._close(reader, end)
+        if wants_details:
+            participant.report_release(reader, "read")
 
     async def _close(self, session: Session, end: Callable[[], None]) -> None:
         try:

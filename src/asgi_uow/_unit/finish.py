@@ -17,6 +17,7 @@ from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._decision import Cause, Outcome, State, rollback
 from asgi_uow._unit.completion import (
+    COMMITTED,
     ROLLED_BACK,
     Completion,
     Ended,
@@ -90,7 +91,9 @@ async def _complete(
     shared, participants = unit.shared or unit.share(), unit.participants.values()
     completion = Completion(shared.events, shield, unit.options.commit_timeout)
     if decision.commit:
-        ended = await completion.commit(participants)  # <- here, and nowhere else
+        ended = COMMITTED  # in name, if nobody asked for a write session
+        if shared.writers:
+            ended = await completion.commit(participants)  # <- here, and nowhere else
     if ended.outcome is not Outcome.COMMITTED:
         ended = partial_for_ddl(ended, decision.cause, participants)
         for participant in participants:
@@ -129,8 +132,11 @@ def _report(
     """Record what later reads must see, and what the observers are told."""
     options = unit.options
     for participant in unit.participants.values():
-        committed = outcome is Outcome.COMMITTED
-        participant.conclude(committed=committed, wants_details=options.wants_details)
+        if participant.writer is not None:
+            committed, details = outcome is Outcome.COMMITTED, options.wants_details
+            participant.conclude(
+                participant.writer, committed=committed, wants_details=details
+            )
     if unit.failure is not None and not unit.is_hook:
         # That of a hook's own unit is the failure of the hook.
         failure = unit.failure
@@ -181,7 +187,8 @@ async def prepare(unit: UnitOfWork) -> Ended:
                     with anyio.fail_after(unit.options.hook_timeout):
                         await each.writer.flush()
                     has_run = True
-            if participants is unit.participants and not queue(unit, "before_commit"):
+            more = unit.hooks is not None and unit.hooks.queue("before_commit")
+            if participants is unit.participants and not more:
                 unit.doom = unit.doomed_by if has_run else None
                 return ROLLED_BACK
     except BaseException as error:  # noqa: BLE001  # raised by finish()
@@ -214,7 +221,7 @@ async def _call_undone(unit: UnitOfWork, hook: Hook) -> None:
 async def release(unit: UnitOfWork) -> None:
     """Close what is left open, run the `after_response` hooks, tell what is left."""
     unit.move(State.CLOSED)
-    shared = unit.shared
+    shared, options = unit.shared, unit.options
     if shared is None:
         return
     shield: Shield | None = None
@@ -222,7 +229,11 @@ async def release(unit: UnitOfWork) -> None:
         for participant in unit.participants.values():
             while participant.readers:
                 shield, reader = shield or Shield(), participant.readers.pop()
-                await _close_reader(unit, participant, reader, shield)
+                completion = Completion(shared.events, shield, options.commit_timeout)
+                details = options.wants_details
+                await completion.close_reader(
+                    participant, reader, wants_details=details
+                )
         if unit.outcome is Outcome.COMMITTED and unit.hooks is not None:
             shield = shield or Shield()
             hooks = unit.hooks.take("after_response")
@@ -254,14 +265,8 @@ async def close_parallel(
     if session in participant.readers:
         participant.readers.remove(session)
         shield = Shield()
-        await _close_reader(unit, participant, session, shield)
+        events, options = participant.shared.events, unit.options
+        completion = Completion(events, shield, options.commit_timeout)
+        details = options.wants_details
+        await completion.close_reader(participant, session, wants_details=details)
         shield.deliver()
-
-
-async def _close_reader(
-    unit: UnitOfWork, participant: Participant, session: ReadSession, shield: Shield
-) -> None:
-    events, timeout = participant.shared.events, unit.options.commit_timeout
-    await Completion(events, shield, timeout).close_reader(session)
-    if unit.options.wants_details:
-        participant.report_release(session, "read")

@@ -79,15 +79,15 @@ class Participant:
             not each.closed for each in reader.sync_session.connections
         )
 
-    def conclude(self, *, committed: bool, wants_details: bool) -> None:
+    def conclude(
+        self, writer: Session, *, committed: bool, wants_details: bool
+    ) -> None:
         """Record what the end of the write session means for reads; tell of it."""
-        if self.writer is None:
-            return
-        journal = self.writer.sync_session.journal
+        journal = writer.sync_session.journal
         if self.has_written and (committed or journal.committed):
             self.shared.committed.add(self.db)
         if wants_details:
-            self.report_release(self.writer, "write")
+            self.report_release(writer, "write")
         if journal.implicit_commit is not None:
             self.shared.events.append(ImplicitCommit(journal.implicit_commit))
 
