@@ -77,9 +77,9 @@ class Shield:
         self.seconds, self._gave_up = seconds, False
         self.restart()
         start = _start_at_once if at_once else asyncio.Task
-        task: asyncio.Future[T] = start(work, loop=self._loop)
+        task: asyncio.Task[T] = start(work, loop=self._loop)
         try:
-            if isinstance(task, asyncio.Task) and not task.done():
+            if not task.done():
                 asyncio._unregister_task(task)  # noqa: SLF001  # public in the link
                 await self._wait(task)
             if not task.done() or (self.is_late and task.cancelled()):
