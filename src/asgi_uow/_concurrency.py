@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
 import math
 import sys
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from anyio import CancelScope
@@ -22,12 +22,9 @@ T = TypeVar("T")
 GRACE = 7.0
 """Seconds a timed-out operation gets to close its connection; psycopg takes 5."""
 
-
-if sys.version_info >= (3, 12):
-    # What never has to wait takes no turn of the loop.
-    _start_at_once = functools.partial(asyncio.Task, eager_start=True)
-else:
-    _start_at_once = asyncio.Task
+IS_EAGER = sys.version_info >= (3, 12)
+# What never has to wait takes no turn of the loop.
+_start_at_once = partial(asyncio.Task, eager_start=True) if IS_EAGER else asyncio.Task
 
 
 class Shield:

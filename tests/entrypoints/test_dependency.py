@@ -52,14 +52,10 @@ class WatchedDatabase(Database):
 
     places: list[tuple[int, asyncio.Task[Any] | None]]
 
-    @property
+    @property  # type: ignore[misc]  # not set here
     def engine(self) -> AsyncEngine:
         self.places.append(place())
         return super().engine
-
-    @engine.setter
-    def engine(self, engine: AsyncEngine) -> None:
-        self.use(engine)
 
     @property
     def read_engine(self) -> AsyncEngine:

@@ -74,12 +74,11 @@ class Connection(sa.Connection):
             self.info.pop(ERROR_SEEN, None)
 
     def record_error(self, context: interfaces.ExceptionContext) -> None:
-        if not self.closed:
-            self.info[ERROR_SEEN] = True
-            if self.journal is not None:
-                aborting = self.info.get(ABORTING_CODES, ())
-                raw = self.connection.driver_connection
-                self.journal.record_error(context, raw, aborting)
+        self.info[ERROR_SEEN] = True
+        if self.journal is not None:
+            aborting = self.info.get(ABORTING_CODES, ())
+            raw = self.connection.driver_connection
+            self.journal.record_error(context, raw, aborting)
 
     def check_statement(self, statement: str) -> None:
         """Have the journal look at a statement, but for the many that are plain."""
