@@ -184,6 +184,10 @@ def test_decide_exit(
         (StatusError(303), COMMIT),
         (RedirectError(399), COMMIT),
         (RedirectError(400), BY_EXCEPTION),
+        (StatusError(200), BY_EXCEPTION),  # as clients of other services raise
+        (StatusError(299), BY_EXCEPTION),
+        (RedirectError(300), COMMIT),
+        (StatusError(0), BY_EXCEPTION),
         (StatusError(500), BY_EXCEPTION),
         (RedirectError("302"), BY_EXCEPTION),
         (StatusError(None), BY_EXCEPTION),
@@ -193,7 +197,7 @@ def test_decide_exit(
     ids=repr,
 )
 def test_exceptions_with_a_status(error: BaseException, expected: Decision) -> None:
-    """Only an exception with a numeric status below 400 is no failure."""
+    """Only an exception with a numeric status from 300 to 399 is no failure."""
     assert expected == decide_exit(
         error, rollback_only=False, doomed=False, forced=False, commit_on_exit=True
     )

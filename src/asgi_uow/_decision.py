@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     Headers: TypeAlias = list[tuple[bytes, bytes]]
     CommitWhen: TypeAlias = Callable[[int, Headers], bool]
 
-ERROR_STATUS = 400
+REDIRECT_STATUS, ERROR_STATUS = 300, 400
 RETRY_AFTER = 1  # seconds a client is asked to wait before it tries again
 
 
@@ -143,8 +143,8 @@ def decide_exit(
 
     1. `set_rollback_only(reason)`: roll back.
     2. Doomed by the database: roll back, and raise unless a failure is raised anyway.
-    3. An exception rolls back, unless it carries a `status_code` (or `status`)
-       below 400, as redirects do that frameworks raise.
+    3. An exception rolls back, unless it carries a `status_code` (or `status`) from
+       300 to 399, as redirects do that frameworks raise.
     4. `force_commit()` or `commit_on_exit`: commit.
     """
     if rollback_only:
@@ -166,4 +166,4 @@ def exception_cause(error: BaseException) -> Cause:
 
 def _is_redirect(error: BaseException) -> bool:
     status: object = getattr(error, "status_code", getattr(error, "status", None))
-    return isinstance(status, int) and status < ERROR_STATUS
+    return isinstance(status, int) and REDIRECT_STATUS <= status < ERROR_STATUS

@@ -17,7 +17,6 @@ from sanic import HTTPResponse
 from sanic.exceptions import ServerError
 from sanic.http.constants import HTTP
 
-from asgi_uow._databases.driver_errors import is_outage
 from asgi_uow._decision import commit_below_400
 from asgi_uow._entrypoints.middleware import UnitOfWorkMiddleware
 from asgi_uow._entrypoints.problem import START, problem
@@ -213,8 +212,8 @@ def asgi_uow_answer(
 ) -> HTTPResponse | None:
     """Answer what the middleware would; None leaves it to Sanic's own pages."""
     unit = current.get()
-    outage = unit is not None and is_outage(error, unit.share().outages)
-    is_ours = outage or isinstance(error, UnitOfWorkFailedError)
+    may_help = unit is not None and unit.share().may_repeat(error)
+    is_ours = may_help or isinstance(error, UnitOfWorkFailedError)
     return _problem(request, error) if is_ours else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from typing import TYPE_CHECKING
 
 import pytest
@@ -48,3 +49,14 @@ async def test_unknown_database_is_named(db: Database) -> None:
                 accessor(stranger)
 
     assert 200 == (await handle(handler, db)).status
+
+
+@on("aiosqlite")
+async def test_in_unit_of_work(db: Database) -> None:
+    """It tells whether there is a unit that can be asked for something."""
+    assert not uow.in_unit_of_work()
+    async with db:
+        assert uow.in_unit_of_work()
+        late = contextvars.copy_context()
+    assert not uow.in_unit_of_work()
+    assert not late.run(uow.in_unit_of_work)

@@ -10,14 +10,23 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import exc as sa_exc
 
-from asgi_uow import Database, current_read_session, current_session, force_commit
+from asgi_uow import (
+    Database,
+    Session,
+    UnitOfWorkMiddleware,
+    after_commit,
+    current_read_session,
+    current_session,
+    force_commit,
+    unit_of_work,
+)
 from asgi_uow.errors import CommitFailedError, UnitOfWorkClosedError
 from tests.support import shop
 from tests.support.asgi import START, Response, endpoint, handle, respond, serve
-from tests.support.databases import SERVERS, on
+from tests.support.databases import SERVERS, checked_out, on
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from asgi_uow._asgi import Receive, Scope, Send
     from tests.servers import Backend, ServerBackend
@@ -234,6 +243,117 @@ async def test_database_down_is_answered_503(scheme: str) -> None:
     assert "1" == response.headers["retry-after"]
     assert "secret" not in f"{response.error!r} {response.error}"
     await db.dispose()
+
+
+RAISE = {
+    "asyncmy": "SIGNAL SQLSTATE '{}' SET MYSQL_ERRNO = {}",
+    "asyncpg": "DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{}'; END $$",
+    "psycopg": "DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{}'; END $$",
+}
+"""What has the server send an error, by driver."""
+
+
+@on(*SERVERS)
+@pytest.mark.parametrize("session", [current_session, current_read_session])
+async def test_conflict_in_the_handler_is_answered_503(
+    db: Database, backend: ServerBackend, session: Callable[[], Session]
+) -> None:
+    """A deadlock that leaves the handler is answered as one at COMMIT is."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        await session().execute(RAISE[backend.driver].format("40001", 1213))
+
+    response = await handle(handler, db, hooks=True)
+
+    assert 503 == response.status
+    assert "1" == response.headers["retry-after"]
+    assert ["rollback"] == response.hooks
+    assert [] == await shop.items(backend)
+
+
+@on(*SERVERS)
+async def test_writer_that_takes_no_writes_is_replaced(
+    db: Database, backend: ServerBackend
+) -> None:
+    """After a failover: 503, and every connection of the pool is made anew."""
+    own = "SELECT CONNECTION_ID()" if backend.name == "mariadb" else None
+    question = own or "SELECT pg_backend_pid()"
+    numbers: list[object] = []
+
+    async def look() -> None:
+        numbers.append(await current_session().scalar(question))
+
+    async def write() -> None:
+        await look()
+        await current_session().execute(RAISE[backend.driver].format("25006", 1290))
+
+    both = asyncio.Barrier(2)
+
+    async def look_beside() -> None:
+        await look()
+        await both.wait()  # so that the pool has two connections
+
+    await asyncio.gather(handle(look_beside, db), handle(look_beside, db))
+    response = await handle(write, db)
+    await asyncio.gather(handle(look_beside, db), handle(look_beside, db))
+
+    assert 503 == response.status
+    assert "1" == response.headers["retry-after"]
+    assert [0, 0] == checked_out(db)
+    first, second, third, *new = numbers
+    assert third in {first, second}
+    assert {first, second}.isdisjoint(new)
+
+
+async def keep_by_itself(db: Database) -> None:
+    async with unit_of_work(db, independent=True):
+        await shop.insert(1)
+
+
+async def keep_by_a_hook(db: Database) -> None:
+    async with unit_of_work(db, independent=True):
+        after_commit(shop.insert, 1)
+
+
+@pytest.mark.parametrize("keep", [keep_by_itself, keep_by_a_hook])
+async def test_nothing_was_changed_is_a_proof(
+    db: Database, backend: Backend, keep: Callable[[Database], Awaitable[None]]
+) -> None:
+    """Where a unit inside the request was kept, nobody is asked to try again."""
+    down = Database.from_url(UNREACHABLE)
+
+    async def handler() -> None:
+        await keep(db)
+        await current_session(down).execute("SELECT 1")
+
+    response = await handle(handler, down)
+
+    assert [] == response.types  # the server's own 500
+    assert isinstance(response.error, (OSError, sa_exc.DBAPIError))
+    assert [1] == await shop.items(backend)
+    await down.dispose()
+
+
+async def test_inner_middleware_that_kept_something(
+    db: Database, backend: Backend
+) -> None:
+    """Nor where an inner middleware's unit was."""
+    down = Database.from_url(UNREACHABLE)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def forget(_: object) -> None:
+            """Keep the answer back, as a cache may."""
+
+        inner = UnitOfWorkMiddleware(endpoint(lambda: shop.insert(1)), db)
+        await inner(dict(scope), receive, forget)
+        await current_session(down).execute("SELECT 1")
+
+    response = await serve(app, down)
+
+    assert [] == response.types
+    assert [1] == await shop.items(backend)
+    await down.dispose()
 
 
 async def test_database_down_in_a_task_group() -> None:

@@ -44,6 +44,20 @@ def test_needs_a_database() -> None:
         uow.UnitOfWorkMiddleware(endpoint(nothing))
 
 
+def test_async_rule() -> None:
+    """A rule that would have to be awaited is refused before the first request."""
+
+    async def rule(status: int, headers: object) -> bool:
+        return bool(status and headers)  # pragma: no cover  # nobody asks it
+
+    with pytest.raises(TypeError, match="cannot be async"):
+        uow.UnitOfWorkMiddleware(
+            endpoint(nothing),
+            Database(None),
+            commit_when=rule,  # type: ignore[arg-type]
+        )
+
+
 async def test_mounted_twice_passes_through(db: Database, backend: Backend) -> None:
     """The inner of two middlewares for the same database leaves it to the outer."""
     units: list[uow.UnitOfWork] = []

@@ -29,7 +29,7 @@ _POSTGRESQL_STARTUP = 3  # the protocol's major version; other codes ask for TLS
 class Rule:
     """What happens once, to the next round trip that fits; then `fired` is set."""
 
-    action: Literal["cut_before", "cut_after", "hold"]
+    action: Literal["cut_before", "cut_after", "garble", "hold"]
     predicate: Callable[[str], bool]
     fired: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -65,6 +65,7 @@ class RecordingProxy:
         self.delay_ms = delay_ms
         self.port = 0
         self._chunks = {"mariadb": mysql_chunks, "postgresql": postgresql_chunks}[kind]
+        self._garbles = {"mariadb": 3, "postgresql": 0}[kind]  # sequence number, type
         self._server_port = server_port
         self._rules: list[Rule] = []
         self._links: set[_Link] = set()
@@ -102,6 +103,13 @@ class RecordingProxy:
         """
         return self._add(Rule("cut_after", predicate))
 
+    def garble_answer(self, predicate: Callable[[str], bool]) -> Rule:
+        """Forward the next trip that fits, make its answer one that nobody can read.
+
+        On MySQL it is a packet out of order, on PostgreSQL a message of no known type.
+        """
+        return self._add(Rule("garble", predicate))
+
     def hold_answer(self, predicate: Callable[[str], bool]) -> Hold:
         """Forward the next trip that fits, keep the answer back."""
         hold = Hold("hold", predicate)
@@ -120,6 +128,10 @@ class RecordingProxy:
                 self._rules.remove(rule)
                 return rule
         return None
+
+    def garbled(self, data: bytes) -> bytes:
+        at = self._garbles
+        return data[:at] + bytes([data[at] ^ 0x1F]) + data[at + 1 :]
 
     async def pause(self) -> None:
         if self.delay_ms:
@@ -191,6 +203,9 @@ class _Link:
                 if isinstance(rule, Hold):
                     rule.answered.set()
                     await rule.released.wait()
+                elif rule is not None and rule.action == "garble":
+                    data = self._proxy.garbled(data)
+                    rule.fired.set()
                 elif rule is not None:
                     self.cut()
                     rule.fired.set()

@@ -20,7 +20,7 @@ from tests.support.private import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 
 class Recorder:
@@ -186,3 +186,15 @@ def test_not_callable(phase: str) -> None:
         f"{phase}() takes a callable and its arguments, not None. Did you "
         f"call the function? Write {phase}(fn, arg), not {phase}(fn(arg))."
     )
+
+
+async def generate() -> AsyncIterator[int]:
+    yield 1  # pragma: no cover  # that is the point
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("fn", [generate, functools.partial(generate)])
+def test_async_generator_function(phase: str, fn: Callable[[], object]) -> None:
+    """Nobody would read it, so it would never start."""
+    with pytest.raises(TypeError, match=r"generate.*async generator function"):
+        check_callable(phase, fn)

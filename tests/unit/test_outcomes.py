@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import event
 
 from asgi_uow import CausalReads, Database, Outcome
 from asgi_uow.errors import ConfigurationError, OutcomeUnknownError
 from asgi_uow.observers import CommitFailed, ReleaseFailed, UnitFinished
 from tests.servers.process import free_port
 from tests.support import shop
-from tests.support.asgi import handle
+from tests.support.asgi import Response, handle
 from tests.support.databases import SERVERS, behind_proxy, checked_out, is_commit, on
 
 if TYPE_CHECKING:
@@ -23,7 +25,9 @@ async def insert_1() -> None:
 
 
 @on(*SERVERS)
-@pytest.mark.parametrize("how", ["cut_after", "cut_before", "hold_answer"])
+@pytest.mark.parametrize(
+    "how", ["cut_after", "cut_before", "garble_answer", "hold_answer"]
+)
 async def test_lost_answer_to_commit_is_unknown(
     backend: ServerBackend, how: str
 ) -> None:
@@ -64,6 +68,26 @@ async def test_server_that_says_it_does_not_know(
     assert 500 == response.status
     assert isinstance(response.error, OutcomeUnknownError)
     assert [0, 0] == checked_out(db)
+
+
+@on("aiosqlite", *SERVERS)
+async def test_cancelled_inside_commit(db: Database, backend: Backend) -> None:
+    """What is raised inside COMMIT without an answer leaves its outcome in doubt."""
+
+    def cancel(_: object) -> None:
+        raise asyncio.CancelledError
+
+    event.listen(db.engine.sync_engine, "commit", cancel, once=True)
+
+    response = Response()
+    with pytest.raises(asyncio.CancelledError):
+        await handle(insert_1, db, hooks=True, into=response)
+
+    assert Outcome.UNKNOWN is response.unit.outcome
+    assert OutcomeUnknownError is type(response.events.only(CommitFailed).error)
+    assert [] == response.hooks == response.types
+    assert [0, 0] == checked_out(db)
+    assert [] == await shop.items(backend)
 
 
 # Settled by asking

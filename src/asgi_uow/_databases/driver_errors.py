@@ -59,8 +59,15 @@ def is_lost(error: BaseException) -> bool:
 
 
 def is_in_doubt(error: BaseException) -> bool:
-    """Tell whether a COMMIT that ended with `error` may have been carried out."""
-    return is_lost(error) or means(error, "in_doubt")
+    """Tell whether a COMMIT that ended with `error` may have been carried out.
+
+    Only an error that the server has sent proves that it was not: a driver also raises
+    what it makes of an answer that it cannot read.
+    """
+    if not isinstance(error, sa_exc.DBAPIError) or code_of(error) is None:
+        return True
+    was_lost = is_lost(error) and not means(error, "demoted")  # see `on_error`
+    return was_lost or means(error, "in_doubt")
 
 
 def is_unavailable(error: BaseException) -> bool:

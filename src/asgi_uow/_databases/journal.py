@@ -98,6 +98,8 @@ class Journal:
 
     is_ending = False
     """Whether the unit of work itself ends the transaction now."""
+    commit_sent = False
+    """Whether COMMIT was given to the driver: from then on it may be carried out."""
     committed = False
     """Whether the database has acknowledged the COMMIT of the transaction."""
     last: BaseException | None = None

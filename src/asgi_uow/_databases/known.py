@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Meaning: TypeAlias = Literal[
     "read_only",  # refused, since nothing can be written there
+    "demoted",  # the writer has become a replica: its pool has to find the new one
     "unavailable",  # not reached, or closed; trying again may help
     "conflict",  # with another transaction; trying again may help
     "in_doubt",  # COMMIT may have been carried out

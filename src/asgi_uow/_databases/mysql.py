@@ -34,6 +34,7 @@ BEGIN_WRITE: str | None = None
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
 CODES: Mapping[str, frozenset[int | str]] = {
     "read_only": frozenset({1290, 1792, 1836}),
+    "demoted": frozenset({1290, 1836}),
     "unavailable": frozenset(
         {1040, 1203, 1226}  # too many connections
         | {1047, 1053, 1129}  # node not ready, shutting down, host blocked
@@ -44,6 +45,7 @@ CODES: Mapping[str, frozenset[int | str]] = {
     "disconnect": frozenset({0}),
     # Snapshot conflict, commit and rollback errors, lock table full, deadlock, XA,
     # replication.
+    "in_doubt": frozenset({0, *range(2000, 3000)}),  # of the driver, not of the server
     "aborting": frozenset({1020, 1180, 1181, 1206, 1213, 1402, 1613, 1614, 3101}),
     "syntax": frozenset({1064}),
 }

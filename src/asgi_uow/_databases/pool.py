@@ -91,6 +91,7 @@ class Connection(sa.Connection):
     def _commit_impl(self) -> None:
         if self.journal is not None:
             self.journal.check_commit()
+            self.journal.commit_sent = True
         super()._commit_impl()
         if self.journal is not None:
             self.journal.committed = True
@@ -98,6 +99,7 @@ class Connection(sa.Connection):
     def _commit_twophase_impl(self, xid: Any, is_prepared: bool) -> None:  # noqa: FBT001
         if self.journal is not None:
             self.journal.check_commit()
+            self.journal.commit_sent = True
         super()._commit_twophase_impl(xid, is_prepared)
         if self.journal is not None:
             self.journal.committed = True
@@ -225,17 +227,18 @@ class _Policy:
 
     def on_error(self, context: interfaces.ExceptionContext) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
-        if failures.means(context.original_exception, "disconnect"):
+        error = context.original_exception
+        demoted = not self.read_only and failures.means(error, "demoted")
+        if demoted or failures.means(error, "disconnect"):
             context.is_disconnect = True
-        if self.is_memory and not isinstance(context.original_exception, Exception):
+        if self.is_memory and not isinstance(error, Exception):
             context.is_disconnect = False  # the connection is the database
         connection = context.connection
         if isinstance(connection, Connection) and not connection.invalidated:
             connection.record_error(context)
-        error = context.sqlalchemy_exception
         if self.read_only and failures.means(error, "read_only"):
             operation = "A statement"
-            raise ReadOnlySessionError(operation) from error
+            raise ReadOnlySessionError(operation) from context.sqlalchemy_exception
 
 
 def info_of(connection: sa.Connection) -> dict[Any, Any]:

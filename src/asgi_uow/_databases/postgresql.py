@@ -38,11 +38,13 @@ BEGIN_WRITE: str | None = None
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 CODES: Mapping[str, frozenset[int | str]] = {
     "read_only": frozenset({"25006"}),
+    "demoted": frozenset({"25006"}),
     # Classes: connection exception, insufficient resources, shutting down or starting.
     "unavailable": frozenset({"08", "53", "57P"}),
     "conflict": frozenset({"40001", "40P01", "55P03"}),
     "recovery_conflict": frozenset({"40001"}),
-    "in_doubt": frozenset({"40003"}),  # statement_completion_unknown
+    # Connection exceptions, also of drivers, and statement_completion_unknown.
+    "in_doubt": frozenset({"08", "40003"}),
 }
 
 TRANSACTION_CONTROL: str = r"END\b|ABORT\b"

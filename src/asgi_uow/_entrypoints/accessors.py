@@ -30,6 +30,12 @@ def _require(operation: str) -> UnitOfWork:
     return unit
 
 
+def in_unit_of_work() -> bool:
+    """Tell whether there is a unit of work here, of a request, block or hook."""
+    unit = current.get()
+    return unit is not None and unit.state is not State.CLOSED
+
+
 def current_unit_of_work() -> UnitOfWork:
     """Give the unit of work of this request or `async with db:` block.
 

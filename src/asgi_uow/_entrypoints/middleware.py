@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING
 
 from asgi_uow import _decision
 from asgi_uow._concurrency import run_to_completion
-from asgi_uow._databases.driver_errors import is_outage
-from asgi_uow._decision import ERROR_STATUS, SETTLED, UNDECIDED, Cause, State
+from asgi_uow._decision import (
+    ERROR_STATUS,
+    SETTLED,
+    UNDECIDED,
+    Cause,
+    Outcome,
+    State,
+)
 from asgi_uow._entrypoints.problem import FAILURE, START, problem_details
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._reading.route import written_position
 from asgi_uow._unit.finish import finish, release
+from asgi_uow._unit.hooks import is_async
 from asgi_uow._unit.unit import CLOSED, COMMITTED, NEW, UnitOfWork, UnitOptions, current
 from asgi_uow.errors import UnitOfWorkClosedError
 from asgi_uow.observers import LoggingObserver
@@ -50,7 +57,7 @@ class UnitOfWorkMiddleware:
     `commit_timeout`: seconds for COMMIT; past it the outcome is UNKNOWN.
     `hook_timeout`: seconds for each hook. None is no limit.
 
-    Raises `TypeError` if no database is given.
+    Raises `TypeError` if no database is given, and for an async `commit_when`.
     """
 
     def __init__(  # the public options, each of its own
@@ -66,6 +73,11 @@ class UnitOfWorkMiddleware:
     ) -> None:
         if not databases:
             message = "UnitOfWorkMiddleware(app, db): pass at least one Database."
+            raise TypeError(message)
+        if is_async(commit_when):
+            message = "UnitOfWorkMiddleware(commit_when): it is asked between two "
+            message += "messages and cannot be async; a handler that has to ask the "
+            message += "database calls set_rollback_only() itself."
             raise TypeError(message)
         self.app = app
         self.databases = databases
@@ -226,9 +238,11 @@ class _Exchange:
         """Give what has to be answered for, if the application did not do so."""
         if self.stage is ANSWERED or not isinstance(error, Exception | None):
             return None
-        outages = [] if self.unit.shared is None else self.unit.shared.outages
-        outage = error if error is not None and is_outage(error, outages) else None
-        return self.unit.failure or outage
+        shared = self.unit.shared
+        if self.unit.failure is None and shared is not None:
+            rolled_back = self.unit.outcome is Outcome.ROLLED_BACK
+            return error if rolled_back and shared.may_repeat(error) else None
+        return self.unit.failure
 
     async def _answer(self, message: Message) -> None:
         """Pass what an `error_app` sends; it may not claim a success."""

@@ -10,6 +10,7 @@ from sqlalchemy import event, orm
 
 from asgi_uow import errors
 from asgi_uow._databases import pool
+from asgi_uow._databases.driver_errors import is_outage, means
 from asgi_uow._databases.journal import Savepoints
 from asgi_uow._decision import WRITABLE, State
 
@@ -31,14 +32,26 @@ class Shared:
     def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
         self.state: State = State.NEW
         self.outages: list[Exception] = []
-        """Errors that mean a database out of reach."""
+        """Errors after which it may help to try again."""
         self.events: list[Event] = around.events if around and hook else []
         """What observers are told at the end; of a hook, with those of its unit."""
         self.savepoints: Savepoints
         self.savepoints = around.savepoints if around and nested else Savepoints()
         self.writers: list[ManagedSession] = around.writers if around else []
         self.committed: set[Engines] = around.committed if around else set()
-        """The databases in which something was committed."""
+        """The databases in which something was committed, or may have been."""
+
+    def may_repeat(self, error: BaseException | None) -> bool:
+        """Tell whether to try again may help, and cannot do twice what was kept once.
+
+        No unit of this request may have kept anything: not one around, inside or beside
+        this one.
+        """
+        return (
+            error is not None
+            and not self.committed
+            and (is_outage(error, self.outages) or means(error, "conflict"))
+        )
 
     def has_written(self, db: Engines) -> bool:
         """Tell whether reads of `db` must see what a unit among these has written."""

@@ -15,7 +15,7 @@ from sqlalchemy.util import greenlet_spawn
 from asgi_uow import errors
 from asgi_uow._concurrency import TaskLock
 from asgi_uow._databases import known
-from asgi_uow._databases.driver_errors import is_unavailable
+from asgi_uow._databases.driver_errors import is_unavailable, means
 from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.journal import Journal
 from asgi_uow._decision import WRITABLE
@@ -124,13 +124,14 @@ class Session(StatementSession):
 
     async def failed(self, error: BaseException, operation: str) -> None:  # noqa: ARG002
         """Remember an outage; have the server stop a statement that was cancelled."""
-        if isinstance(error, Exception):
-            self.record_error(error)
-        elif isinstance(error, asyncio.CancelledError):
+        self.record_error(error)
+        if isinstance(error, asyncio.CancelledError):
             await cancel_statements(self.sync_session.take_cancel_sql())
 
-    def record_error(self, error: Exception) -> None:
-        if is_unavailable(error):
+    def record_error(self, error: BaseException) -> None:
+        if isinstance(error, Exception) and (
+            is_unavailable(error) or means(error, "conflict")
+        ):
             self.shared.outages.append(error)
 
     async def call_due(self) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
-from asgi_uow._databases.driver_errors import is_in_doubt, is_outage, means
+from asgi_uow._databases.driver_errors import is_in_doubt
 from asgi_uow._databases.pool import raw_of
 from asgi_uow._decision import RETRY_AFTER, Cause, Outcome
 from asgi_uow.observers import ReleaseFailed
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from asgi_uow._concurrency import Shield
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._sessions.managed import ManagedSession
+    from asgi_uow._sessions.managed import ManagedSession, Shared
     from asgi_uow._sessions.read_session import ReadSession
     from asgi_uow._sessions.session import Session
     from asgi_uow._unit.participant import Participant
@@ -42,14 +42,11 @@ class Ended:
     error: BaseException | None = None
     detail: str = ""
 
-    def failure(
-        self, cause: Cause, outages: list[Exception]
-    ) -> errors.UnitOfWorkFailedError:
+    def failure(self, cause: Cause, shared: Shared) -> errors.UnitOfWorkFailedError:
         """Make the failure; it asks for a retry if nothing was kept and it may help."""
         retry_after: int | None = None
-        if self.error is not None and self.outcome is Outcome.ROLLED_BACK:
-            may_help = is_outage(self.error, outages) or means(self.error, "conflict")
-            retry_after = RETRY_AFTER if may_help else None
+        if self.outcome is Outcome.ROLLED_BACK and shared.may_repeat(self.error):
+            retry_after = RETRY_AFTER
         what = self.outcome, cause
         failure = self.kind(*what, detail=self.detail, retry_after=retry_after)
         failure.__cause__ = self.error
@@ -85,15 +82,15 @@ def partial_for_ddl(
 
 
 class Commit:
-    """One COMMIT: may it have reached the server, and has the server answered?"""
+    """One COMMIT, and whether the answer to it leaves its outcome in doubt."""
 
-    __slots__ = ("db", "in_doubt", "sent", "session", "transaction_id")
+    __slots__ = ("db", "in_doubt", "session", "transaction_id")
 
     def __init__(self, db: Engines, session: Session) -> None:
         self.db = db
         self.session = session
         self.transaction_id: str | None = None
-        self.sent = self.in_doubt = False
+        self.in_doubt = False
 
     def prepare(self) -> None:
         """Have the server promise that it can commit."""
@@ -108,7 +105,7 @@ class Commit:
         self._require_whole(sync)
         if self.db.resolve_unknown and sync.connections:
             self.transaction_id = sync.scalar(text(self.db.facts.TRANSACTION_ID or ""))
-        sync.journal.is_ending = self.sent = True
+        sync.journal.is_ending = True
         orm.Session.commit(sync)
         orm.Session.close(sync)
 
@@ -164,22 +161,22 @@ class Completion:
                     prepares += 1
         any_committed = False
         for commit, step in steps:
-            sync = commit.session.sync_session
             try:
                 await self._shield.run(_in_lock(commit.session, step), self._timeout)
-            except Exception as error:  # noqa: BLE001  # becomes the failure
+            except BaseException as error:  # noqa: BLE001  # becomes the failure
                 if not await self._was_kept(commit, error):
                     return self._refused(commit, error, any_committed=any_committed)
                 await self.discard(commit.session, error)
-            any_committed = any_committed or (commit.sent and bool(sync.connections))
+            journal = commit.session.sync_session.journal
+            any_committed = any_committed or journal.committed
         return COMMITTED
 
-    async def _was_kept(self, commit: Commit, error: Exception) -> bool:
+    async def _was_kept(self, commit: Commit, error: BaseException) -> bool:
         """Tell whether the work is kept all the same; settles what was in doubt."""
-        if commit.session.sync_session.journal.committed:
+        journal = commit.session.sync_session.journal
+        if journal.committed:
             return True
-        timed_out = isinstance(error, TimeoutError)
-        commit.in_doubt = commit.sent and (timed_out or is_in_doubt(error))
+        commit.in_doubt = journal.commit_sent and is_in_doubt(error)
         if not commit.in_doubt or commit.transaction_id is None:
             return False
         seconds = self._timeout or RESOLVE_SECONDS
@@ -189,7 +186,7 @@ class Completion:
         return bool(kept)
 
     def _refused(
-        self, commit: Commit, error: Exception, *, any_committed: bool
+        self, commit: Commit, error: BaseException, *, any_committed: bool
     ) -> Ended:
         commit.session.record_error(error)
         self._is_stuck = isinstance(error, TimeoutError)
@@ -244,7 +241,9 @@ class Completion:
         except Exception as error:  # noqa: BLE001  # reported; nothing depends on it
             self._report("giving a read connection back", error)
 
-    async def discard(self, session: Session, error: Exception | None = None) -> None:
+    async def discard(
+        self, session: Session, error: BaseException | None = None
+    ) -> None:
         """Give up a session that could not be closed; its connection is not reused."""
         lost = getattr(error, "connection_invalidated", False)
         if error is not None and not lost and session.doomed_by is None:
@@ -254,7 +253,7 @@ class Completion:
         except Exception as again:  # noqa: BLE001  # reported; the outcome stands
             self._report("throwing the connection away", again)
 
-    def _report(self, operation: str, error: Exception) -> None:
+    def _report(self, operation: str, error: BaseException) -> None:
         self._events.append(ReleaseFailed(operation, error))
 
 

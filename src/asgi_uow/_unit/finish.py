@@ -65,7 +65,6 @@ async def finish(
             decision = rollback(ended.cause)
     else:
         unit.doom = unit.doomed_by
-    stopping = ended.error
     if decision.commit and unit.doom is not None:
         decision = rollback(Cause.DOOMED, replace_response=True)
     if decision.replace_response:
@@ -74,12 +73,12 @@ async def finish(
     unit.move(State.COMMITTING if decision.commit else State.ROLLING_BACK)
     shield = Shield()
     try:
-        await _complete(unit, decision, ended, ending, shield)
+        interrupted = await _complete(unit, decision, ended, ending, shield)
     finally:
         if unit.shared is not None and unit.shared.events:
             unit.tell()
-    if stopping is not None and not isinstance(stopping, Exception):
-        raise stopping
+    if interrupted is not None and not isinstance(interrupted, Exception):
+        raise interrupted
     shield.deliver()
     if unit.failure is not None:
         raise unit.failure
@@ -87,7 +86,8 @@ async def finish(
 
 async def _complete(
     unit: UnitOfWork, decision: Decision, ended: Ended, ending: float, shield: Shield
-) -> None:
+) -> BaseException | None:
+    """Commit or roll back, and run the hooks; give what has stopped the commit."""
     shared, participants = unit.shared or unit.share(), unit.participants.values()
     completion = Completion(shared.events, shield, unit.options.commit_timeout)
     if decision.commit:
@@ -101,11 +101,12 @@ async def _complete(
                 await completion.roll_back(participant.writer, ended)
     unit.cause, unit.outcome = ended.cause or decision.cause, ended.outcome
     if ended.cause is not None:
-        unit.failure = ended.failure(ended.cause, shared.outages)
+        unit.failure = ended.failure(ended.cause, shared)
     unit.move(STATE_OF[ended.outcome])
     _report(unit, shared.events, ended.outcome, ending)
     if unit.hooks:
         await _run_hooks(unit, unit.hooks, completion, shield)
+    return None if ended.kind is errors.DoomedError else ended.error
 
 
 async def _run_hooks(
@@ -133,7 +134,8 @@ def _report(
     options = unit.options
     for participant in unit.participants.values():
         if participant.writer is not None:
-            committed, details = outcome is Outcome.COMMITTED, options.wants_details
+            committed = outcome in {Outcome.COMMITTED, Outcome.UNKNOWN}
+            details = options.wants_details
             participant.conclude(
                 participant.writer, committed=committed, wants_details=details
             )

@@ -106,12 +106,15 @@ class Hooks:
 
 def check_callable(phase: str, fn: object) -> Callable[..., object]:
     """Give `fn` back; raises `TypeError`, with the likely mistake, if not callable."""
-    if callable(fn):
+    if callable(fn) and not _has_flag(fn, inspect.CO_ASYNC_GENERATOR):
         return fn
     message = (
         f"{phase}() takes a callable and its arguments, not {fn!r}. Did you "
         f"call the function? Write {phase}(fn, arg), not {phase}(fn(arg))."
     )
+    if callable(fn):
+        message = f"{phase}({name_of(fn)}): an async generator function has no end to"
+        message += " wait for. Pass an async function that reads it."
     if inspect.iscoroutine(fn):
         fn.close()  # otherwise it warns that it was never awaited
     raise TypeError(message)
@@ -166,9 +169,7 @@ def _run_in(
 
 def name_of(fn: Callable[..., object]) -> str:
     """Name any callable; never fails, whatever its attributes do."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    name: object = None
+    fn, name = _unwrapped(fn), None
     with suppress(Exception):
         name = getattr(fn, "__qualname__", None)
     return name if isinstance(name, str) else type(fn).__qualname__
@@ -176,10 +177,23 @@ def name_of(fn: Callable[..., object]) -> str:
 
 def is_async(fn: Callable[..., object]) -> bool:
     """Tell whether what it returns has to be awaited, as far as can be seen."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    if type(fn) is types.FunctionType and fn.__code__.co_flags & inspect.CO_COROUTINE:
+    if _has_flag(fn, inspect.CO_COROUTINE):
         return True  # the usual case, without inspect's many questions
+    fn = _unwrapped(fn)
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
         getattr(fn, "__call__", None),  # noqa: B004  # the method, not a test for it
     )
+
+
+def _has_flag(fn: Callable[..., object], flag: int) -> bool:
+    while type(fn) is functools.partial:
+        fn = fn.func
+    if type(fn) is types.MethodType:
+        fn = fn.__func__
+    return type(fn) is types.FunctionType and bool(fn.__code__.co_flags & flag)
+
+
+def _unwrapped(fn: Callable[..., object]) -> Callable[..., object]:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return fn

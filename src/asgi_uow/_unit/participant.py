@@ -84,7 +84,8 @@ class Participant:
     ) -> None:
         """Record what the end of the write session means for reads; tell of it."""
         journal = writer.sync_session.journal
-        if self.has_written and (committed or journal.committed):
+        implicit = journal.implicit_commit is not None
+        if implicit or (self.has_written and (committed or journal.committed)):
             self.shared.committed.add(self.db)
         if wants_details:
             self.report_release(writer, "write")
