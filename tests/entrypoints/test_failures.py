@@ -27,6 +27,7 @@ from tests.support.databases import SERVERS, checked_out, on
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from asgi_uow._asgi import Receive, Scope, Send
     from tests.servers import Backend, ServerBackend
@@ -333,6 +334,21 @@ async def test_nothing_was_changed_is_a_proof(
     assert isinstance(response.error, (OSError, sa_exc.DBAPIError))
     assert [1] == await shop.items(backend)
     await down.dispose()
+
+
+async def test_error_of_a_file_is_no_outage(db: Database, tmp_path: Path) -> None:
+    """An OSError that does not come from the database says nothing about it."""
+
+    def read(_: object) -> None:
+        (tmp_path / "missing").read_text()
+
+    async def handler() -> None:
+        await current_session().run_sync(read)
+
+    response = await handle(handler, db)
+
+    assert [] == response.types
+    assert isinstance(response.error, FileNotFoundError)
 
 
 async def test_inner_middleware_that_kept_something(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Where the errors of drivers, and SQLAlchemy's wrappers of them, are defined.
 PACKAGES = {"sqlalchemy.dialects"}.union(*(each.PACKAGES for each in known.FACTS))
+CALLERS = ("sqlalchemy.dialects", "sqlalchemy.engine", "sqlalchemy.pool")  # of drivers
 # What SQLAlchemy raises with the message of a driver, or with parameters, inside.
 WRAPPERS = (sa_exc.StatementError, sa_exc.PendingRollbackError)
 
@@ -55,7 +56,12 @@ def is_lost(error: BaseException) -> bool:
     """Tell whether the connection is gone."""
     if isinstance(error, sa_exc.DBAPIError):
         return error.connection_invalidated
-    return isinstance(error, OSError)
+    # SQLAlchemy does not wrap every error of a socket; but a handler has files, too.
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    names = (str(frame.f_globals.get("__name__")) for frame in frames)
+    return isinstance(error, OSError) and any(
+        each.startswith(CALLERS) for each in names
+    )
 
 
 def is_in_doubt(error: BaseException) -> bool:

@@ -118,7 +118,7 @@ class Route:
             await run_to_completion(reader.release_connection())
             if self.has_read or not isinstance(error, Exception):
                 raise
-            if not failures.is_unavailable(error):
+            if not (isinstance(error, TimeoutError) or failures.is_unavailable(error)):
                 raise
             # To wait in vain for a busy pool says nothing about the server.
             if not (busy and isinstance(error, TimeoutError | sa_exc.TimeoutError)):

@@ -189,6 +189,8 @@ class Completion:
         self, commit: Commit, error: BaseException, *, any_committed: bool
     ) -> Ended:
         commit.session.record_error(error)
+        if isinstance(error, ConnectionError | TimeoutError):  # of this file, or Shield
+            commit.session.shared.outages.append(error)
         self._is_stuck = isinstance(error, TimeoutError)
         cause = Cause.TIMEOUT if self._is_stuck else Cause.COMMIT_FAILED
         if any_committed:
