@@ -7,8 +7,7 @@ import contextvars
 import math
 import sys
 from collections import deque
-from functools import partial
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from anyio import CancelScope
 
@@ -22,9 +21,8 @@ T = TypeVar("T")
 GRACE = 7.0
 """Seconds a timed-out operation gets to close its connection; psycopg takes 5."""
 
-IS_EAGER = sys.version_info >= (3, 12)
 # What never has to wait takes no turn of the loop.
-_start_at_once = partial(asyncio.Task, eager_start=True) if IS_EAGER else asyncio.Task
+EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
 
 class Shield:
@@ -73,8 +71,8 @@ class Shield:
         """
         self.seconds, self._gave_up = seconds, False
         self.restart()
-        start = _start_at_once if at_once else asyncio.Task
-        task: asyncio.Task[T] = start(work, loop=self._loop)
+        options = EAGERLY if at_once else {}
+        task: asyncio.Task[T] = asyncio.Task(work, loop=self._loop, **options)
         try:
             if not task.done():
                 asyncio._unregister_task(task)  # noqa: SLF001  # public in the link

@@ -205,9 +205,10 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
             for db in self.databases:
                 # A hook's own unit is in the way only once it is used.
                 taken = around.holds(db) if around.is_hook else around.serves(db)
-                second = taken and around.state in WRITABLE and not self.independent
+                if taken and around.state in WRITABLE and not self.independent:
+                    raise errors.NestedUnitOfWorkError(db)
                 # The enclosing unit cannot end before this one does: a deadlock.
-                if second or unit.is_blocked_by_others(db):
+                if unit.is_blocked_by_others(db):
                     raise errors.NestedUnitOfWorkError(db)
         current.set(unit)
         return unit

@@ -14,7 +14,7 @@ import dataclasses
 import enum
 import logging
 import time
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -43,9 +43,7 @@ logger: logging.Logger = logging.getLogger("asgi_uow")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """What happened: an event is one of the classes below."""
-
+class _About:
     unit: object = dataclasses.field(default=None, compare=False, repr=False)
     """The unit of work it is about: the same object in all events of one unit."""
     at: int = dataclasses.field(default_factory=time.time_ns, compare=False, repr=False)
@@ -53,7 +51,7 @@ class Event:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class UnitStarted(Event):
+class UnitStarted(_About):
     """A unit of work was asked for its first session, or for its first hook.
 
     Told at once, in the task that asked.
@@ -61,7 +59,7 @@ class UnitStarted(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class UnitFinished(Event):
+class UnitFinished(_About):
     """A unit of work that opened a session or registered a hook was decided.
 
     A hook that asks for a session has a unit of its own, which is told of too.
@@ -81,7 +79,7 @@ class UnitFinished(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class CommitFailed(Event):
+class CommitFailed(_About):
     """A commit was wanted and the work was not kept, or may not have been."""
 
     error: Exception
@@ -93,7 +91,7 @@ class CommitFailed(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class HookStarted(Event):
+class HookStarted(_About):
     """A hook is about to be called.
 
     Told at once, in the task and context in which the hook runs.
@@ -108,7 +106,7 @@ class HookStarted(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class HookFinished(Event):
+class HookFinished(_About):
     """A hook has returned or raised; told where `HookStarted` was."""
 
     phase: str
@@ -120,7 +118,7 @@ class HookFinished(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class HookFailed(Event):
+class HookFailed(_About):
     """A hook raised or took longer than `hook_timeout`; the others still ran.
 
     Or the work it did with a session of its own could not be committed. Once per
@@ -134,7 +132,7 @@ class HookFailed(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ConnectionReleased(Event):
+class ConnectionReleased(_About):
     """A session gave its connection back after `seconds`, or it was thrown away."""
 
     database: str
@@ -144,7 +142,7 @@ class ConnectionReleased(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReleaseFailed(Event):
+class ReleaseFailed(_About):
     """A connection could not be rolled back or closed; it was thrown away."""
 
     operation: str
@@ -152,7 +150,7 @@ class ReleaseFailed(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ImplicitCommit(Event):
+class ImplicitCommit(_About):
     """MySQL committed in the middle of a unit because of DDL; it cannot be undone."""
 
     statement: str
@@ -160,7 +158,7 @@ class ImplicitCommit(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReaderFailed(Event):
+class ReaderFailed(_About):
     """A read replica could not be reached; it is left alone for `seconds`.
 
     The unit went on with another one, or with the writer's server.
@@ -173,14 +171,14 @@ class ReaderFailed(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReaderRestored(Event):
+class ReaderRestored(_About):
     """A read replica that had failed is used again."""
 
     database: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReaderBehind(Event):
+class ReaderBehind(_About):
     """A read replica had not applied in time what the client has written.
 
     The unit went on with another one, or with the writer's server.
@@ -189,6 +187,22 @@ class ReaderBehind(Event):
     database: str
     seconds: float
     """How long it was waited for, at most."""
+
+
+Event: TypeAlias = (
+    UnitStarted
+    | UnitFinished
+    | CommitFailed
+    | HookStarted
+    | HookFinished
+    | HookFailed
+    | ConnectionReleased
+    | ReleaseFailed
+    | ImplicitCommit
+    | ReaderFailed
+    | ReaderRestored
+    | ReaderBehind
+)
 
 
 class Observer(Protocol):

@@ -14,7 +14,13 @@ from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, StaticPool
 
-from asgi_uow import Database, errors, set_rollback_only, unit_of_work
+from asgi_uow import (
+    Database,
+    current_session,
+    errors,
+    set_rollback_only,
+    unit_of_work,
+)
 from tests.servers import eventually
 from tests.servers.process import free_port
 from tests.support import shop
@@ -176,10 +182,10 @@ def test_a_reader_that_cannot_work() -> None:
 
 
 async def test_an_engine_that_was_refused(sqlite: SQLiteBackend) -> None:
-    """A reader that was refused as the writer can still be one, of another database."""
+    """An engine that was refused as both can still be the writer of a database."""
     engine = create_async_engine(sqlite.url)
     with pytest.raises(errors.ConfigurationError, match="cannot be the writer"):
-        Database(None, readers=[engine]).engine = engine
+        Database(engine, readers=[engine])
     db = Database(engine)
     async with db:
         await db.write.execute("CREATE TABLE t (id INTEGER)")
@@ -238,6 +244,43 @@ async def test_autocommit_engine_is_refused(backend: ServerBackend) -> None:
     assert [0, 0] == checked_out(db)
     await db.dispose()
     await engine.dispose()
+
+
+@on(*SERVERS)
+async def test_autocommit_of_one_statement_is_refused(
+    backend: ServerBackend,
+) -> None:
+    """Nor is it on an engine with options that shares the pool."""
+    await shop.create(backend)
+    db = Database.from_url(backend.url)
+    engine = db.engine.execution_options(isolation_level="AUTOCOMMIT")
+    arguments = {"bind": engine.sync_engine}
+
+    async def handler() -> None:
+        insert = "INSERT INTO items (id) VALUES (1)"
+        await current_session().execute(insert, bind_arguments=arguments)
+
+    response = await handle(handler, db)
+
+    assert isinstance(response.error, errors.ConfigurationError)
+    assert [] == await shop.items(backend)
+    await db.dispose()
+
+
+async def test_a_reader_that_is_used_before_there_is_a_writer(
+    sqlite: SQLiteBackend,
+) -> None:
+    """A reader is read-only from its first connection on, whenever that is made."""
+    await shop.create(sqlite)
+    reader = create_async_engine(sqlite.url)
+    db = Database(None, readers=[reader])
+    async with reader.connect():
+        pass  # it is in the pool now
+    db.engine = create_async_engine(sqlite.url)
+    async with db:
+        with pytest.raises(errors.ReadOnlySessionError):
+            await db.read.execute("INSERT INTO items (id) VALUES (1)")
+    await db.dispose()
 
 
 async def test_session_options(sqlite: SQLiteBackend) -> None:

@@ -319,3 +319,14 @@ async def test_statements_inside_run_sync(stocked: Backend, method: str) -> None
             await db.read.run_sync(lambda session: getattr(session, method)(statement))
     assert [1] == await shop.items(stocked)
     await db.dispose()
+
+
+async def test_dml_that_names_another_clause(db: Database) -> None:
+    """What `bind_arguments` say does not hide what is executed."""
+    items = table("items", column("id"))
+    arguments = {"clause": items}
+    async with db:
+        await shop.insert(1)  # so that reads join the writer's transaction
+        with pytest.raises(ReadOnlySessionError, match="INSERT"):
+            statement = insert(items).values(id=2)
+            await db.read.execute(statement, bind_arguments=arguments)

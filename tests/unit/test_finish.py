@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import event
+from sqlalchemy.exc import IntegrityError
 
 import asgi_uow as uow
 from asgi_uow import Database, errors
@@ -141,6 +142,34 @@ async def test_before_commit_stops_the_commit(
     assert [CommitFailed, UnitFinished] == list(map(type, response.events.results))
     finished = response.events.only(UnitFinished)
     assert (uow.Outcome.ROLLED_BACK, cause) == (finished.outcome, finished.cause)
+
+
+async def test_what_doomed_a_unit_is_still_known(db: Database) -> None:
+    """`doomed_by` is the error of a flush that stopped the commit, afterwards too."""
+
+    async def handler() -> None:
+        session = uow.current_session()
+        session.add_all([shop.Item(id=1), shop.Item(id=1)])
+
+    response = await handle(handler, db)
+
+    assert 500 == response.status
+    assert isinstance(response.unit.doomed_by, IntegrityError)
+
+
+async def test_before_commit_without_a_name(db: Database) -> None:
+    """A hook that has an empty name has one all the same."""
+
+    async def refuse() -> None:
+        raise ZeroDivisionError
+
+    async def handler() -> None:
+        uow.before_commit(refuse)
+
+    refuse.__qualname__ = ""
+    response = await handle(handler, db)
+
+    assert isinstance(response.error, errors.BeforeCommitError)
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import pytest
 
@@ -43,3 +44,15 @@ async def test_dropped_unit_with_hooks_warns(db: Database) -> None:
     with pytest.warns(ResourceWarning, match="hooks that never ran"):
         unit = None
         gc.collect()
+
+
+async def test_long_chain(db: Database) -> None:
+    """A job that starts the next one inside its block may do so for ever."""
+    first = unit = make_unit(db)
+    for _ in range(3 * sys.getrecursionlimit()):
+        inner = make_unit(db)
+        inner.around, inner.is_nested = unit, True
+        unit = inner
+    *_, last = unit.outwards()
+    assert first is last
+    assert unit.serves(db)

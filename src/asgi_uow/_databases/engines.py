@@ -70,6 +70,8 @@ class Engines:
         self.read_options: dict[str, Any] = shared | READ_OPTIONS
         if engine is not None:
             self.use(engine)
+        else:
+            self._make_readers_read_only()
 
     @property
     def engine(self) -> AsyncEngine:
@@ -100,10 +102,14 @@ class Engines:
             read_engine = engine
         self._read_engine = read_engine or derive_engine(engine)
         attach_listeners(engine, read_only=False)
-        isolation = self.read_isolation
-        for each in (self._read_engine, *self._readers):
-            attach_listeners(each, read_only=True, read_isolation=isolation)
+        self._make_readers_read_only()
         self._engine = engine
+
+    def _make_readers_read_only(self) -> None:
+        """At once: a connection that is in the pool already stays what it is."""
+        for each in filter(None, (self._read_engine, *self._readers)):
+            isolation = self.read_isolation
+            attach_listeners(each, read_only=True, read_isolation=isolation)
 
     @property
     def read_engine(self) -> AsyncEngine:

@@ -103,7 +103,7 @@ class Route:
             if replica not in self._barred and await self._connect_to(reader, replica):
                 self._choice = replica
                 return
-        self._barred += self._replicas  # the unit keeps to the writer's server
+        self._barred = list(self._replicas)  # the unit keeps to the writer's server
         reader.bind_to(self._fallback)
 
     async def _connect_to(self, reader: Reader, replica: Replica) -> bool:

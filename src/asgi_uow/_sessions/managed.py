@@ -162,14 +162,17 @@ class ReadOnlySession(ManagedSession):
         return sibling if sibling.connections or self.database.is_memory else None
 
     def get_bind(self, *args: Any, **kwargs: Any) -> sa.Engine | sa.Connection:
-        """Refuse DML; read from the writer's transaction once the unit has used it."""
-        clause: sa.ClauseElement | None = kwargs.get("clause")
-        if clause is not None and getattr(clause, "is_dml", False):
-            operation = clause.__visit_name__.upper()
-            raise errors.ReadOnlySessionError(operation)
+        """Read from the writer's transaction once the unit has used it."""
         if (writer := self.writer) is not None:
             return orm.Session.connection(writer)  # its driver is not exposed
         return super().get_bind(*args, **kwargs)
+
+    def _execute_internal(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
+        # Behind execute(), scalar() and scalars().
+        if getattr(statement, "is_dml", False):
+            operation = str(statement.__visit_name__).upper()
+            raise errors.ReadOnlySessionError(operation)
+        return super()._execute_internal(statement, *args, **kwargs)
 
 
 @event.listens_for(ManagedSession, "after_begin", propagate=True)
@@ -184,9 +187,11 @@ def _accept_connection(
     joins = isinstance(session, ReadOnlySession) and session.writer is not None
     if session.connected is None and not joins:
         session.connected = time.perf_counter()
-    if isinstance(connection, pool.Connection) and not reads:
-        if pool.AUTOCOMMIT in info:
-            _refuse_autocommit(connection, is_default=info[pool.AUTOCOMMIT])
+    if reads:
+        return
+    if pool.AUTOCOMMIT in info:  # of any engine on the pool, one with options too
+        _refuse_autocommit(connection, is_default=info[pool.AUTOCOMMIT])
+    if isinstance(connection, pool.Connection):
         connection.journal = session.journal
 
 

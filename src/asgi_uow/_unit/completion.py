@@ -56,15 +56,15 @@ class Ended:
 COMMITTED, ROLLED_BACK = Ended(Outcome.COMMITTED), Ended(Outcome.ROLLED_BACK)
 
 
-def stopped_by(error: BaseException, hook: str = "") -> Ended:
+def stopped_by(error: BaseException, hook: str | None = None) -> Ended:
     """Tell what an error of the flush means, or of a `before_commit` hook."""
     kind: type[errors.UnitOfWorkFailedError] = errors.CommitFailedError
     cause = Cause.COMMIT_FAILED if isinstance(error, Exception) else Cause.CANCELLED
-    if hook and isinstance(error, Exception):
+    if hook is not None and isinstance(error, Exception):
         kind, cause = errors.BeforeCommitError, Cause.BEFORE_COMMIT
     if isinstance(error, TimeoutError):
         cause = Cause.TIMEOUT
-    return Ended(Outcome.ROLLED_BACK, kind, cause, error, hook)
+    return Ended(Outcome.ROLLED_BACK, kind, cause, error, hook or "")
 
 
 def partial_for_ddl(
@@ -123,6 +123,7 @@ class Commit:
             if driver.is_dead(raw):
                 message = "the connection was lost before COMMIT was sent"
                 raise ConnectionError(message)
+            # Elsewhere the driver begins again by itself, so the flag proves nothing.
             if facts.BEGIN_WRITE is not None and not driver.in_transaction(raw):
                 raise sync.journal.doom(errors.TransactionGoneError())
             if sync.driver_exposed and facts.QUESTION_BEFORE_COMMIT is not None:

@@ -63,8 +63,7 @@ async def finish(
         ended = await prepare(unit)
         if ended.cause is not None:
             decision = rollback(ended.cause)
-    else:
-        unit.doom = unit.doomed_by
+    unit.doom = unit.doomed_by
     if decision.commit and unit.doom is not None:
         decision = rollback(Cause.DOOMED, replace_response=True)
     if decision.replace_response:
@@ -171,10 +170,8 @@ async def prepare(unit: UnitOfWork) -> Ended:
         for participant in unit.participants.values():
             for reader in participant.readers:
                 reader.refuse_changes()
-        has_run = False
         while True:
             if unit.hooks is not None:
-                has_run = True
                 unit.quota = unit.hooks.quota
                 waiting = unit.hooks.queue("before_commit")
                 hooks = HookRun(unit, "before_commit", waiting, end_unit)
@@ -188,10 +185,8 @@ async def prepare(unit: UnitOfWork) -> Ended:
                 if each.writer is not None and each.writer.has_changes:
                     with anyio.fail_after(unit.options.hook_timeout):
                         await each.writer.flush()
-                    has_run = True
             more = unit.hooks is not None and unit.hooks.queue("before_commit")
             if participants is unit.participants and not more:
-                unit.doom = unit.doomed_by if has_run else None
                 return ROLLED_BACK
     except BaseException as error:  # noqa: BLE001  # raised by finish()
         return stopped_by(error)

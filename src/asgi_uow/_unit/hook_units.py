@@ -80,7 +80,7 @@ class HookRun:
                 if error is not None or own.is_used:
                     shield.pause()
                     await self._conclude(hook, own, error)
-                else:
+                else:  # a unit of the hook's own: one that has hooks is used
                     own.state = CLOSED
             finally:
                 del error  # its traceback refers to this frame
@@ -89,7 +89,7 @@ class HookRun:
         self, hook: Hook, own: UnitOfWork, error: BaseException | None
     ) -> None:
         """End the unit of a hook; tell if it failed, or have that stop the commit."""
-        if own is self._unit:
+        if self._phase == "before_commit":
             if error is not None:
                 self._failed = hook, error
                 self.waiting.clear()

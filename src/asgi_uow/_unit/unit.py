@@ -253,15 +253,17 @@ class UnitOfWork:
         ]
 
     def outwards(self) -> Iterator[UnitOfWork]:
-        if self.around is not None:
-            yield self.around
-            yield from self.around.outwards()
+        unit = self.around
+        while unit is not None:  # a job that starts the next one makes a long chain
+            yield unit
+            unit = unit.around
 
     def serves(self, db: Engines) -> bool:
         """Tell whether this unit, or one it is nested in, serves `db`."""
-        if db in self.databases or self.around is None:
-            return db in self.databases
-        return self.is_nested and self.around.serves(db)
+        unit: UnitOfWork | None = self
+        while unit is not None and db not in unit.databases:
+            unit = unit.around if unit.is_nested else None
+        return unit is not None
 
     def holds(self, db: Engines) -> bool:
         """Tell whether this unit holds a connection that another would wait for."""
