@@ -52,10 +52,14 @@ class WatchedDatabase(Database):
 
     places: list[tuple[int, asyncio.Task[Any] | None]]
 
-    @property  # type: ignore[misc]  # not set here
+    @property
     def engine(self) -> AsyncEngine:
         self.places.append(place())
         return super().engine
+
+    @engine.setter
+    def engine(self, engine: AsyncEngine) -> None:
+        self.use(engine)
 
     @property
     def read_engine(self) -> AsyncEngine:
@@ -66,8 +70,9 @@ class WatchedDatabase(Database):
 @pytest.fixture
 async def db(sqlite: SQLiteBackend) -> AsyncIterator[WatchedDatabase]:
     await shop.create(sqlite)
-    db = WatchedDatabase.from_url(sqlite.url)
+    db = WatchedDatabase(None)
     db.places = []
+    db.engine = Database.from_url(sqlite.url).engine
     async with db:  # what is asked for once
         assert db.write is not db.read
     db.places = []

@@ -185,12 +185,12 @@ def is_async(fn: Callable[..., object]) -> bool:
     )
 
 
-def _has_flag(fn: Callable[..., object], flag: int) -> bool:
-    while type(fn) is functools.partial:
+def _has_flag(fn: object, flag: int) -> bool:
+    while isinstance(fn, functools.partial):
         fn = fn.func
-    if type(fn) is types.MethodType:
+    if isinstance(fn, types.MethodType):
         fn = fn.__func__
-    return type(fn) is types.FunctionType and bool(fn.__code__.co_flags & flag)
+    return isinstance(fn, types.FunctionType) and bool(fn.__code__.co_flags & flag)
 
 
 def _unwrapped(fn: Callable[..., object]) -> Callable[..., object]:
