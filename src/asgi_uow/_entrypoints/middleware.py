@@ -84,7 +84,9 @@ class UnitOfWorkMiddleware:
         self.commit_when = commit_when
         self.causal_reads = causal_reads
         self.error_app = error_app
-        self.options = UnitOptions(tuple(observers), commit_timeout, hook_timeout)
+        self.options: UnitOptions = UnitOptions(
+            tuple(observers), commit_timeout, hook_timeout
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -17,6 +17,7 @@ from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
+    from sqlalchemy import orm
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncResult
     from sqlalchemy.util.typing import TupleAny
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 class ReadSession(Session):
     """Reads from a replica or from the writer's server, or in its transaction."""
 
-    sync_session_class = ReadOnlySession
+    sync_session_class: type[orm.Session] = ReadOnlySession
     sync_session: ReadOnlySession  # pyright: ignore[reportIncompatibleVariableOverride]
     route: Route | None = None
     """Finds the replica to read from, where there is a choice."""

@@ -25,6 +25,7 @@ from asgi_uow._sessions.statements import StatementSession, StreamResult, adopt
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Mapping
 
+    from sqlalchemy import orm
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.util.typing import TupleAny
 
@@ -80,7 +81,7 @@ class Session(StatementSession):
     decided, every call on its write session raises `UnitOfWorkClosedError`.
     """
 
-    sync_session_class = ManagedSession
+    sync_session_class: type[orm.Session] = ManagedSession
     # Narrower than SQLAlchemy's, which only reads it.
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
