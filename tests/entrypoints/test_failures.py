@@ -274,6 +274,23 @@ async def test_conflict_in_the_handler_is_answered_503(
 
 
 @on(*SERVERS)
+async def test_conflict_in_a_task_group_is_answered_503(
+    db: Database, backend: ServerBackend
+) -> None:
+    """It is found inside an ExceptionGroup, too."""
+
+    async def handler() -> None:
+        async with asyncio.TaskGroup() as group:
+            statement = RAISE[backend.driver].format("40001", 1213)
+            group.create_task(current_session().execute(statement))
+
+    response = await handle(handler, db)
+
+    assert 503 == response.status
+    assert isinstance(response.error, ExceptionGroup)
+
+
+@on(*SERVERS)
 async def test_writer_that_takes_no_writes_is_replaced(
     db: Database, backend: ServerBackend
 ) -> None:

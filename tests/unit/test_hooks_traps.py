@@ -517,6 +517,40 @@ async def test_hook_that_does_not_let_itself_be_cancelled(
 
 
 @on("aiosqlite")
+async def test_hook_that_was_left_behind_comes_back(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does nothing more: the hooks after it are called once, and in order."""
+    monkeypatch.setattr(concurrency, "GRACE", 0.01)
+    over = asyncio.Event()
+    called: list[str] = []
+    tasks: list[asyncio.Task[object]] = []
+
+    async def stubborn() -> None:
+        tasks.extend(filter(None, [asyncio.current_task()]))
+        while not over.is_set():
+            with suppress(asyncio.CancelledError):
+                await over.wait()
+        called.append("comes back")
+
+    async def second() -> None:
+        called.append("begins")
+        over.set()
+        await asyncio.wait(tasks)
+        called.append("ends")
+
+    async def handler() -> None:
+        uow.after_commit(stubborn)
+        uow.after_commit(second)
+        uow.after_commit(called.append, "third")
+
+    response = await handle(handler, db, hook_timeout=0.5)
+
+    assert ["begins", "comes back", "ends", "third"] == called
+    assert isinstance(response.events.only(HookFailed).error, TimeoutError)
+
+
+@on("aiosqlite")
 async def test_hook_that_fails_as_its_time_is_up(db: Database) -> None:
     """What it raises when it is cancelled is what is reported."""
     never = asyncio.Event()
