@@ -77,7 +77,7 @@ TRANSITIONS: Mapping[State, AbstractSet[State]] = {
     State.ROLLBACK_ONLY: {State.ROLLING_BACK},
     State.PREPARING: {State.COMMITTING, State.ROLLING_BACK},
     State.COMMITTING: SETTLED,
-    State.ROLLING_BACK: {State.ROLLED_BACK, State.PARTIAL},
+    State.ROLLING_BACK: {State.ROLLED_BACK, State.PARTIAL, State.UNKNOWN},
     **{settled: {State.RESPONDING, State.CLOSED} for settled in SETTLED},
     State.RESPONDING: {State.CLOSED},
     State.CLOSED: set(),

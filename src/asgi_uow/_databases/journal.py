@@ -98,6 +98,11 @@ class Journal:
 
     is_ending = False
     """Whether the unit of work itself ends the transaction now."""
+    executed = False
+    """Whether a statement was sent in the transaction."""
+    was_open = False
+    ended_unseen = False
+    """Whether it has ended, committed or not, by what nobody asked the unit for."""
     commit_sent = False
     """Whether COMMIT was given to the driver: from then on it may be carried out."""
     committed = False
@@ -131,6 +136,23 @@ class Journal:
         self.entries.append((error, 0))
         return error
 
+    def look(self, raw: object) -> None:
+        """Ask the driver whether the transaction is still the one that was begun.
+
+        A text does not tell: a comment, a procedure, the driver's own cursor hide what
+        ends it. MySQL opens one only for what reads or writes a table.
+        """
+        if self.entries:
+            return
+        if self._driver.in_transaction(raw):
+            self.was_open = True
+        elif self.implicit_commit is not None:
+            self.was_open = False
+        elif self.was_open or (self.executed and not self._database.IMPLICIT_COMMIT):
+            operation = "Something that ends the transaction"
+            self.doom(ManagedTransactionError(operation))
+            self.ended_unseen = True
+
     def record_error(
         self, context: ExceptionContext, raw: object, aborting: Collection[int | str]
     ) -> None:
@@ -153,7 +175,8 @@ class Journal:
         kind = known.kind_of(statement)
         is_open = self._driver.in_transaction(raw)
         commits_for_ddl = self._database.IMPLICIT_COMMIT is not None
-        if self.entries and not is_open and not commits_for_ddl:
+        is_gone = self.entries and not is_open and not commits_for_ddl
+        if self.ended_unseen or is_gone:
             raise TransactionGoneError from self.doomed_by
         if kind == "transaction_control":
             raise ManagedTransactionError(repr(statement))

@@ -61,6 +61,7 @@ IMPLICIT_COMMIT: str | None = (
     r"FLUSH\b|INSTALL\b|UNINSTALL\b|CACHE\s+INDEX\b|LOAD\s+INDEX\b|SET\s+PASSWORD\b"
 )
 
+IN_TRANSACTION = 1  # SERVER_STATUS_IN_TRANS
 GTID = re.compile(r"([0-9]{1,10})-([0-9]{1,10})-([0-9]{1,20})")
 GTID_LIST = re.compile(rf"{GTID.pattern}(?:,{GTID.pattern})*")
 
@@ -68,9 +69,14 @@ GTID_LIST = re.compile(rf"{GTID.pattern}(?:,{GTID.pattern})*")
 class Asyncmy:
     is_known = exclusive_streams = True
     savepoints_survive = cursor_needs_begin = cancels_on_server = False
-    in_transaction = methodcaller("get_transaction_status")
     is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
     process_id = methodcaller("thread_id")
+
+    def in_transaction(self, raw: Any) -> bool:
+        # It keeps the old status where that of a result is 0: no transaction.
+        result = raw._result  # noqa: SLF001  # no other way
+        is_open = result is None or result.server_status & IN_TRANSACTION
+        return bool(is_open and raw.get_transaction_status())
 
     def aborts_transaction(self, _: object, error: BaseException) -> bool:
         return code_of(error) in CODES["aborting"]

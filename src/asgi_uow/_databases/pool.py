@@ -81,12 +81,16 @@ class Connection(sa.Connection):
             self.journal.record_error(context, raw, aborting)
 
     def check_statement(self, statement: str) -> None:
-        """Have the journal look at a statement, but for the many that are plain."""
+        """Have the journal look at what came before, and at one that is not plain."""
         journal = self.journal
-        if journal is not None and (
-            known.kind_of(statement) or journal.entries or journal.ddl is not None
-        ):
-            journal.check_statement(statement, self.connection.driver_connection)
+        if journal is None:
+            return
+        raw = raw_of(self._dbapi_connection.dbapi_connection)  # type: ignore[union-attr]
+        if journal.executed and not journal.is_ending:
+            journal.look(raw)
+        if known.kind_of(statement) or journal.entries or journal.ddl is not None:
+            journal.check_statement(statement, raw)
+        journal.executed = True
 
     def _commit_impl(self) -> None:
         if self.journal is not None:

@@ -96,7 +96,10 @@ class ManagedSession(orm.Session):
 
     def connection(self, *args: Any, **kwargs: Any) -> sa.Connection:
         self.driver_exposed = True
-        return super().connection(*args, **kwargs)
+        connection = super().connection(*args, **kwargs)
+        if self.journal.executed:  # what follows past the session is seen by nobody
+            self.journal.look(pool.raw_of(connection.connection.dbapi_connection))
+        return connection
 
     def release_connection(self) -> None:
         """Give the connection back; objects stay loaded, unlike after a rollback."""
@@ -191,8 +194,13 @@ def _accept_connection(
         return
     if pool.AUTOCOMMIT in info:  # of any engine on the pool, one with options too
         _refuse_autocommit(connection, is_default=info[pool.AUTOCOMMIT])
-    if isinstance(connection, pool.Connection):
-        connection.journal = session.journal
+    if not isinstance(connection, pool.Connection):
+        message = (
+            "A session works on the engine of its Database, where errors are seen: "
+            "leave `binds` and bind_arguments out, and make a Database for another."
+        )
+        raise errors.ConfigurationError(message)
+    connection.journal = session.journal
 
 
 def _refuse_autocommit(connection: sa.Connection, *, is_default: bool) -> None:

@@ -67,17 +67,25 @@ def stopped_by(error: BaseException, hook: str | None = None) -> Ended:
     return Ended(Outcome.ROLLED_BACK, kind, cause, error, hook or "")
 
 
-def partial_for_ddl(
+def without_proof(
     ended: Ended, cause: Cause | None, participants: Iterable[Participant]
 ) -> Ended:
-    """Tell whether DDL has kept a part of what is to be rolled back."""
+    """Tell whether something of what is to be rolled back was, or may be, kept."""
     for each in participants:
-        statement = each.writer and each.writer.sync_session.journal.implicit_commit
-        if statement and ended.outcome is Outcome.ROLLED_BACK:
-            cause = ended.cause or cause or Cause.COMMIT_FAILED
+        if each.writer is None or ended.outcome is not Outcome.ROLLED_BACK:
+            continue
+        sync, cause = each.writer.sync_session, ended.cause or cause
+        for connection in sync.connections:
+            if not (connection.closed or connection.invalidated):
+                sync.journal.look(raw_of(connection.connection.dbapi_connection))
+        if (statement := sync.journal.implicit_commit) is not None:
             kind, error = errors.PartialCommitError, ended.error
             detail = f"MySQL committed by itself for {statement!r}"
+            cause = cause or Cause.COMMIT_FAILED
             return Ended(Outcome.PARTIAL, kind, cause, error, detail)
+        if sync.journal.ended_unseen:
+            unknown, doom = errors.OutcomeUnknownError, sync.journal.doomed_by
+            return Ended(Outcome.UNKNOWN, unknown, Cause.DOOMED, doom)
     return ended
 
 
@@ -123,9 +131,9 @@ class Commit:
             if driver.is_dead(raw):
                 message = "the connection was lost before COMMIT was sent"
                 raise ConnectionError(message)
-            # Elsewhere the driver begins again by itself, so the flag proves nothing.
-            if facts.BEGIN_WRITE is not None and not driver.in_transaction(raw):
-                raise sync.journal.doom(errors.TransactionGoneError())
+            sync.journal.look(raw)
+            if sync.journal.ended_unseen:
+                raise errors.TransactionGoneError from sync.journal.doomed_by
             if sync.driver_exposed and facts.QUESTION_BEFORE_COMMIT is not None:
                 try:
                     sync.scalar(text(facts.QUESTION_BEFORE_COMMIT))

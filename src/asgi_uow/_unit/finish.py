@@ -21,8 +21,8 @@ from asgi_uow._unit.completion import (
     ROLLED_BACK,
     Completion,
     Ended,
-    partial_for_ddl,
     stopped_by,
+    without_proof,
 )
 from asgi_uow._unit.hook_units import HookRun, queue
 from asgi_uow.observers import CommitFailed, UnitFinished
@@ -94,7 +94,7 @@ async def _complete(
         if shared.writers:
             ended = await completion.commit(participants)  # <- here, and nowhere else
     if ended.outcome is not Outcome.COMMITTED:
-        ended = partial_for_ddl(ended, decision.cause, participants)
+        ended = without_proof(ended, decision.cause, participants)
         for participant in participants:
             if participant.writer is not None:
                 await completion.roll_back(participant.writer, ended)
