@@ -51,7 +51,7 @@ CODES: Mapping[str, frozenset[int | str]] = {
 }
 
 TRANSACTION_CONTROL: str = (
-    r"(?:UN)?LOCK\s+TABLES\b|"
+    r"(?:UN)?LOCK\s+TABLES?\b|"
     r"SET\s+(?:SESSION\s+|GLOBAL\s+|@@(?:\w+\.)?)?AUTOCOMMIT\b"
 )
 # https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
