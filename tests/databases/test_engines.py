@@ -247,13 +247,16 @@ async def test_autocommit_engine_is_refused(backend: ServerBackend) -> None:
 
 
 @on(*SERVERS)
-async def test_autocommit_of_one_statement_is_refused(
-    backend: ServerBackend,
+@pytest.mark.parametrize(
+    "options", [{"isolation_level": "AUTOCOMMIT"}, {"logging_token": "other"}]
+)
+async def test_another_engine_is_refused(
+    backend: ServerBackend, options: dict[str, str]
 ) -> None:
-    """Nor is it on an engine with options that shares the pool."""
+    """Nor is a statement on another engine, even if it shares the pool."""
     await shop.create(backend)
     db = Database.from_url(backend.url)
-    engine = db.engine.execution_options(isolation_level="AUTOCOMMIT")
+    engine = db.engine.execution_options(**options)
     arguments = {"bind": engine.sync_engine}
 
     async def handler() -> None:

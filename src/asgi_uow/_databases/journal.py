@@ -98,12 +98,12 @@ class Journal:
 
     is_ending = False
     """Whether the unit of work itself ends the transaction now."""
-    executed = False
+    executed: bool = False
     """Whether a statement was sent in the transaction."""
-    was_open = False
-    ended_unseen = False
+    was_open: bool = False
+    ended_unseen: bool = False
     """Whether it has ended, committed or not, by what nobody asked the unit for."""
-    commit_sent = False
+    commit_sent: bool = False
     """Whether COMMIT was given to the driver: from then on it may be carried out."""
     committed = False
     """Whether the database has acknowledged the COMMIT of the transaction."""

@@ -192,14 +192,14 @@ def _accept_connection(
         session.connected = time.perf_counter()
     if reads:
         return
-    if pool.AUTOCOMMIT in info:  # of any engine on the pool, one with options too
-        _refuse_autocommit(connection, is_default=info[pool.AUTOCOMMIT])
     if not isinstance(connection, pool.Connection):
         message = (
             "A session works on the engine of its Database, where errors are seen: "
             "leave `binds` and bind_arguments out, and make a Database for another."
         )
         raise errors.ConfigurationError(message)
+    if pool.AUTOCOMMIT in info:
+        _refuse_autocommit(connection, is_default=info[pool.AUTOCOMMIT])
     connection.journal = session.journal
 
 
