@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Where the errors of drivers, and SQLAlchemy's wrappers of them, are defined.
 PACKAGES = {"sqlalchemy.dialects"}.union(*(each.PACKAGES for each in known.FACTS))
-CALLERS = ("sqlalchemy.dialects", "sqlalchemy.engine", "sqlalchemy.pool")  # of drivers
+USERS = ("sqlalchemy.dialects", "sqlalchemy.engine", "sqlalchemy.pool")  # of drivers
 # What SQLAlchemy raises with the message of a driver, or with parameters, inside.
 WRAPPERS = (sa_exc.StatementError, sa_exc.PendingRollbackError)
 
@@ -57,11 +57,9 @@ def is_lost(error: BaseException) -> bool:
     if isinstance(error, sa_exc.DBAPIError):
         return error.connection_invalidated
     # SQLAlchemy does not wrap every error of a socket; but a handler has files, too.
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    names = (str(frame.f_globals.get("__name__")) for frame in frames)
-    return isinstance(error, OSError) and any(
-        each.startswith(CALLERS) for each in names
-    )
+    frames = traceback.walk_tb(error.__traceback__)
+    names = (str(frame.f_globals.get("__name__")) for frame, _ in frames)
+    return isinstance(error, OSError) and any(each.startswith(USERS) for each in names)
 
 
 def is_in_doubt(error: BaseException) -> bool:
@@ -78,9 +76,6 @@ def is_in_doubt(error: BaseException) -> bool:
 
 def is_unavailable(error: BaseException) -> bool:
     """Tell whether the database could not be reached; trying again may help."""
-    if isinstance(error, sa_exc.OperationalError) and code_of(error) is None:
-        # psycopg that could not connect: no server, so no SQLSTATE and no statement.
-        return is_lost(error) or error.statement is None
     is_timeout = isinstance(error, sa_exc.TimeoutError)
     return is_timeout or is_lost(error) or means(error, "unavailable")
 
@@ -130,12 +125,12 @@ class Redactor:
                 left = _without_data(each)
                 texts = (text_of(each), message_of(each))
                 self._exact |= dict.fromkeys(texts, left)
-                if _is_of_database(each):
+                if is_of_database(each):
                     self._quoted |= dict.fromkeys(_quotations(each, *texts), left)
         self._longest_first = sorted(filter(None, self._quoted), key=len, reverse=True)
 
     def _look(self, error: BaseException, *, database: bool) -> None:
-        database = database or _is_of_database(error)
+        database = database or is_of_database(error)
         if self._found.get(id(error), (error, None))[1] in {True, database}:
             return
         self._found[id(error)] = (error, database)
@@ -167,11 +162,10 @@ def name_of(kind: type[BaseException]) -> str:
     return f"{module}{kind.__qualname__}"
 
 
-def _is_of_database(error: BaseException) -> bool:
-    prefixes = tuple(f"{package}." for package in PACKAGES)
-    kinds = type(error).__mro__
-    is_driver_s = any(f"{each.__module__}.".startswith(prefixes) for each in kinds)
-    return is_driver_s or isinstance(error, WRAPPERS)
+def is_of_database(error: BaseException) -> bool:
+    roots = tuple(f"{package}." for package in PACKAGES)
+    names = (f"{each.__module__}." for each in type(error).__mro__)
+    return isinstance(error, WRAPPERS) or any(each.startswith(roots) for each in names)
 
 
 def _quotations(error: BaseException, *texts: str) -> Iterator[str]:

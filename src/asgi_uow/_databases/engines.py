@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
-from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
@@ -108,8 +107,7 @@ class Engines:
     def _make_readers_read_only(self) -> None:
         """At once: a connection that is in the pool already stays what it is."""
         for each in filter(None, (self._read_engine, *self._readers)):
-            isolation = self.read_isolation
-            attach_listeners(each, read_only=True, read_isolation=isolation)
+            attach_listeners(each, read_only=True, read_isolation=self.read_isolation)
 
     @property
     def read_engine(self) -> AsyncEngine:
@@ -206,7 +204,7 @@ async def _execute_on_new_connection(engine: Engine, statement: str) -> None:
 
     try:
         await bounded(execute(), CANCEL_SECONDS)
-    except (sa_exc.DBAPIError, OSError):
+    except Exception:  # noqa: BLE001  # the cancellation goes on
         # It ended by itself, or the server is gone and its locks with it.
         logger.debug("%s was not run", statement, exc_info=True)
     finally:

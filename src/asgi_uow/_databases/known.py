@@ -18,6 +18,7 @@ Meaning: TypeAlias = Literal[
     "read_only",  # refused, since nothing can be written there
     "demoted",  # the writer has become a replica: its pool has to find the new one
     "unavailable",  # not reached, or closed; trying again may help
+    "absent",  # no such file: of a replica an outage, of the writer a wrong URL
     "conflict",  # with another transaction; trying again may help
     "in_doubt",  # COMMIT may have been carried out
     "disconnect",  # the connection is of no use, and SQLAlchemy does not know

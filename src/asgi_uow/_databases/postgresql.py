@@ -124,9 +124,24 @@ DRIVERS: Mapping[str, Asyncpg | Psycopg] = {"asyncpg": Asyncpg(), "psycopg": Psy
 
 
 def code_of(error: BaseException) -> str | None:
-    """Return the SQLSTATE."""
-    code: object = getattr(getattr(error, "orig", None) or error, "sqlstate", None)
+    """Return the SQLSTATE; its class alone where psycopg could not connect."""
+    origin = getattr(error, "orig", None) or error
+    code: object = getattr(origin, "sqlstate", None)
+    unsent = isinstance(error, sa_exc.OperationalError) and error.statement is None
+    if code is None and unsent and hasattr(origin, "pgconn"):
+        # libpq drops the SQLSTATE of a connection that it could not open.
+        conn = origin.pgconn
+        code = "28000" if conn and _is_refused(conn, str(origin)) else "08000"
     return code if isinstance(code, str) else None
+
+
+def _is_refused(conn: Any, text: str) -> bool:
+    # The server's words, in its language, come after two spaces, unlike libpq's own.
+    # They quote the user or database that is refused; of others only a limit does.
+    name = b"|".join(map(re.escape, (conn.user, conn.db))).decode()
+    refused = rf"authentication failed|[^\w\s]\s?(?:{name})\s?(?:[^\w\s]|$)"
+    answer = rf"(?ms):  (?!.*too many connections).*(?:{refused})"
+    return bool(conn.needs_password or re.search(answer, text))
 
 
 def set_up(*_: object, **__: object) -> frozenset[int | str]:
@@ -177,7 +192,7 @@ async def was_committed(
                 async with engine.connect() as connection:
                     result = await connection.execute(sa.text(STATUS), {"id": number})
                     status, epoch_now = result.one()
-            except (sa_exc.DBAPIError, OSError) as error:
+            except Exception as error:  # noqa: BLE001  # it stays in doubt
                 status = code_of(error)
             if status == "committed" and epoch_now != epoch:
                 break

@@ -34,6 +34,7 @@ WAL_PAUSE = 50  # between two attempts to have a file keep a write-ahead log
 # https://www.sqlite.org/rescode.html
 CODES: Mapping[str, frozenset[int | str]] = {
     "read_only": frozenset({"SQLITE_READONLY"}),
+    "absent": frozenset({"SQLITE_CANTOPEN"}),
     "conflict": frozenset({"SQLITE_BUSY"}),
 }
 TRANSACTION_CONTROL: str = r"END\b"

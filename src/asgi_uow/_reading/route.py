@@ -118,7 +118,8 @@ class Route:
             await run_to_completion(reader.release_connection())
             if self.has_read or not isinstance(error, Exception):
                 raise
-            if not (isinstance(error, TimeoutError) or failures.is_unavailable(error)):
+            absent = isinstance(error, TimeoutError) or failures.means(error, "absent")
+            if not (absent or failures.is_unavailable(error)):
                 raise
             # To wait in vain for a busy pool says nothing about the server.
             if not (busy and isinstance(error, TimeoutError | sa_exc.TimeoutError)):
@@ -169,7 +170,7 @@ async def written_position(db: Engines, seconds: float) -> str | None:
         with anyio.fail_after(seconds):
             async with db.read_engine.connect() as connection:
                 found = await db.facts.position(connection)
-    except (sa_exc.SQLAlchemyError, OSError):
+    except Exception:  # noqa: BLE001  # what was committed is answered all the same
         logger.warning("the position of %s was not learnt", db.name)
         return READ_FROM_WRITER
     return READ_FROM_WRITER if found is None else found

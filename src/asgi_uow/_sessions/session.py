@@ -15,7 +15,7 @@ from sqlalchemy.util import greenlet_spawn
 from asgi_uow import errors
 from asgi_uow._concurrency import TaskLock
 from asgi_uow._databases import known
-from asgi_uow._databases.driver_errors import is_unavailable, means
+from asgi_uow._databases.driver_errors import is_of_database, is_unavailable, means
 from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.journal import Journal
 from asgi_uow._decision import WRITABLE
@@ -85,6 +85,8 @@ class Session(StatementSession):
     # Narrower than SQLAlchemy's, which only reads it.
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    bind: AsyncEngine  # pyright: ignore[reportIncompatibleVariableOverride]
+
     usable_in = WRITABLE
     """The states of its unit in which it may be called."""
     is_plain = True
@@ -130,10 +132,13 @@ class Session(StatementSession):
             await cancel_statements(self.sync_session.take_cancel_sql())
 
     def record_error(self, error: BaseException) -> None:
-        if isinstance(error, Exception) and (
-            is_unavailable(error) or means(error, "conflict")
-        ):
+        is_outage = is_unavailable(error) or means(error, "conflict")
+        if isinstance(error, Exception) and is_outage:
             self.shared.outages.append(error)
+        if not self.sync_session.connections and (is_outage or is_of_database(error)):
+            note = f"while connecting to {known.shown(self.bind.url)}"
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
 
     async def call_due(self) -> None:
         """Call the `after_rollback` hooks of savepoints, if the rollback is proven."""
