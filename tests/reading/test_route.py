@@ -28,7 +28,7 @@ from tests.servers import SQLiteBackend
 from tests.servers.process import HOST
 from tests.support import shop
 from tests.support.asgi import BODY, START, serve
-from tests.support.databases import DRIVERS, SERVERS, checked_out, on
+from tests.support.databases import DATABASES, DRIVERS, SERVERS, checked_out, on
 from tests.support.private import (
     LONGEST_PAUSE,
     READ_FROM_WRITER,
@@ -64,7 +64,7 @@ async def test_reads_from_a_reader(site: Site) -> None:
     assert [0, 0] == checked_out(site.db)
 
 
-@on(*SERVERS)
+@on(*DATABASES)
 async def test_moves_on_when_a_reader_is_down(backend: ServerBackend) -> None:
     """A reader that cannot be reached is done without, and left alone for a while."""
     async with site_with(backend, down(backend), backend.url) as site:
@@ -91,7 +91,7 @@ async def test_a_reader_that_does_not_answer(
             assert [0] == site.found
 
 
-@on(*SERVERS)
+@on(*DATABASES)
 async def test_no_reader_is_up(backend: ServerBackend) -> None:
     """Without a reader the writer's server is read, by all sessions of the unit."""
     async with site_with(backend, down(backend)) as site:

@@ -246,7 +246,10 @@ class MariaDB(Server):
 
 
 class PostgreSQL(Server):
-    """A PostgreSQL with the superuser `postgres`; its files belong to `postgres`."""
+    """A PostgreSQL with the superuser `postgres`; its files belong to `postgres`.
+
+    It asks the members of the role `with_password`, if there is one, for theirs.
+    """
 
     name = "postgresql"
     binaries: ClassVar[tuple[str, ...]] = ("postgres", "initdb")
@@ -255,6 +258,11 @@ class PostgreSQL(Server):
     account = "postgres"
 
     def _initialise(self) -> list[str]:
+        (self.folder / "hba.conf").write_text(
+            "host all +with_password all scram-sha-256\n"
+            "host all,replication all 127.0.0.1/32 trust\n"
+            "local all all trust\n"
+        )
         return [
             "initdb",
             f"--pgdata={self.data}",
@@ -269,6 +277,7 @@ class PostgreSQL(Server):
         settings = {
             "listen_addresses": HOST,
             "unix_socket_directories": self.folder,
+            "hba_file": self.folder / "hba.conf",
             "max_connections": 200,
             "max_prepared_transactions": 16,
             "shared_buffers": "32MB",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+import secrets
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import make_url
+from sqlalchemy.exc import DBAPIError
 
 from asgi_uow import Database
 from tests.support import shop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
+
+    from sqlalchemy import URL
 
     from tests.servers import Backend, RecordingProxy, ServerBackend
 
@@ -53,6 +58,32 @@ async def behind_proxy(
         url = backend.through(proxy.port)
         async with shop_database(backend, url, **options) as db:
             yield db, proxy
+
+
+@asynccontextmanager
+async def login(backend: ServerBackend, limit: int = 99) -> AsyncGenerator[URL]:
+    """A user with the password "right", who may have so many connections."""
+    name = f"user_{secrets.token_hex(6)}"
+    if backend.name == "mariadb":
+        limited = f"WITH MAX_USER_CONNECTIONS {limit}"
+        await backend.execute(
+            f"CREATE USER {name} IDENTIFIED BY 'right'",
+            f"GRANT ALL ON {backend.database}.* TO {name} {limited}",
+        )
+        end = (f"KILL USER {name}", f"DROP USER {name}")
+    else:
+        with suppress(DBAPIError):  # made before
+            await backend.execute("CREATE ROLE with_password")
+        await backend.execute(
+            f"CREATE ROLE {name} LOGIN CONNECTION LIMIT {limit}"
+            " PASSWORD 'right' IN ROLE with_password",
+            f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {name}",
+        )
+        end = (f"DROP OWNED BY {name}", f"DROP ROLE {name}")
+    try:
+        yield make_url(backend.url).set(username=name, password="right")
+    finally:
+        await backend.execute(*end)
 
 
 def is_commit(trip: str) -> bool:
