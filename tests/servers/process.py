@@ -258,11 +258,6 @@ class PostgreSQL(Server):
     account = "postgres"
 
     def _initialise(self) -> list[str]:
-        (self.folder / "hba.conf").write_text(
-            "host all +with_password all scram-sha-256\n"
-            "host all,replication all 127.0.0.1/32 trust\n"
-            "local all all trust\n"
-        )
         return [
             "initdb",
             f"--pgdata={self.data}",
@@ -274,6 +269,11 @@ class PostgreSQL(Server):
         ]
 
     def _serve(self) -> list[str]:
+        (self.folder / "hba.conf").write_text(
+            "host all +with_password all scram-sha-256\n"
+            "host all,replication all 127.0.0.1/32 trust\n"
+            "local all all trust\n"
+        )
         settings = {
             "listen_addresses": HOST,
             "unix_socket_directories": self.folder,
