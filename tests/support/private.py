@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from asgi_uow import UnitOfWork
 from asgi_uow import _concurrency as concurrency
-from asgi_uow._concurrency import TaskLock, bounded, run_to_completion
+from asgi_uow._concurrency import Shield, TaskLock, bounded, run_to_completion
 from asgi_uow._databases.configuration import read as read_configuration
 from asgi_uow._databases.driver_errors import code_of, means
 from asgi_uow._databases.health import LONGEST_PAUSE, Replica, by_free_connections
@@ -36,6 +36,8 @@ from asgi_uow._unit.hooks import (
     check_callable,
     name_of,
 )
+from asgi_uow._unit.hooks import _call_in_thread as call_in_thread
+from asgi_uow._unit.hooks import _threads as threads_of_hooks
 from asgi_uow._unit.unit import UnitOptions, current
 
 if TYPE_CHECKING:
@@ -59,10 +61,12 @@ __all__ = [
     "ReadSession",
     "Replica",
     "Savepoint",
+    "Shield",
     "State",
     "TaskLock",
     "bounded",
     "by_free_connections",
+    "call_in_thread",
     "check_callable",
     "code_of",
     "commit_below_400",
@@ -79,6 +83,7 @@ __all__ = [
     "release",
     "rollback",
     "run_to_completion",
+    "threads_of_hooks",
 ]
 
 SQLITE_CONNECTION = "asgi_uow._databases.sqlite_connection"
