@@ -23,7 +23,7 @@ from asgi_uow._decision import (
     exception_cause,
     rollback,
 )
-from asgi_uow._reading.causal import LONGEST_TOKEN, READ_FROM_WRITER
+from asgi_uow._reading.causal import LONGEST_TOKEN, READ_FROM_WRITER, MustSee
 from asgi_uow._sessions.managed import ManagedSession
 from asgi_uow._sessions.read_session import ReadSession
 from asgi_uow._sessions.session import Savepoint
@@ -58,6 +58,7 @@ __all__ = [
     "Hook",
     "Hooks",
     "ManagedSession",
+    "MustSee",
     "ReadSession",
     "Replica",
     "Savepoint",
