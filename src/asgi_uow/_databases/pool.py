@@ -156,7 +156,7 @@ def attach_listeners(
         begin = None if read_isolation is None else "BEGIN"
     # Also if there is none: a derived engine has the options of its original.
     target.update_execution_options(**{BEGINS_WITH: begin})
-    if policy.connect is not None:
+    if target.dialect.driver in known.CONNECTS:
         event.listen(target, "do_connect", policy.on_do_connect)
     event.listen(target, "connect", policy.on_connect)
     event.listen(target, "checkout", policy.on_checkout)
@@ -179,14 +179,13 @@ class _Policy:
         self.database = known.database_of(engine.dialect)
         self.driver = known.driver_of(engine.dialect)
         self.is_memory = known.is_memory(engine.url)
-        creator = known.CONNECTS.get(f"{self.dialect.name}+{self.dialect.driver}")
-        self.connect = None if creator is None else resolve_name(creator)
         self.read_only = read_only
         self.read_isolation: Isolation = read_isolation
 
     def on_do_connect(self, _: Any, __: Any, ___: Any, options: dict[str, Any]) -> None:
         """Connect in place of the driver, unless the engine has a way of its own."""
-        options.setdefault("async_creator_fn", self.connect)
+        connect = resolve_name(known.CONNECTS[self.dialect.driver])
+        options.setdefault("async_creator_fn", connect)
 
     def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
         """Set up a connection; as the last listener, so nothing set before survives."""
@@ -206,11 +205,9 @@ class _Policy:
     def on_checkout(self, dbapi: DBAPI, entry: Entry, _: object) -> None:
         """Replace a connection that is dead or silent, or that was not set up here."""
         idle_since: float | None = entry.info.pop(IDLE_SINCE, None)
-        if ABORTING_CODES not in entry.info and not self.is_memory:
-            message = "the connection was made before there was a Database"
-            raise DisconnectionError(message)
-        if self.driver.is_dead(raw_of(dbapi)):
-            message = "the connection was closed while it was idle"
+        is_foreign = ABORTING_CODES not in entry.info and not self.is_memory
+        if is_foreign or self.driver.is_dead(raw_of(dbapi)):
+            message = "the connection was closed while it was idle, or not set up here"
             raise DisconnectionError(message)
         if idle_since is None or time.monotonic() - idle_since < PING_AFTER_IDLE:
             return

@@ -126,7 +126,7 @@ async def _call(
         error = raised
         raise
     finally:
-        seconds = time.perf_counter() - started - hook.waited
+        seconds = time.perf_counter() - started
         tell(HookFinished(phase, hook.name, seconds, error, unit=own, of=of))
 
 

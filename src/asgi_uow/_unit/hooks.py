@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import functools
 import inspect
-import time
 import types
 import warnings
 from contextlib import suppress
@@ -44,7 +43,6 @@ class Hook:
     kwargs: Mapping[str, object]
     frame: Frame | None = None
     """The savepoint that it was registered in."""
-    waited: float = 0.0  # for a thread
 
     @property
     def name(self) -> str:
@@ -87,16 +85,12 @@ class Hook:
         limiter = _threads.get()
         if limiter is None:
             _threads.set(limiter := anyio.CapacityLimiter(MOST_THREADS))
-        since = time.perf_counter()
-        with anyio.move_on_after(THREAD_SECONDS) as scope:
+        with anyio.move_on_after(THREAD_SECONDS):
             await limiter.acquire_on_behalf_of(self)
-        self.waited = time.perf_counter() - since
-        if scope.cancelled_caught:
-            message = f"no thread was free within {THREAD_SECONDS} seconds"
-            message += ": is another hook holding them?"
-            raise TimeoutError(message)
-        in_loop = asyncio.get_running_loop().call_soon_threadsafe
-        return functools.partial(in_loop, limiter.release_on_behalf_of, self)
+            in_loop = asyncio.get_running_loop().call_soon_threadsafe
+            return functools.partial(in_loop, limiter.release_on_behalf_of, self)
+        message = f"no thread was free within {THREAD_SECONDS} seconds"
+        raise TimeoutError(message + ": is another hook holding them?")
 
 
 def _call_in_thread(
