@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from asgi_uow._decision import Cause, Outcome
 
@@ -48,6 +48,8 @@ class _About:
     """The unit of work it is about: the same object in all events of one unit."""
     at: int = dataclasses.field(default_factory=time.time_ns, compare=False, repr=False)
     """When it happened, as `time.time_ns()` counts; it may be told later."""
+    trace: Callable[[], str] = dataclasses.field(default=str, compare=False, repr=False)
+    """Shows the traceback of its error, if there is one, without people's data."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ class ImplicitCommit(_About):
     """MySQL committed in the middle of a unit because of DDL; it cannot be undone."""
 
     statement: str
-    """The statement, without its parameters."""
+    """What it was, such as CREATE TABLE; the rest may hold a password."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -254,7 +256,11 @@ class LoggingObserver:
             error = getattr(event, "error", None) if level >= logging.ERROR else None
             names = [each.name for each in dataclasses.fields(event) if each.repr]
             values = {name: _shown(getattr(event, name)) for name in names}
-            self.log.log(level, line, values, exc_info=error)
+            info = None if error is None else (type(error), error, error.__traceback__)
+            about = self.log.name, level, __file__, 0, line, (values,), info
+            record = self.log.makeRecord(*about)
+            record.exc_text = event.trace()  # what handlers write, of what they format
+            self.log.handle(record)
 
 
 def _shown(value: object) -> object:

@@ -40,7 +40,7 @@ class OpenTelemetryObserver:
     below it `commit` or `rollback`, and a span per hook, which is the current one
     while the hook runs. Counters `asgi_uow.units` and `asgi_uow.hook.failures`,
     histogram `db.client.connection.use_time`. Of database errors only class, code and
-    the statement with its placeholders are recorded.
+    the statement without literals are recorded.
     """
 
     def __init__(

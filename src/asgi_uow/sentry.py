@@ -30,7 +30,7 @@ class SentryObserver:
 
     Local variables are left out: they hold people's data, and the engine's URL with
     its password. So do the messages of database errors: unless the client has
-    `send_default_pii=True`, their class, code and statement with placeholders remain.
+    `send_default_pii=True`, class, code and the statement without literals remain.
     """
 
     def __call__(self, event: Event, /) -> None:

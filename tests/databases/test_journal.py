@@ -447,7 +447,7 @@ async def test_implicit_commit_is_reported(
 
     assert 200 == response.status
     assert [1, 2] == await shop.items(backend)
-    assert ImplicitCommit("CREATE TABLE other (id INTEGER)") in response.events
+    assert ImplicitCommit("CREATE TABLE") in response.events
     assert ["commit"] == response.hooks
 
 
@@ -466,7 +466,8 @@ async def test_implicit_commit_cannot_be_rolled_back(
 
     assert 500 == response.status
     assert isinstance(response.error, errors.PartialCommitError)
-    assert "CREATE TABLE other" in str(response.error)
+    assert "committed by itself for CREATE TABLE" in str(response.error)
+    assert "other" not in str(response.error)
     assert uow.Outcome.PARTIAL is response.unit.outcome
     assert [] == response.hooks
     assert [1] == await shop.items(backend)

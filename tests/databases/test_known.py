@@ -319,3 +319,51 @@ async def test_a_cancelled_asyncmy_connection(mariadb: MariaDBBackend) -> None:
     assert means(caught.value.orig, "disconnect")
     assert caught.value.connection_invalidated
     assert not means(ValueError(0), "disconnect")
+
+
+# What may be shown of a statement
+
+
+@pytest.mark.parametrize(
+    ("statement", "shown"),
+    [
+        ("CREATE USER ann IDENTIFIED BY 'hunter2'", "CREATE USER"),
+        (
+            "create  or replace\nuser ann IDENTIFIED BY 'hunter2'",
+            "CREATE OR REPLACE USER",
+        ),
+        ("ALTER USER ann IDENTIFIED BY 'hunter2'", "ALTER USER"),
+        ("DROP USER hunter2", "DROP USER"),
+        ("SET PASSWORD FOR ann = PASSWORD('hunter2')", "SET PASSWORD"),
+        ("GRANT ALL ON *.* TO ann IDENTIFIED BY 'hunter2'", "GRANT"),
+        ("TRUNCATE hunter2", "TRUNCATE"),
+        ("-- hunter2\n/* 'hunter2' */ ALTER /* hunter2 */ USER ann", "ALTER"),
+        ("/*!50000 CREATE USER hunter2 */", "a statement"),
+        ("/* hunter2", "a statement"),
+        ("", "a statement"),
+        ("COMMIT /* hunter2 */", "COMMIT"),
+        ("PRAGMA key = hunter2", "PRAGMA"),
+        ("SELECT 'hunter2'", "SELECT"),
+        ("SELECT E'\\'hunter2'", "SELECT"),
+        ('SELECT "hunter2"', "SELECT"),
+        ("SELECT $$hunter2$$", "SELECT"),
+        ("SELECT $tag$hunter2$tag$", "SELECT"),
+        ("SELECT a #hunter2", "SELECT"),
+        ("SELECT a --hunter2", "SELECT"),
+        ("SELECT a /*hunter2*/", "SELECT"),
+        ("SELECT a FROM t LIMIT 42", "SELECT a FROM t LIMIT ?"),
+        ("SELECT a-1, 0x2A, 1.5e3, a%7, b:7", "SELECT a-?, ?, ?, a%?, b:?"),
+        (
+            "SELECT a_1, $1, %s, %(n_1)s, :n_1, ?",
+            "SELECT a_1, $1, %s, %(n_1)s, :n_1, ?",
+        ),
+        ("WITH a AS (SELECT 1) SELECT b", "WITH a AS (SELECT ?) SELECT b"),
+        (
+            "INSERT INTO t (a) VALUES ($1::VARCHAR(9))",
+            "INSERT INTO t (a) VALUES ($1::VARCHAR(?))",
+        ),
+    ],
+)
+def test_without_literals(statement: str, shown: str) -> None:
+    """No literal and no comment is shown; what is in doubt is not shown at all."""
+    assert shown == known.without_literals(statement)

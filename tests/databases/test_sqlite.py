@@ -7,6 +7,7 @@ import sqlite3
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
+import aiosqlite
 import pytest
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -208,9 +209,10 @@ async def test_memory_and_an_ordinary_error() -> None:
 
 
 async def test_begin_of_an_engine_made_by_hand(backend: SQLiteBackend) -> None:
-    """Without our own connection BEGIN is sent at once, and can fail by itself."""
+    """Where the engine connects in its own way BEGIN is sent at once, and can fail."""
     await shop.create(backend)
-    db = Database(create_async_engine(backend.url, connect_args={"timeout": 0}))
+    arguments = {"timeout": 0, "async_creator_fn": aiosqlite.connect}
+    db = Database(create_async_engine(backend.url, connect_args=arguments))
     async with db:
         await shop.insert(1)
     with closing(sqlite3.connect(str(db.engine.url.database))) as rival:

@@ -17,6 +17,7 @@ import aiosqlite
 import pytest
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from asgi_uow import (
     Database,
@@ -25,6 +26,7 @@ from asgi_uow import (
     current_session,
 )
 from asgi_uow._databases.sqlite_connection import Connection, Cursor, connect
+from asgi_uow.errors import ReadOnlySessionError
 from tests.servers import eventually
 from tests.support import shop
 from tests.support.asgi import endpoint, request
@@ -256,18 +258,93 @@ async def test_busy_begin_of_a_unit(
         assert [3] == await shop.items(sqlite)
 
 
-async def test_foreign_engine(sqlite: SQLiteBackend) -> None:
-    """An engine of the application begins with a statement, on plain aiosqlite."""
-    engine = create_async_engine(sqlite.url)
-    async with engine.connect() as plain:
-        pooled = await plain.get_raw_connection()
-        assert type(pooled.driver_connection) is aiosqlite.Connection
-    db = Database(engine)
-    async with db.engine.begin() as connection:
-        pooled = await connection.get_raw_connection()
-        assert pooled.driver_connection is not None
-        assert pooled.driver_connection.in_transaction
+# An engine of one's own
+
+
+async def driver_of(db: Database) -> aiosqlite.Connection:
+    """Give the driver's connection of the unit."""
+    pooled = await (await db.write.connection()).get_raw_connection()
+    assert isinstance(pooled.driver_connection, aiosqlite.Connection)
+    return pooled.driver_connection
+
+
+@pytest.mark.parametrize("was_used", [False, True])
+async def test_foreign_engine(sqlite: SQLiteBackend, was_used: bool) -> None:
+    """A cancelled statement leaves no lock on an engine of the application either.
+
+    Not even if the engine has a connection of plain aiosqlite in its pool.
+    """
+    await shop.create(sqlite)
+    engine = create_async_engine(sqlite.url, connect_args={"iter_chunk_size": 10})
+    if was_used:
+        async with engine.connect() as plain:
+            pooled = await plain.get_raw_connection()
+            assert type(pooled.driver_connection) is aiosqlite.Connection
+    db, running = Database(engine), asyncio.Event()
+    wake = partial(asyncio.get_running_loop().call_soon_threadsafe, running.set)
+
+    async def work() -> None:
+        async with db:
+            await shop.insert(1)
+            await (await driver_of(db)).create_function("wake", 0, wake)
+            await db.write.execute(f"SELECT wake() OR ({ENDLESS})")
+
+    task = asyncio.ensure_future(work())
+    await running.wait()
+    task.cancel()
+    kept = await ended(task)
+    assert not is_locked(sqlite)
+    async with db:
+        await shop.insert(2)
+        assert isinstance(await driver_of(db), Connection)
+        assert [2] == (await db.read.scalars(shop.SELECT)).all()
     await db.dispose()
+    assert kept.__traceback__ is not None
+
+
+async def test_foreign_reader(sqlite: SQLiteBackend) -> None:
+    """A reader that was connected before cannot write afterwards."""
+    await shop.create(sqlite)
+    reader = create_async_engine(sqlite.url)
+    async with reader.connect():
+        pass
+    db = Database(create_async_engine(sqlite.url), readers=[reader])
+    async with db:
+        with pytest.raises(ReadOnlySessionError):
+            await db.read.execute("DELETE FROM items")
+    await db.dispose()
+
+
+async def test_foreign_memory() -> None:
+    """An in-memory engine keeps the connection that has its tables."""
+    engine = create_async_engine(
+        "sqlite+aiosqlite://",
+        poolclass=AsyncAdaptedQueuePool,
+        pool_size=1,
+        max_overflow=0,
+    )
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql("CREATE TABLE mine (id INTEGER)")
+    db = Database(engine)
+    async with db:
+        assert 0 == await db.read.scalar("SELECT count(*) FROM mine")
+    await db.dispose()
+
+
+async def test_foreign_creator(sqlite: SQLiteBackend) -> None:
+    """An engine that says how to connect goes on to connect that way."""
+    made: list[str] = []
+
+    def creator(name: str, **options: Any) -> aiosqlite.Connection:
+        made.append(name)
+        return aiosqlite.connect(name, **options)
+
+    arguments = {"async_creator_fn": creator}
+    db = Database(create_async_engine(sqlite.url, connect_args=arguments))
+    async with db:
+        assert type(await driver_of(db)) is aiosqlite.Connection
+    await db.dispose()
+    assert 1 == len(made)
 
 
 # As with plain aiosqlite

@@ -203,7 +203,7 @@ async def test_implicit_commit(db: Database) -> None:
         await uow.current_session().execute("CREATE TABLE other (id INTEGER)")
 
     response = await handle(migrate, db)
-    assert ImplicitCommit("CREATE TABLE other (id INTEGER)") in response.events
+    assert ImplicitCommit("CREATE TABLE") in response.events
 
 
 async def test_unit_inside_a_request(db: Database) -> None:
@@ -273,10 +273,10 @@ def test_other_failures_are_logged_as_errors(caplog: pytest.LogCaptureFixture) -
     """So are a connection thrown away, and a commit by DDL; another logger will do."""
     observer = LoggingObserver(logging.getLogger("elsewhere"))
     observer(ReleaseFailed("closing the write session", OSError("the disk is gone")))
-    observer(ImplicitCommit("CREATE TABLE other (id INTEGER)"))
+    observer(ImplicitCommit("CREATE TABLE"))
     assert [logging.ERROR, logging.ERROR] == levels(caplog, "elsewhere")
     assert "OSError: the disk is gone" in caplog.text
-    assert "CREATE TABLE other" in caplog.text
+    assert "CREATE TABLE" in caplog.text
 
 
 async def test_logging_is_the_default(

@@ -11,10 +11,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from asgi_uow import Database, after_commit, current_session
-from asgi_uow.observers import LoggingObserver, ReaderFailed
+from asgi_uow.errors import PartialCommitError
+from asgi_uow.observers import ImplicitCommit, LoggingObserver, ReaderFailed
 from asgi_uow.sentry import SentryObserver
 from tests.support.asgi import handle
 from tests.support.databases import DRIVERS, SERVERS, on
+from tests.support.observer import Events
 from tests.support.tracker import exceptions, sentry
 
 if TYPE_CHECKING:
@@ -115,6 +117,83 @@ async def test_statement(backend: Backend) -> None:
     assert outermost.startswith(f"driver code {code}\n[SQL: INSERT INTO users VALUES (")
     assert message.startswith(f"driver code {code}")
     assert code == str(event["extra"]["code"])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+async def test_literals(backend: Backend, whole: bool) -> None:
+    """What was written into a statement is not sent, nor is it where one is quoted."""
+    db = await prepare(backend)
+
+    async def hook() -> None:
+        try:
+            await current_session().execute(f"INSERT INTO users VALUES ('{SECRET}')")
+        except DBAPIError as error:
+            if whole:
+                raise
+            raise RuntimeError(error.statement) from None
+
+    transport = await send_from_hook(db, hook)
+    await db.dispose()
+    assert_no_data(transport)
+    code = CODES[backend.driver]
+    expected = f"driver code {code}\n[SQL: INSERT]"
+    assert expected in [text.partition("\n(")[0] for text in values(transport).values()]
+
+
+@on("asyncmy")
+async def test_password_in_ddl(backend: Backend) -> None:
+    """A password in DDL that has committed is neither sent, nor logged, nor told."""
+    db = await prepare(backend)
+    events = Events()
+
+    async def work() -> None:
+        await current_session().execute("INSERT INTO users VALUES ('bob')")
+        statement = f"CREATE USER {SECRET[:7]} IDENTIFIED BY '{SECRET}'"
+        await current_session().execute(statement)
+        await current_session().execute(f"DROP USER {SECRET[:7]}")
+
+    with sentry() as transport:
+        observers = [SentryObserver(), LoggingObserver(), events]
+        response = await handle(work, db, status=404, observers=observers)
+    await db.dispose()
+    assert [] == [sent for sent in transport.sent if SECRET.encode() in sent]
+    assert isinstance(response.error, PartialCommitError)
+    assert SECRET[:7] not in f"{events} {response.error}"
+    assert "CREATE USER" == events.only(ImplicitCommit).statement
+
+
+async def test_log(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    """The traceback that is logged shows where it was, and no data of a statement."""
+    db = await prepare(backend)
+
+    async def work() -> None:
+        after_commit(in_words)
+
+    async def in_words() -> None:
+        await current_session().execute(f"INSERT INTO users VALUES ('{SECRET}')")
+
+    await handle(work, db, observers=[LoggingObserver()])
+    await db.dispose()
+    assert "in_words failed" in caplog.text
+    assert f"driver code {CODES[backend.driver]}\n[SQL: INSERT]" in caplog.text
+    assert ", in in_words" in caplog.text
+    literal = f"'{SECRET}'"
+    assert literal not in caplog.text
+
+
+async def test_refused_statement(backend: Backend) -> None:
+    """A refused COMMIT is named without what stands behind it."""
+    db = await prepare(backend)
+
+    async def hook() -> None:
+        await current_session().execute("SELECT 1")
+        await current_session().execute(f"COMMIT /* {SECRET} */")
+
+    transport = await send_from_hook(db, hook)
+    await db.dispose()
+    assert_no_data(transport)
+    shown = values(transport)["ManagedTransactionError"]
+    assert shown.startswith("COMMIT was called by hand")
 
 
 async def test_commit(postgresql: PostgreSQLBackend) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import json
 import re
 from http.cookies import SimpleCookie
@@ -13,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgi_uow import CausalReads
+from asgi_uow import CausalReads, Database
 from asgi_uow.errors import ConfigurationError
-from tests.support.private import LONGEST_TOKEN, READ_FROM_WRITER
+from tests.support.private import LONGEST_TOKEN, READ_FROM_WRITER, MustSee
 
 if TYPE_CHECKING:
     from asgi_uow._asgi import Headers
@@ -110,13 +111,51 @@ def test_several_tokens(newest_first: bool) -> None:
     assert {"shop": "0/3", "audit": "0/2"} == at(NOW).positions(headers)
 
 
+def database(host: str) -> Database:
+    return Database.from_url(f"postgresql://{host}/shop")
+
+
 def test_merge() -> None:
     """A new position replaces the old one of its database, an unknown one too."""
-    old = {"a": "1", "b": "1", "c": READ_FROM_WRITER}
-    new = {"b": READ_FROM_WRITER, "c": "2", "d": "2"}
-    merged = {"a": "1", "b": READ_FROM_WRITER, "c": "2", "d": "2"}
-    assert merged == CausalReads.merge(old, new)
-    assert "1" == old["b"]
+    reads = at(NOW)
+    known, unknown, new = map(database, ("10.0.0.1", "10.0.0.2", "10.0.0.3"))
+    old = reads.merge({"a": "1"}, {known: "1", unknown: READ_FROM_WRITER})
+    before = dict(old)
+    merged = reads.merge(old, {known: READ_FROM_WRITER, unknown: "2", new: "2"})
+    names = [reads.names(db)[0] for db in (known, unknown, new)]
+    assert {"a": "1", **dict(zip(names, ["", "2", "2"], strict=True))} == merged
+    assert before == old
+
+
+def test_names() -> None:
+    """Where a database is cannot be tried without the secret; all with it agree."""
+    db, other = database("10.0.0.5"), database("10.0.0.6")
+    [name] = at(NOW).names(db)
+    assert [name] == at(NOW + 9).names(database("10.0.0.5"))
+    assert [name] != at(NOW).names(other)
+    assert [name] != at(NOW, secret=OTHER).names(db)
+    assert hashlib.sha256(db.place.encode()).hexdigest()[:8] != name
+    secret_and_place = SECRET.encode() + db.place.encode()
+    assert hashlib.sha256(secret_and_place).hexdigest()[:8] != name
+
+
+def test_names_while_a_secret_is_replaced() -> None:
+    """What a client wrote before and after is found by whoever knows a secret of it."""
+    db = database("10.0.0.5")
+    old, both, new = (
+        at(NOW, secret=secret) for secret in (SECRET, [OTHER, SECRET], OTHER)
+    )
+    before = with_cookie(token_of(old, old.merge({}, {db: "0/1"})))
+    assert "0/1" == seen(both, before, db)
+    positions = both.merge(both.positions(before), {db: "0/2"})
+    between = with_cookie(token_of(both, positions))
+    assert ["0/2", "0/2"] == [seen(each, between, db) for each in (both, new)]
+    assert seen(both, before, database("10.0.0.6")) is None
+
+
+def seen(reads: CausalReads, headers: Headers, db: Database) -> str | None:
+    """Give what a request must see of a database."""
+    return MustSee(reads.positions(headers), reads.wait, reads.names).position(db)
 
 
 # The response

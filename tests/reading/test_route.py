@@ -356,7 +356,7 @@ async def test_what_was_known_before(sqlite: SQLiteBackend) -> None:
     """A new token keeps what the client's last one says of other databases."""
     async with site_with(sqlite, sqlite.url, causal_reads=CAUSAL) as site:
         response = await site.send(insert_one, cookie=cookie({"another": "0/1"}))
-    expected = {"another": "0/1", site.db.key: READ_FROM_WRITER}
+    expected = {"another": "0/1", CAUSAL.names(site.db)[0]: READ_FROM_WRITER}
     assert expected == CAUSAL.positions([(b"cookie", response.cookie)])
 
 
@@ -403,7 +403,7 @@ async def test_read_with_a_token(backend: Backend) -> None:
 async def test_too_far_behind(postgresql: PostgreSQLBackend) -> None:
     """A reader that does not get there in time is done without, and that is told."""
     async with site_with(postgresql, postgresql.url, causal_reads=CAUSAL) as site:
-        nonsense = cookie({site.db.key: "nonsense"})
+        nonsense = cookie({CAUSAL.names(site.db)[0]: "nonsense"})
         assert 200 == (await site.send(site.read, cookie=nonsense)).status
     assert 1 == site.told(ReaderBehind)
     assert [0] == site.found
@@ -418,7 +418,7 @@ async def test_hooks_see_what_their_request_must_see(
         async def handler() -> None:
             uow.after_commit(site.read)
 
-        nonsense = cookie({site.db.key: "nonsense"})
+        nonsense = cookie({CAUSAL.names(site.db)[0]: "nonsense"})
         assert 200 == (await site.send(handler, cookie=nonsense)).status
     assert 1 == site.told(ReaderBehind)
     assert [0] == site.found
@@ -437,7 +437,7 @@ async def test_one_wait_for_all_readers(mariadb: MariaDBBackend) -> None:
     ) as site:
         for reader in site.db.readers:
             event.listen(reader.sync_engine, "before_cursor_execute", note)
-        far = cookie({site.db.key: "0-1-99999999"})
+        far = cookie({CAUSAL.names(site.db)[0]: "0-1-99999999"})
         response = await site.send(site.read, cookie=far)
         assert 200 == response.status
     assert 2 == site.told(ReaderBehind)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from asgi_uow import UnitOfWork
 from asgi_uow import _concurrency as concurrency
-from asgi_uow._concurrency import TaskLock, bounded, run_to_completion
+from asgi_uow._concurrency import Shield, TaskLock, bounded, run_to_completion
 from asgi_uow._databases.configuration import read as read_configuration
 from asgi_uow._databases.driver_errors import code_of, means
 from asgi_uow._databases.health import LONGEST_PAUSE, Replica, by_free_connections
@@ -23,7 +23,7 @@ from asgi_uow._decision import (
     exception_cause,
     rollback,
 )
-from asgi_uow._reading.causal import LONGEST_TOKEN, READ_FROM_WRITER
+from asgi_uow._reading.causal import LONGEST_TOKEN, READ_FROM_WRITER, MustSee
 from asgi_uow._sessions.managed import ManagedSession
 from asgi_uow._sessions.read_session import ReadSession
 from asgi_uow._sessions.session import Savepoint
@@ -36,6 +36,8 @@ from asgi_uow._unit.hooks import (
     check_callable,
     name_of,
 )
+from asgi_uow._unit.hooks import _call_in_thread as call_in_thread
+from asgi_uow._unit.hooks import _threads as threads_of_hooks
 from asgi_uow._unit.unit import UnitOptions, current
 
 if TYPE_CHECKING:
@@ -56,13 +58,16 @@ __all__ = [
     "Hook",
     "Hooks",
     "ManagedSession",
+    "MustSee",
     "ReadSession",
     "Replica",
     "Savepoint",
+    "Shield",
     "State",
     "TaskLock",
     "bounded",
     "by_free_connections",
+    "call_in_thread",
     "check_callable",
     "code_of",
     "commit_below_400",
@@ -79,6 +84,7 @@ __all__ = [
     "release",
     "rollback",
     "run_to_completion",
+    "threads_of_hooks",
 ]
 
 SQLITE_CONNECTION = "asgi_uow._databases.sqlite_connection"

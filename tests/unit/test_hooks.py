@@ -14,7 +14,7 @@ from tests.support.private import (
     PHASES,
     Hook,
     Hooks,
-    bounded,
+    Shield,
     check_callable,
     name_of,
 )
@@ -44,8 +44,13 @@ def function() -> None:
     """Does nothing."""
 
 
+async def call(hook: Hook, seconds: float | None = 5.0) -> None:
+    shield = Shield(forwards=True)
+    await shield.run(hook.call(shield), seconds)
+
+
 async def run(fn: Callable[..., object], seconds: float | None = 5.0) -> None:
-    await bounded(Hook(fn, (), {}).call(), seconds)
+    await call(Hook(fn, (), {}), seconds)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +80,7 @@ async def test_sync(*, partial: bool) -> None:
     """A sync callable runs in a worker thread, with its arguments."""
     recorder = Recorder()
     fn = functools.partial(recorder.sync, 1) if partial else recorder.sync
-    await Hook(fn, () if partial else (1,), {"key": 2}).call()
+    await call(Hook(fn, () if partial else (1,), {"key": 2}))
     [(thread, args, kwargs)] = recorder.calls
     assert thread != threading.get_ident()
     assert ((1,), {"key": 2}) == (args, kwargs)
@@ -96,7 +101,7 @@ async def test_async() -> None:
     partial = functools.partial(recorder)
     forms = (recorder.coroutine, recorder, partial, functools.partial(partial))
     for fn in forms:
-        await Hook(fn, (1,), {"key": 2}).call()
+        await call(Hook(fn, (1,), {"key": 2}))
     assert [(threading.get_ident(), (1,), {"key": 2})] * len(forms) == recorder.calls
 
 

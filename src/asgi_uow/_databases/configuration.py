@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from contextlib import suppress
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -141,11 +139,6 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         # SQLAlchemy's 30 seconds are long for a client, and a pool does not wake those
         # who wait when the server is back.
         defaults["pool_timeout"] = 10.0
-    if parsed.drivername in known.CONNECTS:
-        with suppress(ImportError):  # SQLAlchemy says so below
-            own = {"async_creator_fn": resolve_name(known.CONNECTS[parsed.drivername])}
-            arguments = {**own, **options.get("connect_args", {})}
-            options = {**options, "connect_args": arguments}
     forced = ONE_CONNECTION if known.is_memory(parsed) else {}
     try:
         # Before SQLAlchemy looks for the driver: to install it would not help.

@@ -108,8 +108,8 @@ def message_of(error: BaseException) -> str:
 class Redactor:
     """Takes the messages of database errors out of texts about one exception.
 
-    Of such an error remain its class, the driver's code and the statement with its
-    placeholders; of what stands behind it only the class, since it is the driver's.
+    Of such an error remain its class, the driver's code and the statement without
+    literals; of what stands behind it only the class, since it is the driver's.
     Other exceptions keep their text, but for such a message quoted in it.
     """
 
@@ -123,9 +123,10 @@ class Redactor:
         for each, database in self._found.values():
             if database:
                 left = _without_data(each)
-                texts = (text_of(each), message_of(each))
+                texts = [text_of(each), message_of(each)]
                 self._exact |= dict.fromkeys(texts, left)
                 if is_of_database(each):
+                    texts.append(str(getattr(each, "statement", None) or ""))
                     self._quoted |= dict.fromkeys(_quotations(each, *texts), left)
         self._longest_first = sorted(filter(None, self._quoted), key=len, reverse=True)
 
@@ -157,6 +158,10 @@ class Redactor:
         return "".join(lines)
 
 
+def stacktrace_of(error: BaseException) -> str:
+    return Redactor(error).stacktrace()
+
+
 def name_of(kind: type[BaseException]) -> str:
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{module}{kind.__qualname__}"
@@ -180,5 +185,5 @@ def _without_data(error: BaseException) -> str:
     code = code_of(error)
     told = "message left out" if code is None else f"driver code {code}"
     if isinstance(error, sa_exc.StatementError) and error.statement is not None:
-        return f"{told}\n[SQL: {error.statement}]"
+        return f"{told}\n[SQL: {known.without_literals(error.statement)}]"
     return told

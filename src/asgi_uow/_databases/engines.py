@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -135,12 +134,11 @@ class Engines:
         return known.shown(self.engine.url)
 
     @cached_property
-    def key(self) -> str:
-        """Names the database in tokens: the same in every process, and no secret."""
+    def place(self) -> str:
+        """Where the database is: the same in every process, and not for outsiders."""
         url = self.engine.url
         places = [url.query.get(key) for key in ("host", "port", "unix_socket")]
-        name = f"{url.host}:{url.port}/{url.database} {places}"
-        return hashlib.sha256(name.encode()).hexdigest()[:8]
+        return f"{url.host}:{url.port}/{url.database} {places}"
 
     async def was_committed(self, transaction: str, seconds: float) -> bool | None:
         """Ask what became of a transaction whose COMMIT was not answered."""

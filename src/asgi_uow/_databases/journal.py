@@ -109,7 +109,7 @@ class Journal:
     """Whether the database has acknowledged the COMMIT of the transaction."""
     last: BaseException | None = None
     ddl: str | None = None
-    """The last statement, if the database commits for it."""
+    """The verb of the last statement, if the database commits for it."""
     _implicit_commit: str | None = None
 
     def __init__(
@@ -128,7 +128,7 @@ class Journal:
 
     @property
     def implicit_commit(self) -> str | None:
-        """The statement for which the database has committed, if it did."""
+        """The verb of what the database has committed for, if it did."""
         return self._implicit_commit or self.ddl
 
     def doom(self, error: T) -> T:
@@ -179,10 +179,10 @@ class Journal:
         if self.ended_unseen or is_gone:
             raise TransactionGoneError from self.doomed_by
         if kind == "transaction_control":
-            raise ManagedTransactionError(repr(statement))
+            raise ManagedTransactionError(known.without_literals(statement))
         self._implicit_commit = self.implicit_commit
         commits = kind == "implicit_commit" and commits_for_ddl and is_open
-        self.ddl = statement if commits else None
+        self.ddl = known.without_literals(statement) if commits else None
 
     def check_commit(self) -> None:
         """Refuse a COMMIT of aborted work, or one that is not the unit's."""

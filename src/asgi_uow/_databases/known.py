@@ -122,7 +122,7 @@ DATABASES: Mapping[str, Database] = {  # by SQLAlchemy's name of the dialect
 }
 ALIASES = {"postgres": "postgresql"}  # which SQLAlchemy does not know
 # What connects in place of the driver; to import it needs the driver.
-CONNECTS = {"sqlite+aiosqlite": "asgi_uow._databases.sqlite_connection:connect"}
+CONNECTS = {"aiosqlite": "asgi_uow._databases.sqlite_connection:connect"}
 
 FACTS = tuple(dict.fromkeys(DATABASES.values()))
 _UNKNOWN = _UnknownDriver()
@@ -158,6 +158,11 @@ _STANDARD = (
 )
 _CONTROL = _pattern(_STANDARD, *(each.TRANSACTION_CONTROL for each in FACTS))
 _COMMITS = _pattern(*(each.IMPLICIT_COMMIT for each in FACTS))
+# More words could be a name, or a password. A comment can hide a quote.
+_VERB = _pattern(r"((?:(?:CREATE|ALTER|DROP)(?:\s+OR\s+REPLACE)?|SET)\s+[a-z]+|[a-z]+)")
+_DML = r"(?is)\s*(?:SELECT|INSERT|UPDATE|DELETE|WITH)\b"
+_PLAIN = re.compile(_DML + r"""(?:(?!--|/\*|\$\D)[^'"\\#])*""")
+_NUMBER = re.compile(r"(?<![\w$])\d[\w.]*")
 _SETTINGS = re.compile(r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|set_config)\b")
 
 
@@ -166,6 +171,14 @@ def kind_of(statement: str) -> Kind | None:
     if _CONTROL.match(statement):
         return "transaction_control"
     return "implicit_commit" if _COMMITS.match(statement) else None
+
+
+def without_literals(statement: str) -> str:
+    """Show a statement to others: with placeholders alone, or no more than its verb."""
+    if _PLAIN.fullmatch(statement):
+        return _NUMBER.sub("?", statement)
+    verb = _VERB.match(statement)
+    return "a statement" if verb is None else " ".join(verb[1].upper().split())
 
 
 @functools.lru_cache(maxsize=1024)

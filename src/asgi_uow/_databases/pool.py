@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from operator import attrgetter
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
@@ -155,6 +156,8 @@ def attach_listeners(
         begin = None if read_isolation is None else "BEGIN"
     # Also if there is none: a derived engine has the options of its original.
     target.update_execution_options(**{BEGINS_WITH: begin})
+    if target.dialect.driver in known.CONNECTS:
+        event.listen(target, "do_connect", policy.on_do_connect)
     event.listen(target, "connect", policy.on_connect)
     event.listen(target, "checkout", policy.on_checkout)
     event.listen(target, "reset", policy.on_reset)
@@ -179,6 +182,11 @@ class _Policy:
         self.read_only = read_only
         self.read_isolation: Isolation = read_isolation
 
+    def on_do_connect(self, _: Any, __: Any, ___: Any, options: dict[str, Any]) -> None:
+        """Connect in place of the driver, unless the engine has a way of its own."""
+        connect = resolve_name(known.CONNECTS[self.dialect.driver])
+        options.setdefault("async_creator_fn", connect)
+
     def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
         """Set up a connection; as the last listener, so nothing set before survives."""
         info, database = entry.info, self.database
@@ -195,10 +203,11 @@ class _Policy:
             info[CANCEL_SQL] = database.CANCEL_SQL.format(process)
 
     def on_checkout(self, dbapi: DBAPI, entry: Entry, _: object) -> None:
-        """Replace a connection that is dead, or does not answer after idleness."""
+        """Replace a connection that is dead or silent, or that was not set up here."""
         idle_since: float | None = entry.info.pop(IDLE_SINCE, None)
-        if self.driver.is_dead(raw_of(dbapi)):
-            message = "the connection was closed while it was idle"
+        is_foreign = ABORTING_CODES not in entry.info and not self.is_memory
+        if is_foreign or self.driver.is_dead(raw_of(dbapi)):
+            message = "the connection was closed while it was idle, or not set up here"
             raise DisconnectionError(message)
         if idle_since is None or time.monotonic() - idle_since < PING_AFTER_IDLE:
             return

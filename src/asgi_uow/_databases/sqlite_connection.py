@@ -212,9 +212,10 @@ def _take_steps(steps: list[Callable[[], T]]) -> T | None:
     return result
 
 
-def connect(database: str, **options: Any) -> Connection:
+def connect(database: str, iter_chunk_size: int = CHUNK, **options: Any) -> Connection:
     """Stand in for `aiosqlite.connect`."""
     connection = Connection(lambda: sqlite3.connect(database, **options))
+    connection._iter_chunk_size = iter_chunk_size  # noqa: SLF001  # aiosqlite's own
     # aiosqlite before 0.22 is a thread, later ones have one.
     thread: Any = getattr(connection, "_thread", connection)
     thread.daemon = True

@@ -104,8 +104,9 @@ class UnitOfWorkMiddleware:
         exchange.unit, exchange.forward, exchange.middleware = unit, send, self
         exchange.stage = OPEN
         if self.causal_reads is not None:
-            positions = self.causal_reads.positions(scope.get("headers", ()))
-            unit.must_see = MustSee(positions, self.causal_reads.wait)
+            reads = self.causal_reads
+            positions = reads.positions(scope.get("headers", ()))
+            unit.must_see = MustSee(positions, reads.wait, reads.names)
             exchange.is_secure = scope.get("scheme") == "https"
         scope[UNIT] = unit
         # A request never trusts what it finds: servers start a pipelined request in
@@ -289,11 +290,11 @@ class _Exchange:
     async def _add_causal_token(self, causal: CausalReads, headers: Headers) -> None:
         """Tell the client of a unit that wrote what its next reads must see."""
         shared = self.unit.shared
-        found: dict[str, str] = {}
+        found: dict[Engines, str] = {}
         for db in () if shared is None else tuple(shared.committed):
             position = await written_position(db, POSITION_SECONDS)
             if position is not None:
-                found[db.key] = position
+                found[db] = position
         if found:
             known = causal.merge(self.unit.must_see.positions, found)
             headers.append(causal.response_header(known, secure=self.is_secure))

@@ -70,7 +70,7 @@ class CausalReads:
                 _refuse(f"{option}={value!r}", "a name as HTTP allows it")
 
     def positions(self, headers: Headers) -> dict[str, str]:
-        """Read a request's positions, by the key of the database.
+        """Read a request's positions, by the name of the database.
 
         Empty where there is no token, or none that is genuine and of our time.
         """
@@ -80,15 +80,22 @@ class CausalReads:
             found |= positions
         return found
 
-    @staticmethod
-    def merge(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    def names(self, db: Engines) -> list[str]:
+        """Name a database, by each secret; without one its address cannot be tried."""
+        message = b"asgi_uow.CausalReads.database:" + db.place.encode()
+        digests = (hmac.digest(key, message, "sha256") for key in self._keys)
+        return [_encode(digest)[:8].decode() for digest in digests]
+
+    def merge(
+        self, old: Mapping[str, str], new: Mapping[Engines, str]
+    ) -> dict[str, str]:
         """Join positions; of one database the new, which is beyond the old."""
-        return {**old, **new}
+        return {**old, **{name: new[db] for db in new for name in self.names(db)}}
 
     def response_header(
         self, positions: Mapping[str, str], *, secure: bool
     ) -> tuple[bytes, bytes]:
-        """Make the header that gives the client `positions`, by database key.
+        """Make the header that gives the client `positions`, by name of the database.
 
         `secure`: the request came by https, so the cookie needs no other way.
         Positions that are too long for a cookie become `READ_FROM_WRITER`.
@@ -136,7 +143,7 @@ class CausalReads:
     def _sign(self, key: bytes, payload: bytes) -> bytes:
         # The prefix keeps apart what else is signed with the secret, and would
         # change with the form of the payload.
-        message = b"asgi_uow.CausalReads.1:" + self._name + b":" + payload
+        message = b"asgi_uow.CausalReads.2:" + self._name + b":" + payload
         return _encode(hmac.digest(key, message, "sha256"))
 
     def _fits(self, token: bytes) -> bool:
@@ -149,9 +156,11 @@ class MustSee:
 
     positions: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     seconds: float = 0.0
+    names: Callable[[Engines], Sequence[str]] = lambda _: ()
 
     def position(self, db: Engines) -> str | None:
-        return self.positions.get(db.key) if self.positions else None
+        found = map(self.positions.get, self.names(db) if self.positions else ())
+        return next((each for each in found if each is not None), None)
 
 
 def _keys(secret: object) -> tuple[bytes, ...]:

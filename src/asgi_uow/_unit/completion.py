@@ -80,7 +80,7 @@ def without_proof(
                 sync.journal.look(raw_of(connection.connection.dbapi_connection))
         if (statement := sync.journal.implicit_commit) is not None:
             kind, error = errors.PartialCommitError, ended.error
-            detail = f"MySQL committed by itself for {statement!r}"
+            detail = f"MySQL committed by itself for {statement}"
             cause = cause or Cause.COMMIT_FAILED
             return Ended(Outcome.PARTIAL, kind, cause, error, detail)
         if sync.journal.ended_unseen:

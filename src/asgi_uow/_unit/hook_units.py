@@ -71,8 +71,8 @@ class HookRun:
             context = contextvars.copy_context()
             context.run(current.set, own)
             running = self._running = hook, own
-            is_told = own.options.wants_details
-            work = _call(own, phase, hook, unit) if is_told else hook.call()
+            told = own.options.wants_details
+            work = _call(own, phase, hook, unit, shield) if told else hook.call(shield)
             error = await call_hook(work, context, shield)
             try:
                 if self._running is not running:
@@ -112,14 +112,16 @@ def queue(unit: UnitOfWork, phase: str) -> list[Hook]:
     return unit.hooks.queue(phase) if unit.hooks is not None else []
 
 
-async def _call(own: UnitOfWork, phase: str, hook: Hook, of: UnitOfWork) -> None:
+async def _call(
+    own: UnitOfWork, phase: str, hook: Hook, of: UnitOfWork, shield: Shield
+) -> None:
     """Call a hook; tell the observers, where it runs, of its beginning and end."""
     tell = own.options.tell
     tell(HookStarted(phase, hook.name, unit=own, of=of))
     started = time.perf_counter()
     error: BaseException | None = None
     try:
-        await hook.call()
+        await hook.call(shield)
     except BaseException as raised:
         error = raised
         raise

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
 import anyio.to_thread
+from anyio.lowlevel import RunVar
 
 if TYPE_CHECKING:
     import contextvars
@@ -27,6 +28,10 @@ PHASES = ("before_commit", "after_commit", "after_rollback", "after_response")
 
 MOST_BY_HOOKS = 100
 """How many hooks the hooks of one unit of work may register."""
+
+MOST_THREADS = 40  # for the sync hooks of one event loop, and nobody else
+THREAD_SECONDS = 5.0  # for which a sync hook waits for one, before its own time
+_threads: RunVar[anyio.CapacityLimiter | None] = RunVar("asgi_uow.threads", None)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -48,31 +53,59 @@ class Hook:
         """Whether its savepoint was rolled back."""
         return self.frame is not None and self.frame.is_undone()
 
-    async def call(self) -> None:
+    async def call(self, shield: Shield) -> None:
         """Await an async callable, run any other in a worker thread.
 
         What a sync callable returns is awaited if it can be, so that
         `lambda: publish(event)` works. A thread that is still running when this is
-        cancelled is left alone.
+        cancelled is left alone; waiting for one takes no time of the `shield`.
         """
         if is_async(self.fn):
             await self.fn(*self.args, **self.kwargs)  # type: ignore[misc]
             return
+        shield.pause()
+        waiting = [await self._take_thread()]
+        shield.restart()
         bound = functools.partial(self.fn, *self.args, **self.kwargs)
-        result, error = await anyio.to_thread.run_sync(
-            _call_in_thread, bound, abandon_on_cancel=True
-        )
+        alone = anyio.CapacityLimiter(1)  # anyio frees its own at a cancellation
+        try:
+            result, error = await anyio.to_thread.run_sync(
+                _call_in_thread, bound, waiting, abandon_on_cancel=True, limiter=alone
+            )
+        finally:
+            with suppress(IndexError):  # it has begun, and frees its thread itself
+                waiting.pop()()
         if error is not None:
             raise error
         if inspect.isawaitable(result):
             await result
 
+    async def _take_thread(self) -> Callable[[], object]:
+        """Wait until one more thread may run; give what says that it has ended."""
+        limiter = _threads.get()
+        if limiter is None:
+            _threads.set(limiter := anyio.CapacityLimiter(MOST_THREADS))
+        with anyio.move_on_after(THREAD_SECONDS):
+            await limiter.acquire_on_behalf_of(self)
+            in_loop = asyncio.get_running_loop().call_soon_threadsafe
+            return functools.partial(in_loop, limiter.release_on_behalf_of, self)
+        message = f"no thread was free within {THREAD_SECONDS} seconds"
+        raise TimeoutError(message + ": is another hook holding them?")
 
-def _call_in_thread(fn: Callable[[], object]) -> tuple[object, BaseException | None]:
-    try:
-        return fn(), None
-    except BaseException as error:  # noqa: BLE001  # GeneratorExit would close the task
-        return None, error
+
+def _call_in_thread(
+    fn: Callable[[], object], waiting: list[Callable[[], object]]
+) -> tuple[object, BaseException | None]:
+    with suppress(IndexError):  # it was cancelled just before it began
+        free = waiting.pop()
+        try:
+            return fn(), None
+        except BaseException as error:  # noqa: BLE001  # GeneratorExit ends the task
+            return None, error
+        finally:
+            with suppress(RuntimeError):  # the loop is closed
+                free()
+    return None, None
 
 
 class Hooks:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from asgi_uow import errors
+from asgi_uow._databases.driver_errors import stacktrace_of
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.managed import Shared
@@ -51,6 +52,9 @@ class UnitOptions:
         return False
 
     def tell(self, event: Event) -> None:
+        if (error := getattr(event, "error", None)) is not None:
+            show = functools.partial(stacktrace_of, error)
+            event = dataclasses.replace(event, trace=show)
         notify(self.observers, event)
 
 
