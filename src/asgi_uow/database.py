@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import sys
+import threading
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakSet, ref
 
 from asgi_uow import errors
 from asgi_uow._databases import configuration
 from asgi_uow._databases.engines import Engines
 from asgi_uow._databases.health import check
-from asgi_uow._decision import WRITABLE, State, decide_exit
+from asgi_uow._decision import UNDECIDED, WRITABLE, Cause, State, decide_exit, rollback
 from asgi_uow._unit.finish import end_unit
 from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
     from typing import Self, TypeAlias
 
     from sqlalchemy import URL
@@ -24,7 +28,42 @@ if TYPE_CHECKING:
     from asgi_uow._databases.health import Health
     from asgi_uow._sessions.session import Session
 
-    Task: TypeAlias = asyncio.Task[object]
+    Leave: TypeAlias = Callable[..., Coroutine[object, object, None]]
+
+
+class _Found(threading.local):
+    """The block whose `__aexit__` was looked up last in this thread, and by whom."""
+
+    frame: int = 0
+    block: Callable[[], unit_of_work | None] | None = None
+
+
+class _ExitOfBlock:
+    """`Database.__aexit__`: every block gets one of its own, which knows its unit.
+
+    `async with` and exit stacks look it up before they enter, and keep it: whichever
+    task and context leaves a block calls what the block has kept.
+    https://docs.python.org/3/reference/compound_stmts.html#the-async-with-statement
+    """
+
+    found = _Found()
+
+    def __init__(self, by_hand: Leave) -> None:
+        functools.update_wrapper(self, by_hand)
+        self._by_hand = by_hand
+
+    def __get__(self, db: Database | None, _: object = None) -> Leave:
+        block = unit_of_work.__new__(unit_of_work)
+        # Weak: somebody may look without entering. The frame tells who has looked.
+        self.found.frame, self.found.block = id(sys._getframe(1)), ref(block)  # noqa: SLF001
+
+        async def leave(*args: Any) -> None:
+            if block.is_entered:  # what comes first is `db` if the class was asked
+                await block.__aexit__(*args[-3:])
+            else:
+                await self._by_hand(*(() if db is None else (db,)), *args)
+
+        return leave
 
 
 class Database(Engines):
@@ -62,7 +101,7 @@ class Database(Engines):
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
         )
-        self._entered: WeakKeyDictionary[UnitOfWork, ref[Task]] = WeakKeyDictionary()
+        self._by_hand: WeakSet[UnitOfWork] = WeakSet()
 
     @classmethod
     def from_url(
@@ -134,35 +173,30 @@ class Database(Engines):
 
     async def __aenter__(self) -> UnitOfWork:
         """Open a unit of work for this database; see `unit_of_work`."""
-        unit = await unit_of_work(self).__aenter__()
-        self._entered[unit] = ref(_task())
-        return unit
+        found = _ExitOfBlock.found
+        block = found.block and found.block()
+        if block is None or found.frame != id(sys._getframe(1)):  # noqa: SLF001
+            unit = _open((self,))
+            self._by_hand.add(unit)
+            return unit
+        found.block, block.databases = None, (self,)
+        return await block.__aenter__()
 
-    async def __aexit__(
+    async def _leave_by_hand(
         self, exc_type: object, exc: BaseException | None, traceback: object
     ) -> None:
         """Commit, or roll back after an exception; raises if not kept."""
-        await _leave(self._take_entered(), exc)
+        unit = current.get()
+        for each in () if unit is None else (unit, *unit.outwards()):
+            if each in self._by_hand:
+                self._by_hand.remove(each)
+                return await _leave(each, exc)
+        raise errors.NoUnitOfWorkError(LEAVING)
 
-    def _take_entered(self) -> UnitOfWork:
-        """Give the unit that is being left: this task's last, or one left behind."""
-        task, unit = _task(), current.get()
-        entered = None if unit is None else self._entered.get(unit)
-        if unit is None or entered is None or entered() is not task:
-            by = {each: entered_by() for each, entered_by in self._entered.items()}
-            mine = [each for each, other in by.items() if other is task]
-            behind = [each for each, o in by.items() if o is None or o.done()]
-            found = mine or behind or list(by)
-            if not (mine or behind or len(found) == 1):
-                operation = "leaving a unit of work that another task has entered"
-                raise errors.NoUnitOfWorkError(operation)
-            unit = found[-1]
-        del self._entered[unit]
-        return unit
-
-
-def _task() -> Task:
-    return asyncio.current_task()  # type: ignore[return-value]  # we are in a coroutine
+    if TYPE_CHECKING:
+        __aexit__ = _leave_by_hand
+    else:
+        __aexit__ = _ExitOfBlock(_leave_by_hand)
 
 
 def _current(operation: str) -> UnitOfWork:
@@ -183,35 +217,24 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
     `NestedUnitOfWorkError` inside an undecided unit of the same database.
     """
 
+    unit: UnitOfWork
+    independent: bool = False
+    is_entered: bool = False
+
     def __init__(self, *databases: Engines, independent: bool = False) -> None:
         if not databases:
             message = "unit_of_work() needs at least one Database."
             raise TypeError(message)
         self.databases = databases
         self.independent = independent
-        self.unit: UnitOfWork
 
     async def __aenter__(self) -> UnitOfWork:
         """Open the unit; no session and no connection yet."""
-        around = current.get()
-        unit = self.unit = UnitOfWork()
-        unit.databases, unit.options, unit.state = self.databases, DEFAULTS, State.NEW
-        if around is not None:
-            unit.around, unit.options = around, around.options
-            unit.must_see = around.must_see
-            unit.is_nested = around.state in WRITABLE and not around.is_hook
-            # Otherwise a hook that registers itself in such a block never ends.
-            unit.quota = around.quota
-            for db in self.databases:
-                # A hook's own unit is in the way only once it is used.
-                taken = around.holds(db) if around.is_hook else around.serves(db)
-                if taken and around.state in WRITABLE and not self.independent:
-                    raise errors.NestedUnitOfWorkError(db)
-                # The enclosing unit cannot end before this one does: a deadlock.
-                if unit.is_blocked_by_others(db):
-                    raise errors.NestedUnitOfWorkError(db)
-        current.set(unit)
-        return unit
+        if self.is_entered:
+            raise errors.BlockReusedError
+        self.unit = _open(self.databases, independent=self.independent)
+        self.is_entered, self._loop = True, asyncio.get_running_loop()
+        return self.unit
 
     async def __aexit__(
         self, exc_type: object, exc: BaseException | None, traceback: object
@@ -219,8 +242,44 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         """Commit or roll back, then close; raises if the work was not kept."""
         await _leave(self.unit, exc)
 
+    def __del__(self) -> None:
+        """Roll back what nobody can leave any more."""
+        if not self.is_entered or self.unit.state not in UNDECIDED:
+            return
+        message = f"nobody has left the block of {self.unit!r}: it is rolled back"
+        warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+        if self._loop.is_running():
+            end = end_unit(self.unit, rollback(Cause.ABANDONED))
+            asyncio.run_coroutine_threadsafe(end, self._loop)
+
 
 DEFAULTS = UnitOptions()
+LEAVING = (
+    "leaving by hand what was not entered by hand in this context (an object of "
+    "unit_of_work(db) can be left anywhere)"
+)
+
+
+def _open(databases: tuple[Engines, ...], *, independent: bool = False) -> UnitOfWork:
+    """Make a unit the current one; no session and no connection yet."""
+    around, unit = current.get(), UnitOfWork()
+    unit.databases, unit.options, unit.state = databases, DEFAULTS, State.NEW
+    if around is not None:
+        unit.around, unit.options = around, around.options
+        unit.must_see = around.must_see
+        unit.is_nested = around.state in WRITABLE and not around.is_hook
+        # Otherwise a hook that registers itself in such a block never ends.
+        unit.quota = around.quota
+        for db in databases:
+            # A hook's own unit is in the way only once it is used.
+            taken = around.holds(db) if around.is_hook else around.serves(db)
+            if taken and around.state in WRITABLE and not independent:
+                raise errors.NestedUnitOfWorkError(db)
+            # The enclosing unit cannot end before this one does: a deadlock.
+            if unit.is_blocked_by_others(db):
+                raise errors.NestedUnitOfWorkError(db)
+    current.set(unit)
+    return unit
 
 
 async def _leave(unit: UnitOfWork, error: BaseException | None) -> None:
