@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import sys
 import threading
 import warnings
@@ -49,8 +48,7 @@ class _ExitOfBlock:
     found = _Found()
 
     def __init__(self, by_hand: Leave) -> None:
-        functools.update_wrapper(self, by_hand)
-        self._by_hand = by_hand
+        self._by_hand, self.__doc__ = by_hand, by_hand.__doc__
 
     def __get__(self, db: Database | None, _: object = None) -> Leave:
         block = unit_of_work.__new__(unit_of_work)
@@ -182,7 +180,7 @@ class Database(Engines):
         found.block, block.databases = None, (self,)
         return await block.__aenter__()
 
-    async def _leave_by_hand(
+    async def __aexit__(
         self, exc_type: object, exc: BaseException | None, traceback: object
     ) -> None:
         """Commit, or roll back after an exception; raises if not kept."""
@@ -193,10 +191,8 @@ class Database(Engines):
                 return await _leave(each, exc)
         raise errors.NoUnitOfWorkError(LEAVING)
 
-    if TYPE_CHECKING:
-        __aexit__ = _leave_by_hand
-    else:
-        __aexit__ = _ExitOfBlock(_leave_by_hand)
+    if not TYPE_CHECKING:
+        __aexit__ = _ExitOfBlock(__aexit__)
 
 
 def _current(operation: str) -> UnitOfWork:
@@ -295,6 +291,7 @@ async def _leave(unit: UnitOfWork, error: BaseException | None) -> None:
     finally:
         # Not by a token: blocks need not end in the order of their nesting
         # (generators), nor in the task that they began in.
+        left = (each for each in unit.outwards() if each.state is not State.CLOSED)
+        unit.around = next(left, None)  # a context may keep the unit, but not a chain
         if current.get() is unit:
-            left = (each for each in unit.outwards() if each.state is not State.CLOSED)
-            current.set(next(left, None))
+            current.set(unit.around)

@@ -10,6 +10,7 @@ import sys
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from typing import TYPE_CHECKING
 from unittest import IsolatedAsyncioTestCase
+from weakref import WeakSet
 
 import pytest
 from sqlalchemy import exc as sa_exc
@@ -385,6 +386,20 @@ async def test_fixture(db: Database, backend: Backend) -> None:
     assert [0, 0] == checked_out(db)
 
 
+@on("aiosqlite")
+async def test_streams_closed_by_others_are_forgotten(db: Database) -> None:
+    """A task that begins one stream after the other keeps the last unit, not all."""
+    units: WeakSet[uow.UnitOfWork] = WeakSet()
+    for number in range(10):
+        stream = Stream(db, number)
+        await stream.move()
+        await close_in_another_context(stream)
+        units.add(stream.unit)
+        del stream
+    gc.collect()
+    assert 2 >= len(units)
+
+
 @on(*DRIVERS)
 async def test_exit_stack_closed_in_another_task(
     db: Database, backend: Backend
@@ -456,7 +471,7 @@ def test_block_that_outlives_its_loop(tmp_path: Path) -> None:
     """Without a loop that runs there is the warning, and no other noise."""
     db = Database.from_url(f"sqlite:///{tmp_path / 'a.sqlite'}")
     stack = AsyncExitStack()
-    asyncio.run(stack.enter_async_context(db))  # type: ignore[arg-type]
+    asyncio.run(stack.enter_async_context(db))
     with pytest.warns(ResourceWarning, match="nobody has left the block of"):
         del stack
 
@@ -488,7 +503,7 @@ async def test_blocks_cost_the_same_among_many() -> None:
     for number in (2, 200):
         async with many_open(db, number):
             block = pause()
-            await asyncio.create_task(anext(block))  # type: ignore[arg-type]
+            await asyncio.create_task(anext(block))
             calls.append(0)
             sys.setprofile(count)
             with pytest.raises(StopAsyncIteration):

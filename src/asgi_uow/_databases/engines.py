@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,7 +91,8 @@ class Engines:
             message = "This Database has an engine already; make another Database."
             raise ConfigurationError(message)
         _check_engine(engine)
-        if engine in self._readers:
+        pool = engine.sync_engine.pool
+        if any(each.sync_engine.pool is pool for each in self._readers):
             message = "A reader cannot be the writer: it is made read-only."
             raise ConfigurationError(message)
         asks = known.database_of(engine.dialect).TRANSACTION_ID
@@ -107,9 +109,10 @@ class Engines:
 
     def _make_readers_read_only(self) -> None:
         """At once: a connection that is in the pool already stays what it is."""
+        isolation = self.read_isolation
         for each in filter(None, (self._read_engine, *self._readers)):
-            isolation = self.read_isolation
-            attach_listeners(each, read_only=True, read_isolation=isolation)
+            if not (self.is_memory and each is self._read_engine):
+                attach_listeners(each, read_only=True, read_isolation=isolation)
 
     @property
     def read_engine(self) -> AsyncEngine:
@@ -135,6 +138,14 @@ class Engines:
     def name(self) -> str:
         """The writer's URL without its password."""
         return known.shown(self.engine.url)
+
+    @cached_property
+    def writes_to(self) -> object:
+        """The same for databases whose writers wait for each other (SQLite)."""
+        if not self.facts.SINGLE_WRITER:
+            return self
+        url = self.engine.url
+        return self.engine if self.is_memory else os.path.realpath(url.database or "")
 
     @cached_property
     def key(self) -> str:

@@ -125,7 +125,7 @@ class UnitOfWork:
         if participant.writer is not None:
             return participant.writer
         # The enclosing unit cannot end before this one does: a deadlock.
-        if self.around is not None and self.is_blocked_by_others(db):
+        if (self.around or self.databases[1:]) and self.is_blocked_by_others(db):
             raise errors.NestedUnitOfWorkError(db)
         self.start()
         return participant.open_writer()
@@ -267,13 +267,15 @@ class UnitOfWork:
 
     def holds(self, db: Engines) -> bool:
         """Tell whether this unit holds a connection that another would wait for."""
-        participant = self.participants.get(db)
-        return participant is not None and participant.holds_connection
+        for each in self.participants.values():
+            if each.db.writes_to == db.writes_to and each.holds_connection:
+                return True
+        return False
 
     def is_blocked_by_others(self, db: Engines) -> bool:
-        """Tell whether a unit around holds the one connection that can write."""
-        around = self.outwards() if db.facts.SINGLE_WRITER else ()
-        return any(each.holds(db) for each in around)
+        """Tell whether it, or a unit around, holds the one that can write."""
+        units = (self, *self.outwards()) if db.facts.SINGLE_WRITER else ()
+        return any(each.holds(db) for each in units)
 
     def __repr__(self) -> str:
         names = ", ".join(db.name for db in self.databases)
