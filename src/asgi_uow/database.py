@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakSet, ref
+from weakref import ref
 
 from asgi_uow import errors
 from asgi_uow._databases import configuration
@@ -15,14 +15,13 @@ from asgi_uow._databases.engines import Engines
 from asgi_uow._databases.health import check
 from asgi_uow._decision import UNDECIDED, WRITABLE, Cause, State, decide_exit, rollback
 from asgi_uow._unit.finish import end_unit
-from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current
+from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
     from typing import Self, TypeAlias
 
     from sqlalchemy import URL
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from asgi_uow._databases.health import Health
     from asgi_uow._sessions.session import Session
@@ -30,22 +29,14 @@ if TYPE_CHECKING:
     Leave: TypeAlias = Callable[..., Coroutine[object, object, None]]
 
 
-class _Found(threading.local):
-    """The block whose `__aexit__` was looked up last in this thread, and by whom."""
-
-    frame: int = 0
-    block: Callable[[], unit_of_work | None] | None = None
-
-
 class _ExitOfBlock:
     """`Database.__aexit__`: every block gets one of its own, which knows its unit.
 
-    `async with` and exit stacks look it up before they enter, and keep it: whichever
-    task and context leaves a block calls what the block has kept.
+    `async with` and exit stacks look it up before they enter, and call what they found.
     https://docs.python.org/3/reference/compound_stmts.html#the-async-with-statement
     """
 
-    found = _Found()
+    found = threading.local()
 
     def __init__(self, by_hand: Leave) -> None:
         self._by_hand, self.__doc__ = by_hand, by_hand.__doc__
@@ -53,13 +44,12 @@ class _ExitOfBlock:
     def __get__(self, db: Database | None, _: object = None) -> Leave:
         block = unit_of_work.__new__(unit_of_work)
         # Weak: somebody may look without entering. The frame tells who has looked.
-        self.found.frame, self.found.block = id(sys._getframe(1)), ref(block)  # noqa: SLF001
+        self.found.last = id(sys._getframe(1)), ref(block)  # noqa: SLF001
 
-        async def leave(*args: Any) -> None:
+        async def leave(*args: Any) -> None:  # unittest asks whether it is async
             if block.is_entered:  # what comes first is `db` if the class was asked
-                await block.__aexit__(*args[-3:])
-            else:
-                await self._by_hand(*(() if db is None else (db,)), *args)
+                return await block.__aexit__(*args[-3:])
+            return await self._by_hand(*args if db is None else (db, *args))
 
         return leave
 
@@ -80,26 +70,6 @@ class Database(Engines):
     Create it at import time or at start-up; nothing connects before first use.
     Raises `ConfigurationError` for an engine or option that cannot work.
     """
-
-    def __init__(
-        self,
-        engine: AsyncEngine | None,
-        *,
-        readers: Sequence[AsyncEngine] = (),
-        commit_on_exit: bool = True,
-        resolve_unknown: bool = False,
-        read_isolation: Literal["REPEATABLE READ"] | None = None,
-        **session_options: Any,
-    ) -> None:
-        super().__init__(
-            engine,
-            readers,
-            session_options,
-            commit_on_exit=commit_on_exit,
-            resolve_unknown=resolve_unknown,
-            read_isolation=read_isolation,
-        )
-        self._by_hand: WeakSet[UnitOfWork] = WeakSet()
 
     @classmethod
     def from_url(
@@ -154,12 +124,12 @@ class Database(Engines):
     @property
     def write(self) -> Session:
         """The write session of the current unit of work: `current_session(db)`."""
-        return _current("db.write").session(self)
+        return require("db.write").session(self)
 
     @property
     def read(self) -> Session:
         """The read session of the current unit: `current_read_session(db)`."""
-        return _current("db.read").read_session(self)
+        return require("db.read").read_session(self)
 
     async def check(self, *, timeout: float = 2.0) -> Health:  # noqa: ASYNC109  # its name
         """Ask writer and readers how they are, at once: for `/healthz`.
@@ -171,13 +141,13 @@ class Database(Engines):
 
     async def __aenter__(self) -> UnitOfWork:
         """Open a unit of work for this database; see `unit_of_work`."""
-        found = _ExitOfBlock.found
-        block = found.block and found.block()
-        if block is None or found.frame != id(sys._getframe(1)):  # noqa: SLF001
+        frame, found = getattr(_ExitOfBlock.found, "last", NOTHING)
+        block = found() if frame == id(sys._getframe(1)) else None  # noqa: SLF001
+        if block is None or block.is_entered:
             unit = _open((self,))
-            self._by_hand.add(unit)
+            unit.entered_by_hand = self
             return unit
-        found.block, block.databases = None, (self,)
+        block.databases = (self,)
         return await block.__aenter__()
 
     async def __aexit__(
@@ -186,20 +156,13 @@ class Database(Engines):
         """Commit, or roll back after an exception; raises if not kept."""
         unit = current.get()
         for each in () if unit is None else (unit, *unit.outwards()):
-            if each in self._by_hand:
-                self._by_hand.remove(each)
+            if each.entered_by_hand is self:
+                each.entered_by_hand = None
                 return await _leave(each, exc)
         raise errors.NoUnitOfWorkError(LEAVING)
 
     if not TYPE_CHECKING:
         __aexit__ = _ExitOfBlock(__aexit__)
-
-
-def _current(operation: str) -> UnitOfWork:
-    unit = current.get()
-    if unit is None:
-        raise errors.NoUnitOfWorkError(operation)
-    return unit
 
 
 class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_work(db)
@@ -250,10 +213,8 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
 
 
 DEFAULTS = UnitOptions()
-LEAVING = (
-    "leaving by hand what was not entered by hand in this context (an object of "
-    "unit_of_work(db) can be left anywhere)"
-)
+NOTHING: tuple[int, Callable[[], unit_of_work | None]] = 0, lambda: None
+LEAVING = "db.__aexit__() in another context (keep a unit_of_work(db) for that)"
 
 
 def _open(databases: tuple[Engines, ...], *, independent: bool = False) -> UnitOfWork:
@@ -269,10 +230,9 @@ def _open(databases: tuple[Engines, ...], *, independent: bool = False) -> UnitO
         for db in databases:
             # A hook's own unit is in the way only once it is used.
             taken = around.holds(db) if around.is_hook else around.serves(db)
-            if taken and around.state in WRITABLE and not independent:
-                raise errors.NestedUnitOfWorkError(db)
+            inside = taken and around.state in WRITABLE and not independent
             # The enclosing unit cannot end before this one does: a deadlock.
-            if unit.is_blocked_by_others(db):
+            if inside or unit.is_blocked_by_others(db):
                 raise errors.NestedUnitOfWorkError(db)
     current.set(unit)
     return unit

@@ -21,7 +21,7 @@ from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
 from asgi_uow.observers import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from sqlalchemy import Engine
 
@@ -46,12 +46,12 @@ class Engines:
     def __init__(
         self,
         engine: AsyncEngine | None,
-        readers: Sequence[AsyncEngine],
-        session_options: Mapping[str, Any],
         *,
-        commit_on_exit: bool,
-        resolve_unknown: bool,
-        read_isolation: Literal["REPEATABLE READ"] | None,
+        readers: Sequence[AsyncEngine] = (),
+        commit_on_exit: bool = True,
+        resolve_unknown: bool = False,
+        read_isolation: Literal["REPEATABLE READ"] | None = None,
+        **session_options: Any,
     ) -> None:
         for name in sorted(RESERVED & session_options.keys()):
             message = f"The session option {name!r} belongs to asgi-uow; leave it out."

@@ -79,6 +79,7 @@ class UnitOfWork:
 
     around: UnitOfWork | None = None
     """The unit that was current before, if it was not decided yet or this is a hook."""
+    entered_by_hand: Engines | None = None
     is_nested: bool = False
     """Whether it is inside `around`, whose savepoints and databases it shares."""
     is_hook: bool = False
@@ -267,10 +268,8 @@ class UnitOfWork:
 
     def holds(self, db: Engines) -> bool:
         """Tell whether this unit holds a connection that another would wait for."""
-        for each in self.participants.values():
-            if each.db.writes_to == db.writes_to and each.holds_connection:
-                return True
-        return False
+        held = (each for each in self.participants.values() if each.holds_connection)
+        return any(each.db.writes_to == db.writes_to for each in held)
 
     def is_blocked_by_others(self, db: Engines) -> bool:
         """Tell whether it, or a unit around, holds the one that can write."""
@@ -289,3 +288,12 @@ It holds the unit itself, never its parts: a framework that runs a handler in a 
 task or a thread hands it a copy of the context, and what is changed inside the object
 still arrives, while a value bound again would not.
 """
+
+
+def require(operation: str) -> UnitOfWork:
+    """Give the current unit of work; raises where there is none or it has ended."""
+    if (unit := current.get()) is None:
+        raise errors.NoUnitOfWorkError(operation)
+    if unit.state is CLOSED:
+        raise errors.UnitOfWorkClosedError(operation, unit.state)
+    return unit
