@@ -24,6 +24,7 @@ REMEDIES: list[tuple[errors.AsgiUowError, str]] = [
     (errors.EngineNotInitialisedError(), "Database.from_url("),
     (errors.NoUnitOfWorkError("savepoint()"), "async with db:"),
     (errors.UnknownDatabaseError("session()", DB), "UnitOfWorkMiddleware(app, ...)"),
+    (errors.BlockReusedError(), "async with unit_of_work(db):"),
     (errors.NestedUnitOfWorkError(DB), "savepoint()"),
     (errors.NestedUnitOfWorkError(DB), "unit_of_work(db, independent=True)"),
     (errors.UnitOfWorkClosedError("session()", State.CLOSED), "async with db:"),

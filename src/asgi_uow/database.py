@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from asgi_uow import errors
 from asgi_uow._databases import configuration
 from asgi_uow._databases.engines import Engines
 from asgi_uow._databases.health import check
-from asgi_uow._decision import WRITABLE, State, decide_exit
+from asgi_uow._decision import UNDECIDED, WRITABLE, Cause, State, decide_exit, rollback
 from asgi_uow._unit.finish import end_unit
-from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current
+from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current, require
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
     from typing import Self, TypeAlias
 
     from sqlalchemy import URL
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from asgi_uow._databases.health import Health
     from asgi_uow._sessions.session import Session
 
-    Task: TypeAlias = asyncio.Task[object]
+    Leave: TypeAlias = Callable[..., Coroutine[object, object, None]]
+
+
+class _ExitOfBlock:
+    """`Database.__aexit__`: every block gets one of its own, which knows its unit.
+
+    `async with` and exit stacks look it up before they enter, and call what they found.
+    https://docs.python.org/3/reference/compound_stmts.html#the-async-with-statement
+    """
+
+    found = threading.local()
+
+    def __init__(self, by_hand: Leave) -> None:
+        self._by_hand, self.__doc__ = by_hand, by_hand.__doc__
+
+    def __get__(self, db: Database | None, _: object = None) -> Leave:
+        block = unit_of_work.__new__(unit_of_work)
+        # Weak: somebody may look without entering. The frame tells who has looked.
+        self.found.last = id(sys._getframe(1)), ref(block)  # noqa: SLF001
+
+        async def leave(*args: Any) -> None:  # unittest asks whether it is async
+            if block.is_entered:  # what comes first is `db` if the class was asked
+                return await block.__aexit__(*args[-3:])
+            return await self._by_hand(*args if db is None else (db, *args))
+
+        return leave
 
 
 class Database(Engines):
@@ -43,26 +70,6 @@ class Database(Engines):
     Create it at import time or at start-up; nothing connects before first use.
     Raises `ConfigurationError` for an engine or option that cannot work.
     """
-
-    def __init__(
-        self,
-        engine: AsyncEngine | None,
-        *,
-        readers: Sequence[AsyncEngine] = (),
-        commit_on_exit: bool = True,
-        resolve_unknown: bool = False,
-        read_isolation: Literal["REPEATABLE READ"] | None = None,
-        **session_options: Any,
-    ) -> None:
-        super().__init__(
-            engine,
-            readers,
-            session_options,
-            commit_on_exit=commit_on_exit,
-            resolve_unknown=resolve_unknown,
-            read_isolation=read_isolation,
-        )
-        self._entered: WeakKeyDictionary[UnitOfWork, ref[Task]] = WeakKeyDictionary()
 
     @classmethod
     def from_url(
@@ -117,12 +124,12 @@ class Database(Engines):
     @property
     def write(self) -> Session:
         """The write session of the current unit of work: `current_session(db)`."""
-        return _current("db.write").session(self)
+        return require("db.write").session(self)
 
     @property
     def read(self) -> Session:
         """The read session of the current unit: `current_read_session(db)`."""
-        return _current("db.read").read_session(self)
+        return require("db.read").read_session(self)
 
     async def check(self, *, timeout: float = 2.0) -> Health:  # noqa: ASYNC109  # its name
         """Ask writer and readers how they are, at once: for `/healthz`.
@@ -134,42 +141,28 @@ class Database(Engines):
 
     async def __aenter__(self) -> UnitOfWork:
         """Open a unit of work for this database; see `unit_of_work`."""
-        unit = await unit_of_work(self).__aenter__()
-        self._entered[unit] = ref(_task())
-        return unit
+        frame, found = getattr(_ExitOfBlock.found, "last", NOTHING)
+        block = found() if frame == id(sys._getframe(1)) else None  # noqa: SLF001
+        if block is None or block.is_entered:
+            unit = _open((self,))
+            unit.entered_by_hand = self
+            return unit
+        block.databases = (self,)
+        return await block.__aenter__()
 
     async def __aexit__(
         self, exc_type: object, exc: BaseException | None, traceback: object
     ) -> None:
         """Commit, or roll back after an exception; raises if not kept."""
-        await _leave(self._take_entered(), exc)
+        unit = current.get()
+        for each in () if unit is None else (unit, *unit.outwards()):
+            if each.entered_by_hand is self:
+                each.entered_by_hand = None
+                return await _leave(each, exc)
+        raise errors.NoUnitOfWorkError(LEAVING)
 
-    def _take_entered(self) -> UnitOfWork:
-        """Give the unit that is being left: this task's last, or one left behind."""
-        task, unit = _task(), current.get()
-        entered = None if unit is None else self._entered.get(unit)
-        if unit is None or entered is None or entered() is not task:
-            by = {each: entered_by() for each, entered_by in self._entered.items()}
-            mine = [each for each, other in by.items() if other is task]
-            behind = [each for each, o in by.items() if o is None or o.done()]
-            found = mine or behind or list(by)
-            if not (mine or behind or len(found) == 1):
-                operation = "leaving a unit of work that another task has entered"
-                raise errors.NoUnitOfWorkError(operation)
-            unit = found[-1]
-        del self._entered[unit]
-        return unit
-
-
-def _task() -> Task:
-    return asyncio.current_task()  # type: ignore[return-value]  # we are in a coroutine
-
-
-def _current(operation: str) -> UnitOfWork:
-    unit = current.get()
-    if unit is None:
-        raise errors.NoUnitOfWorkError(operation)
-    return unit
+    if not TYPE_CHECKING:
+        __aexit__ = _ExitOfBlock(__aexit__)
 
 
 class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_work(db)
@@ -183,35 +176,24 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
     `NestedUnitOfWorkError` inside an undecided unit of the same database.
     """
 
+    unit: UnitOfWork
+    independent: bool = False
+    is_entered: bool = False
+
     def __init__(self, *databases: Engines, independent: bool = False) -> None:
         if not databases:
             message = "unit_of_work() needs at least one Database."
             raise TypeError(message)
         self.databases = databases
         self.independent = independent
-        self.unit: UnitOfWork
 
     async def __aenter__(self) -> UnitOfWork:
         """Open the unit; no session and no connection yet."""
-        around = current.get()
-        unit = self.unit = UnitOfWork()
-        unit.databases, unit.options, unit.state = self.databases, DEFAULTS, State.NEW
-        if around is not None:
-            unit.around, unit.options = around, around.options
-            unit.must_see = around.must_see
-            unit.is_nested = around.state in WRITABLE and not around.is_hook
-            # Otherwise a hook that registers itself in such a block never ends.
-            unit.quota = around.quota
-            for db in self.databases:
-                # A hook's own unit is in the way only once it is used.
-                taken = around.holds(db) if around.is_hook else around.serves(db)
-                if taken and around.state in WRITABLE and not self.independent:
-                    raise errors.NestedUnitOfWorkError(db)
-                # The enclosing unit cannot end before this one does: a deadlock.
-                if unit.is_blocked_by_others(db):
-                    raise errors.NestedUnitOfWorkError(db)
-        current.set(unit)
-        return unit
+        if self.is_entered:
+            raise errors.BlockReusedError
+        self.unit = _open(self.databases, independent=self.independent)
+        self.is_entered, self._loop = True, asyncio.get_running_loop()
+        return self.unit
 
     async def __aexit__(
         self, exc_type: object, exc: BaseException | None, traceback: object
@@ -219,8 +201,41 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         """Commit or roll back, then close; raises if the work was not kept."""
         await _leave(self.unit, exc)
 
+    def __del__(self) -> None:
+        """Roll back what nobody can leave any more."""
+        if not self.is_entered or self.unit.state not in UNDECIDED:
+            return
+        message = f"nobody has left the block of {self.unit!r}: it is rolled back"
+        warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+        if self._loop.is_running():
+            end = end_unit(self.unit, rollback(Cause.ABANDONED))
+            asyncio.run_coroutine_threadsafe(end, self._loop)
+
 
 DEFAULTS = UnitOptions()
+NOTHING: tuple[int, Callable[[], unit_of_work | None]] = 0, lambda: None
+LEAVING = "db.__aexit__() in another context (keep a unit_of_work(db) for that)"
+
+
+def _open(databases: tuple[Engines, ...], *, independent: bool = False) -> UnitOfWork:
+    """Make a unit the current one; no session and no connection yet."""
+    around, unit = current.get(), UnitOfWork()
+    unit.databases, unit.options, unit.state = databases, DEFAULTS, State.NEW
+    if around is not None:
+        unit.around, unit.options = around, around.options
+        unit.must_see = around.must_see
+        unit.is_nested = around.state in WRITABLE and not around.is_hook
+        # Otherwise a hook that registers itself in such a block never ends.
+        unit.quota = around.quota
+        for db in databases:
+            # A hook's own unit is in the way only once it is used.
+            taken = around.holds(db) if around.is_hook else around.serves(db)
+            inside = taken and around.state in WRITABLE and not independent
+            # The enclosing unit cannot end before this one does: a deadlock.
+            if inside or unit.is_blocked_by_others(db):
+                raise errors.NestedUnitOfWorkError(db)
+    current.set(unit)
+    return unit
 
 
 async def _leave(unit: UnitOfWork, error: BaseException | None) -> None:
@@ -236,6 +251,7 @@ async def _leave(unit: UnitOfWork, error: BaseException | None) -> None:
     finally:
         # Not by a token: blocks need not end in the order of their nesting
         # (generators), nor in the task that they began in.
+        left = (each for each in unit.outwards() if each.state is not State.CLOSED)
+        unit.around = next(left, None)  # a context may keep the unit, but not a chain
         if current.get() is unit:
-            left = (each for each in unit.outwards() if each.state is not State.CLOSED)
-            current.set(next(left, None))
+            current.set(unit.around)

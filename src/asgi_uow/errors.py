@@ -7,6 +7,7 @@ AsgiUowError
 ├── EngineNotInitialisedError     a Database without an engine was used
 ├── NoUnitOfWorkError             there is no unit of work here (LookupError)
 │   └── UnknownDatabaseError      the unit of work does not serve this database
+├── BlockReusedError              one unit_of_work() was entered twice (RuntimeError)
 ├── NestedUnitOfWorkError         a unit inside a unit of the same database
 ├── UnitOfWorkClosedError         the unit of work has ended
 ├── ManagedTransactionError       commit(), rollback() or close() by hand
@@ -83,6 +84,15 @@ class UnknownDatabaseError(NoUnitOfWorkError):
     template = (
         "{}: the current unit of work does not serve {!r}. Pass it to "
         "UnitOfWorkMiddleware(app, ...) or unit_of_work(...) too."
+    )
+
+
+class BlockReusedError(AsgiUowError, RuntimeError):
+    """A `unit_of_work(...)` that was entered before was entered again."""
+
+    template = (
+        "This unit_of_work(...) was entered before, and is one block with one outcome: "
+        "make a new one for each block, `async with unit_of_work(db):`."
     )
 
 

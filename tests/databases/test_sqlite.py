@@ -45,6 +45,60 @@ async def test_sqlite_settings(backend: SQLiteBackend, db: Database) -> None:
     assert 0 == await backend.open_transactions()
 
 
+async def test_two_databases_on_one_file(backend: SQLiteBackend) -> None:
+    """A second writer would wait for the first for ever: refused at once.
+
+    Be it a Database on the same engine, or one on another engine for the same file.
+    """
+    await backend.execute(CREATE)
+    engine = create_async_engine(backend.url)
+    one, two, far = Database(engine), Database(engine), Database.from_url(backend.url)
+    async with one:
+        async with two:  # nobody has written yet
+            await shop.insert(1, two)
+        await shop.insert(2, one)
+        for db in (two, far):
+            with pytest.raises(NestedUnitOfWorkError):
+                await db.__aenter__()
+    async with two, one, far:
+        await shop.insert(3, two)
+        for db in (one, far):
+            with pytest.raises(NestedUnitOfWorkError):
+                await shop.insert(4, db)
+            assert 2 == await db.read.scalar(shop.COUNT)
+    assert [(1,), (2,), (3,)] == await backend.fetch("SELECT id FROM items")
+    for db in (one, two, far):
+        await db.dispose()
+
+
+async def test_two_databases_of_one_unit_on_one_file(backend: SQLiteBackend) -> None:
+    """Nor can one unit of work write through two databases into one file."""
+    await backend.execute(CREATE)
+    engine = create_async_engine(backend.url)
+    one, two = Database(engine), Database(engine)
+    async with unit_of_work(one, two):
+        await shop.insert(1, one)
+        with pytest.raises(NestedUnitOfWorkError):
+            await shop.insert(2, two)
+    assert [(1,)] == await backend.fetch("SELECT id FROM items")
+    for db in (one, two):
+        await db.dispose()
+
+
+async def test_two_databases_on_one_engine_in_memory() -> None:
+    """One connection is one database, however many Database objects there are."""
+    async with memory_database() as one, memory_database() as apart:
+        two = Database(one.engine)
+        async with one:
+            await shop.insert(1, one)
+            async with apart:
+                await shop.insert(2, apart)
+            with pytest.raises(NestedUnitOfWorkError):
+                await two.__aenter__()
+        async with two:
+            assert [1] == (await two.read.scalars(shop.SELECT)).all()
+
+
 async def test_a_file_that_somebody_reads(sqlite: SQLiteBackend) -> None:
     """The first connection waits for a reader in its way, then keeps a WAL.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
 from asgi_uow.observers import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from sqlalchemy import Engine
 
@@ -43,12 +44,12 @@ class Engines:
     def __init__(
         self,
         engine: AsyncEngine | None,
-        readers: Sequence[AsyncEngine],
-        session_options: Mapping[str, Any],
         *,
-        commit_on_exit: bool,
-        resolve_unknown: bool,
-        read_isolation: Literal["REPEATABLE READ"] | None,
+        readers: Sequence[AsyncEngine] = (),
+        commit_on_exit: bool = True,
+        resolve_unknown: bool = False,
+        read_isolation: Literal["REPEATABLE READ"] | None = None,
+        **session_options: Any,
     ) -> None:
         for name in sorted(RESERVED & session_options.keys()):
             message = f"The session option {name!r} belongs to asgi-uow; leave it out."
@@ -88,7 +89,8 @@ class Engines:
             message = "This Database has an engine already; make another Database."
             raise ConfigurationError(message)
         _check_engine(engine)
-        if engine in self._readers:
+        pool = engine.sync_engine.pool
+        if any(each.sync_engine.pool is pool for each in self._readers):
             message = "A reader cannot be the writer: it is made read-only."
             raise ConfigurationError(message)
         asks = known.database_of(engine.dialect).TRANSACTION_ID
@@ -105,8 +107,10 @@ class Engines:
 
     def _make_readers_read_only(self) -> None:
         """At once: a connection that is in the pool already stays what it is."""
+        isolation = self.read_isolation
         for each in filter(None, (self._read_engine, *self._readers)):
-            attach_listeners(each, read_only=True, read_isolation=self.read_isolation)
+            if not (self.is_memory and each is self._read_engine):
+                attach_listeners(each, read_only=True, read_isolation=isolation)
 
     @property
     def read_engine(self) -> AsyncEngine:
@@ -132,6 +136,14 @@ class Engines:
     def name(self) -> str:
         """The writer's URL without its password."""
         return known.shown(self.engine.url)
+
+    @cached_property
+    def writes_to(self) -> object:
+        """The same for databases whose writers wait for each other (SQLite)."""
+        if not self.facts.SINGLE_WRITER:
+            return self
+        url = self.engine.url
+        return self.engine if self.is_memory else os.path.realpath(url.database or "")
 
     @cached_property
     def place(self) -> str:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DisconnectionError
 
 from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
-from asgi_uow.errors import ReadOnlySessionError
+from asgi_uow.errors import ConfigurationError, ReadOnlySessionError
 
 if TYPE_CHECKING:
     from sqlalchemy import pool
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 ABORTING_CODES = "asgi_uow.aborting_codes"
 AUTOCOMMIT = "asgi_uow.autocommit"
 BEGINS_WITH = "asgi_uow.begins_with"
+USED_FOR = "asgi_uow.used_for"
 CANCEL_SQL = "asgi_uow.cancel_sql"
 ERROR_SEEN = "asgi_uow.error_seen"
 IDLE_SINCE = "asgi_uow.idle_since"
@@ -143,9 +144,18 @@ class ReaderConnection(Connection):
 def attach_listeners(
     engine: AsyncEngine, *, read_only: bool, read_isolation: Isolation = None
 ) -> None:
-    """Look after the connections of an engine; once, whoever asks for it again."""
-    target = engine.sync_engine
+    """Look after the connections of an engine; once, whoever asks for it again.
+
+    Raises `ConfigurationError` if that was asked for another use of the engine.
+    """
+    target, used_for = engine.sync_engine, (read_only, read_isolation)
     if issubclass(target._connection_cls, Connection):  # noqa: SLF001
+        if target.get_execution_options()[USED_FOR] != used_for:
+            message = (
+                "Another Database uses this engine as a writer or a reader, or with "
+                "another read_isolation: make an engine for each use."
+            )
+            raise ConfigurationError(message)
         return
     policy = _Policy(target, read_only=read_only, read_isolation=read_isolation)
     # Not events of the engine: one listener there costs each statement 50 calls.
@@ -155,7 +165,7 @@ def attach_listeners(
         # A snapshot of what the first read finds; in WAL that stops no writer.
         begin = None if read_isolation is None else "BEGIN"
     # Also if there is none: a derived engine has the options of its original.
-    target.update_execution_options(**{BEGINS_WITH: begin})
+    target.update_execution_options(**{BEGINS_WITH: begin, USED_FOR: used_for})
     if target.dialect.driver in known.CONNECTS:
         event.listen(target, "do_connect", policy.on_do_connect)
     event.listen(target, "connect", policy.on_connect)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ParamSpec, overload
 from asgi_uow._decision import State
 from asgi_uow._unit.finish import close_parallel, register
 from asgi_uow._unit.hooks import is_async, name_of
-from asgi_uow._unit.unit import current
-from asgi_uow.errors import NoUnitOfWorkError, UnitOfWorkClosedError
+from asgi_uow._unit.unit import current, require
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -20,14 +19,6 @@ if TYPE_CHECKING:
     from asgi_uow._unit.unit import UnitOfWork
 
 P = ParamSpec("P")
-
-
-def _require(operation: str) -> UnitOfWork:
-    if (unit := current.get()) is None:
-        raise NoUnitOfWorkError(operation)
-    if unit.state is State.CLOSED:
-        raise UnitOfWorkClosedError(operation, unit.state)
-    return unit
 
 
 def in_unit_of_work() -> bool:
@@ -42,7 +33,7 @@ def current_unit_of_work() -> UnitOfWork:
     Raises `NoUnitOfWorkError` where there is none and `UnitOfWorkClosedError` in a
     task that has outlived it.
     """
-    return _require("current_unit_of_work()")
+    return require("current_unit_of_work()")
 
 
 def current_session(db: Engines | None = None) -> Session:
@@ -52,7 +43,7 @@ def current_session(db: Engines | None = None) -> Session:
     default. Raises `NoUnitOfWorkError` without a unit, `UnknownDatabaseError` for a
     database the unit does not serve, `UnitOfWorkClosedError` once it is decided.
     """
-    return _require("current_session()").session(db)
+    return require("current_session()").session(db)
 
 
 def current_read_session(db: Engines | None = None) -> Session:
@@ -62,7 +53,7 @@ def current_read_session(db: Engines | None = None) -> Session:
     background tasks after the response has started, and is closed when the
     application returns. Raises as `current_session` does.
     """
-    return _require("current_read_session()").read_session(db)
+    return require("current_read_session()").read_session(db)
 
 
 async def session_dependency() -> Session:
@@ -90,7 +81,7 @@ async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
     written, it reads in the writer's transaction, where tasks take turns. Raises as
     `current_session` does.
     """
-    unit = _require("parallel_read()")
+    unit = require("parallel_read()")
     participant = unit.reading("parallel_read()", db)
     session = await participant.open_parallel()
     try:
@@ -105,7 +96,7 @@ def savepoint(db: Engines | None = None) -> Savepoint:
     An exception that leaves the block rolls back to the savepoint and goes on; the
     unit of work can still be committed.
     """
-    return _require("savepoint()").session(db).begin_nested()
+    return require("savepoint()").session(db).begin_nested()
 
 
 def set_rollback_only(reason: str) -> None:
@@ -113,7 +104,7 @@ def set_rollback_only(reason: str) -> None:
 
     `reason` is for observers. Raises `UnitOfWorkClosedError` once it is decided.
     """
-    _require("set_rollback_only()").set_rollback_only(reason)
+    require("set_rollback_only()").set_rollback_only(reason)
 
 
 def force_commit() -> None:
@@ -122,7 +113,7 @@ def force_commit() -> None:
     Does not help a unit that the database has given up or `set_rollback_only` has
     marked. Raises `UnitOfWorkClosedError` once it is decided.
     """
-    _require("force_commit()").force_commit()
+    require("force_commit()").force_commit()
 
 
 def before_commit(
@@ -134,7 +125,7 @@ def before_commit(
     `hook_timeout` seconds, has everything rolled back. It may register others.
     Raises `TypeError` if `fn` is not callable.
     """
-    register(_require("before_commit()"), "before_commit", fn, args, kwargs)
+    register(require("before_commit()"), "before_commit", fn, args, kwargs)
 
 
 def after_commit(fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -146,7 +137,7 @@ def after_commit(fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) 
     is of a unit of its own, committed when it returns. At most once: a process that
     dies after COMMIT calls it never.
     """
-    register(_require("after_commit()"), "after_commit", fn, args, kwargs)
+    register(require("after_commit()"), "after_commit", fn, args, kwargs)
 
 
 def after_rollback(
@@ -157,14 +148,14 @@ def after_rollback(
     The rollback of the savepoint that is open now, or else of the unit. Not called
     while the outcome is unknown. A session is of a unit of its own.
     """
-    register(_require("after_rollback()"), "after_rollback", fn, args, kwargs)
+    register(require("after_rollback()"), "after_rollback", fn, args, kwargs)
 
 
 def after_response(
     fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
 ) -> None:
     """Call `fn` as `after_commit` does, but after the application has returned."""
-    register(_require("after_response()"), "after_response", fn, args, kwargs)
+    register(require("after_response()"), "after_response", fn, args, kwargs)
 
 
 @overload

@@ -83,6 +83,7 @@ class UnitOfWork:
 
     around: UnitOfWork | None = None
     """The unit that was current before, if it was not decided yet or this is a hook."""
+    entered_by_hand: Engines | None = None
     is_nested: bool = False
     """Whether it is inside `around`, whose savepoints and databases it shares."""
     is_hook: bool = False
@@ -129,7 +130,7 @@ class UnitOfWork:
         if participant.writer is not None:
             return participant.writer
         # The enclosing unit cannot end before this one does: a deadlock.
-        if self.around is not None and self.is_blocked_by_others(db):
+        if (self.around or self.databases[1:]) and self.is_blocked_by_others(db):
             raise errors.NestedUnitOfWorkError(db)
         self.start()
         return participant.open_writer()
@@ -271,13 +272,13 @@ class UnitOfWork:
 
     def holds(self, db: Engines) -> bool:
         """Tell whether this unit holds a connection that another would wait for."""
-        participant = self.participants.get(db)
-        return participant is not None and participant.holds_connection
+        held = (each for each in self.participants.values() if each.holds_connection)
+        return any(each.db.writes_to == db.writes_to for each in held)
 
     def is_blocked_by_others(self, db: Engines) -> bool:
-        """Tell whether a unit around holds the one connection that can write."""
-        around = self.outwards() if db.facts.SINGLE_WRITER else ()
-        return any(each.holds(db) for each in around)
+        """Tell whether it, or a unit around, holds the one that can write."""
+        units = (self, *self.outwards()) if db.facts.SINGLE_WRITER else ()
+        return any(each.holds(db) for each in units)
 
     def __repr__(self) -> str:
         names = ", ".join(db.name for db in self.databases)
@@ -291,3 +292,12 @@ It holds the unit itself, never its parts: a framework that runs a handler in a 
 task or a thread hands it a copy of the context, and what is changed inside the object
 still arrives, while a value bound again would not.
 """
+
+
+def require(operation: str) -> UnitOfWork:
+    """Give the current unit of work; raises where there is none or it has ended."""
+    if (unit := current.get()) is None:
+        raise errors.NoUnitOfWorkError(operation)
+    if unit.state is CLOSED:
+        raise errors.UnitOfWorkClosedError(operation, unit.state)
+    return unit
