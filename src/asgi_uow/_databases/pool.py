@@ -7,6 +7,8 @@ from the first moment of each connection.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import time
 from contextlib import closing
 from operator import attrgetter
@@ -15,12 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.util import await_only
 
 from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
-from asgi_uow.errors import ReadOnlySessionError
+from asgi_uow._decision import State
+from asgi_uow.errors import AsgiUowError, ReadOnlySessionError, UnitOfWorkClosedError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy import pool
     from sqlalchemy.engine import RootTransaction, interfaces
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -35,16 +41,20 @@ ABORTING_CODES = "asgi_uow.aborting_codes"
 AUTOCOMMIT = "asgi_uow.autocommit"
 BEGINS_WITH = "asgi_uow.begins_with"
 CANCEL_SQL = "asgi_uow.cancel_sql"
+DRIVER = "asgi_uow.driver"
 ERROR_SEEN = "asgi_uow.error_seen"
 IDLE_SINCE = "asgi_uow.idle_since"
 SETTINGS_CHANGED = "asgi_uow.settings_changed"
+UNSAFE = "asgi_uow.unsafe"
 
+BUSY_PAUSE = 0.005  # seconds between two looks at what only the driver knows of
 PING_AFTER_IDLE = 30.0  # seconds; then a connection is pinged before it is handed out
 # Execution options after which a connection is not what its pool made it.
 CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
 
 raw_of = attrgetter("_connection")
 """The driver's connection, where every async dialect keeps it: the dialect calls."""
+_lock_of: Callable[[Any], asyncio.Lock] = attrgetter("_execute_mutex")
 
 
 class Connection(sa.Connection):
@@ -66,10 +76,27 @@ class Connection(sa.Connection):
         except BaseException as error:  # noqa: BLE001  # raised again, wrapped
             self._handle_dbapi_exception(error, statement, None, None, None)
 
+    def _end(self, send: Callable[[], None]) -> None:
+        """Wait until nobody's statement is in flight; none begins until it has ended.
+
+        SQLAlchemy's cursors hold this lock, also those that pass the session's lock;
+        its COMMIT and ROLLBACK do not. What passes SQLAlchemy the driver knows.
+        """
+        dbapi = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
+        lock, driver = _lock_of(dbapi), self._execution_options[DRIVER]
+        await_only(lock.acquire())
+        try:
+            while driver.is_busy(raw_of(dbapi)):
+                await_only(asyncio.sleep(BUSY_PAUSE))
+            send()
+        finally:
+            lock.release()
+
     def _rollback_impl(self) -> None:
         if self.journal is not None:
             self.journal.record_rollback()
-        super()._rollback_impl()
+        if self._still_open_and_dbapi_connection_is_valid:
+            self._end(super()._rollback_impl)
         if not self.invalidated and not self.closed:
             self.info.pop(ERROR_SEEN, None)
 
@@ -85,26 +112,30 @@ class Connection(sa.Connection):
         journal = self.journal
         if journal is None:
             return
-        raw = raw_of(self._dbapi_connection.dbapi_connection)  # type: ignore[union-attr]
-        if journal.executed and not journal.is_ending:
+        dbapi = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
+        raw = raw_of(dbapi)
+        if journal.ending is not None:
+            if journal.ending is not asyncio.current_task():
+                operation = "A statement"
+                raise UnitOfWorkClosedError(operation, State.CLOSED)
+        elif journal.executed and not _lock_of(dbapi).locked():
             journal.look(raw)
         if known.kind_of(statement) or journal.entries or journal.ddl is not None:
             journal.check_statement(statement, raw)
         journal.executed = True
 
     def _commit_impl(self) -> None:
-        if self.journal is not None:
-            self.journal.check_commit()
-            self.journal.commit_sent = True
-        super()._commit_impl()
-        if self.journal is not None:
-            self.journal.committed = True
+        self._end(functools.partial(self._commit, super()._commit_impl))
 
     def _commit_twophase_impl(self, xid: Any, is_prepared: bool) -> None:  # noqa: FBT001
+        commit = super()._commit_twophase_impl
+        self._commit(functools.partial(commit, xid, is_prepared))  # it is a statement
+
+    def _commit(self, send: Callable[[], None]) -> None:
         if self.journal is not None:
             self.journal.check_commit()
             self.journal.commit_sent = True
-        super()._commit_twophase_impl(xid, is_prepared)
+        send()
         if self.journal is not None:
             self.journal.committed = True
 
@@ -154,7 +185,8 @@ def attach_listeners(
         # A snapshot of what the first read finds; in WAL that stops no writer.
         begin = None if read_isolation is None else "BEGIN"
     # Also if there is none: a derived engine has the options of its original.
-    target.update_execution_options(**{BEGINS_WITH: begin})
+    driver = policy.driver
+    target.update_execution_options(**{BEGINS_WITH: begin, DRIVER: driver})
     event.listen(target, "connect", policy.on_connect)
     event.listen(target, "checkout", policy.on_checkout)
     event.listen(target, "reset", policy.on_reset)
@@ -223,11 +255,16 @@ class _Policy:
             entry.invalidate(soft=True)  # replaced before anybody else gets it
         if state.terminate_only or not state.asyncio_safe:
             return
-        if info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw):
+        is_clean = not is_busy(dbapi, self.driver)
+        if is_clean and (info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw)):
             dbapi.rollback()
-            if self.driver.is_known and self.driver.in_transaction(raw):
+            if self.read_only and self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
                 _execute(dbapi, "ROLLBACK")
+            is_open = self.driver.is_known and self.driver.in_transaction(raw)
+            is_clean = not (is_open or is_busy(dbapi, self.driver))
+        if (info.pop(UNSAFE, False) or not is_clean) and not self.is_memory:
+            entry.invalidate()
 
     def on_error(self, context: interfaces.ExceptionContext) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
@@ -238,11 +275,23 @@ class _Policy:
         if self.is_memory and not isinstance(error, Exception):
             context.is_disconnect = False  # the connection is the database
         connection = context.connection
+        if isinstance(error, AsgiUowError):
+            return  # nothing was sent
         if isinstance(connection, Connection) and not connection.invalidated:
             connection.record_error(context)
+            of_driver = isinstance(error, self.dialect.loaded_dbapi.Error)
+            if context.execution_context is not None and not of_driver:
+                connection.info[UNSAFE] = True
         if self.read_only and failures.means(error, "read_only"):
             operation = "A statement"
             raise ReadOnlySessionError(operation) from context.sqlalchemy_exception
+
+
+def is_busy(dbapi: DBAPI, driver: known.Driver) -> bool:
+    """Tell whether a statement is in flight, or waits for one that is."""
+    lock = _lock_of(dbapi)
+    waiting = lock._waiters  # type: ignore[attr-defined]  # noqa: SLF001
+    return lock.locked() or bool(waiting) or driver.is_busy(raw_of(dbapi))
 
 
 def info_of(connection: sa.Connection) -> dict[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,7 @@ class ManagedSession(orm.Session):
 
     def discard(self) -> None:
         """Close the connections for good, also under a statement in flight."""
-        self.journal.is_ending = True
+        self.journal.ending = asyncio.current_task()
         # A close() that failed may have forgotten its connections.
         for connection in self.connections:
             if not connection.closed:
@@ -139,7 +140,7 @@ def _only_the_unit(name: str) -> Callable[[ManagedSession], None]:
 
     @functools.wraps(method)
     def call(self: ManagedSession) -> None:
-        if not self.journal.is_ending:
+        if self.journal.ending is None:
             raise errors.ManagedTransactionError(operation)
         method(self)
 

@@ -104,7 +104,7 @@ class Commit:
         """Have the server promise that it can commit."""
         sync = self.session.sync_session
         self._require_whole(sync)
-        sync.journal.is_ending = True
+        sync.journal.ending = asyncio.current_task()
         sync.prepare()
 
     def run(self) -> None:
@@ -113,7 +113,7 @@ class Commit:
         self._require_whole(sync)
         if self.db.resolve_unknown and sync.connections:
             self.transaction_id = sync.scalar(text(self.db.facts.TRANSACTION_ID or ""))
-        sync.journal.is_ending = True
+        sync.journal.ending = asyncio.current_task()
         orm.Session.commit(sync)
         orm.Session.close(sync)
 
@@ -221,7 +221,7 @@ class Completion:
         sync = session.sync_session
 
         def end() -> None:
-            sync.journal.is_ending = True
+            sync.journal.ending = asyncio.current_task()
             if ended.outcome is not Outcome.ROLLED_BACK:
                 sync.invalidate()
             elif ended.cause is not None:
