@@ -150,3 +150,136 @@ async def test_the_end_waits(backend: Backend, way: str, status: int | None) -> 
             assert (status, None) == (response.status, response.error)
         assert ["commit" if status == 200 else "rollback"] == response.hooks
         await works(db, backend, [1, 2] if status == 200 else [])
+
+
+@on(*DRIVERS)
+async def test_the_end_waits_for_attributes(backend: Backend) -> None:
+    """Nor does it come in between what `awaitable_attrs` reads."""
+
+    class Base(AsyncAttrs, DeclarativeBase):
+        pass
+
+    async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
+
+        class Item(Base):
+            __tablename__ = "items"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            late: Mapped[str] = column_property(
+                literal_column(gate.expression), deferred=True
+            )
+
+        async def start() -> None:
+            item = await uow.current_session().get_one(Item, 1)
+            await item.awaitable_attrs.late
+
+        async with asyncio.timeout(SECONDS):
+            response, request, leaked = await end_while_in_flight(db, gate, start, 200)
+            assert not request.done()
+            await gate.open()
+            await request
+            await leaked
+        assert (200, None) == (response.status, response.error)
+        await works(db, backend, [1])
+
+
+@on(*DRIVERS)
+@ways
+@pytest.mark.parametrize("hook", [False, True])
+async def test_a_reader_is_given_back(
+    backend: Backend, way: str, *, hook: bool
+) -> None:
+    """The connection of a reader is given back when it has its answer, and not before."""
+    async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
+        response, leaked = Response(), list[asyncio.Task[None]]()
+
+        async def handler() -> None:
+            if hook:
+                uow.after_commit(fail)
+            session = uow.current_read_session()
+            leaked.append(asyncio.create_task(WAYS[way](session, gate.select)))
+            await gate.reached()
+
+        async with asyncio.timeout(SECONDS):
+            request = asyncio.create_task(handle(handler, db, into=response))
+
+            async def is_ending() -> bool:
+                ended = {State.COMMITTED, State.CLOSED}
+                is_over = bool(response.units) and response.unit.state in ended
+                return is_over or request.done()
+
+            await eventually(True, is_ending)  # noqa: FBT003  # what is asked for
+            # SQLite's thread does one thing after the other, so there is no wait.
+            at_once = backend.name == "sqlite" and way == "driver"
+            assert at_once or not request.done()
+            await gate.open()
+            await request
+            await leaked[0]
+        assert (200, None) == (response.status, response.error)
+        async with asyncio.timeout(SECONDS):
+            async with db:
+                assert 42 == await db.read.scalar("SELECT 42")
+        await works(db, backend, [])
+
+
+@on(*DRIVERS)
+@ways
+@pytest.mark.parametrize("status", [200, 404])
+async def test_an_end_that_cannot_wait(
+    backend: Backend, way: str, status: int
+) -> None:
+    """After `commit_timeout` the connection is thrown away: nothing hangs, or is kept."""
+    async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
+
+        async def start() -> None:
+            await WAYS[way](uow.current_session(), gate.insert)
+
+        async with asyncio.timeout(SECONDS):
+            response, request, leaked = await end_while_in_flight(
+                db, gate, start, status, commit_timeout=0.05
+            )
+            if backend.name == "sqlite":
+                await asyncio.wait([request], timeout=0.2)
+                await gate.open()
+            await request
+            await asyncio.wait([leaked])
+        # SQLite's thread has got the COMMIT too: the outcome is not known.
+        refused = 500 if backend.name == "sqlite" and way == "driver" else 503
+        assert (404 if status == 404 else refused) == response.status
+        assert leaked.exception() is not None or backend.name == "sqlite"
+        await gate.open()
+        await works(db, backend, [])
+
+
+# In the middle
+
+
+async def insert_at_once(way: str) -> None:
+    session = uow.current_session()
+    inserts = [f"INSERT INTO items (id) VALUES ({number})" for number in range(10)]
+    await asyncio.gather(*(WAYS[way](session, each) for each in inserts))
+
+
+@on(*DRIVERS)
+@pytest.mark.parametrize("way", ["connection", "cursor"])
+async def test_statements_at_once(db: Database, backend: Backend, way: str) -> None:
+    """Ten of them, the first of which begins the transaction, take turns."""
+    async with asyncio.timeout(SECONDS):
+        response = await handle(lambda: insert_at_once(way), db, hooks=True)
+    assert (200, None) == (response.status, response.error)
+    await works(db, backend, [*range(10)])
+
+
+@on("aiosqlite", "asyncpg", "psycopg", **ONE_CONNECTION)
+async def test_statements_at_once_by_the_driver(db: Database, backend: Backend) -> None:
+    """They take turns, or asyncpg refuses; asyncmy cannot do it."""
+
+    async def handler() -> None:
+        await shop.insert(10)
+        await insert_at_once("driver")
+
+    async with asyncio.timeout(SECONDS):
+        response = await handle(handler, db, hooks=True)
+    takes_turns = backend.driver != "asyncpg"
+    assert takes_turns is (response.error is None)
+    assert takes_turns is ("commit" in response.hooks)
+    await works(db, backend, [*range(11)] if takes_turns else [])

@@ -106,8 +106,10 @@ async def gate_at(
     async with shop_database(backend, **settings) as db:
         if backend.name == "sqlite":
             gate: ThreadGate | LockGate = ThreadGate(backend, db)
-            yield db, gate
-            await gate.open()
+            try:
+                yield db, gate
+            finally:
+                await gate.open()
             return
         options = {"poolclass": NullPool, "isolation_level": "AUTOCOMMIT"}
         holding = create_async_engine(backend.url, **options)

@@ -8,7 +8,7 @@ before; the journal remembers it. It costs no statement.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import code_of, means
@@ -137,15 +137,15 @@ class Journal:
         self.entries.append((error, 0))
         return error
 
-    def look(self, raw: object) -> None:
+    def look(self, dbapi: Any) -> None:
         """Ask the driver whether the transaction is still the one that was begun.
 
         A text does not tell: a comment, a procedure, the driver's own cursor hide what
         ends it. MySQL opens one only for what reads or writes a table.
         """
-        if self.entries:
+        if self.entries or dbapi._execute_mutex.locked():  # noqa: SLF001  # in flight
             return
-        if self._driver.in_transaction(raw):
+        if self._driver.in_transaction(dbapi._connection):  # noqa: SLF001
             self.was_open = True
         elif self.implicit_commit is not None:
             self.was_open = False

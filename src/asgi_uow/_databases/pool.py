@@ -21,8 +21,7 @@ from sqlalchemy.util import await_only
 
 from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
-from asgi_uow._decision import State
-from asgi_uow.errors import AsgiUowError, ReadOnlySessionError, UnitOfWorkClosedError
+from asgi_uow.errors import AsgiUowError, ConcurrentUseError, ReadOnlySessionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +44,6 @@ DRIVER = "asgi_uow.driver"
 ERROR_SEEN = "asgi_uow.error_seen"
 IDLE_SINCE = "asgi_uow.idle_since"
 SETTINGS_CHANGED = "asgi_uow.settings_changed"
-UNSAFE = "asgi_uow.unsafe"
 
 BUSY_PAUSE = 0.005  # seconds between two looks at what only the driver knows of
 PING_AFTER_IDLE = 30.0  # seconds; then a connection is pinged before it is handed out
@@ -54,7 +52,6 @@ CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferr
 
 raw_of = attrgetter("_connection")
 """The driver's connection, where every async dialect keeps it: the dialect calls."""
-_lock_of: Callable[[Any], asyncio.Lock] = attrgetter("_execute_mutex")
 
 
 class Connection(sa.Connection):
@@ -76,19 +73,19 @@ class Connection(sa.Connection):
         except BaseException as error:  # noqa: BLE001  # raised again, wrapped
             self._handle_dbapi_exception(error, statement, None, None, None)
 
-    def _end(self, send: Callable[[], None]) -> None:
-        """Wait until nobody's statement is in flight; none begins until it has ended.
+    def call_alone(self, end: Callable[[], object]) -> None:
+        """Wait until nobody's statement is in flight, call; none begins meanwhile.
 
-        SQLAlchemy's cursors hold this lock, also those that pass the session's lock;
-        its COMMIT and ROLLBACK do not. What passes SQLAlchemy the driver knows.
+        SQLAlchemy's cursors hold the lock, its COMMIT and ROLLBACK do not. What passes
+        SQLAlchemy the driver knows.
         """
-        dbapi = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
-        lock, driver = _lock_of(dbapi), self._execution_options[DRIVER]
+        dbapi: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
+        lock, driver = dbapi._execute_mutex, self._execution_options[DRIVER]  # noqa: SLF001
         await_only(lock.acquire())
         try:
             while driver.is_busy(raw_of(dbapi)):
                 await_only(asyncio.sleep(BUSY_PAUSE))
-            send()
+            end()
         finally:
             lock.release()
 
@@ -96,16 +93,9 @@ class Connection(sa.Connection):
         if self.journal is not None:
             self.journal.record_rollback()
         if self._still_open_and_dbapi_connection_is_valid:
-            self._end(super()._rollback_impl)
+            self.call_alone(super()._rollback_impl)
         if not self.invalidated and not self.closed:
             self.info.pop(ERROR_SEEN, None)
-
-    def record_error(self, context: interfaces.ExceptionContext) -> None:
-        self.info[ERROR_SEEN] = True
-        if self.journal is not None:
-            aborting = self.info.get(ABORTING_CODES, ())
-            raw = self.connection.driver_connection
-            self.journal.record_error(context, raw, aborting)
 
     def check_statement(self, statement: str) -> None:
         """Have the journal look at what came before, and at one that is not plain."""
@@ -113,23 +103,22 @@ class Connection(sa.Connection):
         if journal is None:
             return
         dbapi = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
-        raw = raw_of(dbapi)
         if journal.ending is not None:
             if journal.ending is not asyncio.current_task():
                 operation = "A statement"
-                raise UnitOfWorkClosedError(operation, State.CLOSED)
-        elif journal.executed and not _lock_of(dbapi).locked():
-            journal.look(raw)
+                raise ConcurrentUseError(operation, "the unit of work is ending")
+        elif journal.executed:
+            journal.look(dbapi)
         if known.kind_of(statement) or journal.entries or journal.ddl is not None:
-            journal.check_statement(statement, raw)
+            journal.check_statement(statement, raw_of(dbapi))
         journal.executed = True
 
     def _commit_impl(self) -> None:
-        self._end(functools.partial(self._commit, super()._commit_impl))
+        self.call_alone(functools.partial(self._commit, super()._commit_impl))
 
-    def _commit_twophase_impl(self, xid: Any, is_prepared: bool) -> None:  # noqa: FBT001
-        commit = super()._commit_twophase_impl
-        self._commit(functools.partial(commit, xid, is_prepared))  # it is a statement
+    def _commit_twophase_impl(self, *args: Any) -> None:
+        commit = super()._commit_twophase_impl  # a statement, which takes its turn
+        self._commit(functools.partial(commit, *args))
 
     def _commit(self, send: Callable[[], None]) -> None:
         if self.journal is not None:
@@ -185,8 +174,7 @@ def attach_listeners(
         # A snapshot of what the first read finds; in WAL that stops no writer.
         begin = None if read_isolation is None else "BEGIN"
     # Also if there is none: a derived engine has the options of its original.
-    driver = policy.driver
-    target.update_execution_options(**{BEGINS_WITH: begin, DRIVER: driver})
+    target.update_execution_options(**{BEGINS_WITH: begin, DRIVER: policy.driver})
     event.listen(target, "connect", policy.on_connect)
     event.listen(target, "checkout", policy.on_checkout)
     event.listen(target, "reset", policy.on_reset)
@@ -255,16 +243,21 @@ class _Policy:
             entry.invalidate(soft=True)  # replaced before anybody else gets it
         if state.terminate_only or not state.asyncio_safe:
             return
-        is_clean = not is_busy(dbapi, self.driver)
-        if is_clean and (info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw)):
+        is_open = info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw)
+        if is_open and not self._is_busy(dbapi):
             dbapi.rollback()
             if self.read_only and self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
                 _execute(dbapi, "ROLLBACK")
             is_open = self.driver.is_known and self.driver.in_transaction(raw)
-            is_clean = not (is_open or is_busy(dbapi, self.driver))
-        if (info.pop(UNSAFE, False) or not is_clean) and not self.is_memory:
+        if (is_open or self._is_busy(dbapi)) and not self.is_memory:
             entry.invalidate()
+
+    def _is_busy(self, dbapi: Any) -> bool:
+        """Tell whether a statement is in flight, or waits for one that was."""
+        lock = dbapi._execute_mutex  # noqa: SLF001
+        waiting = lock.locked() or lock._waiters  # noqa: SLF001
+        return bool(waiting) or self.driver.is_busy(raw_of(dbapi))
 
     def on_error(self, context: interfaces.ExceptionContext) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
@@ -278,20 +271,17 @@ class _Policy:
         if isinstance(error, AsgiUowError):
             return  # nothing was sent
         if isinstance(connection, Connection) and not connection.invalidated:
-            connection.record_error(context)
-            of_driver = isinstance(error, self.dialect.loaded_dbapi.Error)
-            if context.execution_context is not None and not of_driver:
-                connection.info[UNSAFE] = True
+            info, journal = connection.info, connection.journal
+            info[ERROR_SEEN] = True
+            foreign = not isinstance(error, self.dialect.loaded_dbapi.Error)
+            if foreign and context.execution_context is not None:
+                info[SETTINGS_CHANGED] = not self.is_memory
+            if journal is not None:
+                raw = connection.connection.driver_connection
+                journal.record_error(context, raw, info.get(ABORTING_CODES, ()))
         if self.read_only and failures.means(error, "read_only"):
             operation = "A statement"
             raise ReadOnlySessionError(operation) from context.sqlalchemy_exception
-
-
-def is_busy(dbapi: DBAPI, driver: known.Driver) -> bool:
-    """Tell whether a statement is in flight, or waits for one that is."""
-    lock = _lock_of(dbapi)
-    waiting = lock._waiters  # type: ignore[attr-defined]  # noqa: SLF001
-    return lock.locked() or bool(waiting) or driver.is_busy(raw_of(dbapi))
 
 
 def info_of(connection: sa.Connection) -> dict[Any, Any]:

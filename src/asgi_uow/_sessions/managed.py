@@ -99,7 +99,7 @@ class ManagedSession(orm.Session):
         self.driver_exposed = True
         connection = super().connection(*args, **kwargs)
         if self.journal.executed:  # what follows past the session is seen by nobody
-            self.journal.look(pool.raw_of(connection.connection.dbapi_connection))
+            self.journal.look(connection.connection.dbapi_connection)
         return connection
 
     def release_connection(self) -> None:

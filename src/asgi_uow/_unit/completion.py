@@ -13,7 +13,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
 from asgi_uow._databases.driver_errors import is_in_doubt
-from asgi_uow._databases.pool import raw_of
+from asgi_uow._databases.pool import Connection, raw_of
 from asgi_uow._decision import RETRY_AFTER, Cause, Outcome
 from asgi_uow.observers import ReleaseFailed
 
@@ -77,7 +77,7 @@ def without_proof(
         sync, cause = each.writer.sync_session, ended.cause or cause
         for connection in sync.connections:
             if not (connection.closed or connection.invalidated):
-                sync.journal.look(raw_of(connection.connection.dbapi_connection))
+                sync.journal.look(connection.connection.dbapi_connection)
         if (statement := sync.journal.implicit_commit) is not None:
             kind, error = errors.PartialCommitError, ended.error
             detail = f"MySQL committed by itself for {statement!r}"
@@ -104,7 +104,6 @@ class Commit:
         """Have the server promise that it can commit."""
         sync = self.session.sync_session
         self._require_whole(sync)
-        sync.journal.ending = asyncio.current_task()
         sync.prepare()
 
     def run(self) -> None:
@@ -113,7 +112,6 @@ class Commit:
         self._require_whole(sync)
         if self.db.resolve_unknown and sync.connections:
             self.transaction_id = sync.scalar(text(self.db.facts.TRANSACTION_ID or ""))
-        sync.journal.ending = asyncio.current_task()
         orm.Session.commit(sync)
         orm.Session.close(sync)
 
@@ -126,12 +124,15 @@ class Commit:
         ended it or has failed; PostgreSQL has to be asked for that.
         """
         facts, driver = self.db.facts, self.db.driver
+        sync.journal.ending = asyncio.current_task()
         for connection in sync.connections:
-            raw = raw_of(connection.connection.dbapi_connection)
-            if driver.is_dead(raw):
+            dbapi = connection.connection.dbapi_connection
+            if driver.is_dead(raw_of(dbapi)):
                 message = "the connection was lost before COMMIT was sent"
                 raise ConnectionError(message)
-            sync.journal.look(raw)
+            if sync.driver_exposed and isinstance(connection, Connection):
+                connection.call_alone(bool)
+            sync.journal.look(dbapi)
             if sync.journal.ended_unseen:
                 raise errors.TransactionGoneError from sync.journal.doomed_by
             if sync.driver_exposed and facts.QUESTION_BEFORE_COMMIT is not None:
