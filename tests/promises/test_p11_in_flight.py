@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,10 +13,18 @@ from sqlalchemy.util import greenlet_spawn
 
 import asgi_uow as uow
 from asgi_uow import Database
+from asgi_uow.errors import ConcurrentUseError
 from tests.servers import eventually
 from tests.support import shop
 from tests.support.asgi import Response, handle
-from tests.support.databases import DRIVERS, checked_out, on
+from tests.support.databases import (
+    DRIVERS,
+    SERVER_DRIVERS,
+    behind_proxy,
+    checked_out,
+    is_commit,
+    on,
+)
 from tests.support.gate import gate_at
 from tests.support.private import State
 from tests.support.writes import driver_connection
@@ -25,9 +32,11 @@ from tests.support.writes import driver_connection
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.pool import PoolProxiedConnection
+
     from asgi_uow import Session
-    from tests.servers import Backend
-    from tests.support.gate import Gate
+    from tests.servers import Backend, ServerBackend
 
 SECONDS = 10.0
 """For what takes milliseconds: whatever takes longer hangs."""
@@ -43,8 +52,12 @@ async def on_connection(session: Session, statement: str) -> None:
 
 
 async def on_cursor(session: Session, statement: str) -> None:
-    raw = await (await session.connection()).get_raw_connection()
+    await by_cursor(
+        await (await session.connection()).get_raw_connection(), statement
+    )
 
+
+async def by_cursor(raw: PoolProxiedConnection, statement: str) -> None:
     def execute() -> None:
         cursor = raw.cursor()
         cursor.execute(statement)
@@ -248,6 +261,37 @@ async def test_an_end_that_cannot_wait(
         assert leaked.exception() is not None or backend.name == "sqlite"
         await gate.open()
         await works(db, backend, [])
+
+
+@on(*SERVER_DRIVERS)
+async def test_what_comes_during_commit(backend: ServerBackend) -> None:
+    """A statement is refused; a cursor waits, and finds its connection closed."""
+    late: list[asyncio.Task[None]] = []
+    opened: list[AsyncConnection] = []
+
+    async def handler() -> None:
+        await shop.insert(1)
+        opened.append(await uow.current_session().connection())
+
+    async with behind_proxy(backend, **ONE_CONNECTION) as (db, proxy):
+        hold = proxy.hold_answer(is_commit)
+        request = asyncio.create_task(handle(handler, db, hooks=True))
+        async with asyncio.timeout(SECONDS):
+            await hold.answered.wait()
+            [connection] = opened
+            raw = await connection.get_raw_connection()
+            insert = "INSERT INTO items (id) VALUES (2)"
+            with pytest.raises(ConcurrentUseError):
+                await connection.exec_driver_sql(insert)
+            late.append(asyncio.create_task(by_cursor(raw, insert)))
+            await asyncio.sleep(0)
+            hold.release()
+            response = await request
+            await asyncio.wait(late)
+        assert (200, None) == (response.status, response.error)
+        assert ["commit"] == response.hooks
+        assert late[0].exception() is not None
+        await works(db, backend, [1])
 
 
 # In the middle
