@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import sqlite3
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import Connection, event, text
@@ -172,8 +172,11 @@ async def test_a_transaction_that_the_driver_began(
 ) -> None:
     """What SQLAlchemy knows nothing of is over before the next unit begins."""
     async with db.engine.connect() as connection:
-        raw = (await connection.get_raw_connection()).driver_connection
-        await (raw.query if hasattr(raw, "query") else raw.execute)("BEGIN")
+        raw: Any = (await connection.get_raw_connection()).driver_connection
+        if backend.driver == "asyncpg":
+            await raw.transaction().start()
+        else:
+            await (raw.query if hasattr(raw, "query") else raw.execute)("BEGIN")
     assert 0 == await backend.open_transactions()
     await insert(db, 1)
     assert [1] == await shop.items(backend)

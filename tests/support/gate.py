@@ -10,8 +10,7 @@ from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from asgi_uow import Database
-from tests.servers import eventually
+from tests.servers import Backend, ServerBackend, eventually
 from tests.support.databases import shop_database
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from tests.servers import Backend, ServerBackend
+    from asgi_uow import Database
 
 WAITS = {
     "sqlite": "wait_at_gate()",
@@ -75,7 +74,7 @@ class ThreadGate(Gate):
         async def is_reached() -> bool:
             return self._reached.is_set()
 
-        await eventually(True, is_reached)  # noqa: FBT003  # what is asked for
+        await eventually(True, is_reached)
 
     async def open(self) -> None:
         self._opened.set()
@@ -89,10 +88,10 @@ class LockGate(Gate):
         self._backend, self._holder = backend, holder
 
     async def reached(self) -> None:
-        async def waiting() -> object:
-            return await self._backend.scalar(WAITING[self._backend.name])
+        async def waiting() -> bool:
+            return await self._backend.scalar(WAITING[self._backend.name]) == 1
 
-        await eventually(1, waiting)
+        await eventually(True, waiting)
 
     async def open(self) -> None:
         await self._holder.execute(text(UNLOCK[self._backend.name]))
@@ -104,7 +103,7 @@ async def gate_at(
 ) -> AsyncGenerator[tuple[Database, ThreadGate | LockGate]]:
     """A database with an empty shop, and a gate that is closed; it opens at the end."""
     async with shop_database(backend, **settings) as db:
-        if backend.name == "sqlite":
+        if not isinstance(backend, ServerBackend):
             gate: ThreadGate | LockGate = ThreadGate(backend, db)
             try:
                 yield db, gate

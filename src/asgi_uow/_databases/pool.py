@@ -45,7 +45,6 @@ ERROR_SEEN = "asgi_uow.error_seen"
 IDLE_SINCE = "asgi_uow.idle_since"
 SETTINGS_CHANGED = "asgi_uow.settings_changed"
 
-BUSY_PAUSE = 0.005  # seconds between two looks at what only the driver knows of
 PING_AFTER_IDLE = 30.0  # seconds; then a connection is pinged before it is handed out
 # Execution options after which a connection is not what its pool made it.
 CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
@@ -74,17 +73,14 @@ class Connection(sa.Connection):
             self._handle_dbapi_exception(error, statement, None, None, None)
 
     def call_alone(self, end: Callable[[], object]) -> None:
-        """Wait until nobody's statement is in flight, call; none begins meanwhile.
-
-        SQLAlchemy's cursors hold the lock, its COMMIT and ROLLBACK do not. What passes
-        SQLAlchemy the driver knows.
-        """
+        """Wait until nobody's statement is in flight, call; none begins meanwhile."""
+        # Cursors hold the lock, COMMIT and ROLLBACK do not; a driver knows its own.
         dbapi: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
         lock, driver = dbapi._execute_mutex, self._execution_options[DRIVER]  # noqa: SLF001
         await_only(lock.acquire())
         try:
             while driver.is_busy(raw_of(dbapi)):
-                await_only(asyncio.sleep(BUSY_PAUSE))
+                await_only(asyncio.sleep(0.005))
             end()
         finally:
             lock.release()
@@ -256,8 +252,8 @@ class _Policy:
     def _is_busy(self, dbapi: Any) -> bool:
         """Tell whether a statement is in flight, or waits for one that was."""
         lock = dbapi._execute_mutex  # noqa: SLF001
-        waiting = lock.locked() or lock._waiters  # noqa: SLF001
-        return bool(waiting) or self.driver.is_busy(raw_of(dbapi))
+        in_turn = lock._locked or lock._waiters  # noqa: SLF001
+        return bool(in_turn) or self.driver.is_busy(raw_of(dbapi))
 
     def on_error(self, context: interfaces.ExceptionContext) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""

@@ -102,6 +102,14 @@ class ManagedSession(orm.Session):
             self.journal.look(connection.connection.dbapi_connection)
         return connection
 
+    def wait_for_others(self) -> None:
+        """Wait for statements past the session, so that the journal knows of them."""
+        for each in self.connections:
+            if isinstance(each, pool.Connection) and not (
+                each.closed or each.invalidated
+            ):
+                each.call_alone(bool)
+
     def release_connection(self) -> None:
         """Give the connection back; objects stay loaded, unlike after a rollback."""
         if (transaction := self.get_transaction()) is not None:

@@ -13,7 +13,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
 from asgi_uow._databases.driver_errors import is_in_doubt
-from asgi_uow._databases.pool import Connection, raw_of
+from asgi_uow._databases.pool import raw_of
 from asgi_uow._decision import RETRY_AFTER, Cause, Outcome
 from asgi_uow.observers import ReleaseFailed
 
@@ -125,13 +125,13 @@ class Commit:
         """
         facts, driver = self.db.facts, self.db.driver
         sync.journal.ending = asyncio.current_task()
+        if sync.driver_exposed:
+            sync.wait_for_others()
         for connection in sync.connections:
             dbapi = connection.connection.dbapi_connection
             if driver.is_dead(raw_of(dbapi)):
                 message = "the connection was lost before COMMIT was sent"
                 raise ConnectionError(message)
-            if sync.driver_exposed and isinstance(connection, Connection):
-                connection.call_alone(bool)
             sync.journal.look(dbapi)
             if sync.journal.ended_unseen:
                 raise errors.TransactionGoneError from sync.journal.doomed_by
@@ -212,6 +212,11 @@ class Completion:
             # A statement in flight at the decision failed before its COMMIT.
             return Ended(Outcome.ROLLED_BACK, errors.DoomedError, Cause.DOOMED, doom)
         return Ended(Outcome.ROLLED_BACK, errors.CommitFailedError, cause, error)
+
+    async def settle(self, session: Session) -> None:
+        """Wait for what is in flight: it may be what ends the transaction."""
+        if not self._is_stuck and session.sync_session.driver_exposed:
+            await self._close(session, session.sync_session.wait_for_others)
 
     async def roll_back(self, session: Session, ended: Ended) -> None:
         """Roll back and give the connection back clean, or throw it away."""
