@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import sqlite3
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import Connection, event, text
@@ -14,8 +15,15 @@ from asgi_uow import Database
 from asgi_uow.errors import ManagedTransactionError
 from tests.servers import eventually
 from tests.support import shop
-from tests.support.databases import DRIVERS, SERVER_DRIVERS, behind_proxy, on
+from tests.support.databases import (
+    DRIVERS,
+    SERVER_DRIVERS,
+    behind_proxy,
+    memory_database,
+    on,
+)
 from tests.support.private import IDLE_SINCE
+from tests.support.writes import driver_connection
 
 if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry
@@ -88,13 +96,17 @@ class Stubborn(sqlite3.Connection):
 
 @on("aiosqlite", connect_args={"factory": Stubborn})
 async def test_a_rollback_that_does_nothing(
-    backend: SQLiteBackend, db: Database, caplog: pytest.LogCaptureFixture
+    backend: SQLiteBackend, db: Database
 ) -> None:
     """A connection that cannot be rolled back is thrown away."""
     async with db.engine.connect() as connection:
         await connection.run_sync(leave_open)
-    assert "Exception during reset" in caplog.text
+        thrown_away = await connection.get_raw_connection()
+        driver_connection = thrown_away.driver_connection
     assert 0 == await backend.open_transactions()
+    async with db.engine.connect() as connection:
+        another = await connection.get_raw_connection()
+        assert another.driver_connection is not driver_connection
 
 
 @on("asyncpg")
@@ -147,6 +159,71 @@ async def test_no_parameters(db: Database) -> None:
             await connection.exec_driver_sql(
                 "COMMIT", execution_options={"no_parameters": True}
             )
+
+
+async def identity(db: Database) -> object:
+    """Tell the connections of the driver apart."""
+    async with db:
+        return await driver_connection(db.write)
+
+
+async def test_a_transaction_that_the_driver_began(
+    backend: Backend, db: Database
+) -> None:
+    """What SQLAlchemy knows nothing of is over before the next unit begins."""
+    async with db.engine.connect() as connection:
+        raw: Any = (await connection.get_raw_connection()).driver_connection
+        if backend.driver == "asyncpg":
+            await raw.transaction().start()
+        else:
+            await (raw.query if hasattr(raw, "query") else raw.execute)("BEGIN")
+    assert 0 == await backend.open_transactions()
+    await insert(db, 1)
+    assert [1] == await shop.items(backend)
+
+
+@pytest.mark.parametrize("name", ["before_cursor_execute", "after_cursor_execute"])
+@pytest.mark.parametrize("kind", [RuntimeError, asyncio.CancelledError])
+async def test_a_listener_that_fails(
+    backend: Backend, db: Database, name: str, kind: type[BaseException]
+) -> None:
+    """After what is no error of a database the connection serves nobody any more."""
+
+    def listen(*_: object) -> None:
+        raise kind
+
+    before = await identity(db)
+    event.listen(db.engine.sync_engine, name, listen)
+    with pytest.raises(kind):
+        await insert(db, 1)
+    event.remove(db.engine.sync_engine, name, listen)
+    assert before is not await identity(db)
+    await insert(db, 2)
+    assert [2] == await shop.items(backend)
+
+
+async def test_an_error_of_the_server(db: Database) -> None:
+    """After an error of the database it does."""
+    before = await identity(db)
+    with pytest.raises(sa_exc.DBAPIError):
+        await insert(db, 1, 1)
+    assert before is await identity(db)
+
+
+async def test_the_memory_of_a_listener_that_fails() -> None:
+    """In memory the connection is the database, and is kept."""
+
+    def listen(*_: object) -> None:
+        raise RuntimeError
+
+    async with memory_database() as db:
+        await insert(db, 1)
+        event.listen(db.engine.sync_engine, "after_cursor_execute", listen)
+        with pytest.raises(RuntimeError):
+            await insert(db, 2)
+        event.remove(db.engine.sync_engine, "after_cursor_execute", listen)
+        async with db:
+            assert [1] == (await db.read.scalars(shop.SELECT)).all()
 
 
 # Handed out

@@ -8,13 +8,14 @@ before; the journal remembers it. It costs no statement.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import code_of, means
 from asgi_uow.errors import ManagedTransactionError, TransactionGoneError
 
 if TYPE_CHECKING:
+    from asyncio import Task
     from collections.abc import Callable, Collection, Coroutine
 
     from sqlalchemy.engine.interfaces import ExceptionContext
@@ -96,8 +97,8 @@ class Savepoints:
 class Journal:
     """What went wrong in the transaction of one write session."""
 
-    is_ending = False
-    """Whether the unit of work itself ends the transaction now."""
+    ending: Task[object] | None = None
+    """The task in which the unit of work itself ends the transaction."""
     executed: bool = False
     """Whether a statement was sent in the transaction."""
     was_open: bool = False
@@ -136,15 +137,15 @@ class Journal:
         self.entries.append((error, 0))
         return error
 
-    def look(self, raw: object) -> None:
+    def look(self, dbapi: Any) -> None:
         """Ask the driver whether the transaction is still the one that was begun.
 
         A text does not tell: a comment, a procedure, the driver's own cursor hide what
         ends it. MySQL opens one only for what reads or writes a table.
         """
-        if self.entries:
+        if self.entries or dbapi._execute_mutex.locked():  # noqa: SLF001  # in flight
             return
-        if self._driver.in_transaction(raw):
+        if self._driver.in_transaction(dbapi._connection):  # noqa: SLF001
             self.was_open = True
         elif self.implicit_commit is not None:
             self.was_open = False
@@ -170,7 +171,7 @@ class Journal:
 
     def check_statement(self, statement: str, raw: object) -> None:
         """Refuse what would end the transaction; note DDL that commits."""
-        if self.is_ending:
+        if self.ending is not None:
             return
         kind = known.kind_of(statement)
         is_open = self._driver.in_transaction(raw)
@@ -186,7 +187,7 @@ class Journal:
 
     def check_commit(self) -> None:
         """Refuse a COMMIT of aborted work, or one that is not the unit's."""
-        if not self.is_ending:
+        if self.ending is None:
             operation = "connection.commit()"
             raise self.doom(ManagedTransactionError(operation))
         if self.entries:
@@ -194,7 +195,7 @@ class Journal:
 
     def record_rollback(self) -> None:
         """Record a ROLLBACK that is not the unit's: a failed flush, or one by hand."""
-        if not self.is_ending:
+        if self.ending is None:
             operation = "connection.rollback()"
             self.doom(self.last or ManagedTransactionError(operation))
 

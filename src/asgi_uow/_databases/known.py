@@ -49,6 +49,10 @@ class Driver(Protocol):
     def is_dead(self, _: Any, /) -> bool:
         return False
 
+    def is_busy(self, _: Any, /) -> bool:
+        """Is a statement in flight, whoever has sent it?"""
+        return False
+
     def aborts_transaction(self, _: Any, error: BaseException, /) -> bool:
         """Has the server rolled back more than the statement that failed?"""
         return any(each.code_of(error) in codes("aborting") for each in FACTS)

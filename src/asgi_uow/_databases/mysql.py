@@ -72,6 +72,12 @@ class Asyncmy:
     is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
     process_id = methodcaller("thread_id")
 
+    def is_busy(self, raw: Any) -> bool:
+        # What has come of an answer and is not read yet is in the buffer.
+        proto = raw._proto  # noqa: SLF001
+        unread = raw._result is None and proto.length > proto.pos  # noqa: SLF001
+        return unread or proto._read_waiter is not None  # noqa: SLF001
+
     def in_transaction(self, raw: Any) -> bool:
         # It keeps the old status where that of a result is 0: no transaction.
         result = raw._result  # noqa: SLF001  # no other way

@@ -7,6 +7,8 @@ from the first moment of each connection.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import time
 from contextlib import closing
 from operator import attrgetter
@@ -16,12 +18,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.util import await_only
 
 from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
-from asgi_uow.errors import ConfigurationError, ReadOnlySessionError
+from asgi_uow.errors import (
+    AsgiUowError,
+    ConcurrentUseError,
+    ConfigurationError,
+    ReadOnlySessionError,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy import pool
     from sqlalchemy.engine import RootTransaction, interfaces
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -37,6 +47,7 @@ AUTOCOMMIT = "asgi_uow.autocommit"
 BEGINS_WITH = "asgi_uow.begins_with"
 USED_FOR = "asgi_uow.used_for"
 CANCEL_SQL = "asgi_uow.cancel_sql"
+DRIVER = "asgi_uow.driver"
 ERROR_SEEN = "asgi_uow.error_seen"
 IDLE_SINCE = "asgi_uow.idle_since"
 SETTINGS_CHANGED = "asgi_uow.settings_changed"
@@ -68,45 +79,55 @@ class Connection(sa.Connection):
         except BaseException as error:  # noqa: BLE001  # raised again, wrapped
             self._handle_dbapi_exception(error, statement, None, None, None)
 
+    def call_alone(self, end: Callable[[], object]) -> None:
+        """Wait until nobody's statement is in flight, call; none begins meanwhile."""
+        # Cursors hold the lock, COMMIT and ROLLBACK do not; a driver knows its own.
+        dbapi: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
+        lock, driver = dbapi._execute_mutex, self._execution_options[DRIVER]  # noqa: SLF001
+        await_only(lock.acquire())
+        try:
+            while driver.is_busy(raw_of(dbapi)):
+                await_only(asyncio.sleep(0.005))
+            end()
+        finally:
+            lock.release()
+
     def _rollback_impl(self) -> None:
         if self.journal is not None:
             self.journal.record_rollback()
-        super()._rollback_impl()
+        if self._still_open_and_dbapi_connection_is_valid:
+            self.call_alone(super()._rollback_impl)
         if not self.invalidated and not self.closed:
             self.info.pop(ERROR_SEEN, None)
-
-    def record_error(self, context: interfaces.ExceptionContext) -> None:
-        self.info[ERROR_SEEN] = True
-        if self.journal is not None:
-            aborting = self.info.get(ABORTING_CODES, ())
-            raw = self.connection.driver_connection
-            self.journal.record_error(context, raw, aborting)
 
     def check_statement(self, statement: str) -> None:
         """Have the journal look at what came before, and at one that is not plain."""
         journal = self.journal
         if journal is None:
             return
-        raw = raw_of(self._dbapi_connection.dbapi_connection)  # type: ignore[union-attr]
-        if journal.executed and not journal.is_ending:
-            journal.look(raw)
+        dbapi = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
+        if journal.ending is not None:
+            if journal.ending is not asyncio.current_task():
+                operation = "A statement"
+                raise ConcurrentUseError(operation, "the unit of work is ending")
+        elif journal.executed:
+            journal.look(dbapi)
         if known.kind_of(statement) or journal.entries or journal.ddl is not None:
-            journal.check_statement(statement, raw)
+            journal.check_statement(statement, raw_of(dbapi))
         journal.executed = True
 
     def _commit_impl(self) -> None:
-        if self.journal is not None:
-            self.journal.check_commit()
-            self.journal.commit_sent = True
-        super()._commit_impl()
-        if self.journal is not None:
-            self.journal.committed = True
+        self.call_alone(functools.partial(self._commit, super()._commit_impl))
 
-    def _commit_twophase_impl(self, xid: Any, is_prepared: bool) -> None:  # noqa: FBT001
+    def _commit_twophase_impl(self, *args: Any) -> None:
+        commit = super()._commit_twophase_impl  # a statement, which takes its turn
+        self._commit(functools.partial(commit, *args))
+
+    def _commit(self, send: Callable[[], None]) -> None:
         if self.journal is not None:
             self.journal.check_commit()
             self.journal.commit_sent = True
-        super()._commit_twophase_impl(xid, is_prepared)
+        send()
         if self.journal is not None:
             self.journal.committed = True
 
@@ -165,7 +186,8 @@ def attach_listeners(
         # A snapshot of what the first read finds; in WAL that stops no writer.
         begin = None if read_isolation is None else "BEGIN"
     # Also if there is none: a derived engine has the options of its original.
-    target.update_execution_options(**{BEGINS_WITH: begin, USED_FOR: used_for})
+    options = {BEGINS_WITH: begin, DRIVER: policy.driver, USED_FOR: used_for}
+    target.update_execution_options(**options)
     if target.dialect.driver in known.CONNECTS:
         event.listen(target, "do_connect", policy.on_do_connect)
     event.listen(target, "connect", policy.on_connect)
@@ -242,11 +264,21 @@ class _Policy:
             entry.invalidate(soft=True)  # replaced before anybody else gets it
         if state.terminate_only or not state.asyncio_safe:
             return
-        if info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw):
+        is_open = info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw)
+        if is_open and not self._is_busy(dbapi):
             dbapi.rollback()
-            if self.driver.is_known and self.driver.in_transaction(raw):
+            if self.read_only and self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
                 _execute(dbapi, "ROLLBACK")
+            is_open = self.driver.is_known and self.driver.in_transaction(raw)
+        if (is_open or self._is_busy(dbapi)) and not self.is_memory:
+            entry.invalidate()
+
+    def _is_busy(self, dbapi: Any) -> bool:
+        """Tell whether a statement is in flight, or waits for one that was."""
+        lock = dbapi._execute_mutex  # noqa: SLF001
+        in_turn = lock._locked or lock._waiters  # noqa: SLF001
+        return bool(in_turn) or self.driver.is_busy(raw_of(dbapi))
 
     def on_error(self, context: interfaces.ExceptionContext) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
@@ -257,8 +289,17 @@ class _Policy:
         if self.is_memory and not isinstance(error, Exception):
             context.is_disconnect = False  # the connection is the database
         connection = context.connection
+        if isinstance(error, AsgiUowError):
+            return  # nothing was sent
         if isinstance(connection, Connection) and not connection.invalidated:
-            connection.record_error(context)
+            info, journal = connection.info, connection.journal
+            info[ERROR_SEEN] = True
+            foreign = not isinstance(error, self.dialect.loaded_dbapi.Error)
+            if foreign and context.execution_context is not None:
+                info[SETTINGS_CHANGED] = not self.is_memory
+            if journal is not None:
+                raw = connection.connection.driver_connection
+                journal.record_error(context, raw, info.get(ABORTING_CODES, ()))
         if self.read_only and failures.means(error, "read_only"):
             operation = "A statement"
             raise ReadOnlySessionError(operation) from context.sqlalchemy_exception

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import select
+from asyncio import Future
 from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +89,10 @@ class Asyncpg(_Driver):
     is_dead = methodcaller("is_closed")
     process_id = methodcaller("get_server_pid")
 
+    def is_busy(self, raw: Any) -> bool:
+        # Its protocol shows nobody the future for the answer that it waits for.
+        return Future in map(type, gc.get_referents(raw._protocol))  # noqa: SLF001
+
     def aborts_transaction(self, _: object, error: BaseException) -> bool:
         # Only what the server sent has a severity; a wrong parameter never got there.
         # SQLAlchemy passes on what the fetch of a stream raises as it is.
@@ -111,6 +117,9 @@ class Psycopg(_Driver):
         poll = select.poll()
         poll.register(raw.fileno(), select.POLLIN)
         return bool(poll.poll(0))
+
+    def is_busy(self, raw: Any) -> bool:
+        return raw.lock.locked() or bool(raw.lock._waiters)  # noqa: SLF001
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return bool(raw.pgconn.transaction_status == PSYCOPG_IN_ERROR)

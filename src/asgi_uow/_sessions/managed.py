@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 from typing import TYPE_CHECKING, Any
@@ -98,8 +99,16 @@ class ManagedSession(orm.Session):
         self.driver_exposed = True
         connection = super().connection(*args, **kwargs)
         if self.journal.executed:  # what follows past the session is seen by nobody
-            self.journal.look(pool.raw_of(connection.connection.dbapi_connection))
+            self.journal.look(connection.connection.dbapi_connection)
         return connection
+
+    def wait_for_others(self) -> None:
+        """Wait for statements past the session, so that the journal knows of them."""
+        for each in self.connections:
+            if isinstance(each, pool.Connection) and not (
+                each.closed or each.invalidated
+            ):
+                each.call_alone(bool)
 
     def release_connection(self) -> None:
         """Give the connection back; objects stay loaded, unlike after a rollback."""
@@ -123,7 +132,7 @@ class ManagedSession(orm.Session):
 
     def discard(self) -> None:
         """Close the connections for good, also under a statement in flight."""
-        self.journal.is_ending = True
+        self.journal.ending = asyncio.current_task()
         # A close() that failed may have forgotten its connections.
         for connection in self.connections:
             if not connection.closed:
@@ -139,7 +148,7 @@ def _only_the_unit(name: str) -> Callable[[ManagedSession], None]:
 
     @functools.wraps(method)
     def call(self: ManagedSession) -> None:
-        if not self.journal.is_ending:
+        if self.journal.ending is None:
             raise errors.ManagedTransactionError(operation)
         method(self)
 

@@ -77,7 +77,7 @@ def without_proof(
         sync, cause = each.writer.sync_session, ended.cause or cause
         for connection in sync.connections:
             if not (connection.closed or connection.invalidated):
-                sync.journal.look(raw_of(connection.connection.dbapi_connection))
+                sync.journal.look(connection.connection.dbapi_connection)
         if (statement := sync.journal.implicit_commit) is not None:
             kind, error = errors.PartialCommitError, ended.error
             detail = f"MySQL committed by itself for {statement}"
@@ -104,7 +104,6 @@ class Commit:
         """Have the server promise that it can commit."""
         sync = self.session.sync_session
         self._require_whole(sync)
-        sync.journal.is_ending = True
         sync.prepare()
 
     def run(self) -> None:
@@ -113,7 +112,6 @@ class Commit:
         self._require_whole(sync)
         if self.db.resolve_unknown and sync.connections:
             self.transaction_id = sync.scalar(text(self.db.facts.TRANSACTION_ID or ""))
-        sync.journal.is_ending = True
         orm.Session.commit(sync)
         orm.Session.close(sync)
 
@@ -126,12 +124,15 @@ class Commit:
         ended it or has failed; PostgreSQL has to be asked for that.
         """
         facts, driver = self.db.facts, self.db.driver
+        sync.journal.ending = asyncio.current_task()
+        if sync.driver_exposed:
+            sync.wait_for_others()
         for connection in sync.connections:
-            raw = raw_of(connection.connection.dbapi_connection)
-            if driver.is_dead(raw):
+            dbapi = connection.connection.dbapi_connection
+            if driver.is_dead(raw_of(dbapi)):
                 message = "the connection was lost before COMMIT was sent"
                 raise ConnectionError(message)
-            sync.journal.look(raw)
+            sync.journal.look(dbapi)
             if sync.journal.ended_unseen:
                 raise errors.TransactionGoneError from sync.journal.doomed_by
             if sync.driver_exposed and facts.QUESTION_BEFORE_COMMIT is not None:
@@ -212,6 +213,11 @@ class Completion:
             return Ended(Outcome.ROLLED_BACK, errors.DoomedError, Cause.DOOMED, doom)
         return Ended(Outcome.ROLLED_BACK, errors.CommitFailedError, cause, error)
 
+    async def settle(self, session: Session) -> None:
+        """Wait for what is in flight: it may be what ends the transaction."""
+        if not self._is_stuck and session.sync_session.driver_exposed:
+            await self._close(session, session.sync_session.wait_for_others)
+
     async def roll_back(self, session: Session, ended: Ended) -> None:
         """Roll back and give the connection back clean, or throw it away."""
         if self._is_stuck:
@@ -221,7 +227,7 @@ class Completion:
         sync = session.sync_session
 
         def end() -> None:
-            sync.journal.is_ending = True
+            sync.journal.ending = asyncio.current_task()
             if ended.outcome is not Outcome.ROLLED_BACK:
                 sync.invalidate()
             elif ended.cause is not None:

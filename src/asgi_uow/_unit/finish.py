@@ -94,6 +94,9 @@ async def _complete(
         if shared.writers:
             ended = await completion.commit(participants)  # <- here, and nowhere else
     if ended.outcome is not Outcome.COMMITTED:
+        for participant in participants:
+            if participant.writer is not None:
+                await completion.settle(participant.writer)
         ended = without_proof(ended, decision.cause, participants)
         for participant in participants:
             if participant.writer is not None:

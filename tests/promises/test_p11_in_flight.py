@@ -1,0 +1,359 @@
+"""P11: statements that pass the session's lock: `session.connection()`, cursors."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import literal_column
+from sqlalchemy.ext.asyncio import AsyncAttrs
+from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
+from sqlalchemy.util import greenlet_spawn
+
+import asgi_uow as uow
+from asgi_uow import Database
+from asgi_uow.errors import ConcurrentUseError
+from tests.servers import eventually
+from tests.support import shop
+from tests.support.asgi import Response, handle
+from tests.support.databases import (
+    DRIVERS,
+    SERVER_DRIVERS,
+    behind_proxy,
+    checked_out,
+    is_commit,
+    on,
+)
+from tests.support.gate import gate_at
+from tests.support.private import State
+from tests.support.writes import driver_connection
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.pool import PoolProxiedConnection
+
+    from asgi_uow import Session
+    from tests.servers import Backend, ServerBackend
+
+SECONDS = 10.0
+"""For what takes milliseconds: whatever takes longer hangs."""
+ONE_CONNECTION = {"pool_size": 1, "max_overflow": 0}
+
+
+# The ways past the session's lock
+
+
+async def on_connection(session: Session, statement: str) -> None:
+    connection = await session.connection()
+    await connection.exec_driver_sql(statement)
+
+
+async def on_cursor(session: Session, statement: str) -> None:
+    await by_cursor(await (await session.connection()).get_raw_connection(), statement)
+
+
+async def by_cursor(raw: PoolProxiedConnection, statement: str) -> None:
+    def execute() -> None:
+        cursor = raw.cursor()
+        cursor.execute(statement)
+        cursor.close()
+
+    await greenlet_spawn(execute)
+
+
+async def on_driver(session: Session, statement: str) -> None:
+    raw = await driver_connection(session)
+    if hasattr(raw, "execute"):
+        await raw.execute(statement)
+    else:  # asyncmy
+        async with raw.cursor() as cursor:
+            await cursor.execute(statement)
+
+
+WAYS: dict[str, Callable[[Session, str], Coroutine[Any, Any, None]]] = {
+    "connection": on_connection,
+    "cursor": on_cursor,
+    "driver": on_driver,
+}
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+async def fail() -> None:
+    raise ZeroDivisionError
+
+
+async def state_of(response: Response) -> State:
+    return response.unit.state
+
+
+async def end_while_in_flight(
+    db: Database,
+    gate: Any,
+    start: Callable[[], Awaitable[None]],
+    status: int | None,
+    **options: Any,
+) -> tuple[Response, asyncio.Task[Response], asyncio.Task[None]]:
+    """Have a handler leave a statement in flight; return when its unit is ending.
+
+    Without a status the handler raises.
+    """
+    response, leaked = Response(), list[asyncio.Task[None]]()
+
+    async def leak() -> None:
+        await start()
+
+    async def handler() -> None:
+        await shop.insert(1)
+        leaked.append(asyncio.create_task(leak()))
+        await gate.reached()
+        if status is None:
+            await fail()
+
+    work = handle(
+        handler, db, status=status or 200, hooks=True, into=response, **options
+    )
+    request = asyncio.create_task(work)
+    ending = State.COMMITTING if status == 200 else State.ROLLING_BACK
+
+    async def is_ending() -> bool:
+        return bool(response.units) and (
+            request.done() or response.unit.state is ending
+        )
+
+    await eventually(True, is_ending)
+    return response, request, leaked[0]
+
+
+async def works(db: Database, backend: Backend, kept: list[int]) -> None:
+    """The next users of the pool are served, on a connection without a past."""
+    assert [0, 0] == checked_out(db)
+    for number in (98, 99):
+        work = functools.partial(shop.insert, number)
+        async with asyncio.timeout(SECONDS):
+            after = await handle(work, db)
+        assert (200, None) == (after.status, after.error)
+    assert [*kept, 98, 99] == await shop.items(backend)
+    assert 0 == await backend.open_transactions()
+
+
+# The end
+
+
+@on(*DRIVERS)
+@ways
+@pytest.mark.parametrize("status", [200, 404, None])
+async def test_the_end_waits(backend: Backend, way: str, status: int | None) -> None:
+    """COMMIT and ROLLBACK come after the answer to what a leaked task has sent."""
+    async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
+
+        async def start() -> None:
+            await WAYS[way](uow.current_session(), gate.insert)
+
+        async with asyncio.timeout(SECONDS):
+            response, request, leaked = await end_while_in_flight(
+                db, gate, start, status
+            )
+            assert not request.done()
+            await gate.open()
+            await request
+            await leaked
+        if status is None:
+            assert isinstance(response.error, ZeroDivisionError)
+        else:
+            assert (status, None) == (response.status, response.error)
+        assert ["commit" if status == 200 else "rollback"] == response.hooks
+        await works(db, backend, [1, 2] if status == 200 else [])
+
+
+@on("asyncmy", "psycopg")
+@pytest.mark.parametrize("way", ["connection", "cursor"])
+async def test_what_is_in_flight_ends_the_transaction(
+    backend: Backend, way: str
+) -> None:
+    """P13: a rollback is not said to be proven where a hidden COMMIT came before."""
+    async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
+        if backend.name == "mariadb":
+            body = f"BEGIN DO {gate.expression}; COMMIT; END"
+            await backend.execute(f"CREATE PROCEDURE commits_behind_gate() {body}")
+        hidden = {
+            "mariadb": "CALL commits_behind_gate()",
+            "postgresql": f"{gate.select}; COMMIT",
+        }
+
+        async def start() -> None:
+            await WAYS[way](uow.current_session(), hidden[backend.name])
+
+        async with asyncio.timeout(SECONDS):
+            response, request, leaked = await end_while_in_flight(db, gate, start, 404)
+            await gate.open()
+            await request
+            await asyncio.wait([leaked])
+        assert response.unit.outcome is uow.Outcome.UNKNOWN
+        assert [] == response.hooks
+        await works(db, backend, [1])
+
+
+@on(*DRIVERS)
+async def test_the_end_waits_for_attributes(backend: Backend) -> None:
+    """Nor does it come in between what `awaitable_attrs` reads."""
+
+    class Base(AsyncAttrs, DeclarativeBase):
+        pass
+
+    async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
+
+        class Item(Base):
+            __tablename__ = "items"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            late: Mapped[str] = column_property(
+                literal_column(gate.expression), deferred=True
+            )
+
+        async def start() -> None:
+            item = await uow.current_session().get_one(Item, 1)
+            await item.awaitable_attrs.late
+
+        async with asyncio.timeout(SECONDS):
+            response, request, leaked = await end_while_in_flight(db, gate, start, 200)
+            assert not request.done()
+            await gate.open()
+            await request
+            await leaked
+        assert (200, None) == (response.status, response.error)
+        await works(db, backend, [1])
+
+
+@on(*DRIVERS)
+@ways
+@pytest.mark.parametrize("hook", [False, True])
+async def test_a_reader_is_given_back(
+    backend: Backend, way: str, *, hook: bool
+) -> None:
+    """The connection of a reader is given back when it has its answer, and not before."""
+    async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
+        response, leaked = Response(), list[asyncio.Task[None]]()
+
+        async def handler() -> None:
+            if hook:
+                uow.after_commit(fail)
+            session = uow.current_read_session()
+            leaked.append(asyncio.create_task(WAYS[way](session, gate.select)))
+            await gate.reached()
+
+        async with asyncio.timeout(SECONDS):
+            request = asyncio.create_task(handle(handler, db, into=response))
+
+            async def is_ending() -> bool:
+                ended = {State.COMMITTED, State.CLOSED}
+                is_over = bool(response.units) and response.unit.state in ended
+                return is_over or request.done()
+
+            await eventually(True, is_ending)
+            # SQLite's thread does one thing after the other, so there is no wait.
+            at_once = backend.name == "sqlite" and way == "driver"
+            assert at_once or not request.done()
+            await gate.open()
+            await request
+            await leaked[0]
+        assert (200, None) == (response.status, response.error)
+        async with asyncio.timeout(SECONDS):
+            async with db:
+                assert 42 == await db.read.scalar("SELECT 42")
+        await works(db, backend, [])
+
+
+@on(*DRIVERS)
+@ways
+@pytest.mark.parametrize("status", [200, 404])
+async def test_an_end_that_cannot_wait(backend: Backend, way: str, status: int) -> None:
+    """After `commit_timeout` the connection is thrown away, and nothing hangs."""
+    async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
+
+        async def start() -> None:
+            await WAYS[way](uow.current_session(), gate.insert)
+
+        async with asyncio.timeout(SECONDS):
+            response, request, leaked = await end_while_in_flight(
+                db, gate, start, status, commit_timeout=0.05
+            )
+            if backend.name == "sqlite":
+                await asyncio.wait([request], timeout=0.2)
+                await gate.open()
+            await request
+            await asyncio.wait([leaked])
+        # SQLite's thread has got the COMMIT too: the outcome is not known.
+        refused = 500 if backend.name == "sqlite" and way == "driver" else 503
+        assert (404 if status == 404 else refused) == response.status
+        assert leaked.exception() is not None or backend.name == "sqlite"
+        await gate.open()
+        await works(db, backend, [])
+
+
+@on(*SERVER_DRIVERS)
+async def test_what_comes_during_commit(backend: ServerBackend) -> None:
+    """A statement is refused; a cursor waits, and finds its connection closed."""
+    late: list[asyncio.Task[None]] = []
+    opened: list[AsyncConnection] = []
+
+    async def handler() -> None:
+        await shop.insert(1)
+        opened.append(await uow.current_session().connection())
+
+    async with behind_proxy(backend, **ONE_CONNECTION) as (db, proxy):
+        hold = proxy.hold_answer(is_commit)
+        request = asyncio.create_task(handle(handler, db, hooks=True))
+        async with asyncio.timeout(SECONDS):
+            await hold.answered.wait()
+            [connection] = opened
+            raw = await connection.get_raw_connection()
+            insert = "INSERT INTO items (id) VALUES (2)"
+            with pytest.raises(ConcurrentUseError):
+                await connection.exec_driver_sql(insert)
+            late.append(asyncio.create_task(by_cursor(raw, insert)))
+            await asyncio.sleep(0)
+            hold.release()
+            response = await request
+            await asyncio.wait(late)
+        assert (200, None) == (response.status, response.error)
+        assert ["commit"] == response.hooks
+        assert late[0].exception() is not None
+        await works(db, backend, [1])
+
+
+# In the middle
+
+
+async def insert_at_once(way: str) -> None:
+    session = uow.current_session()
+    inserts = [f"INSERT INTO items (id) VALUES ({number})" for number in range(10)]
+    await asyncio.gather(*(WAYS[way](session, each) for each in inserts))
+
+
+@on(*DRIVERS)
+@pytest.mark.parametrize("way", ["connection", "cursor"])
+async def test_statements_at_once(db: Database, backend: Backend, way: str) -> None:
+    """Ten of them, the first of which begins the transaction, take turns."""
+    async with asyncio.timeout(SECONDS):
+        response = await handle(lambda: insert_at_once(way), db, hooks=True)
+    assert (200, None) == (response.status, response.error)
+    await works(db, backend, [*range(10)])
+
+
+@on("aiosqlite", "asyncpg", "psycopg", **ONE_CONNECTION)
+async def test_statements_at_once_by_the_driver(db: Database, backend: Backend) -> None:
+    """They take turns, or asyncpg refuses; asyncmy cannot do it."""
+
+    async def handler() -> None:
+        await shop.insert(10)
+        await insert_at_once("driver")
+
+    async with asyncio.timeout(SECONDS):
+        response = await handle(handler, db, hooks=True)
+    takes_turns = backend.driver != "asyncpg"
+    assert takes_turns is (response.error is None)
+    assert takes_turns is ("commit" in response.hooks)
+    await works(db, backend, [*range(11)] if takes_turns else [])
