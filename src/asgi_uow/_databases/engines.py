@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +23,7 @@ from asgi_uow.observers import logger
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
 
 # Options of SQLAlchemy's `Session` that are the unit of work's to set.
 RESERVED = {"sync_session_class", "close_resets_only", "bind", "autocommit"}
@@ -31,6 +32,7 @@ READ_OPTIONS = {
     "twophase": False,
     "join_transaction_mode": "rollback_only",
 }
+PAUSE = 0.1  # seconds, before a prepared transaction is asked for again
 CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement there
 
 
@@ -151,6 +153,35 @@ class Engines:
             return await self.facts.was_committed(aside, transaction, seconds)
         finally:
             await aside.dispose()
+
+    async def end_prepared(
+        self, xid: str, seconds: float, *, commit: bool
+    ) -> bool | None:
+        """End a prepared transaction from aside; None if that could not be done.
+
+        A server may not know of it as long as the connection that prepared it lives.
+        """
+        aside = derive_engine(self.engine)
+        autocommit = aside.execution_options(isolation_level="AUTOCOMMIT")
+
+        def end(connection: Connection) -> None:
+            listed: list[str | bytes] = connection.recover_twophase()
+            if not {xid, xid.encode()}.isdisjoint(listed):
+                by = connection.commit_prepared if commit else connection.rollback_prepared
+                by(xid, recover=True)
+
+        try:
+            with anyio.move_on_after(seconds):
+                while True:
+                    # Of SQLAlchemy, or of the driver: all the same, it is asked again.
+                    with suppress(Exception):
+                        async with autocommit.connect() as connection:
+                            await connection.run_sync(end)
+                            return True
+                    await anyio.sleep(PAUSE)
+        finally:
+            await aside.dispose()
+        return None
 
     async def dispose(self) -> None:
         """Close every pooled connection of the writer and the readers."""

@@ -59,6 +59,9 @@ class Driver(Protocol):
     def process_id(self, _: Any, /) -> int | None:
         return None
 
+    def cut_off(self, _: Any, /) -> None:
+        """Have what waits for the server fail at once, without a word to it."""
+
 
 class _UnknownDriver(Driver):
     pass

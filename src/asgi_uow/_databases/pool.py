@@ -7,6 +7,7 @@ from the first moment of each connection.
 
 from __future__ import annotations
 
+import functools
 import time
 from contextlib import closing
 from operator import attrgetter
@@ -15,12 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.util import await_only, greenlet_spawn
 
+from asgi_uow._concurrency import bounded
 from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sqlalchemy import pool
     from sqlalchemy.engine import RootTransaction, interfaces
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -40,6 +45,7 @@ IDLE_SINCE = "asgi_uow.idle_since"
 SETTINGS_CHANGED = "asgi_uow.settings_changed"
 
 PING_AFTER_IDLE = 30.0  # seconds; then a connection is pinged before it is handed out
+PING_SECONDS = 3.0  # a new connection is made sooner than a slower answer comes
 # Execution options after which a connection is not what its pool made it.
 CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
 
@@ -99,6 +105,11 @@ class Connection(sa.Connection):
         super()._commit_impl()
         if self.journal is not None:
             self.journal.committed = True
+
+    def _prepare_twophase_impl(self, xid: str) -> None:
+        if self.journal is not None:
+            self.journal.xid = xid
+        super()._prepare_twophase_impl(xid)
 
     def _commit_twophase_impl(self, xid: Any, is_prepared: bool) -> None:  # noqa: FBT001
         if self.journal is not None:
@@ -197,14 +208,17 @@ class _Policy:
     def on_checkout(self, dbapi: DBAPI, entry: Entry, _: object) -> None:
         """Replace a connection that is dead, or does not answer after idleness."""
         idle_since: float | None = entry.info.pop(IDLE_SINCE, None)
-        if self.driver.is_dead(raw_of(dbapi)):
+        raw = raw_of(dbapi)
+        if self.driver.is_dead(raw):
             message = "the connection was closed while it was idle"
             raise DisconnectionError(message)
         if idle_since is None or time.monotonic() - idle_since < PING_AFTER_IDLE:
             return
         try:
-            self.dialect.do_ping(dbapi)
-        except self.dialect.loaded_dbapi.Error as error:
+            cut = functools.partial(self.driver.cut_off, raw)
+            ping = greenlet_spawn(self.dialect.do_ping, dbapi)
+            await_only(bounded(ping, PING_SECONDS, cut=cut))
+        except (self.dialect.loaded_dbapi.Error, TimeoutError) as error:
             message = "the connection did not answer after a time of idleness"
             raise DisconnectionError(message) from error
 
@@ -249,6 +263,14 @@ def info_of(connection: sa.Connection) -> dict[Any, Any]:
     """Give the pool's info of a connection; the public way makes five calls."""
     entry = connection._dbapi_connection._connection_record  # type: ignore[union-attr]  # noqa: SLF001
     return connection.info if entry is None else entry.info
+
+
+def cut_off(connections: Iterable[sa.Connection]) -> None:
+    """Have what waits for a server fail at once; nobody uses the connection again."""
+    for each in connections:
+        if not (each.closed or each.invalidated):
+            raw = raw_of(each.connection.dbapi_connection)
+            known.driver_of(each.dialect).cut_off(raw)
 
 
 def _execute(connection: DBAPI | pool.PoolProxiedConnection, statement: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import select
+import socket
 from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +88,7 @@ class Asyncpg(_Driver):
     in_transaction = methodcaller("is_in_transaction")
     is_dead = methodcaller("is_closed")
     process_id = methodcaller("get_server_pid")
+    cut_off = methodcaller("terminate")
 
     def aborts_transaction(self, _: object, error: BaseException) -> bool:
         # Only what the server sent has a severity; a wrong parameter never got there.
@@ -111,6 +114,12 @@ class Psycopg(_Driver):
         poll = select.poll()
         poll.register(raw.fileno(), select.POLLIN)
         return bool(poll.poll(0))
+
+    def cut_off(self, raw: Any) -> None:
+        # Not close(): what waits for the socket would wait for ever.
+        if not raw.closed:
+            with socket.socket(fileno=os.dup(raw.fileno())) as same:
+                same.shutdown(socket.SHUT_RDWR)
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return bool(raw.pgconn.transaction_status == PSYCOPG_IN_ERROR)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 RESOLVE_SECONDS = 30.0
 """Seconds for settling an unknown outcome where `commit_timeout` is None."""
+ROLLBACK_SECONDS = 4.0
+"""The most for ROLLBACK, which can be done without: the connection is cut off then."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,19 +103,16 @@ class Commit:
         self.in_doubt = False
 
     def prepare(self) -> None:
-        """Have the server promise that it can commit."""
+        """Have the server promise that it can commit; then it is asked nothing more."""
         sync = self.session.sync_session
         self._require_whole(sync)
-        sync.journal.is_ending = True
         sync.prepare()
 
     def run(self) -> None:
         """Check, flush, commit and close, in one greenlet."""
         sync = self.session.sync_session
-        self._require_whole(sync)
-        if self.db.resolve_unknown and sync.connections:
-            self.transaction_id = sync.scalar(text(self.db.facts.TRANSACTION_ID or ""))
-        sync.journal.is_ending = True
+        if sync.journal.xid is None:
+            self._require_whole(sync)
         orm.Session.commit(sync)
         orm.Session.close(sync)
 
@@ -139,12 +138,15 @@ class Commit:
                     sync.scalar(text(facts.QUESTION_BEFORE_COMMIT))
                 except DBAPIError as error:
                     raise errors.TransactionGoneError from error
+        if self.db.resolve_unknown and sync.connections:
+            self.transaction_id = sync.scalar(text(self.db.facts.TRANSACTION_ID or ""))
+        sync.journal.is_ending = True
 
 
 class Completion:
     """Ends the sessions of a unit of work, one after the other, each bounded."""
 
-    __slots__ = ("_events", "_is_stuck", "_shield", "_timeout")
+    __slots__ = ("_events", "_limit", "_shield", "_timeout")
 
     def __init__(
         self, events: list[Event], shield: Shield, timeout: float | None
@@ -152,47 +154,64 @@ class Completion:
         self._events = events
         self._shield = shield
         self._timeout = timeout
-        self._is_stuck = False
+        self._limit: float = ROLLBACK_SECONDS
+        if timeout is not None and timeout < ROLLBACK_SECONDS:
+            self._limit = timeout
 
     async def commit(self, participants: Iterable[Participant]) -> Ended:
         """COMMIT every session that executed something, in the order of first use.
 
-        Sessions with `twophase=True` are all prepared before the first COMMIT.
+        Sessions with `twophase=True` are all prepared before the first COMMIT, and
+        committed after the others, which may fail; from then on nothing stops them.
         """
         steps: list[tuple[Commit, Callable[[], None]]] = []
-        prepares = 0
+        prepares = prepared = 0
         for each in participants:
             if each.writer is not None:
                 commit = Commit(each.db, each.writer)
-                steps.append((commit, commit.run))
                 if each.writer.sync_session.twophase:
                     steps.insert(prepares, (commit, commit.prepare))
-                    prepares += 1
+                    steps.append((commit, commit.run))
+                    prepares, prepared = prepares + 1, prepared + 1
+                else:
+                    steps.insert(len(steps) - prepared, (commit, commit.run))
         any_committed = False
+        unproven: tuple[Commit, BaseException] | None = None
         for commit, step in steps:
+            journal = commit.session.sync_session.journal
             try:
                 await self._shield.run(_in_lock(commit.session, step), self._timeout)
             except BaseException as error:  # noqa: BLE001  # becomes the failure
                 if not await self._was_kept(commit, error):
-                    return self._refused(commit, error, any_committed=any_committed)
-                await self.discard(commit.session, error)
-            journal = commit.session.sync_session.journal
+                    unproven = unproven or (commit, error)
+                    if journal.xid is None or not journal.commit_sent:
+                        break
             any_committed = any_committed or journal.committed
-        return COMMITTED
+        if unproven is None:
+            return COMMITTED
+        return self._refused(*unproven, any_committed=any_committed)
 
     async def _was_kept(self, commit: Commit, error: BaseException) -> bool:
         """Tell whether the work is kept all the same; settles what was in doubt."""
-        journal = commit.session.sync_session.journal
-        if journal.committed:
-            return True
-        commit.in_doubt = journal.commit_sent and is_in_doubt(error)
-        if not commit.in_doubt or commit.transaction_id is None:
-            return False
-        seconds = self._timeout or RESOLVE_SECONDS
-        settling = commit.db.was_committed(commit.transaction_id, seconds)
-        kept = await self._shield.run(settling, at_once=False)
-        commit.in_doubt = kept is None
-        return bool(kept)
+        journal, asked = commit.session.sync_session.journal, commit.transaction_id
+        if not journal.committed:
+            is_prepared = journal.xid is not None
+            commit.in_doubt = journal.commit_sent and (is_prepared or is_in_doubt(error))
+            if not (commit.in_doubt and (is_prepared or asked)):
+                return False
+        # Closed first: MariaDB commits for others only then what it has prepared.
+        await self.discard(commit.session, error)
+        if not journal.committed:
+            seconds = self._timeout or RESOLVE_SECONDS
+            if journal.xid is not None:
+                settling = commit.db.end_prepared(journal.xid, seconds, commit=True)
+            else:
+                settling = commit.db.was_committed(asked or "", seconds)
+            journal.committed = bool(
+                kept := await self._shield.run(settling, at_once=False)
+            )
+            commit.in_doubt = kept is None
+        return journal.committed
 
     def _refused(
         self, commit: Commit, error: BaseException, *, any_committed: bool
@@ -200,12 +219,15 @@ class Completion:
         commit.session.record_error(error)
         if isinstance(error, ConnectionError | TimeoutError):  # of this file, or Shield
             commit.session.shared.outages.append(error)
-        self._is_stuck = isinstance(error, TimeoutError)
-        cause = Cause.TIMEOUT if self._is_stuck else Cause.COMMIT_FAILED
+        is_late, xid = isinstance(error, TimeoutError), commit.session.journal.xid
+        commit.session.shared.stuck += is_late
+        cause = Cause.TIMEOUT if is_late else Cause.COMMIT_FAILED
+        told = "" if xid is None else f"{xid!r} may still be prepared"
         if any_committed:
-            return Ended(Outcome.PARTIAL, errors.PartialCommitError, cause, error)
+            return Ended(Outcome.PARTIAL, errors.PartialCommitError, cause, error, told)
         if commit.in_doubt:
-            return Ended(Outcome.UNKNOWN, errors.OutcomeUnknownError, cause, error)
+            unknown = errors.OutcomeUnknownError
+            return Ended(Outcome.UNKNOWN, unknown, cause, error, told)
         doom = commit.session.doomed_by
         if isinstance(error, errors.TransactionGoneError) and doom is not None:
             # A statement in flight at the decision failed before its COMMIT.
@@ -214,10 +236,6 @@ class Completion:
 
     async def roll_back(self, session: Session, ended: Ended) -> None:
         """Roll back and give the connection back clean, or throw it away."""
-        if self._is_stuck:
-            # What did not answer in time is not waited for again.
-            await self.discard(session)
-            return
         sync = session.sync_session
 
         def end() -> None:
@@ -230,6 +248,11 @@ class Completion:
             sync.close()
 
         await self._close(session, end)
+        if (xid := sync.journal.xid) is not None and not sync.journal.commit_sent:
+            seconds = self._timeout or RESOLVE_SECONDS
+            ending = sync.database.end_prepared(xid, seconds, commit=False)
+            if not await self._shield.run(ending, at_once=False):
+                self._report(f"rolling {xid!r} back", TimeoutError("it is prepared"))
 
     async def close_reader(
         self, participant: Participant, reader: ReadSession, *, wants_details: bool
@@ -241,15 +264,27 @@ class Completion:
             participant.report_release(reader, "read")
 
     async def _close(self, session: Session, end: Callable[[], None]) -> None:
+        if session.shared.stuck:
+            # What did not answer in time is not waited for again.
+            session.shared.stuck += 1
+            await self.discard(session)
+            return
         try:
-            await self._shield.run(_in_lock(session, end), self._timeout)
-        except Exception as error:  # noqa: BLE001  # reported; the outcome stands
+            cut = session.sync_session.cut_off
+            await self._shield.run(_in_lock(session, end), self._limit, cut=cut)
+        except BaseException as error:  # noqa: BLE001  # reported; the outcome stands
+            session.shared.stuck += isinstance(error, TimeoutError)
+            self._keep(error)
             await self.discard(session, error)
 
     async def release_reader(self, session: ReadSession) -> None:
+        cut = session.sync_session.cut_off
+        if session.shared.stuck:
+            cut()
         try:
-            await self._shield.run(session.release_if_idle(), self._timeout)
-        except Exception as error:  # noqa: BLE001  # reported; nothing depends on it
+            await self._shield.run(session.release_if_idle(), self._limit, cut=cut)
+        except BaseException as error:  # noqa: BLE001  # reported; nothing depends on it
+            self._keep(error)
             self._report("giving a read connection back", error)
 
     async def discard(
@@ -260,9 +295,15 @@ class Completion:
         if error is not None and not lost and session.doomed_by is None:
             self._report("closing the session", error)
         try:
-            await self._shield.run(session.discard(), self._timeout)
-        except Exception as again:  # noqa: BLE001  # reported; the outcome stands
+            await self._shield.run(session.discard(), self._limit)
+        except BaseException as again:  # noqa: BLE001  # reported; the outcome stands
+            self._keep(again)
             self._report("throwing the connection away", again)
+
+    def _keep(self, error: BaseException) -> None:
+        """Have what is to end more than this unit raised when the unit has ended."""
+        if not isinstance(error, Exception):
+            self._shield.cancelled = error
 
     def _report(self, operation: str, error: BaseException) -> None:
         self._events.append(ReleaseFailed(operation, error))
