@@ -102,6 +102,9 @@ class RecordingProxy:
         """
         self.audible.clear()
 
+    def thaw(self) -> None:
+        self.audible.set()
+
     def cut_before(self, predicate: Callable[[str], bool]) -> Rule:
         """Cut instead of forwarding the next trip that fits."""
         return self._add(Rule("cut_before", predicate))

@@ -30,9 +30,9 @@ SNAPSHOT = {"read_isolation": "REPEATABLE READ"}
 
 async def use_and_freeze(proxy: RecordingProxy, *databases: Database) -> None:
     """Leave a snapshot and a transaction of each database open, and freeze."""
-    for db in databases:
+    for number, db in enumerate(databases):
         await current_read_session(db).execute("SELECT 1")
-        await shop.insert(1, db)
+        await shop.insert(number, db)
     proxy.freeze()
 
 
@@ -62,13 +62,9 @@ async def test_several_frozen_servers(backend: ServerBackend) -> None:
     """What did not answer is waited for once, not once for each database."""
     async with behind_proxy(backend, **SNAPSHOT) as (db, proxy):
         others = [Database.from_url(db.engine.url, **SNAPSHOT) for _ in range(2)]
-        await backend.execute("DELETE FROM items")
 
         async def handler() -> None:
-            for number, each in enumerate((db, *others)):
-                await current_read_session(each).execute("SELECT 1")
-                await shop.insert(number, each)
-            proxy.freeze()
+            await use_and_freeze(proxy, db, *others)
 
         async with asyncio.timeout(10):
             response = await handle(handler, db, *others, status=404)
@@ -95,11 +91,31 @@ async def test_frozen_replica(backend: ServerBackend) -> None:
         assert [0, 0] == checked_out(db)
 
 
+@on(*SERVER_DRIVERS)
+async def test_closing_while_the_server_is_frozen(backend: ServerBackend) -> None:
+    """The end of an application waits for connections that are closed, not for ever."""
+    async with behind_proxy(backend) as (db, proxy):
+        async with db:
+            await db.read.execute("SELECT 1")
+            await db.write.execute("SELECT 1")
+        before = asyncio.all_tasks()
+        proxy.freeze()
+
+        async with asyncio.timeout(10):
+            await db.dispose()
+
+        assert set() == asyncio.all_tasks() - before
+
+
 # What is no `Exception`
 
 
+class Stop(BaseException):
+    """Like `SystemExit`, at which the event loop itself would stop."""
+
+
 @on(*DRIVERS)
-@pytest.mark.parametrize("kind", [SystemExit, GeneratorExit, asyncio.CancelledError])
+@pytest.mark.parametrize("kind", [Stop, GeneratorExit, asyncio.CancelledError])
 @pytest.mark.parametrize("where", ["COMMIT", "ROLLBACK", "reading", "closing"])
 async def test_base_exception_at_the_end(
     backend: Backend, db: Database, kind: type[BaseException], where: str

@@ -7,9 +7,10 @@ from the first moment of each connection.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,6 +46,7 @@ IDLE_SINCE = "asgi_uow.idle_since"
 SETTINGS_CHANGED = "asgi_uow.settings_changed"
 
 PING_AFTER_IDLE = 30.0  # seconds; then a connection is pinged before it is handed out
+CLOSE_SECONDS = 2.0  # what SQLAlchemy gives asyncpg where it terminates a connection
 PING_SECONDS = 3.0  # a new connection is made sooner than a slower answer comes
 # Execution options after which a connection is not what its pool made it.
 CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
@@ -169,6 +171,7 @@ def attach_listeners(
     event.listen(target, "connect", policy.on_connect)
     event.listen(target, "checkout", policy.on_checkout)
     event.listen(target, "reset", policy.on_reset)
+    event.listen(target, "close", policy.on_close)
     event.listen(target, "handle_error", policy.on_error)
     for name in ("do_execute", "do_executemany", "do_execute_no_params"):
         event.listen(target, name, _check_statement)
@@ -242,6 +245,12 @@ class _Policy:
             if self.driver.is_known and self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
                 _execute(dbapi, "ROLLBACK")
+
+    def on_close(self, dbapi: DBAPI, _: object) -> None:
+        """Bound the goodbye: asyncpg waits for the server to hang up."""
+        with suppress(RuntimeError):  # no event loop, so nothing waits
+            loop, cut = asyncio.get_running_loop(), self.driver.cut_off
+            loop.call_later(CLOSE_SECONDS, cut, raw_of(dbapi))
 
     def on_error(self, context: interfaces.ExceptionContext) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
