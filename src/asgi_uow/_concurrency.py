@@ -69,11 +69,11 @@ class Shield:
     ) -> T:
         """Await `work`; after so many seconds it is cancelled, and left `GRACE` later.
 
-        `cut` is called first, so that the work fails: a driver that is cancelled may
-        talk to the server, and wait for it, before it ends. Raises `TimeoutError` in both cases, unless it still gave a result. It also
+        Raises `TimeoutError` in both cases, unless it still gave a result. It also
         returns when `work` ignores its cancellation, as a driver may that waits for
-        a server which stopped answering. What may start the like of itself in turn,
-        as hooks do, does not start `at_once`: that is a call in this call.
+        a server which stopped answering. `cut` is called before, to have it fail: what
+        is cancelled may talk to the server first. What may start the like of itself in
+        turn, as hooks do, does not start `at_once`: that is a call in this call.
         """
         self.seconds, self._gave_up, self._cut = seconds, False, cut
         self.restart()

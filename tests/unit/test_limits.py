@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event
@@ -20,9 +20,11 @@ from tests.support.databases import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tests.servers import Backend, RecordingProxy, ServerBackend
 
-SNAPSHOT = {"read_isolation": "REPEATABLE READ"}
+SNAPSHOT: Mapping[str, Any] = {"read_isolation": "REPEATABLE READ"}
 
 
 # A server that froze

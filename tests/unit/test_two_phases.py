@@ -57,16 +57,14 @@ async def insert_into_both(first: Database, second: Database) -> None:
     await shop.insert(2, second)
 
 
-async def assert_nothing_is_left(
-    backend: ServerBackend, *databases: Database
-) -> None:
+async def assert_nothing_is_left(backend: ServerBackend, *databases: Database) -> None:
     assert [] == await backend.fetch(LISTED[backend.name])
     assert [0] * 2 * len(databases) == checked_out(*databases)
 
 
 async def test_two_phases(backend: ServerBackend) -> None:
     """One database, or several, are prepared and committed on every server."""
-    async with two_databases(backend) as (first, second, proxy):
+    async with two_databases(backend) as (first, second, _):
         alone = await handle(lambda: shop.insert(3, first), first, hooks=True)
         both = await handle(lambda: insert_into_both(first, second), first, second)
 

@@ -146,6 +146,14 @@ class Engines:
         name = f"{url.host}:{url.port}/{url.database} {places}"
         return hashlib.sha256(name.encode()).hexdigest()[:8]
 
+    async def settle(
+        self, xid: str | None, transaction: str | None, seconds: float
+    ) -> bool | None:
+        """Commit what was prepared; else ask what became of the transaction."""
+        if xid is not None:
+            return await self.end_prepared(xid, seconds, commit=True)
+        return await self.was_committed(transaction or "", seconds)
+
     async def was_committed(self, transaction: str, seconds: float) -> bool | None:
         """Ask what became of a transaction whose COMMIT was not answered."""
         aside = derive_engine(self.engine)
@@ -167,7 +175,11 @@ class Engines:
         def end(connection: Connection) -> None:
             listed: list[str | bytes] = connection.recover_twophase()
             if not {xid, xid.encode()}.isdisjoint(listed):
-                by = connection.commit_prepared if commit else connection.rollback_prepared
+                by = (
+                    connection.commit_prepared
+                    if commit
+                    else connection.rollback_prepared
+                )
                 by(xid, recover=True)
 
         try:

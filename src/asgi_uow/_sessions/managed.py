@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 class Shared:
     """What the sessions of a unit of work have in common, also with units around it."""
 
-    __slots__ = ("committed", "events", "outages", "savepoints", "state", "stuck", "writers")
+    __slots__ = (
+        "committed",
+        "events",
+        "outages",
+        "savepoints",
+        "state",
+        "stuck",
+        "writers",
+    )
 
     def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
         self.state: State = State.NEW

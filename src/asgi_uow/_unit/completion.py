@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
@@ -14,59 +13,28 @@ from sqlalchemy.util import greenlet_spawn
 from asgi_uow import errors
 from asgi_uow._databases.driver_errors import is_in_doubt
 from asgi_uow._databases.pool import raw_of
-from asgi_uow._decision import RETRY_AFTER, Cause, Outcome
+from asgi_uow._decision import Cause, Outcome
+from asgi_uow._unit.ended import COMMITTED, Ended
 from asgi_uow.observers import ReleaseFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Coroutine, Iterable
+    from typing import TypeAlias
 
     from asgi_uow._concurrency import Shield
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._sessions.managed import ManagedSession, Shared
+    from asgi_uow._sessions.managed import ManagedSession
     from asgi_uow._sessions.read_session import ReadSession
     from asgi_uow._sessions.session import Session
     from asgi_uow._unit.participant import Participant
     from asgi_uow.observers import Event
 
+    Work: TypeAlias = Coroutine[object, object, None]
+
 RESOLVE_SECONDS = 30.0
 """Seconds for settling an unknown outcome where `commit_timeout` is None."""
 ROLLBACK_SECONDS = 4.0
 """The most for ROLLBACK, which can be done without: the connection is cut off then."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ended:
-    """What became of the work, and what is to be raised if it was not kept."""
-
-    outcome: Outcome
-    kind: type[errors.UnitOfWorkFailedError] = errors.CommitFailedError
-    cause: Cause | None = None
-    error: BaseException | None = None
-    detail: str = ""
-
-    def failure(self, cause: Cause, shared: Shared) -> errors.UnitOfWorkFailedError:
-        """Make the failure; it asks for a retry if nothing was kept and it may help."""
-        retry_after: int | None = None
-        if self.outcome is Outcome.ROLLED_BACK and shared.may_repeat(self.error):
-            retry_after = RETRY_AFTER
-        what = self.outcome, cause
-        failure = self.kind(*what, detail=self.detail, retry_after=retry_after)
-        failure.__cause__ = self.error
-        return failure
-
-
-COMMITTED, ROLLED_BACK = Ended(Outcome.COMMITTED), Ended(Outcome.ROLLED_BACK)
-
-
-def stopped_by(error: BaseException, hook: str | None = None) -> Ended:
-    """Tell what an error of the flush means, or of a `before_commit` hook."""
-    kind: type[errors.UnitOfWorkFailedError] = errors.CommitFailedError
-    cause = Cause.COMMIT_FAILED if isinstance(error, Exception) else Cause.CANCELLED
-    if hook is not None and isinstance(error, Exception):
-        kind, cause = errors.BeforeCommitError, Cause.BEFORE_COMMIT
-    if isinstance(error, TimeoutError):
-        cause = Cause.TIMEOUT
-    return Ended(Outcome.ROLLED_BACK, kind, cause, error, hook or "")
 
 
 def without_proof(
@@ -154,9 +122,8 @@ class Completion:
         self._events = events
         self._shield = shield
         self._timeout = timeout
-        self._limit: float = ROLLBACK_SECONDS
-        if timeout is not None and timeout < ROLLBACK_SECONDS:
-            self._limit = timeout
+        is_short = timeout is not None and timeout < ROLLBACK_SECONDS
+        self._limit = timeout if is_short else ROLLBACK_SECONDS
 
     async def commit(self, participants: Iterable[Participant]) -> Ended:
         """COMMIT every session that executed something, in the order of first use.
@@ -178,7 +145,7 @@ class Completion:
         any_committed = False
         unproven: tuple[Commit, BaseException] | None = None
         for commit, step in steps:
-            journal = commit.session.sync_session.journal
+            journal = commit.session.journal
             try:
                 await self._shield.run(_in_lock(commit.session, step), self._timeout)
             except BaseException as error:  # noqa: BLE001  # becomes the failure
@@ -193,24 +160,20 @@ class Completion:
 
     async def _was_kept(self, commit: Commit, error: BaseException) -> bool:
         """Tell whether the work is kept all the same; settles what was in doubt."""
-        journal, asked = commit.session.sync_session.journal, commit.transaction_id
+        journal = commit.session.journal
         if not journal.committed:
-            is_prepared = journal.xid is not None
-            commit.in_doubt = journal.commit_sent and (is_prepared or is_in_doubt(error))
-            if not (commit.in_doubt and (is_prepared or asked)):
+            commit.in_doubt = journal.commit_sent and (
+                journal.xid is not None or is_in_doubt(error)
+            )
+            if not commit.in_doubt or not (journal.xid or commit.transaction_id):
                 return False
         # Closed first: MariaDB commits for others only then what it has prepared.
         await self.discard(commit.session, error)
         if not journal.committed:
-            seconds = self._timeout or RESOLVE_SECONDS
-            if journal.xid is not None:
-                settling = commit.db.end_prepared(journal.xid, seconds, commit=True)
-            else:
-                settling = commit.db.was_committed(asked or "", seconds)
-            journal.committed = bool(
-                kept := await self._shield.run(settling, at_once=False)
-            )
-            commit.in_doubt = kept is None
+            seconds, asked = self._timeout or RESOLVE_SECONDS, commit.transaction_id
+            settling = commit.db.settle(journal.xid, asked, seconds)
+            kept = await self._shield.run(settling, at_once=False)
+            journal.committed, commit.in_doubt = bool(kept), kept is None
         return journal.committed
 
     def _refused(
@@ -222,12 +185,11 @@ class Completion:
         is_late, xid = isinstance(error, TimeoutError), commit.session.journal.xid
         commit.session.shared.stuck += is_late
         cause = Cause.TIMEOUT if is_late else Cause.COMMIT_FAILED
-        told = "" if xid is None else f"{xid!r} may still be prepared"
+        why = cause, error, "" if xid is None else f"{xid!r} may still be prepared"
         if any_committed:
-            return Ended(Outcome.PARTIAL, errors.PartialCommitError, cause, error, told)
+            return Ended(Outcome.PARTIAL, errors.PartialCommitError, *why)
         if commit.in_doubt:
-            unknown = errors.OutcomeUnknownError
-            return Ended(Outcome.UNKNOWN, unknown, cause, error, told)
+            return Ended(Outcome.UNKNOWN, errors.OutcomeUnknownError, *why)
         doom = commit.session.doomed_by
         if isinstance(error, errors.TransactionGoneError) and doom is not None:
             # A statement in flight at the decision failed before its COMMIT.
@@ -264,27 +226,19 @@ class Completion:
             participant.report_release(reader, "read")
 
     async def _close(self, session: Session, end: Callable[[], None]) -> None:
+        error: BaseException | None = None
         if session.shared.stuck:
             # What did not answer in time is not waited for again.
             session.shared.stuck += 1
-            await self.discard(session)
+        elif (error := await self._try(session, _in_lock(session, end))) is None:
             return
-        try:
-            cut = session.sync_session.cut_off
-            await self._shield.run(_in_lock(session, end), self._limit, cut=cut)
-        except BaseException as error:  # noqa: BLE001  # reported; the outcome stands
-            session.shared.stuck += isinstance(error, TimeoutError)
-            self._keep(error)
-            await self.discard(session, error)
+        await self.discard(session, error)
 
     async def release_reader(self, session: ReadSession) -> None:
-        cut = session.sync_session.cut_off
         if session.shared.stuck:
-            cut()
-        try:
-            await self._shield.run(session.release_if_idle(), self._limit, cut=cut)
-        except BaseException as error:  # noqa: BLE001  # reported; nothing depends on it
-            self._keep(error)
+            session.sync_session.cut_off()
+        error = await self._try(session, session.release_if_idle())
+        if error is not None:  # nothing depends on it
             self._report("giving a read connection back", error)
 
     async def discard(
@@ -294,16 +248,23 @@ class Completion:
         lost = getattr(error, "connection_invalidated", False)
         if error is not None and not lost and session.doomed_by is None:
             self._report("closing the session", error)
-        try:
-            await self._shield.run(session.discard(), self._limit)
-        except BaseException as again:  # noqa: BLE001  # reported; the outcome stands
-            self._keep(again)
+        again = await self._try(session, session.discard())
+        if again is not None:
             self._report("throwing the connection away", again)
 
-    def _keep(self, error: BaseException) -> None:
-        """Have what is to end more than this unit raised when the unit has ended."""
-        if not isinstance(error, Exception):
-            self._shield.cancelled = error
+    async def _try(self, session: Session, work: Work) -> BaseException | None:
+        """Give what `work` raised; what is to end more than the unit is raised later.
+
+        What takes too long has its connection cut off.
+        """
+        try:
+            await self._shield.run(work, self._limit, cut=session.sync_session.cut_off)
+        except BaseException as error:  # noqa: BLE001  # reported; the outcome stands
+            session.shared.stuck += isinstance(error, TimeoutError)
+            if not isinstance(error, Exception):
+                self._shield.cancelled = error
+            return error
+        return None
 
     def _report(self, operation: str, error: BaseException) -> None:
         self._events.append(ReleaseFailed(operation, error))
