@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from anyio import CancelScope
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     AnyTask: TypeAlias = asyncio.Task[object]
 
@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 GRACE = 7.0
 """Seconds a timed-out operation gets to close its connection; psycopg takes 5."""
+
+CUT_GRACE = 1.0
+"""Seconds for an operation to notice that its connection was cut off."""
 
 # What never has to wait takes no turn of the loop.
 EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
@@ -38,6 +41,7 @@ class Shield:
     """
 
     __slots__ = (
+        "_cut",
         "_forwards",
         "_gave_up",
         "_loop",
@@ -50,7 +54,7 @@ class Shield:
     )
 
     def __init__(self, *, forwards: bool = False) -> None:
-        self.cancelled: asyncio.CancelledError | None = None
+        self.cancelled: BaseException | None = None
         self._forwards = forwards
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
@@ -61,15 +65,17 @@ class Shield:
         seconds: float | None = None,
         *,
         at_once: bool = True,
+        cut: Callable[[], None] | None = None,
     ) -> T:
         """Await `work`; after so many seconds it is cancelled, and left `GRACE` later.
 
         Raises `TimeoutError` in both cases, unless it still gave a result. It also
         returns when `work` ignores its cancellation, as a driver may that waits for
-        a server which stopped answering. What may start the like of itself in turn,
-        as hooks do, does not start `at_once`: that is a call in this call.
+        a server which stopped answering. `cut` is called before, to have it fail: what
+        is cancelled may talk to the server first. What may start the like of itself in
+        turn, as hooks do, does not start `at_once`: that is a call in this call.
         """
-        self.seconds, self._gave_up = seconds, False
+        self.seconds, self._gave_up, self._cut = seconds, False, cut
         self.restart()
         options = EAGERLY if at_once else {}
         task: asyncio.Task[T] = asyncio.Task(work, loop=self._loop, **options)
@@ -77,7 +83,8 @@ class Shield:
             if not task.done():
                 asyncio._unregister_task(task)  # noqa: SLF001  # public in the link
                 await self._wait(task)
-            if not task.done() or (self.is_late and task.cancelled()):
+            was_stopped = task.cancelled() or (cut and task.done() and task.exception())
+            if not task.done() or (self.is_late and was_stopped):
                 message = f"no answer within {seconds} seconds"
                 raise TimeoutError(message)
             return task.result()
@@ -130,7 +137,12 @@ class Shield:
         """Cancel the task if its time is up; give it up if that did not help."""
         if self._loop.time() < self._until:
             self._timer = self._watch(task)
-        elif self.is_late:
+        elif self._cut is not None:
+            cut, self._cut, self.is_late = self._cut, None, True
+            self._until = self._loop.time() + CUT_GRACE
+            self._timer = self._watch(task)
+            cut()
+        elif task.cancelling():
             self._gave_up = True
             self._wake()
         else:
@@ -156,7 +168,11 @@ async def run_to_completion(work: Coroutine[object, object, T]) -> T:
 
 
 async def bounded(
-    work: Coroutine[object, object, T], seconds: float | None, *, forwards: bool = True
+    work: Coroutine[object, object, T],
+    seconds: float | None,
+    *,
+    forwards: bool = True,
+    cut: Callable[[], None] | None = None,
 ) -> T:
     """Await `work` for at most `seconds`; then cancel it and raise `TimeoutError`.
 
@@ -164,7 +180,7 @@ async def bounded(
     """
     shield = Shield(forwards=forwards)
     try:
-        return await shield.run(work, seconds)
+        return await shield.run(work, seconds, cut=cut)
     finally:
         shield.deliver()  # what the work raised is its context
 

@@ -264,18 +264,20 @@ def has_been_idle_for_long(_: object, entry: ConnectionPoolEntry) -> None:
 
 
 @on_servers
-@pytest.mark.parametrize("answers", [True, False])
-async def test_ping(*, backend: ServerBackend, answers: bool) -> None:
+@pytest.mark.parametrize("answer", ["prompt", "cut", "none"])
+async def test_ping(backend: ServerBackend, answer: str) -> None:
     """After long idleness a connection is asked first, and replaced if need be."""
     async with behind_proxy(backend) as (db, proxy):
         event.listen(db.read_engine.sync_engine, "checkin", has_been_idle_for_long)
         async with db:
             await db.read.execute("SELECT 1")
         proxy.clear()
-        if not answers:
+        if answer == "cut":
             proxy.cut_before(lambda _: True)
-        async with db:
+        if answer == "none":
+            proxy.hold_answer(lambda _: True)
+        async with asyncio.timeout(10), db:
             assert 42 == await db.read.scalar("SELECT 42")
         assert PING[backend.driver] == proxy.trips[0]
         assert "SELECT 42" == proxy.trips[-1]
-        assert (1 if answers else 2) == proxy.connections
+        assert (1 if answer == "prompt" else 2) == proxy.connections

@@ -70,6 +70,8 @@ class RecordingProxy:
         self._rules: list[Rule] = []
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[object]] = set()
+        self.audible = asyncio.Event()
+        self.audible.set()
 
     async def __aenter__(self) -> Self:
         self._listener = await asyncio.start_server(self._accept, HOST, 0)
@@ -78,6 +80,7 @@ class RecordingProxy:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._listener.close()
+        self.audible.set()
         while self._tasks:  # again, for a client that was just coming in
             self.cut()
             await asyncio.wait(self._tasks, timeout=POLL_SECONDS)
@@ -91,6 +94,16 @@ class RecordingProxy:
         """Cut every connection now."""
         for link in self._links:
             link.cut()
+
+    def freeze(self) -> None:
+        """Forward nothing any more, in no direction, also for new clients.
+
+        To them it is a server that was stopped: it accepts, and says nothing.
+        """
+        self.audible.clear()
+
+    def thaw(self) -> None:
+        self.audible.set()
 
     def cut_before(self, predicate: Callable[[str], bool]) -> Rule:
         """Cut instead of forwarding the next trip that fits."""
@@ -134,6 +147,7 @@ class RecordingProxy:
         return data[:at] + bytes([data[at] ^ 0x1F]) + data[at + 1 :]
 
     async def pause(self) -> None:
+        await self.audible.wait()
         if self.delay_ms:
             await asyncio.sleep(self.delay_ms / 1000)
 

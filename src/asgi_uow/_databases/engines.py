@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,7 @@ from asgi_uow.observers import logger
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
 
 # Options of SQLAlchemy's `Session` that are the unit of work's to set.
 RESERVED = {"sync_session_class", "close_resets_only", "bind", "autocommit"}
@@ -30,6 +31,7 @@ READ_OPTIONS = {
     "twophase": False,
     "join_transaction_mode": "rollback_only",
 }
+PAUSE = 0.1  # seconds, before a prepared transaction is asked for again
 CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement there
 
 
@@ -152,6 +154,14 @@ class Engines:
         places = [url.query.get(key) for key in ("host", "port", "unix_socket")]
         return f"{url.host}:{url.port}/{url.database} {places}"
 
+    async def settle(
+        self, xid: str | None, transaction: str | None, seconds: float
+    ) -> bool | None:
+        """Commit what was prepared; else ask what became of the transaction."""
+        if xid is not None:
+            return await self.end_prepared(xid, seconds, commit=True)
+        return await self.was_committed(transaction or "", seconds)
+
     async def was_committed(self, transaction: str, seconds: float) -> bool | None:
         """Ask what became of a transaction whose COMMIT was not answered."""
         aside = derive_engine(self.engine)
@@ -159,6 +169,39 @@ class Engines:
             return await self.facts.was_committed(aside, transaction, seconds)
         finally:
             await aside.dispose()
+
+    async def end_prepared(
+        self, xid: str, seconds: float, *, commit: bool
+    ) -> bool | None:
+        """End a prepared transaction from aside; None if that could not be done.
+
+        A server may not know of it as long as the connection that prepared it lives.
+        """
+        aside = derive_engine(self.engine)
+        autocommit = aside.execution_options(isolation_level="AUTOCOMMIT")
+
+        def end(connection: Connection) -> None:
+            listed: list[str | bytes] = connection.recover_twophase()
+            if not {xid, xid.encode()}.isdisjoint(listed):
+                by = (
+                    connection.commit_prepared
+                    if commit
+                    else connection.rollback_prepared
+                )
+                by(xid, recover=True)
+
+        try:
+            with anyio.move_on_after(seconds):
+                while True:
+                    # Of SQLAlchemy, or of the driver: all the same, it is asked again.
+                    with suppress(Exception):
+                        async with autocommit.connect() as connection:
+                            await connection.run_sync(end)
+                            return True
+                    await anyio.sleep(PAUSE)
+        finally:
+            await aside.dispose()
+        return None
 
     async def dispose(self) -> None:
         """Close every pooled connection of the writer and the readers."""

@@ -106,6 +106,8 @@ class Journal:
     """Whether it has ended, committed or not, by what nobody asked the unit for."""
     commit_sent: bool = False
     """Whether COMMIT was given to the driver: from then on it may be carried out."""
+    xid: str | None = None
+    """Names the transaction on its server, once PREPARE was given to the driver."""
     committed = False
     """Whether the database has acknowledged the COMMIT of the transaction."""
     last: BaseException | None = None
@@ -143,7 +145,9 @@ class Journal:
         A text does not tell: a comment, a procedure, the driver's own cursor hide what
         ends it. MySQL opens one only for what reads or writes a table.
         """
-        if self.entries or dbapi._execute_mutex.locked():  # noqa: SLF001  # in flight
+        if self.entries or self.xid is not None:
+            return
+        if dbapi._execute_mutex.locked():  # noqa: SLF001  # in flight
             return
         if self._driver.in_transaction(dbapi._connection):  # noqa: SLF001
             self.was_open = True

@@ -64,6 +64,9 @@ class Driver(Protocol):
     def process_id(self, _: Any, /) -> int | None:
         return None
 
+    def cut_off(self, _: Any, /) -> None:  # what waits for the server fails at once
+        return None
+
 
 class _UnknownDriver(Driver):
     pass

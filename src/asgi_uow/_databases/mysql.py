@@ -84,6 +84,10 @@ class Asyncmy:
         is_open = result is None or result.server_status & IN_TRANSACTION
         return bool(is_open and raw.get_transaction_status())
 
+    def cut_off(self, raw: Any) -> None:
+        if raw._transport is not None:  # noqa: SLF001  # close() would wait
+            raw._transport.abort()  # noqa: SLF001
+
     def aborts_transaction(self, _: object, error: BaseException) -> bool:
         return code_of(error) in CODES["aborting"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from operator import attrgetter
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import DisconnectionError
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 
+from asgi_uow._concurrency import bounded
 from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
 from asgi_uow.errors import (
@@ -30,7 +31,7 @@ from asgi_uow.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from sqlalchemy import pool
     from sqlalchemy.engine import RootTransaction, interfaces
@@ -53,6 +54,8 @@ IDLE_SINCE = "asgi_uow.idle_since"
 SETTINGS_CHANGED = "asgi_uow.settings_changed"
 
 PING_AFTER_IDLE = 30.0  # seconds; then a connection is pinged before it is handed out
+CLOSE_SECONDS = 2.0  # what SQLAlchemy gives asyncpg where it terminates a connection
+PING_SECONDS = 3.0  # a new connection is made sooner than a slower answer comes
 # Execution options after which a connection is not what its pool made it.
 CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
 
@@ -118,6 +121,11 @@ class Connection(sa.Connection):
 
     def _commit_impl(self) -> None:
         self.call_alone(functools.partial(self._commit, super()._commit_impl))
+
+    def _prepare_twophase_impl(self, xid: str) -> None:
+        if self.journal is not None:
+            self.journal.xid = xid
+        super()._prepare_twophase_impl(xid)
 
     def _commit_twophase_impl(self, *args: Any) -> None:
         commit = super()._commit_twophase_impl  # a statement, which takes its turn
@@ -193,6 +201,7 @@ def attach_listeners(
     event.listen(target, "connect", policy.on_connect)
     event.listen(target, "checkout", policy.on_checkout)
     event.listen(target, "reset", policy.on_reset)
+    event.listen(target, "close", policy.on_close)
     event.listen(target, "handle_error", policy.on_error)
     for name in ("do_execute", "do_executemany", "do_execute_no_params"):
         event.listen(target, name, _check_statement)
@@ -237,15 +246,18 @@ class _Policy:
     def on_checkout(self, dbapi: DBAPI, entry: Entry, _: object) -> None:
         """Replace a connection that is dead or silent, or that was not set up here."""
         idle_since: float | None = entry.info.pop(IDLE_SINCE, None)
+        raw = raw_of(dbapi)
         is_foreign = ABORTING_CODES not in entry.info and not self.is_memory
-        if is_foreign or self.driver.is_dead(raw_of(dbapi)):
+        if is_foreign or self.driver.is_dead(raw):
             message = "the connection was closed while it was idle, or not set up here"
             raise DisconnectionError(message)
         if idle_since is None or time.monotonic() - idle_since < PING_AFTER_IDLE:
             return
         try:
-            self.dialect.do_ping(dbapi)
-        except self.dialect.loaded_dbapi.Error as error:
+            cut = functools.partial(self.driver.cut_off, raw)
+            ping = greenlet_spawn(self.dialect.do_ping, dbapi)
+            await_only(bounded(ping, PING_SECONDS, cut=cut))
+        except (self.dialect.loaded_dbapi.Error, TimeoutError) as error:
             message = "the connection did not answer after a time of idleness"
             raise DisconnectionError(message) from error
 
@@ -280,6 +292,12 @@ class _Policy:
         in_turn = lock._locked or lock._waiters  # noqa: SLF001
         return bool(in_turn) or self.driver.is_busy(raw_of(dbapi))
 
+    def on_close(self, dbapi: DBAPI, _: object) -> None:
+        """Bound the goodbye: asyncpg waits for the server to hang up."""
+        with suppress(RuntimeError):  # no event loop, so nothing waits
+            loop, cut = asyncio.get_running_loop(), self.driver.cut_off
+            loop.call_later(CLOSE_SECONDS, cut, raw_of(dbapi))
+
     def on_error(self, context: interfaces.ExceptionContext) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
         error = context.original_exception
@@ -309,6 +327,14 @@ def info_of(connection: sa.Connection) -> dict[Any, Any]:
     """Give the pool's info of a connection; the public way makes five calls."""
     entry = connection._dbapi_connection._connection_record  # type: ignore[union-attr]  # noqa: SLF001
     return connection.info if entry is None else entry.info
+
+
+def cut_off(connections: Iterable[sa.Connection]) -> None:
+    """Have what waits for a server fail at once; nobody uses the connection again."""
+    for each in connections:
+        if not (each.closed or each.invalidated):
+            raw = raw_of(each.connection.dbapi_connection)
+            known.driver_of(each.dialect).cut_off(raw)
 
 
 def _execute(connection: DBAPI | pool.PoolProxiedConnection, statement: str) -> None:

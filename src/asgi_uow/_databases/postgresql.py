@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import select
+import socket
 from asyncio import Future
 from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
@@ -88,6 +90,7 @@ class Asyncpg(_Driver):
     in_transaction = methodcaller("is_in_transaction")
     is_dead = methodcaller("is_closed")
     process_id = methodcaller("get_server_pid")
+    cut_off = methodcaller("terminate")
 
     def is_busy(self, raw: Any) -> bool:
         # Its protocol shows nobody the future for the answer that it waits for.
@@ -120,6 +123,12 @@ class Psycopg(_Driver):
 
     def is_busy(self, raw: Any) -> bool:
         return raw.lock.locked() or bool(raw.lock._waiters)  # noqa: SLF001
+
+    def cut_off(self, raw: Any) -> None:
+        # Not close(): what waits for the socket would wait for ever.
+        if not raw.closed:
+            with socket.socket(fileno=os.dup(raw.fileno())) as same:
+                same.shutdown(socket.SHUT_RDWR)
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return bool(raw.pgconn.transaction_status == PSYCOPG_IN_ERROR)

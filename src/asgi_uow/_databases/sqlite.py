@@ -61,6 +61,8 @@ class Aiosqlite:
     def process_id(self, _: object) -> None:
         return None
 
+    cut_off = process_id  # there is no server
+
 
 DRIVERS = {"aiosqlite": Aiosqlite()}
 

@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 class Shared:
     """What the sessions of a unit of work have in common, also with units around it."""
 
-    __slots__ = ("committed", "events", "outages", "savepoints", "state", "writers")
+    __slots__ = (
+        "committed",
+        "events",
+        "outages",
+        "savepoints",
+        "state",
+        "stuck",
+        "writers",
+    )
 
     def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
         self.state: State = State.NEW
@@ -36,6 +44,8 @@ class Shared:
         """Errors after which it may help to try again."""
         self.events: list[Event] = around.events if around and hook else []
         """What observers are told at the end; of a hook, with those of its unit."""
+        self.stuck: int = 0
+        """How often a server did not answer in time at the end."""
         self.savepoints: Savepoints
         self.savepoints = around.savepoints if around and nested else Savepoints()
         self.writers: list[ManagedSession] = around.writers if around else []
@@ -130,9 +140,13 @@ class ManagedSession(orm.Session):
             if statement is not None and not each.closed
         ]
 
+    def cut_off(self) -> None:
+        pool.cut_off(self.connections)
+
     def discard(self) -> None:
         """Close the connections for good, also under a statement in flight."""
         self.journal.ending = asyncio.current_task()
+        self.cut_off()
         # A close() that failed may have forgotten its connections.
         for connection in self.connections:
             if not connection.closed:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from asgi_uow._sessions.managed import Shared
     from asgi_uow._sessions.statements import Call, Execute
 
+MOST_STUCK = 2  # then servers are not asked to stop a statement: each takes seconds
 END_SECONDS = 30.0  # for RELEASE and ROLLBACK TO, also in a cancelled scope
 
 READS = ("execute", "scalar", "scalars", "stream", "stream_scalars", "get", "get_one")
@@ -163,7 +164,8 @@ class Session(StatementSession):
     async def discard(self) -> None:
         cancel_sql = self.sync_session.take_cancel_sql()
         await greenlet_spawn(self.sync_session.discard)
-        await cancel_statements(cancel_sql)
+        if self.shared.stuck < MOST_STUCK:
+            await cancel_statements(cancel_sql)
 
     async def close_streams(self) -> None:
         """Close the streams that nobody has read to their end; has the lock."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
@@ -14,57 +13,28 @@ from sqlalchemy.util import greenlet_spawn
 from asgi_uow import errors
 from asgi_uow._databases.driver_errors import is_in_doubt
 from asgi_uow._databases.pool import raw_of
-from asgi_uow._decision import RETRY_AFTER, Cause, Outcome
+from asgi_uow._decision import Cause, Outcome
+from asgi_uow._unit.ended import COMMITTED, Ended
 from asgi_uow.observers import ReleaseFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Coroutine, Iterable
+    from typing import TypeAlias
 
     from asgi_uow._concurrency import Shield
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._sessions.managed import ManagedSession, Shared
+    from asgi_uow._sessions.managed import ManagedSession
     from asgi_uow._sessions.read_session import ReadSession
     from asgi_uow._sessions.session import Session
     from asgi_uow._unit.participant import Participant
     from asgi_uow.observers import Event
 
+    Work: TypeAlias = Coroutine[object, object, None]
+
 RESOLVE_SECONDS = 30.0
 """Seconds for settling an unknown outcome where `commit_timeout` is None."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ended:
-    """What became of the work, and what is to be raised if it was not kept."""
-
-    outcome: Outcome
-    kind: type[errors.UnitOfWorkFailedError] = errors.CommitFailedError
-    cause: Cause | None = None
-    error: BaseException | None = None
-    detail: str = ""
-
-    def failure(self, cause: Cause, shared: Shared) -> errors.UnitOfWorkFailedError:
-        """Make the failure; it asks for a retry if nothing was kept and it may help."""
-        retry_after: int | None = None
-        if self.outcome is Outcome.ROLLED_BACK and shared.may_repeat(self.error):
-            retry_after = RETRY_AFTER
-        what = self.outcome, cause
-        failure = self.kind(*what, detail=self.detail, retry_after=retry_after)
-        failure.__cause__ = self.error
-        return failure
-
-
-COMMITTED, ROLLED_BACK = Ended(Outcome.COMMITTED), Ended(Outcome.ROLLED_BACK)
-
-
-def stopped_by(error: BaseException, hook: str | None = None) -> Ended:
-    """Tell what an error of the flush means, or of a `before_commit` hook."""
-    kind: type[errors.UnitOfWorkFailedError] = errors.CommitFailedError
-    cause = Cause.COMMIT_FAILED if isinstance(error, Exception) else Cause.CANCELLED
-    if hook is not None and isinstance(error, Exception):
-        kind, cause = errors.BeforeCommitError, Cause.BEFORE_COMMIT
-    if isinstance(error, TimeoutError):
-        cause = Cause.TIMEOUT
-    return Ended(Outcome.ROLLED_BACK, kind, cause, error, hook or "")
+ROLLBACK_SECONDS = 4.0
+"""The most for ROLLBACK, which can be done without: the connection is cut off then."""
 
 
 def without_proof(
@@ -101,17 +71,18 @@ class Commit:
         self.in_doubt = False
 
     def prepare(self) -> None:
-        """Have the server promise that it can commit."""
+        """Have the server promise that it can commit; then it is asked nothing more."""
         sync = self.session.sync_session
+        sync.journal.ending = asyncio.current_task()
         self._require_whole(sync)
         sync.prepare()
 
     def run(self) -> None:
         """Check, flush, commit and close, in one greenlet."""
         sync = self.session.sync_session
-        self._require_whole(sync)
-        if self.db.resolve_unknown and sync.connections:
-            self.transaction_id = sync.scalar(text(self.db.facts.TRANSACTION_ID or ""))
+        sync.journal.ending = asyncio.current_task()
+        if sync.journal.xid is None:
+            self._require_whole(sync)
         orm.Session.commit(sync)
         orm.Session.close(sync)
 
@@ -124,7 +95,6 @@ class Commit:
         ended it or has failed; PostgreSQL has to be asked for that.
         """
         facts, driver = self.db.facts, self.db.driver
-        sync.journal.ending = asyncio.current_task()
         if sync.driver_exposed:
             sync.wait_for_others()
         for connection in sync.connections:
@@ -140,12 +110,14 @@ class Commit:
                     sync.scalar(text(facts.QUESTION_BEFORE_COMMIT))
                 except DBAPIError as error:
                     raise errors.TransactionGoneError from error
+        if self.db.resolve_unknown and sync.connections:
+            self.transaction_id = sync.scalar(text(self.db.facts.TRANSACTION_ID or ""))
 
 
 class Completion:
     """Ends the sessions of a unit of work, one after the other, each bounded."""
 
-    __slots__ = ("_events", "_is_stuck", "_shield", "_timeout")
+    __slots__ = ("_events", "_limit", "_shield", "_timeout")
 
     def __init__(
         self, events: list[Event], shield: Shield, timeout: float | None
@@ -153,47 +125,59 @@ class Completion:
         self._events = events
         self._shield = shield
         self._timeout = timeout
-        self._is_stuck = False
+        is_short = timeout is not None and timeout < ROLLBACK_SECONDS
+        self._limit = timeout if is_short else ROLLBACK_SECONDS
 
     async def commit(self, participants: Iterable[Participant]) -> Ended:
         """COMMIT every session that executed something, in the order of first use.
 
-        Sessions with `twophase=True` are all prepared before the first COMMIT.
+        Sessions with `twophase=True` are all prepared before the first COMMIT, and
+        committed after the others, which may fail; from then on nothing stops them.
         """
         steps: list[tuple[Commit, Callable[[], None]]] = []
-        prepares = 0
+        prepares = prepared = 0
         for each in participants:
             if each.writer is not None:
                 commit = Commit(each.db, each.writer)
-                steps.append((commit, commit.run))
                 if each.writer.sync_session.twophase:
                     steps.insert(prepares, (commit, commit.prepare))
-                    prepares += 1
+                    steps.append((commit, commit.run))
+                    prepares, prepared = prepares + 1, prepared + 1
+                else:
+                    steps.insert(len(steps) - prepared, (commit, commit.run))
         any_committed = False
+        unproven: tuple[Commit, BaseException] | None = None
         for commit, step in steps:
+            journal = commit.session.journal
             try:
                 await self._shield.run(_in_lock(commit.session, step), self._timeout)
             except BaseException as error:  # noqa: BLE001  # becomes the failure
                 if not await self._was_kept(commit, error):
-                    return self._refused(commit, error, any_committed=any_committed)
-                await self.discard(commit.session, error)
-            journal = commit.session.sync_session.journal
+                    unproven = unproven or (commit, error)
+                    if journal.xid is None or not journal.commit_sent:
+                        break
             any_committed = any_committed or journal.committed
-        return COMMITTED
+        if unproven is None:
+            return COMMITTED
+        return self._refused(*unproven, any_committed=any_committed)
 
     async def _was_kept(self, commit: Commit, error: BaseException) -> bool:
         """Tell whether the work is kept all the same; settles what was in doubt."""
-        journal = commit.session.sync_session.journal
-        if journal.committed:
-            return True
-        commit.in_doubt = journal.commit_sent and is_in_doubt(error)
-        if not commit.in_doubt or commit.transaction_id is None:
-            return False
-        seconds = self._timeout or RESOLVE_SECONDS
-        settling = commit.db.was_committed(commit.transaction_id, seconds)
-        kept = await self._shield.run(settling, at_once=False)
-        commit.in_doubt = kept is None
-        return bool(kept)
+        journal = commit.session.journal
+        if not journal.committed:
+            commit.in_doubt = journal.commit_sent and (
+                journal.xid is not None or is_in_doubt(error)
+            )
+            if not commit.in_doubt or not (journal.xid or commit.transaction_id):
+                return False
+        # Closed first: MariaDB commits for others only then what it has prepared.
+        await self.discard(commit.session, error)
+        if not journal.committed:
+            seconds, asked = self._timeout or RESOLVE_SECONDS, commit.transaction_id
+            settling = commit.db.settle(journal.xid, asked, seconds)
+            kept = await self._shield.run(settling, at_once=False)
+            journal.committed, commit.in_doubt = bool(kept), kept is None
+        return journal.committed
 
     def _refused(
         self, commit: Commit, error: BaseException, *, any_committed: bool
@@ -201,12 +185,14 @@ class Completion:
         commit.session.record_error(error)
         if isinstance(error, ConnectionError | TimeoutError):  # of this file, or Shield
             commit.session.shared.outages.append(error)
-        self._is_stuck = isinstance(error, TimeoutError)
-        cause = Cause.TIMEOUT if self._is_stuck else Cause.COMMIT_FAILED
+        is_late, xid = isinstance(error, TimeoutError), commit.session.journal.xid
+        commit.session.shared.stuck += is_late
+        cause = Cause.TIMEOUT if is_late else Cause.COMMIT_FAILED
+        why = cause, error, "" if xid is None else f"{xid!r} may still be prepared"
         if any_committed:
-            return Ended(Outcome.PARTIAL, errors.PartialCommitError, cause, error)
+            return Ended(Outcome.PARTIAL, errors.PartialCommitError, *why)
         if commit.in_doubt:
-            return Ended(Outcome.UNKNOWN, errors.OutcomeUnknownError, cause, error)
+            return Ended(Outcome.UNKNOWN, errors.OutcomeUnknownError, *why)
         doom = commit.session.doomed_by
         if isinstance(error, errors.TransactionGoneError) and doom is not None:
             # A statement in flight at the decision failed before its COMMIT.
@@ -215,15 +201,11 @@ class Completion:
 
     async def settle(self, session: Session) -> None:
         """Wait for what is in flight: it may be what ends the transaction."""
-        if not self._is_stuck and session.sync_session.driver_exposed:
+        if not session.shared.stuck and session.sync_session.driver_exposed:
             await self._close(session, session.sync_session.wait_for_others)
 
     async def roll_back(self, session: Session, ended: Ended) -> None:
         """Roll back and give the connection back clean, or throw it away."""
-        if self._is_stuck:
-            # What did not answer in time is not waited for again.
-            await self.discard(session)
-            return
         sync = session.sync_session
 
         def end() -> None:
@@ -236,6 +218,11 @@ class Completion:
             sync.close()
 
         await self._close(session, end)
+        if (xid := sync.journal.xid) is not None and not sync.journal.commit_sent:
+            seconds = self._timeout or RESOLVE_SECONDS
+            ending = sync.database.end_prepared(xid, seconds, commit=False)
+            if not await self._shield.run(ending, at_once=False):
+                self._report(f"rolling {xid!r} back", TimeoutError("it is prepared"))
 
     async def close_reader(
         self, participant: Participant, reader: ReadSession, *, wants_details: bool
@@ -247,15 +234,19 @@ class Completion:
             participant.report_release(reader, "read")
 
     async def _close(self, session: Session, end: Callable[[], None]) -> None:
-        try:
-            await self._shield.run(_in_lock(session, end), self._timeout)
-        except Exception as error:  # noqa: BLE001  # reported; the outcome stands
-            await self.discard(session, error)
+        error: BaseException | None = None
+        if session.shared.stuck:
+            # What did not answer in time is not waited for again.
+            session.shared.stuck += 1
+        elif (error := await self._try(session, _in_lock(session, end))) is None:
+            return
+        await self.discard(session, error)
 
     async def release_reader(self, session: ReadSession) -> None:
-        try:
-            await self._shield.run(session.release_if_idle(), self._timeout)
-        except Exception as error:  # noqa: BLE001  # reported; nothing depends on it
+        if session.shared.stuck:
+            session.sync_session.cut_off()
+        error = await self._try(session, session.release_if_idle())
+        if error is not None:  # nothing depends on it
             self._report("giving a read connection back", error)
 
     async def discard(
@@ -265,10 +256,23 @@ class Completion:
         lost = getattr(error, "connection_invalidated", False)
         if error is not None and not lost and session.doomed_by is None:
             self._report("closing the session", error)
-        try:
-            await self._shield.run(session.discard(), self._timeout)
-        except Exception as again:  # noqa: BLE001  # reported; the outcome stands
+        again = await self._try(session, session.discard())
+        if again is not None:
             self._report("throwing the connection away", again)
+
+    async def _try(self, session: Session, work: Work) -> BaseException | None:
+        """Give what `work` raised; what is to end more than the unit is raised later.
+
+        What takes too long has its connection cut off.
+        """
+        try:
+            await self._shield.run(work, self._limit, cut=session.sync_session.cut_off)
+        except BaseException as error:  # noqa: BLE001  # reported; the outcome stands
+            session.shared.stuck += isinstance(error, TimeoutError)
+            if not isinstance(error, Exception):
+                self._shield.cancelled = error
+            return error
+        return None
 
     def _report(self, operation: str, error: BaseException) -> None:
         self._events.append(ReleaseFailed(operation, error))

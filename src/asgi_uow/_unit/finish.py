@@ -16,14 +16,8 @@ from asgi_uow import errors
 from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._decision import Cause, Outcome, State, rollback
-from asgi_uow._unit.completion import (
-    COMMITTED,
-    ROLLED_BACK,
-    Completion,
-    Ended,
-    stopped_by,
-    without_proof,
-)
+from asgi_uow._unit.completion import Completion, without_proof
+from asgi_uow._unit.ended import COMMITTED, ROLLED_BACK, Ended, stopped_by
 from asgi_uow._unit.hook_units import HookRun, queue
 from asgi_uow.observers import CommitFailed, UnitFinished
 

@@ -1,0 +1,155 @@
+"""No wait at the end is without a limit, and nothing that is raised there is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import event
+
+from asgi_uow import Database, Outcome, current_read_session, current_session
+from tests.support import shop
+from tests.support.asgi import Response, handle
+from tests.support.databases import (
+    DRIVERS,
+    SERVER_DRIVERS,
+    behind_proxy,
+    checked_out,
+    on,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tests.servers import Backend, RecordingProxy, ServerBackend
+
+SNAPSHOT: Mapping[str, Any] = {"read_isolation": "REPEATABLE READ"}
+
+
+# A server that froze
+
+
+async def use_and_freeze(proxy: RecordingProxy, *databases: Database) -> None:
+    """Leave a snapshot and a transaction of each database open, and freeze."""
+    for number, db in enumerate(databases):
+        await current_read_session(db).execute("SELECT 1")
+        await shop.insert(number, db)
+    proxy.freeze()
+
+
+@on(*SERVER_DRIVERS)
+@pytest.mark.parametrize("end", ["404", "404 with hooks", "exception", "doomed"])
+async def test_frozen_server(backend: ServerBackend, end: str) -> None:
+    """Whatever rolls back leaves within 10 s, although the server says nothing."""
+    async with behind_proxy(backend, **SNAPSHOT) as (db, proxy):
+
+        async def handler() -> None:
+            await use_and_freeze(proxy, db)
+            if end == "exception":
+                raise KeyError
+            if end == "doomed":
+                current_session().journal.doom(KeyError())
+
+        status = 404 if "404" in end else 200
+        async with asyncio.timeout(10):
+            response = await handle(handler, db, status=status, hooks="hooks" in end)
+
+        assert response.unit.outcome is Outcome.ROLLED_BACK
+        assert [0, 0] == checked_out(db)
+
+
+@on(*SERVER_DRIVERS)
+async def test_several_frozen_servers(backend: ServerBackend) -> None:
+    """What did not answer is waited for once, not once for each database."""
+    async with behind_proxy(backend, **SNAPSHOT) as (db, proxy):
+        others = [Database.from_url(db.engine.url, **SNAPSHOT) for _ in range(2)]
+
+        async def handler() -> None:
+            await use_and_freeze(proxy, db, *others)
+
+        async with asyncio.timeout(10):
+            response = await handle(handler, db, *others, status=404)
+
+        assert 404 == response.status
+        assert [0] * 6 == checked_out(db, *others)
+        for each in others:
+            await each.dispose()
+
+
+@on(*SERVER_DRIVERS)
+async def test_frozen_replica(backend: ServerBackend) -> None:
+    """A snapshot whose server froze delays what has nothing to do with it for 10 s."""
+    async with behind_proxy(backend, **SNAPSHOT) as (db, proxy):
+
+        async def handler() -> None:
+            await current_read_session().execute("SELECT 1")
+            proxy.freeze()
+
+        async with asyncio.timeout(10):
+            response = await handle(handler, db, hooks=True)
+
+        assert ["commit"] == response.hooks
+        assert [0, 0] == checked_out(db)
+
+
+@on(*SERVER_DRIVERS)
+async def test_closing_while_the_server_is_frozen(backend: ServerBackend) -> None:
+    """The end of an application waits for connections that are closed, not for ever."""
+    async with behind_proxy(backend) as (db, proxy):
+        async with db:
+            await db.read.execute("SELECT 1")
+            await db.write.execute("SELECT 1")
+        before = asyncio.all_tasks()
+        proxy.freeze()
+
+        async with asyncio.timeout(10):
+            await db.dispose()
+
+        assert set() == asyncio.all_tasks() - before
+
+
+# What is no `Exception`
+
+
+class Stop(BaseException):
+    """Like `SystemExit`, at which the event loop itself would stop."""
+
+
+@on(*DRIVERS)
+@pytest.mark.parametrize("kind", [Stop, GeneratorExit, asyncio.CancelledError])
+@pytest.mark.parametrize("where", ["COMMIT", "ROLLBACK", "reading", "closing"])
+async def test_base_exception_at_the_end(
+    backend: Backend, db: Database, kind: type[BaseException], where: str
+) -> None:
+    """What ends more than a unit is raised when the unit has an outcome."""
+
+    def stop(*_: object) -> None:
+        raise kind
+
+    async def handler() -> None:
+        await shop.insert(1)
+
+    name = {"COMMIT": "commit", "ROLLBACK": "rollback"}.get(where, "reset")
+    engine = db.read_engine if where == "reading" else db.engine
+    target = engine.sync_engine
+    event.listen(target, name, stop, once=True)
+
+    async def reading() -> None:
+        await current_read_session().execute("SELECT 1")
+
+    response = Response()
+    status = 404 if where in {"ROLLBACK", "closing"} else 200
+    with pytest.raises(kind):
+        await handle(
+            reading if where == "reading" else handler,
+            db,
+            status=status,
+            hooks=True,
+            into=response,
+        )
+
+    outcomes = {"COMMIT": Outcome.UNKNOWN, "reading": Outcome.COMMITTED}
+    assert outcomes.get(where, Outcome.ROLLED_BACK) is response.unit.outcome
+    assert [0, 0] == checked_out(db)
+    assert [] == await shop.items(backend)
