@@ -285,11 +285,11 @@ async def test_foreign_engine(sqlite: SQLiteBackend, was_used: bool) -> None:
     async def work() -> None:
         async with db:
             await shop.insert(1)
-            raw = await driver_of(db)
-            assert isinstance(raw, Connection)
-            await raw.create_function("wake", 0, wake)
+            await (await driver_of(db)).create_function("wake", 0, wake)
             await db.write.execute(f"SELECT wake() OR ({ENDLESS})")
 
+    async with db:
+        assert isinstance(await driver_of(db), Connection)
     task = asyncio.ensure_future(work())
     await running.wait()
     task.cancel()
@@ -297,7 +297,6 @@ async def test_foreign_engine(sqlite: SQLiteBackend, was_used: bool) -> None:
     assert not is_locked(sqlite)
     async with db:
         await shop.insert(2)
-        assert isinstance(await driver_of(db), Connection)
         assert [2] == (await db.read.scalars(shop.SELECT)).all()
     await db.dispose()
     assert kept.__traceback__ is not None
