@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import Connection, event, text
 from sqlalchemy import exc as sa_exc
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import Database
-from asgi_uow.errors import ManagedTransactionError
+from asgi_uow.errors import ManagedTransactionError, ReadOnlySessionError
 from tests.servers import eventually
 from tests.support import shop
 from tests.support.databases import (
@@ -40,6 +41,23 @@ async def insert(db: Database, *numbers: int) -> None:
     async with db:
         for number in numbers:
             await shop.insert(number)
+
+
+# Handed out
+
+
+async def test_a_reader_that_was_connected_before(backend: Backend) -> None:
+    """A connection from before the engine was a reader's does not serve: it writes."""
+    await shop.create(backend)
+    reader = create_async_engine(backend.url)
+    async with reader.connect():
+        pass
+    db = Database(create_async_engine(backend.url), readers=[reader])
+    async with db:
+        with pytest.raises(ReadOnlySessionError):
+            await db.read.execute("INSERT INTO items (id) VALUES (1)")
+    await db.dispose()
+    assert [] == await shop.items(backend)
 
 
 # Handed back
