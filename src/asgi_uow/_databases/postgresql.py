@@ -143,7 +143,7 @@ DRIVERS: Mapping[str, Asyncpg | Psycopg] = {"asyncpg": Asyncpg(), "psycopg": Psy
 
 def code_of(error: BaseException) -> str | None:
     """Return the SQLSTATE; its class alone where psycopg could not connect."""
-    origin = getattr(error, "orig", None) or error
+    origin: Any = getattr(error, "orig", None) or error
     code: object = getattr(origin, "sqlstate", None)
     unsent = isinstance(error, sa_exc.OperationalError) and error.statement is None
     if code is None and unsent and hasattr(origin, "pgconn"):

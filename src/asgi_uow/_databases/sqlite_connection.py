@@ -124,7 +124,7 @@ class Connection(aiosqlite.Connection):
         super().__init__(connector, CHUNK)
         self.cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
         self._begin: str | None = None
-        self._stopped = False
+        self._stopped: asyncio.Future[None] | None = None
 
     def begin(self, statement: str) -> None:
         self._begin = statement  # executed just before the next statement
@@ -154,14 +154,15 @@ class Connection(aiosqlite.Connection):
 
     def stop(self) -> asyncio.Future[None] | None:
         """Stop the thread, once: a second request would wait for its answer forever."""
-        was_stopped, self._stopped = self._stopped, True
-        return None if was_stopped else super().stop()
+        self._stopped = self._stopped or super().stop()
+        return self._stopped
 
     async def _connect(self) -> Connection:
         try:
             await run_to_completion(super()._connect())
-        except asyncio.CancelledError:
+        except BaseException:
             await run_to_completion(self.close())
+            await (self._stopped or asyncio.sleep(0))  # the thread answers to this loop
             raise
         return self
 

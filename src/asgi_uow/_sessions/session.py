@@ -86,7 +86,7 @@ class Session(StatementSession):
     # Narrower than SQLAlchemy's, which only reads it.
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    bind: AsyncEngine  # pyright: ignore[reportIncompatibleVariableOverride]
+    bind: AsyncEngine  # pyright: ignore[reportIncompatibleMethodOverride]
 
     usable_in = WRITABLE
     """The states of its unit in which it may be called."""
