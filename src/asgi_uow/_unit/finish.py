@@ -22,7 +22,6 @@ from asgi_uow._unit.completion import (
     Completion,
     Ended,
     stopped_by,
-    without_proof,
 )
 from asgi_uow._unit.hook_units import HookRun, queue
 from asgi_uow.observers import CommitFailed, UnitFinished
@@ -94,10 +93,7 @@ async def _complete(
         if shared.writers:
             ended = await completion.commit(participants)  # <- here, and nowhere else
     if ended.outcome is not Outcome.COMMITTED:
-        for participant in participants:
-            if participant.writer is not None:
-                await completion.settle(participant.writer)
-        ended = without_proof(ended, decision.cause, participants)
+        ended = await completion.prove(ended, decision.cause, participants)
         for participant in participants:
             if participant.writer is not None:
                 await completion.roll_back(participant.writer, ended)
