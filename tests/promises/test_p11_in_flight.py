@@ -233,7 +233,7 @@ async def test_the_end_waits_for_attributes(backend: Backend) -> None:
 async def test_a_reader_is_given_back(
     backend: Backend, way: str, *, hook: bool
 ) -> None:
-    """The connection of a reader is given back when it has its answer, and not before."""
+    """The connection of a reader is given back when it has its answer."""
     async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
         response, leaked = Response(), list[asyncio.Task[None]]()
 

@@ -50,13 +50,10 @@ class Aiosqlite:
     def is_dead(self, _: object) -> bool:
         return False
 
-    is_busy = is_dead  # its thread does one thing after the other
+    is_busy = reports_writable = is_dead  # its thread does one thing after the other
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return not raw.in_transaction  # SQLite says so when asked
-
-    def reports_writable(self, _: object) -> bool:
-        return False
 
     def process_id(self, _: object) -> None:
         return None

@@ -199,10 +199,16 @@ class Completion:
             return Ended(Outcome.ROLLED_BACK, errors.DoomedError, Cause.DOOMED, doom)
         return Ended(Outcome.ROLLED_BACK, errors.CommitFailedError, cause, error)
 
-    async def settle(self, session: Session) -> None:
-        """Wait for what is in flight: it may be what ends the transaction."""
-        if not session.shared.stuck and session.sync_session.driver_exposed:
-            await self._close(session, session.sync_session.wait_for_others)
+    async def prove(
+        self, ended: Ended, cause: Cause | None, participants: Iterable[Participant]
+    ) -> Ended:
+        """See `without_proof`; what is in flight may still end the transaction."""
+        for each in participants:
+            if (writer := each.writer) is None or writer.shared.stuck:
+                continue
+            if writer.sync_session.driver_exposed:
+                await self._close(writer, writer.sync_session.wait_for_others)
+        return without_proof(ended, cause, participants)
 
     async def roll_back(self, session: Session, ended: Ended) -> None:
         """Roll back and give the connection back clean, or throw it away."""

@@ -16,7 +16,7 @@ from asgi_uow import errors
 from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._decision import Cause, Outcome, State, rollback
-from asgi_uow._unit.completion import Completion, without_proof
+from asgi_uow._unit.completion import Completion
 from asgi_uow._unit.ended import COMMITTED, ROLLED_BACK, Ended, stopped_by
 from asgi_uow._unit.hook_units import HookRun, queue
 from asgi_uow.observers import CommitFailed, UnitFinished
@@ -88,10 +88,7 @@ async def _complete(
         if shared.writers:
             ended = await completion.commit(participants)  # <- here, and nowhere else
     if ended.outcome is not Outcome.COMMITTED:
-        for participant in participants:
-            if participant.writer is not None:
-                await completion.settle(participant.writer)
-        ended = without_proof(ended, decision.cause, participants)
+        ended = await completion.prove(ended, decision.cause, participants)
         for participant in participants:
             if participant.writer is not None:
                 await completion.roll_back(participant.writer, ended)
