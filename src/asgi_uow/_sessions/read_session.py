@@ -61,8 +61,9 @@ class ReadSession(Session):
         if self.route is None or method.__name__ in {"flush", "close"}:
             return await method(self, *args, **kwargs)  # these need no connection
         while True:
-            connections = self.sync_session.connections
-            await self.route.connect(self, is_connected=bool(connections))
+            bound, held = self.sync_session.bind, self.sync_session.connections
+            is_connected = any(each.engine is bound for each in held)
+            await self.route.connect(self, is_connected=is_connected)
             try:
                 result = await method(self, *args, **kwargs)
             except Exception as error:
