@@ -18,7 +18,7 @@ AsgiUowError
     ├── BeforeCommitError         a before_commit hook raised
     ├── CommitFailedError         flush or COMMIT failed; rolled back
     ├── DoomedError               the database had already given the work up
-    ├── OutcomeUnknownError       the answer to COMMIT never came
+    ├── OutcomeUnknownError       nobody knows whether the work was kept
     └── PartialCommitError        one database committed, another did not
 ```
 
@@ -201,9 +201,9 @@ class DoomedError(UnitOfWorkFailedError):
 
 
 class OutcomeUnknownError(UnitOfWorkFailedError):
-    """The connection died between COMMIT and its answer: kept or not, nobody knows."""
+    """COMMIT was not answered, or something else has ended the transaction."""
 
-    what = "The answer to COMMIT never came; the work may or may not have been kept"
+    what = "The work may or may not have been kept"
 
 
 class PartialCommitError(UnitOfWorkFailedError):

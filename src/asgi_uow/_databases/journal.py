@@ -142,7 +142,7 @@ class Journal:
         A text does not tell: a comment, a procedure, the driver's own cursor hide what
         ends it. MySQL opens one only for what reads or writes a table.
         """
-        if self.entries:
+        if self.entries or self.commit_sent:
             return
         if self._driver.in_transaction(raw):
             self.was_open = True

@@ -85,7 +85,8 @@ def without_proof(
             return Ended(Outcome.PARTIAL, kind, cause, error, detail)
         if sync.journal.ended_unseen:
             unknown, doom = errors.OutcomeUnknownError, sync.journal.doomed_by
-            return Ended(Outcome.UNKNOWN, unknown, Cause.DOOMED, doom)
+            detail = "something else than this unit of work ended the transaction"
+            return Ended(Outcome.UNKNOWN, unknown, Cause.DOOMED, doom, detail)
     return ended
 
 
@@ -205,7 +206,8 @@ class Completion:
         if any_committed:
             return Ended(Outcome.PARTIAL, errors.PartialCommitError, cause, error)
         if commit.in_doubt:
-            return Ended(Outcome.UNKNOWN, errors.OutcomeUnknownError, cause, error)
+            unknown, detail = errors.OutcomeUnknownError, "COMMIT was not answered"
+            return Ended(Outcome.UNKNOWN, unknown, cause, error, detail)
         doom = commit.session.doomed_by
         if isinstance(error, errors.TransactionGoneError) and doom is not None:
             # A statement in flight at the decision failed before its COMMIT.
@@ -224,7 +226,8 @@ class Completion:
             sync.journal.is_ending = True
             if ended.outcome is not Outcome.ROLLED_BACK:
                 sync.invalidate()
-            elif ended.cause is not None:
+            else:
+                sync.detach_objects()
                 # After a failed COMMIT close() alone sends nothing.
                 sync.rollback()
             sync.close()
