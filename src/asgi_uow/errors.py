@@ -140,7 +140,8 @@ class ConcurrentUseError(AsgiUowError, RuntimeError):
 
     template = (
         "{} came in between: on the same session {}. Let that end first; a stream ends "
-        "when it is read to its end, or with `await result.close()`."
+        "when it is read to its end, or with `await result.close()`. For a response, "
+        "stream from current_read_session() before writing, or inside `async with db:`."
     )
 
 
@@ -203,7 +204,7 @@ class DoomedError(UnitOfWorkFailedError):
 class OutcomeUnknownError(UnitOfWorkFailedError):
     """COMMIT was not answered, or something else has ended the transaction."""
 
-    what = "The work may or may not have been kept"
+    what = "The end of the transaction was not seen; it may or may not have been kept"
 
 
 class PartialCommitError(UnitOfWorkFailedError):

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
     from asgi_uow import Database, Session
     from asgi_uow._asgi import ASGIApp, Receive, Scope, Send
-    from tests.servers import Backend, MariaDBBackend, ServerBackend
-    from tests.support.asgi import Response
+    from tests.servers import Backend, ServerBackend
 
     Failure: TypeAlias = Callable[[Backend], Awaitable[None]]
 
@@ -113,13 +112,18 @@ async def test_error_page_reads_without_the_transaction(
     await check(db, backend, fail)
 
 
-async def test_error_page_reads_in_memory() -> None:
+async def roll_back(_: Backend | None = None) -> None:
+    await current_session().execute("INSERT OR ROLLBACK INTO items (id) VALUES (1)")
+
+
+@pytest.mark.parametrize("fail", [fail_to_flush, roll_back])
+async def test_error_page_reads_in_memory(fail: Callable[[], Awaitable[None]]) -> None:
     """There is one connection, so the page reads on that of the failed work."""
     async with memory_database() as db:
         async with db:
             await db.write.execute(DUPLICATE)
 
-        response = await serve(page(fail_to_flush), db)
+        response = await serve(page(fail), db)
 
         assert (409, None) == (response.status, response.error)
         assert [str([[1], [1]])] == response.chunks

@@ -73,9 +73,10 @@ class Asyncmy:
     process_id = methodcaller("thread_id")
 
     def in_transaction(self, raw: Any) -> bool:
-        # It keeps the old status where that of a result is 0: no transaction.
+        # It keeps the old status where a result's is 0; a stream's comes at its end.
         result = raw._result  # noqa: SLF001  # no other way
         is_open = result is None or result.server_status & IN_TRANSACTION
+        is_open = is_open or result.unbuffered_active
         return bool(is_open and raw.get_transaction_status())
 
     def aborts_transaction(self, _: object, error: BaseException) -> bool:

@@ -103,7 +103,7 @@ class ManagedSession(orm.Session):
         return connection
 
     def detach_objects(self) -> None:
-        """Leave all objects as they are loaded; a rollback to come would expire them."""
+        """Leave all objects as they are loaded; a rollback would expire them."""
         # SLF001: no other way.
         innermost = self._transaction
         for each in innermost._iterate_self_and_parents() if innermost else ():  # noqa: SLF001
@@ -169,10 +169,7 @@ class ReadOnlySession(ManagedSession):
 
     @property
     def writer(self) -> ManagedSession | None:
-        """The write session while reads belong into its transaction.
-
-        That is in use and not doomed: an error page may read what is there without it.
-        """
+        """The write session while reads belong into its transaction: used and whole."""
         sibling = self.sibling
         if sibling is None or sibling.shared.state not in WRITABLE:
             return None
@@ -182,10 +179,12 @@ class ReadOnlySession(ManagedSession):
 
     def get_bind(self, *args: Any, **kwargs: Any) -> sa.Engine | sa.Connection:
         """Read from the writer's transaction once the unit has used it."""
-        if (writer := self.writer) is not None:
-            # Not by its own `connection()`, which refuses after a failed flush.
-            found = next(iter(writer.connections), None)
-            return orm.Session.connection(writer) if found is None else found
+        if (host := self.writer) is not None:
+            # Its own `connection()` refuses after a failed flush.
+            found = next(iter(host.connections), None) or orm.Session.connection(host)
+            if host.journal.entries:
+                found.rollback()  # in memory SQLAlchemy may still see a transaction
+            return found
         return super().get_bind(*args, **kwargs)
 
     def _execute_internal(self, statement: Any, *args: Any, **kwargs: Any) -> Any:

@@ -90,8 +90,7 @@ class ReadSession(Session):
 
     async def release_if_idle(self) -> None:
         """Return the connection to the pool if no call or stream is using it."""
-        streaming = any(each.is_open for each in self.streams)
-        if self.host is self and self.own_lock.is_free and not streaming:
+        if self.host is self and self.own_lock.is_free and not self.open_streams:
             async with self.own_lock:
                 await self.release_connection()
 

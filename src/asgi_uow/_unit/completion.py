@@ -85,8 +85,7 @@ def without_proof(
             return Ended(Outcome.PARTIAL, kind, cause, error, detail)
         if sync.journal.ended_unseen:
             unknown, doom = errors.OutcomeUnknownError, sync.journal.doomed_by
-            detail = "something else than this unit of work ended the transaction"
-            return Ended(Outcome.UNKNOWN, unknown, Cause.DOOMED, doom, detail)
+            return Ended(Outcome.UNKNOWN, unknown, Cause.DOOMED, doom)
     return ended
 
 
@@ -206,8 +205,7 @@ class Completion:
         if any_committed:
             return Ended(Outcome.PARTIAL, errors.PartialCommitError, cause, error)
         if commit.in_doubt:
-            unknown, detail = errors.OutcomeUnknownError, "COMMIT was not answered"
-            return Ended(Outcome.UNKNOWN, unknown, cause, error, detail)
+            return Ended(Outcome.UNKNOWN, errors.OutcomeUnknownError, cause, error)
         doom = commit.session.doomed_by
         if isinstance(error, errors.TransactionGoneError) and doom is not None:
             # A statement in flight at the decision failed before its COMMIT.
