@@ -26,7 +26,7 @@ class Outcome(enum.Enum):
     ROLLED_BACK = "rolled back"
     """Nothing was kept, and that is proven."""
     UNKNOWN = "unknown"
-    """The connection died between sending COMMIT and its answer."""
+    """COMMIT was not answered, or something else has ended the transaction."""
     PARTIAL = "partial"
     """One database committed, a later one of the same unit did not."""
 

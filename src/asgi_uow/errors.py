@@ -19,7 +19,7 @@ AsgiUowError
     ├── BeforeCommitError         a before_commit hook raised
     ├── CommitFailedError         flush or COMMIT failed; rolled back
     ├── DoomedError               the database had already given the work up
-    ├── OutcomeUnknownError       the answer to COMMIT never came
+    ├── OutcomeUnknownError       nobody knows whether the work was kept
     └── PartialCommitError        one database committed, another did not
 ```
 
@@ -150,7 +150,8 @@ class ConcurrentUseError(AsgiUowError, RuntimeError):
 
     template = (
         "{} came in between: on the same session {}. Let that end first; a stream ends "
-        "when it is read to its end, or with `await result.close()`."
+        "when it is read to its end, or with `await result.close()`. For a response, "
+        "stream from current_read_session() before writing, or inside `async with db:`."
     )
 
 
@@ -211,9 +212,9 @@ class DoomedError(UnitOfWorkFailedError):
 
 
 class OutcomeUnknownError(UnitOfWorkFailedError):
-    """The connection died between COMMIT and its answer: kept or not, nobody knows."""
+    """COMMIT was not answered, or something else has ended the transaction."""
 
-    what = "The answer to COMMIT never came; the work may or may not have been kept"
+    what = "The end of the transaction was not seen; it may or may not have been kept"
 
 
 class PartialCommitError(UnitOfWorkFailedError):

@@ -224,4 +224,5 @@ async def test_the_error_says_what_happened(db: Database) -> None:
     response = await handle(handler, db)
 
     assert isinstance(response.error, errors.OutcomeUnknownError)
+    assert "was not seen; it may or may not have been kept" in str(response.error)
     assert isinstance(response.error.__cause__, errors.ManagedTransactionError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,21 @@ from starlette.routing import Route
 
 from asgi_uow import (
     Database,
+    Outcome,
     UnitOfWorkMiddleware,
     current_read_session,
     current_session,
+    current_unit_of_work,
+    set_rollback_only,
 )
-from asgi_uow.errors import ConcurrentUseError, ReadOnlySessionError
+from asgi_uow.errors import (
+    CommitFailedError,
+    ConcurrentUseError,
+    ReadOnlySessionError,
+)
 from tests.servers import eventually
 from tests.support import shop
-from tests.support.asgi import BODY, START, Client, Response, handle, serve
+from tests.support.asgi import START, Client, Response, handle, serve
 from tests.support.databases import DRIVERS, checked_out, on
 from tests.support.streams import ROWS, SELECT, fill
 
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncResult
 
+    from asgi_uow import Session
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
     from tests.servers import Backend, MariaDBBackend, ServerBackend
     from tests.servers.backend import SQLiteBackend
@@ -183,24 +192,142 @@ async def test_reads_go_on_after_an_error_among_the_rows(stocked: Backend) -> No
 # On the connection of the writer
 
 
-async def test_joined_stream_ends_with_the_writer(
-    db: Database, backend: Backend
+SESSIONS = pytest.mark.parametrize("session", [current_session, current_read_session])
+
+
+def streaming(
+    session: Callable[[], Session], begin: Callable[[], object], status: int = 200
+) -> ASGIApp:
+    """Make an application that writes, then streams from the same transaction."""
+
+    async def respond(_: Request) -> StreamingResponse:
+        await shop.insert(ROWS)
+        begin()
+        rows = await session().stream_scalars(SELECT)
+        return StreamingResponse((f"{row}\n" async for row in rows), status)
+
+    return Starlette(routes=[Route("/", respond)])
+
+
+@SESSIONS
+@pytest.mark.parametrize(
+    "begin", [list, functools.partial(set_rollback_only, "a rehearsal")]
+)
+async def test_response_cannot_stream_from_the_transaction(
+    stocked: Backend, session: Callable[[], Session], begin: Callable[[], object]
 ) -> None:
-    """A stream on the writer's connection raises after the decision, never lies."""
+    """A success whose rows would end with the transaction is a 500 from the start."""
+    db = Database.from_url(stocked.url)
+
+    response = await serve(streaming(session, begin), db)
+
+    assert (500, True) == (response.status, response.is_complete)
+    assert isinstance(response.error, CommitFailedError)
+    assert isinstance(response.error.__cause__, ConcurrentUseError)
+    assert "current_read_session()" in str(response.error.__cause__)
+    assert ROWS == len(await shop.items(stocked))
+    assert [0, 0] == checked_out(db)
+    await db.dispose()
+
+
+async def test_error_that_streams_from_the_transaction_breaks_off(
+    stocked: Backend,
+) -> None:
+    """A 404 leaves as it is: what is raised among the rows refers to them as well."""
+    db = Database.from_url(stocked.url)
+
+    response = await serve(streaming(current_session, list, 404), db)
+
+    assert 404 == response.status
+    assert isinstance(response.error, ResourceClosedError)
+    assert [0, 0] == checked_out(db)
+    await db.dispose()
+
+
+async def leave_rows() -> None:
+    rows = await current_session().stream(SELECT)
+    assert await rows.fetchone()
+
+
+async def leave_partitions() -> None:
+    rows = await current_session().stream(SELECT)
+    async for part in rows.partitions(2):
+        assert 2 == len(part)
+        break
+
+
+async def leave_a_generator() -> None:
+    async def parts() -> AsyncGenerator[object]:
+        rows = await current_session().stream(SELECT)
+        try:
+            async for part in rows.partitions(2):
+                yield part
+        finally:
+            await rows.close()
+
+    async def outer() -> AsyncGenerator[object]:
+        async for part in parts():
+            yield part
+
+    async for _ in outer():
+        break
+
+
+@pytest.mark.parametrize("leave", [leave_rows, leave_partitions, leave_a_generator])
+async def test_stream_that_nobody_can_read_is_closed(
+    stocked: Backend, leave: Callable[[], Awaitable[None]]
+) -> None:
+    """A handler may stop among the rows: they end with the transaction."""
+    db = Database.from_url(stocked.url, pool_size=1, max_overflow=0)
+
+    async def handler() -> None:
+        await shop.insert(ROWS)
+        await leave()
+
+    response = await handle(handler, db)
+
+    assert (200, None) == (response.status, response.error)
+    assert ROWS + 1 == len(await shop.items(stocked))
+    assert [0, 0] == checked_out(db)
+    await db.dispose()
+
+
+async def test_block_closes_its_streams(stocked: Backend) -> None:
+    """No response depends on a block, so it may be left among the rows."""
+    db = Database.from_url(stocked.url)
+    async with db:
+        await shop.insert(ROWS)
+        rows = await db.write.stream(SELECT)
+        assert await rows.fetchone()
+    with pytest.raises(ResourceClosedError):
+        await rows.all()
+    assert ROWS + 1 == len(await shop.items(stocked))
+    await db.dispose()
+
+
+async def test_cancelled_while_a_stream_is_let_go_of(stocked: Backend) -> None:
+    """A client that goes away at that moment has its work rolled back."""
+    db = Database.from_url(stocked.url)
+    response = Response()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        for number in range(3):
-            await shop.insert(number)
-        stream = await current_read_session().stream("SELECT id FROM items")
+        response.units.append(current_unit_of_work())
+        await shop.insert(ROWS)
+        rows = await current_session().stream(SELECT)
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().call_soon(task.cancel)
         await send({"type": START, "status": 200, "headers": []})
-        with pytest.raises(ResourceClosedError):
-            await stream.all()
-        await send({"type": BODY, "body": b""})
+        await rows.all()  # pragma: no cover  # the start was refused
 
-    response = await serve(app, db)
+    with pytest.raises(asyncio.CancelledError):
+        await serve(app, db, into=response)
 
-    assert response.error is None
-    assert [0, 1, 2] == await shop.items(backend)
+    assert [] == response.types
+    assert Outcome.ROLLED_BACK is response.unit.outcome
+    assert ROWS == len(await shop.items(stocked))
+    assert [0, 0] == checked_out(db)
+    await db.dispose()
 
 
 @on("asyncmy")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.util import await_only
 
 import asgi_uow as uow
 from asgi_uow import Database, errors
 from asgi_uow.observers import CommitFailed, HookFailed, ReleaseFailed, UnitFinished
 from tests.support import shop
-from tests.support.asgi import Response, handle, respond, serve
+from tests.support.asgi import START, Response, handle, respond, serve
 from tests.support.databases import behind_proxy, checked_out, is_commit, on
 from tests.support.private import Cause, State, finish, rollback
 
@@ -307,6 +309,32 @@ async def test_finishing_by_hand_hangs_nothing(db: Database) -> None:
     assert [] == response.types
     assert isinstance(response.error, errors.UnitOfWorkClosedError)
     assert uow.Outcome.ROLLED_BACK is response.unit.outcome
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+async def test_start_inside_a_call_of_the_session(
+    db: Database, backend: Backend, swallows: bool
+) -> None:
+    """A start sent inside `run_sync()` would wait for itself: refused, rolled back."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        def work(_: object) -> None:
+            await_only(send({"type": START, "status": 200, "headers": []}))
+
+        await shop.insert(1)
+        with suppress(errors.ConcurrentUseError) if swallows else nullcontext():
+            await uow.current_session().run_sync(work)
+        await respond(send)
+
+    response = await asyncio.wait_for(serve(app, db), 5)
+
+    assert ([500] if swallows else []) == [
+        each["status"] for each in response.messages if each["type"] == START
+    ]
+    kind = errors.DoomedError if swallows else errors.ConcurrentUseError
+    assert isinstance(response.error, kind)
+    assert [] == await shop.items(backend)
+    assert [0, 0] == checked_out(db)
 
 
 # What breaks afterwards

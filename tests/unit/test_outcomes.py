@@ -41,6 +41,7 @@ async def test_lost_answer_to_commit_is_unknown(
         assert 500 == response.status
         assert "retry-after" not in response.headers
         assert isinstance(response.error, OutcomeUnknownError)
+        assert "was not seen; it may or may not have been kept" in str(response.error)
         assert Outcome.UNKNOWN is response.unit.outcome
         assert [] == response.hooks
         assert [0, 0] == checked_out(db)

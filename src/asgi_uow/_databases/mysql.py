@@ -79,9 +79,10 @@ class Asyncmy:
         return unread or proto._read_waiter is not None  # noqa: SLF001
 
     def in_transaction(self, raw: Any) -> bool:
-        # It keeps the old status where that of a result is 0: no transaction.
+        # It keeps the old status where a result's is 0; a stream's comes at its end.
         result = raw._result  # noqa: SLF001  # no other way
         is_open = result is None or result.server_status & IN_TRANSACTION
+        is_open = is_open or result.unbuffered_active
         return bool(is_open and raw.get_transaction_status())
 
     def cut_off(self, raw: Any) -> None:

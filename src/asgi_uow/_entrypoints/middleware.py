@@ -19,7 +19,7 @@ from asgi_uow._decision import (
 from asgi_uow._entrypoints.problem import FAILURE, START, problem_details
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._reading.route import written_position
-from asgi_uow._unit.finish import finish, release
+from asgi_uow._unit.finish import finish, refuse_streams, release
 from asgi_uow._unit.hooks import is_async
 from asgi_uow._unit.unit import CLOSED, COMMITTED, NEW, UnitOfWork, UnitOptions, current
 from asgi_uow.errors import UnitOfWorkClosedError
@@ -216,10 +216,8 @@ class _Exchange:
             await run_to_completion(self._settle())
         elif self.stage is OPEN:
             self.stage = REFUSED
-            cause = Cause.ABANDONED
-            if error is not None:
-                cause = _decision.exception_cause(error)
-            await finish(self.unit, _decision.rollback(cause))
+            why = Cause.ABANDONED if error is None else _decision.exception_cause(error)
+            await finish(self.unit, _decision.rollback(why))
         failure = self._unanswered(error)
         if failure is None:
             return
@@ -261,10 +259,11 @@ class _Exchange:
 
     async def _decide(self, message: Message) -> Message:
         unit, middleware = self.unit, self.middleware
+        unit.refuse_inside_call()
         self.stage = DECIDING
         # Sanic's headers are a generator, and are read twice: here and outside.
         headers: Headers = list(message.get("headers", ()))
-        broken: Exception | None = None
+        broken: BaseException | None = None
         try:
             decision = _decision.decide_response(
                 status=message["status"],
@@ -274,9 +273,11 @@ class _Exchange:
                 forced=unit.forced,
                 commit_when=middleware.commit_when,
             )
-        except Exception as error:  # noqa: BLE001  # becomes the cause of the failure
-            broken = error
-            decision = _decision.rollback(Cause.EXCEPTION, replace_response=True)
+            if message["status"] < ERROR_STATUS and not decision.replace_response:
+                await refuse_streams(unit)
+        except BaseException as error:  # noqa: BLE001  # becomes the cause of the failure
+            broken, cause = error, _decision.exception_cause(error)
+            decision = _decision.rollback(cause, replace_response=True)
         try:
             await finish(unit, decision, broken)
             if middleware.causal_reads is not None:

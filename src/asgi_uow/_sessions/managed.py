@@ -67,7 +67,8 @@ class Shared:
     def has_written(self, db: Engines) -> bool:
         """Tell whether reads of `db` must see what a unit among these has written."""
         return db in self.committed or any(
-            each.database is db and bool(each.connections) for each in self.writers
+            each.database is db and bool(each.connections and not each.journal.entries)
+            for each in self.writers
         )
 
 
@@ -119,6 +120,17 @@ class ManagedSession(orm.Session):
                 each.closed or each.invalidated
             ):
                 each.call_alone(bool)
+
+    def detach_objects(self) -> None:
+        """Leave all objects as they are loaded; a rollback would expire them."""
+        # SLF001: no other way.
+        innermost = self._transaction
+        for each in innermost._iterate_self_and_parents() if innermost else ():  # noqa: SLF001
+            for state in tuple(each._deleted):  # noqa: SLF001
+                self._update_impl(state, revert_deletion=True)
+            each._deleted.clear()  # noqa: SLF001
+            each._key_switches.clear()  # noqa: SLF001
+        self.expunge_all()
 
     def release_connection(self) -> None:
         """Give the connection back; objects stay loaded, unlike after a rollback."""
@@ -180,17 +192,22 @@ class ReadOnlySession(ManagedSession):
 
     @property
     def writer(self) -> ManagedSession | None:
-        """The write session while reads belong into its transaction: it is in use."""
+        """The write session while reads belong into its transaction: used and whole."""
         sibling = self.sibling
         if sibling is None or sibling.shared.state not in WRITABLE:
             return None
         # In memory there is one connection for both.
-        return sibling if sibling.connections or self.database.is_memory else None
+        joins = sibling.connections and not sibling.journal.entries
+        return sibling if joins or self.database.is_memory else None
 
     def get_bind(self, *args: Any, **kwargs: Any) -> sa.Engine | sa.Connection:
         """Read from the writer's transaction once the unit has used it."""
-        if (writer := self.writer) is not None:
-            return orm.Session.connection(writer)  # its driver is not exposed
+        if (host := self.writer) is not None:
+            # Its own `connection()` refuses after a failed flush.
+            found = next(iter(host.connections), None) or orm.Session.connection(host)
+            if host.journal.entries:
+                found.rollback()  # in memory SQLAlchemy may still see a transaction
+            return found
         return super().get_bind(*args, **kwargs)
 
     def _execute_internal(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
@@ -248,6 +265,13 @@ def _end_savepoint(session: ManagedSession, ended: orm.SessionTransaction) -> No
     # A savepoint whose RELEASE was seen has been released already.
     if ended.nested:
         session.journal.savepoints.roll_back(ended, by=session.journal)
+
+
+@event.listens_for(ManagedSession, "after_rollback", propagate=True)
+def _keep_loaded(session: ManagedSession) -> None:
+    # After a failed flush SQLAlchemy rolls back by itself, and expires what it can.
+    if not session.in_nested_transaction():
+        session.detach_objects()
 
 
 @event.listens_for(ReadOnlySession, "before_flush", propagate=True)

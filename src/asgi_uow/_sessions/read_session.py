@@ -61,8 +61,9 @@ class ReadSession(Session):
         if self.route is None or method.__name__ in {"flush", "close"}:
             return await method(self, *args, **kwargs)  # these need no connection
         while True:
-            connections = self.sync_session.connections
-            await self.route.connect(self, is_connected=bool(connections))
+            bound, held = self.sync_session.bind, self.sync_session.connections
+            is_connected = any(each.engine is bound for each in held)
+            await self.route.connect(self, is_connected=is_connected)
             try:
                 result = await method(self, *args, **kwargs)
             except Exception as error:
@@ -89,8 +90,7 @@ class ReadSession(Session):
 
     async def release_if_idle(self) -> None:
         """Return the connection to the pool if no call or stream is using it."""
-        streaming = any(each.is_open for each in self.streams)
-        if self.host is self and self.own_lock.is_free and not streaming:
+        if self.host is self and self.own_lock.is_free and not self.open_streams:
             async with self.own_lock:
                 await self.release_connection()
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import weakref
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncResult, AsyncSessionTransaction
+from sqlalchemy.ext.asyncio import AsyncSessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Mapping
 
     from sqlalchemy import orm
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncResult
     from sqlalchemy.util.typing import TupleAny
 
     from asgi_uow._databases.engines import Engines
@@ -101,7 +102,7 @@ class Session(StatementSession):
         super().__init__(bind, close_resets_only=False, **options)
         self.own_lock: TaskLock = TaskLock()
         self.shared = shared
-        self.streams: list[StreamResult] = []
+        self.streams: dict[Any, weakref.ref[Call]] = {}
         self.journal: Journal = Journal(db.facts, db.driver, shared.savepoints)
         sync = self.sync_session
         sync.database, sync.shared, sync.journal = db, shared, self.journal
@@ -123,7 +124,7 @@ class Session(StatementSession):
         """Raise `ConcurrentUseError` if a stream keeps the connection to itself."""
         held = self.sync_session.connections
         exclusive = (known.driver_of(each.dialect).exclusive_streams for each in held)
-        if any(each.is_open for each in self.streams) and any(exclusive):
+        if self.open_streams and any(exclusive):
             raise errors.ConcurrentUseError(operation, "a stream() is still being read")
 
     async def failed(self, error: BaseException, operation: str) -> None:  # noqa: ARG002
@@ -167,10 +168,25 @@ class Session(StatementSession):
         if self.shared.stuck < MOST_STUCK:
             await cancel_statements(cancel_sql)
 
+    @property
+    def open_streams(self) -> list[Any]:
+        """Those of which rows may be on their way; one read to its end is closed."""
+        return [each for each in self.streams if not each._soft_closed]  # noqa: SLF001
+
+    async def refuse_held_streams(self) -> None:
+        """Raise `ConcurrentUseError` for a stream that somebody can still read."""
+        for _ in range(10):  # turns in which the loop closes generators left behind
+            if not any(self.streams[each]() for each in self.open_streams):
+                return
+            async with self.own_lock:
+                await asyncio.sleep(0)
+        operation = "The start of a response"
+        raise errors.ConcurrentUseError(operation, "a stream() is still to be read")
+
     async def close_streams(self) -> None:
         """Close the streams that nobody has read to their end; has the lock."""
         while self.streams:
-            await AsyncResult.close(self.streams.pop())
+            await greenlet_spawn(self.streams.popitem()[0].close)
 
     def begin_nested(self) -> Savepoint:
         """Open a SAVEPOINT; what fails inside is undone, the rest goes on."""
@@ -194,7 +210,7 @@ class Session(StatementSession):
         """Have the fetches of a stream wait for other calls too."""
         stream = await execute()
         host = self.host
-        close = stream._real_result.close  # noqa: SLF001  # the stream would be a cycle
+        result = stream._real_result  # noqa: SLF001  # the stream would be a cycle
 
         async def serialize(fetch: Call) -> object:
             async with host.own_lock:
@@ -203,12 +219,14 @@ class Session(StatementSession):
                 except BaseException as error:
                     await self.failed(error, "a fetch")
                     if isinstance(error, DBAPIError):
-                        await greenlet_spawn(close)  # no more rows are on their way
+                        await greenlet_spawn(
+                            result.close
+                        )  # no more rows are on their way
                     raise
 
-        watched = adopt(StreamResult, stream, serialize)
-        host.streams = [*(each for each in host.streams if each.is_open), watched]
-        return watched
+        still_open = {each: host.streams[each] for each in host.open_streams}
+        host.streams = {**still_open, result: weakref.ref(serialize)}
+        return adopt(StreamResult, stream, serialize)
 
 
 class Savepoint(AsyncSessionTransaction):

@@ -135,15 +135,9 @@ class StatementSession(AsyncSession):
 class Stream:
     """A mixin: every fetch waits for the call in flight on the session."""
 
-    _real_result: Any
     fetchmany: Any
     serialize: Call
     """Makes a fetch once no other call is in flight."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether rows may still be on their way; one read to its end is closed."""
-        return not self._real_result._soft_closed  # noqa: SLF001  # no other way
 
     async def partitions(self, size: int | None = None) -> AsyncIterator[Sequence[Any]]:
         """Iterate through lists of `size` rows."""

@@ -218,7 +218,8 @@ class Completion:
             sync.journal.ending = asyncio.current_task()
             if ended.outcome is not Outcome.ROLLED_BACK:
                 sync.invalidate()
-            elif ended.cause is not None:
+            else:
+                sync.detach_objects()
                 # After a failed COMMIT close() alone sends nothing.
                 sync.rollback()
             sync.close()

@@ -36,7 +36,7 @@ STATE_OF = {outcome: State[outcome.name] for outcome in Outcome}
 
 
 async def finish(
-    unit: UnitOfWork, decision: Decision, error: Exception | None = None
+    unit: UnitOfWork, decision: Decision, error: BaseException | None = None
 ) -> None:
     """Commit or roll back, release the write connections, run the hooks.
 
@@ -144,6 +144,14 @@ def _report(
         events.append(UnitFinished(*what, now - unit.opened, now - ending))
     if events:
         unit.stamp()
+
+
+async def refuse_streams(unit: UnitOfWork) -> None:
+    """Raise for a stream that would break a response off; the end closes others."""
+    for each in unit.participants.values():
+        if each.writer is not None and each.writer.streams:
+            with anyio.fail_after(unit.options.commit_timeout):
+                await each.writer.refuse_held_streams()
 
 
 async def end_unit(unit: UnitOfWork, decision: Decision) -> None:

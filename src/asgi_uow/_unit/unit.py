@@ -115,6 +115,13 @@ class UnitOfWork:
                     return error
         return self.doom
 
+    def refuse_inside_call(self) -> None:
+        """Doom the unit, and raise, where its end would wait for its own caller."""
+        for each in self.participants.values():
+            if each.writer is not None and each.writer.own_lock.is_mine:
+                what = "The start of a response", "this task is in a call"
+                raise each.writer.journal.doom(errors.ConcurrentUseError(*what))
+
     def session(self, db: Engines | None = None) -> Session:
         """Give the write session of `db`, of the first database by default.
 
