@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from contextlib import closing, suppress
-from operator import attrgetter
+from contextlib import suppress
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,21 +22,22 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from asgi_uow._concurrency import bounded
 from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
-from asgi_uow.errors import (
-    AsgiUowError,
-    ConcurrentUseError,
-    ConfigurationError,
-    ReadOnlySessionError,
+from asgi_uow._databases.connection import (
+    BEGINS_WITH,
+    DRIVER,
+    ERROR_SEEN,
+    SETTINGS_CHANGED,
+    Connection,
+    ReaderConnection,
+    execute,
+    raw_of,
 )
+from asgi_uow.errors import AsgiUowError, ConfigurationError, ReadOnlySessionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
     from sqlalchemy import pool
-    from sqlalchemy.engine import RootTransaction, interfaces
+    from sqlalchemy.engine import interfaces
     from sqlalchemy.ext.asyncio import AsyncEngine
-
-    from asgi_uow._databases.journal import Journal
 
     Isolation = Literal["REPEATABLE READ"] | None
     DBAPI = interfaces.DBAPIConnection
@@ -45,129 +45,13 @@ if TYPE_CHECKING:
 
 ABORTING_CODES = "asgi_uow.aborting_codes"
 AUTOCOMMIT = "asgi_uow.autocommit"
-BEGINS_WITH = "asgi_uow.begins_with"
 USED_FOR = "asgi_uow.used_for"
 CANCEL_SQL = "asgi_uow.cancel_sql"
-DRIVER = "asgi_uow.driver"
-ERROR_SEEN = "asgi_uow.error_seen"
 IDLE_SINCE = "asgi_uow.idle_since"
-SETTINGS_CHANGED = "asgi_uow.settings_changed"
 
 PING_AFTER_IDLE = 30.0  # seconds; then a connection is pinged before it is handed out
 CLOSE_SECONDS = 2.0  # what SQLAlchemy gives asyncpg where it terminates a connection
 PING_SECONDS = 3.0  # a new connection is made sooner than a slower answer comes
-# Execution options after which a connection is not what its pool made it.
-CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
-
-raw_of = attrgetter("_connection")
-"""The driver's connection, where every async dialect keeps it: the dialect calls."""
-
-
-class Connection(sa.Connection):
-    """A connection of one of our engines; only a writer's has a journal."""
-
-    journal: Journal | None = None
-
-    def _begin_impl(self, transaction: RootTransaction) -> None:
-        super()._begin_impl(transaction)
-        statement = self._execution_options.get(BEGINS_WITH)
-        if statement is None:
-            return
-        begin = getattr(self.connection.driver_connection, "begin", None)
-        if begin is not None:
-            begin(statement)  # sent with the first statement
-            return
-        try:
-            _execute(self.connection, statement)
-        except BaseException as error:  # noqa: BLE001  # raised again, wrapped
-            self._handle_dbapi_exception(error, statement, None, None, None)
-
-    def call_alone(self, end: Callable[[], object]) -> None:
-        """Wait until nobody's statement is in flight, call; none begins meanwhile."""
-        # Cursors hold the lock, COMMIT and ROLLBACK do not; a driver knows its own.
-        dbapi: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
-        lock, driver = dbapi._execute_mutex, self._execution_options[DRIVER]  # noqa: SLF001
-        await_only(lock.acquire())
-        try:
-            while driver.is_busy(raw_of(dbapi)):
-                await_only(asyncio.sleep(0.005))
-            end()
-        finally:
-            lock.release()
-
-    def _rollback_impl(self) -> None:
-        if self.journal is not None:
-            self.journal.record_rollback()
-        if self._still_open_and_dbapi_connection_is_valid:
-            self.call_alone(super()._rollback_impl)
-        if not self.invalidated and not self.closed:
-            self.info.pop(ERROR_SEEN, None)
-
-    def check_statement(self, statement: str) -> None:
-        """Have the journal look at what came before, and at one that is not plain."""
-        journal = self.journal
-        if journal is None:
-            return
-        dbapi = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
-        if journal.ending is not None:
-            if journal.ending is not asyncio.current_task():
-                operation = "A statement"
-                raise ConcurrentUseError(operation, "the unit of work is ending")
-        elif journal.executed:
-            journal.look(dbapi)
-        if known.kind_of(statement) or journal.entries or journal.ddl is not None:
-            journal.check_statement(statement, raw_of(dbapi))
-        journal.executed = True
-
-    def _commit_impl(self) -> None:
-        self.call_alone(functools.partial(self._commit, super()._commit_impl))
-
-    def _prepare_twophase_impl(self, xid: str) -> None:
-        if self.journal is not None:
-            self.journal.xid = xid
-        super()._prepare_twophase_impl(xid)
-
-    def _commit_twophase_impl(self, *args: Any) -> None:
-        commit = super()._commit_twophase_impl  # a statement, which takes its turn
-        self._commit(functools.partial(commit, *args))
-
-    def _commit(self, send: Callable[[], None]) -> None:
-        if self.journal is not None:
-            self.journal.check_commit()
-            self.journal.commit_sent = True
-        send()
-        if self.journal is not None:
-            self.journal.committed = True
-
-    def _savepoint_impl(self, name: str | None = None) -> str:
-        name = super()._savepoint_impl(name)
-        if self.journal is not None:
-            self.journal.open_savepoint(name)
-        return name
-
-    def _release_savepoint_impl(self, name: str) -> None:
-        if self.journal is not None:
-            self.journal.end_savepoint(name, undone=False)
-        super()._release_savepoint_impl(name)
-
-    def _rollback_to_savepoint_impl(self, name: str) -> None:
-        if self.journal is not None:
-            self.journal.end_savepoint(name, undone=True)
-        super()._rollback_to_savepoint_impl(name)
-
-
-class ReaderConnection(Connection):
-    """Remembers what makes a connection of a read engine another."""
-
-    def execution_options(self, **options: Any) -> Any:
-        if not CHANGING_OPTIONS.isdisjoint(options):
-            self.info[SETTINGS_CHANGED] = True
-        return super().execution_options(**options)
-
-    def check_statement(self, statement: str) -> None:
-        # One of them may be what makes the connection read-only.
-        if known.changes_settings(statement):
-            self.info[SETTINGS_CHANGED] = True
 
 
 def attach_listeners(
@@ -234,7 +118,7 @@ class _Policy:
         info[ABORTING_CODES] = database.set_up(dbapi, read_only=self.read_only)
         if self.read_only:
             self.dialect.set_isolation_level(dbapi, "AUTOCOMMIT")
-            _execute(dbapi, database.READ_ONLY_STATEMENT)
+            execute(dbapi, database.READ_ONLY_STATEMENT)
             if self.read_isolation is not None and database.BEGIN_WRITE is None:
                 self.dialect.set_isolation_level(dbapi, self.read_isolation)
         elif database.BEGIN_WRITE is None:
@@ -281,7 +165,7 @@ class _Policy:
             dbapi.rollback()
             if self.read_only and self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
-                _execute(dbapi, "ROLLBACK")
+                execute(dbapi, "ROLLBACK")
             is_open = self.driver.is_known and self.driver.in_transaction(raw)
         if (is_open or self._is_busy(dbapi)) and not self.is_memory:
             entry.invalidate()
@@ -321,25 +205,6 @@ class _Policy:
         if self.read_only and failures.means(error, "read_only"):
             operation = "A statement"
             raise ReadOnlySessionError(operation) from context.sqlalchemy_exception
-
-
-def info_of(connection: sa.Connection) -> dict[Any, Any]:
-    """Give the pool's info of a connection; the public way makes five calls."""
-    entry = connection._dbapi_connection._connection_record  # type: ignore[union-attr]  # noqa: SLF001
-    return connection.info if entry is None else entry.info
-
-
-def cut_off(connections: Iterable[sa.Connection]) -> None:
-    """Have what waits for a server fail at once; nobody uses the connection again."""
-    for each in connections:
-        if not (each.closed or each.invalidated):
-            raw = raw_of(each.connection.dbapi_connection)
-            known.driver_of(each.dialect).cut_off(raw)
-
-
-def _execute(connection: DBAPI | pool.PoolProxiedConnection, statement: str) -> None:
-    with closing(connection.cursor()) as cursor:
-        cursor.execute(statement)
 
 
 def _check_statement(_: object, statement: str, *context: object) -> None:

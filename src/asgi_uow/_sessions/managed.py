@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event, orm
 
 from asgi_uow import errors
-from asgi_uow._databases import pool
+from asgi_uow._databases.connection import Connection, cut_off, info_of
 from asgi_uow._databases.driver_errors import is_outage, means
 from asgi_uow._databases.journal import Savepoints
+from asgi_uow._databases.pool import AUTOCOMMIT, CANCEL_SQL
 from asgi_uow._decision import WRITABLE, State
 
 if TYPE_CHECKING:
@@ -116,9 +117,7 @@ class ManagedSession(orm.Session):
     def wait_for_others(self) -> None:
         """Wait for statements past the session, so that the journal knows of them."""
         for each in self.connections:
-            if isinstance(each, pool.Connection) and not (
-                each.closed or each.invalidated
-            ):
+            if isinstance(each, Connection) and not (each.closed or each.invalidated):
                 each.call_alone(bool)
 
     def detach_objects(self) -> None:
@@ -153,7 +152,7 @@ class ManagedSession(orm.Session):
         ]
 
     def cut_off(self) -> None:
-        pool.cut_off(self.connections)
+        cut_off(self.connections)
 
     def discard(self) -> None:
         """Close the connections for good, also under a statement in flight."""
@@ -224,22 +223,22 @@ def _accept_connection(
 ) -> None:
     if connection in session.connections:
         return
-    info = pool.info_of(connection)
-    session.connections[connection] = info.get(pool.CANCEL_SQL)
+    info = info_of(connection)
+    session.connections[connection] = info.get(CANCEL_SQL)
     reads = isinstance(session, ReadOnlySession)
     joins = isinstance(session, ReadOnlySession) and session.writer is not None
     if session.connected is None and not joins:
         session.connected = time.perf_counter()
     if reads:
         return
-    if not isinstance(connection, pool.Connection):
+    if not isinstance(connection, Connection):
         message = (
             "A session works on the engine of its Database, where errors are seen: "
             "leave `binds` and bind_arguments out, and make a Database for another."
         )
         raise errors.ConfigurationError(message)
-    if pool.AUTOCOMMIT in info:
-        _refuse_autocommit(connection, is_default=info[pool.AUTOCOMMIT])
+    if AUTOCOMMIT in info:
+        _refuse_autocommit(connection, is_default=info[AUTOCOMMIT])
     connection.journal = session.journal
 
 

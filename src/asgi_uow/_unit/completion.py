@@ -11,8 +11,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
+from asgi_uow._databases.connection import raw_of
 from asgi_uow._databases.driver_errors import is_in_doubt
-from asgi_uow._databases.pool import raw_of
 from asgi_uow._decision import Cause, Outcome
 from asgi_uow._unit.ended import COMMITTED, Ended
 from asgi_uow.observers import ReleaseFailed

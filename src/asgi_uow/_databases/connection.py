@@ -1,0 +1,163 @@
+"""A connection of one of our engines: what is begun, sent and ended on it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from contextlib import closing
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.util import await_only
+
+from asgi_uow._databases import known
+from asgi_uow.errors import ConcurrentUseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from sqlalchemy import pool
+    from sqlalchemy.engine import RootTransaction, interfaces
+
+    from asgi_uow._databases.journal import Journal
+
+BEGINS_WITH = "asgi_uow.begins_with"
+DRIVER = "asgi_uow.driver"
+ERROR_SEEN = "asgi_uow.error_seen"
+SETTINGS_CHANGED = "asgi_uow.settings_changed"
+
+# Execution options after which a connection is not what its pool made it.
+CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
+
+raw_of = attrgetter("_connection")
+"""The driver's connection, where every async dialect keeps it: the dialect calls."""
+
+
+class Connection(sa.Connection):
+    """A connection of one of our engines; only a writer's has a journal."""
+
+    journal: Journal | None = None
+
+    def _begin_impl(self, transaction: RootTransaction) -> None:
+        super()._begin_impl(transaction)
+        statement = self._execution_options.get(BEGINS_WITH)
+        if statement is None:
+            return
+        begin = getattr(self.connection.driver_connection, "begin", None)
+        if begin is not None:
+            begin(statement)  # sent with the first statement
+            return
+        try:
+            execute(self.connection, statement)
+        except BaseException as error:  # noqa: BLE001  # raised again, wrapped
+            self._handle_dbapi_exception(error, statement, None, None, None)
+
+    def call_alone(self, end: Callable[[], object]) -> None:
+        """Wait until nobody's statement is in flight, call; none begins meanwhile."""
+        # Cursors hold the lock, COMMIT and ROLLBACK do not; a driver knows its own.
+        dbapi: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
+        lock, driver = dbapi._execute_mutex, self._execution_options[DRIVER]  # noqa: SLF001
+        await_only(lock.acquire())
+        try:
+            while driver.is_busy(raw_of(dbapi)):
+                await_only(asyncio.sleep(0.005))
+            end()
+        finally:
+            lock.release()
+
+    def _rollback_impl(self) -> None:
+        if self.journal is not None:
+            self.journal.record_rollback()
+        if self._still_open_and_dbapi_connection_is_valid:
+            self.call_alone(super()._rollback_impl)
+        if not self.invalidated and not self.closed:
+            self.info.pop(ERROR_SEEN, None)
+
+    def check_statement(self, statement: str) -> None:
+        """Have the journal look at what came before, and at one that is not plain."""
+        journal = self.journal
+        if journal is None:
+            return
+        dbapi = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
+        if journal.ending is not None:
+            if journal.ending is not asyncio.current_task():
+                operation = "A statement"
+                raise ConcurrentUseError(operation, "the unit of work is ending")
+        elif journal.executed:
+            journal.look(dbapi)
+        if known.kind_of(statement) or journal.entries or journal.ddl is not None:
+            journal.check_statement(statement, raw_of(dbapi))
+        journal.executed = True
+
+    def _commit_impl(self) -> None:
+        self.call_alone(functools.partial(self._commit, super()._commit_impl))
+
+    def _prepare_twophase_impl(self, xid: str) -> None:
+        if self.journal is not None:
+            self.journal.xid = xid
+        super()._prepare_twophase_impl(xid)
+
+    def _commit_twophase_impl(self, *args: Any) -> None:
+        commit = super()._commit_twophase_impl  # a statement, which takes its turn
+        self._commit(functools.partial(commit, *args))
+
+    def _commit(self, send: Callable[[], None]) -> None:
+        if self.journal is not None:
+            self.journal.check_commit()
+            self.journal.commit_sent = True
+        send()
+        if self.journal is not None:
+            self.journal.committed = True
+
+    def _savepoint_impl(self, name: str | None = None) -> str:
+        name = super()._savepoint_impl(name)
+        if self.journal is not None:
+            self.journal.open_savepoint(name)
+        return name
+
+    def _release_savepoint_impl(self, name: str) -> None:
+        if self.journal is not None:
+            self.journal.end_savepoint(name, undone=False)
+        super()._release_savepoint_impl(name)
+
+    def _rollback_to_savepoint_impl(self, name: str) -> None:
+        if self.journal is not None:
+            self.journal.end_savepoint(name, undone=True)
+        super()._rollback_to_savepoint_impl(name)
+
+
+class ReaderConnection(Connection):
+    """Remembers what makes a connection of a read engine another."""
+
+    def execution_options(self, **options: Any) -> Any:
+        if not CHANGING_OPTIONS.isdisjoint(options):
+            self.info[SETTINGS_CHANGED] = True
+        return super().execution_options(**options)
+
+    def check_statement(self, statement: str) -> None:
+        # One of them may be what makes the connection read-only.
+        if known.changes_settings(statement):
+            self.info[SETTINGS_CHANGED] = True
+
+
+def info_of(connection: sa.Connection) -> dict[Any, Any]:
+    """Give the pool's info of a connection; the public way makes five calls."""
+    entry = connection._dbapi_connection._connection_record  # type: ignore[union-attr]  # noqa: SLF001
+    return connection.info if entry is None else entry.info
+
+
+def cut_off(connections: Iterable[sa.Connection]) -> None:
+    """Have what waits for a server fail at once; nobody uses the connection again."""
+    for each in connections:
+        if not (each.closed or each.invalidated):
+            raw = raw_of(each.connection.dbapi_connection)
+            known.driver_of(each.dialect).cut_off(raw)
+
+
+def execute(
+    connection: interfaces.DBAPIConnection | pool.PoolProxiedConnection, statement: str
+) -> None:
+    """Send a statement of our own past the journal."""
+    with closing(connection.cursor()) as cursor:
+        cursor.execute(statement)
