@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import asyncmy.errors
 import pytest
+from sqlalchemy.exc import DBAPIError
 
 import asgi_uow as uow
 from asgi_uow import Database, Outcome, errors
@@ -16,7 +18,7 @@ from tests.support.databases import DRIVERS, checked_out, on
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.servers.backend import Backend
+    from tests.servers.backend import Backend, ServerBackend
 
 
 async def driver_connection() -> Any:
@@ -41,6 +43,12 @@ PROCEDURES = (
         " INSERT INTO items (id) VALUES (1); END"
     ),
     "CREATE PROCEDURE defines() CREATE TABLE defined (id INT)",
+    "CREATE PROCEDURE commits_and_fails() BEGIN COMMIT; SIGNAL SQLSTATE '45000'; END",
+    (
+        "CREATE PROCEDURE rolls_back_and_fails()"
+        " BEGIN ROLLBACK; SIGNAL SQLSTATE '45000'; END"
+    ),
+    "CREATE PROCEDURE fails() SIGNAL SQLSTATE '45000'",
 )
 TEXTS = {
     "asyncmy": (
@@ -226,3 +234,87 @@ async def test_the_error_says_what_happened(db: Database) -> None:
     assert isinstance(response.error, errors.OutcomeUnknownError)
     assert "was not seen; it may or may not have been kept" in str(response.error)
     assert isinstance(response.error.__cause__, errors.ManagedTransactionError)
+
+
+FAILING = ("commits_and_fails", "rolls_back_and_fails")
+
+
+@on("asyncmy")
+@pytest.mark.parametrize("procedure", FAILING)
+@pytest.mark.parametrize(
+    ("by", "status"),
+    [("session", 200), ("session", 404), ("session", 500), ("driver", 200)],
+)
+async def test_a_procedure_that_ends_it_and_fails(
+    db: Database, backend: Backend, procedure: str, by: str, status: int
+) -> None:
+    """P13: its error does not say so, hence the server is asked."""
+    await backend.execute(*PROCEDURES)
+
+    async def handler() -> None:
+        await shop.insert(1)
+        try:
+            call = f"CALL {procedure}()"
+            if by == "driver":
+                await execute_by_the_driver(call)
+            await uow.current_session().execute(call)
+        except (DBAPIError, asyncmy.errors.MySQLError):
+            if status == 500:
+                raise
+
+    response = await handle(handler, db, hooks=True, status=status)
+
+    assert Outcome.UNKNOWN is response.events.only(UnitFinished).outcome
+    assert [] == response.hooks
+    assert [1] * (procedure == FAILING[0]) == await shop.items(backend)
+
+
+@on("asyncmy")
+@pytest.mark.parametrize(("status", "hook"), [(200, "commit"), (404, "rollback")])
+async def test_a_procedure_that_only_fails(
+    db: Database, backend: Backend, status: int, hook: str
+) -> None:
+    """The handler may go on after it, as after any error."""
+    await backend.execute(*PROCEDURES)
+
+    async def handler() -> None:
+        await shop.insert(1)
+        with pytest.raises(DBAPIError):
+            await uow.current_session().execute("CALL fails()")
+
+    response = await handle(handler, db, hooks=True, status=status)
+
+    assert status == response.status
+    assert [hook] == response.hooks
+    assert [1] * (status == 200) == await shop.items(backend)
+
+
+@on("asyncmy", "psycopg")
+@pytest.mark.parametrize(
+    ("text", "outcome"),
+    [
+        (";COMMIT", Outcome.UNKNOWN),
+        ("/* a page */ SELECT 1", Outcome.ROLLED_BACK),
+    ],
+)
+async def test_no_answer_to_what_may_end_it(
+    backend: ServerBackend, text: str, outcome: Outcome
+) -> None:
+    """P13: where a statement may hide a COMMIT, its lost answer is that of a COMMIT."""
+    await shop.create(backend)
+    if backend.driver == "asyncmy":
+        await backend.execute(*PROCEDURES)
+        text = text.replace(";COMMIT", "CALL commits()")
+
+    async def handler() -> None:
+        await shop.insert(1)
+        await uow.current_session().execute(text)
+
+    async with backend.proxy() as proxy:
+        db = Database.from_url(backend.through(proxy.port))
+        proxy.cut_after(lambda trip: trip == text.strip(";"))
+        response = await handle(handler, db, hooks=True)
+        await db.dispose()
+
+    assert outcome is response.events.only(UnitFinished).outcome
+    assert ["rollback"] * (outcome is Outcome.ROLLED_BACK) == response.hooks

@@ -42,6 +42,7 @@ class Driver(Protocol):
     # Sends a cancel request for a cancelled statement. It needs an await for that, so
     # a cancelled anyio scope suppresses it.
     cancels_on_server: bool = False
+    errors_hide_state: bool = False  # `in_transaction` is that of before an error
 
     def in_transaction(self, _: Any, /) -> bool:
         return True
@@ -84,7 +85,8 @@ class Database(Protocol):
     IS_READ_ONLY: str  # does the server take no writes, being (now) a replica?
     LAG: str  # how far a replica is behind: "Seconds_Behind_Master"
     CANCEL_SQL: str | None  # stops the statement of a process, from another connection
-    QUESTION_BEFORE_COMMIT: str | None  # fails if the transaction was aborted unseen
+    # Fails if the transaction was aborted unseen, or has the driver know its state.
+    QUESTION_BEFORE_COMMIT: str | None
     # Sent by asgi-uow, since the driver sends none: it is always in autocommit mode, so
     # what follows an error that ended the transaction is committed at once.
     BEGIN_WRITE: str | None
@@ -169,6 +171,11 @@ _COMMITS = _pattern(*(each.IMPLICIT_COMMIT for each in FACTS))
 _VERB = _pattern(r"((?:(?:CREATE|ALTER|DROP)(?:\s+OR\s+REPLACE)?|SET)\s+[a-z]+|[a-z]+)")
 _DML = r"(?is)\s*(?:SELECT|INSERT|UPDATE|DELETE|WITH)\b"
 _PLAIN = re.compile(_DML + r"""(?:(?!--|/\*|\$\D)[^'"\\#])*""")
+_ALONE = re.compile(
+    r"(?is)(?:\s|/\*(?!M?!).*?\*/|--[^\n]*\n)*"
+    r"(?:SELECT|INSERT|UPDATE|DELETE|REPLACE|MERGE|WITH|SAVEPOINT|RELEASE|ROLLBACK)\b"
+    r"[^;]*;?\s*"
+)
 _NUMBER = re.compile(r"(?<![\w$])\d[\w.]*")
 _SETTINGS = re.compile(r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|set_config)\b")
 
@@ -178,6 +185,11 @@ def kind_of(statement: str) -> Kind | None:
     if _CONTROL.match(statement):
         return "transaction_control"
     return "implicit_commit" if _COMMITS.match(statement) else None
+
+
+def may_end_transaction(statement: str) -> bool:
+    """Tell whether a statement of which no answer came may have ended it, unseen."""
+    return _ALONE.fullmatch(statement) is None
 
 
 def without_literals(statement: str) -> str:

@@ -27,7 +27,7 @@ IS_READ_ONLY: str = "SELECT @@global.read_only"
 LAG: str = "SHOW SLAVE STATUS"
 TRANSACTION_ID: str | None = None
 CANCEL_SQL: str | None = "KILL QUERY {}"
-QUESTION_BEFORE_COMMIT: str | None = None
+QUESTION_BEFORE_COMMIT: str | None = "SELECT 1"
 BEGIN_WRITE: str | None = None
 
 # https://mariadb.com/kb/en/mariadb-error-code-reference/
@@ -69,6 +69,7 @@ GTID_LIST = re.compile(rf"{GTID.pattern}(?:,{GTID.pattern})*")
 class Asyncmy:
     is_known = exclusive_streams = True
     savepoints_survive = cursor_needs_begin = cancels_on_server = False
+    errors_hide_state = True  # an error packet has no status
     is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
     process_id = methodcaller("thread_id")
 

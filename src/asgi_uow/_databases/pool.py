@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     Isolation = Literal["REPEATABLE READ"] | None
     DBAPI = interfaces.DBAPIConnection
     Entry = pool.ConnectionPoolEntry
+    Context = interfaces.ExceptionContext
 
 ABORTING_CODES = "asgi_uow.aborting_codes"
 AUTOCOMMIT = "asgi_uow.autocommit"
@@ -182,7 +183,7 @@ class _Policy:
             loop, cut = asyncio.get_running_loop(), self.driver.cut_off
             loop.call_later(CLOSE_SECONDS, cut, raw_of(dbapi))
 
-    def on_error(self, context: interfaces.ExceptionContext) -> None:
+    def on_error(self, context: Context) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
         error = context.original_exception
         demoted = not self.read_only and failures.means(error, "demoted")
@@ -200,11 +201,25 @@ class _Policy:
             if foreign and context.execution_context is not None:
                 info[SETTINGS_CHANGED] = not self.is_memory
             if journal is not None:
+                self._look_again(connection, context)
                 raw = connection.connection.driver_connection
                 journal.record_error(context, raw, info.get(ABORTING_CODES, ()))
         if self.read_only and failures.means(error, "read_only"):
             operation = "A statement"
             raise ReadOnlySessionError(operation) from context.sqlalchemy_exception
+
+    def _look_again(self, connection: Connection, of: Context) -> None:
+        """Learn whether a statement that failed, such as CALL, has ended it all."""
+        journal, error = connection.journal, of.original_exception
+        if journal is None or not known.may_end_transaction(of.statement or "SELECT"):
+            return
+        if of.is_disconnect:
+            journal.ended_unseen = True
+        elif self.driver.errors_hide_state:
+            dbapi: Any = connection.connection.dbapi_connection
+            if not self.driver.aborts_transaction(raw_of(dbapi), error):
+                execute(dbapi, self.database.QUESTION_BEFORE_COMMIT or "")
+                journal.look(dbapi)
 
 
 def _check_statement(_: object, statement: str, *context: object) -> None:

@@ -83,7 +83,7 @@ PSYCOPG_IN_ERROR = 3  # pq.TransactionStatus.INERROR: only ROLLBACK is accepted
 
 class _Driver:
     is_known = savepoints_survive = cursor_needs_begin = cancels_on_server = True
-    exclusive_streams = False
+    exclusive_streams = errors_hide_state = False
 
 
 class Asyncpg(_Driver):

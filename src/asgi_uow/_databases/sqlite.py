@@ -44,7 +44,7 @@ IMPLICIT_COMMIT: str | None = None
 class Aiosqlite:
     is_known = True
     savepoints_survive = cursor_needs_begin = False
-    exclusive_streams = cancels_on_server = False
+    exclusive_streams = cancels_on_server = errors_hide_state = False
     in_transaction = attrgetter("in_transaction")
 
     def is_dead(self, _: object) -> bool:

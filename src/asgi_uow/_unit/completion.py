@@ -103,13 +103,14 @@ class Commit:
                 message = "the connection was lost before COMMIT was sent"
                 raise ConnectionError(message)
             sync.journal.look(dbapi)
-            if sync.journal.ended_unseen:
-                raise errors.TransactionGoneError from sync.journal.doomed_by
             if sync.driver_exposed and facts.QUESTION_BEFORE_COMMIT is not None:
                 try:
                     sync.scalar(text(facts.QUESTION_BEFORE_COMMIT))
                 except DBAPIError as error:
                     raise errors.TransactionGoneError from error
+                sync.journal.look(dbapi)
+            if sync.journal.ended_unseen:
+                raise errors.TransactionGoneError from sync.journal.doomed_by
         if self.db.resolve_unknown and sync.connections:
             self.transaction_id = sync.scalar(text(self.db.facts.TRANSACTION_ID or ""))
 
