@@ -213,13 +213,16 @@ class _Policy:
         journal, error = connection.journal, of.original_exception
         if journal is None or not known.may_end_transaction(of.statement or "SELECT"):
             return
+        dbapi: Any = connection.connection.dbapi_connection
         if of.is_disconnect:
             journal.ended_unseen = True
-        elif self.driver.errors_hide_state:
-            dbapi: Any = connection.connection.dbapi_connection
-            if not self.driver.aborts_transaction(raw_of(dbapi), error):
-                execute(dbapi, self.database.QUESTION_BEFORE_COMMIT or "")
-                journal.look(dbapi)
+        elif self.driver.errors_hide_state and not self.driver.aborts_transaction(
+            raw_of(dbapi), error
+        ):
+            journal.ended_unseen = True  # unless the server says otherwise
+            execute(dbapi, self.database.QUESTION_BEFORE_COMMIT or "")
+            journal.ended_unseen = False
+            journal.look(dbapi)
 
 
 def _check_statement(_: object, statement: str, *context: object) -> None:
