@@ -12,14 +12,15 @@ import itertools
 import random
 from collections import Counter
 from contextlib import suppress
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import anyio
+from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 import asgi_uow as uow
 from asgi_uow import Database
-from asgi_uow.errors import OutcomeUnknownError
+from asgi_uow.errors import AsgiUowError, OutcomeUnknownError
 from tests.promises.faults.mortal import checked_out
 from tests.servers import eventually
 from tests.support.asgi import START, http_scope, no_body, respond
@@ -36,6 +37,7 @@ TOTAL = BALANCE * len(ACCOUNTS)
 CLIENTS = 20
 RUN_SECONDS = 60.0
 NEVER = 10**9
+DELAY = 15  # round trips of others for which the answer to a COMMIT is late
 # SQLAlchemy's pool wakes those who wait for a connection when one comes back, not when
 # connecting failed; a server that was down can leave all of them waiting for so long.
 POOL_TIMEOUT = 1.0
@@ -58,6 +60,14 @@ TABLES = (
     "INSERT INTO accounts (id, balance) VALUES "
     + ", ".join(f"({account}, {BALANCE})" for account in ACCOUNTS),
 )
+PROCEDURES = {
+    "mariadb": (
+        "CREATE PROCEDURE ends_with_commit() COMMIT",
+        "CREATE PROCEDURE ends_with_rollback() ROLLBACK",
+    ),
+    # It lets no procedure end the transaction of who calls it.
+    "postgresql": (),
+}
 
 Row = tuple[object, ...]
 
@@ -81,6 +91,10 @@ class Order:
     """Round trips, of anybody, after which the request is cancelled."""
     in_scope: bool = False
     """Cancelled through an anyio scope, not as a task."""
+    leaves_statement: bool = False
+    """The handler answers while a task of its own still reads on the connection."""
+    ends_with: str = ""
+    """COMMIT or ROLLBACK, of which the handler does not tell the unit of work."""
 
 
 class Plan:
@@ -91,6 +105,8 @@ class Plan:
         "cut_connections": 3,
         "cut_before_commit": 4,
         "cut_after_commit": 4,
+        "garble_commit": 4,
+        "delay_commit": 3,
         "crash": 2,
         "crash_during_commit": 2,
         "restart": 1,
@@ -123,6 +139,8 @@ class Plan:
             is_careless=dice.random() < 0.3,
             patience=dice.choice([NEVER, NEVER, dice.randrange(100)]),
             in_scope=dice.random() < 0.5,
+            leaves_statement=dice.random() < 0.15,
+            ends_with=dice.choice([*10 * [""], "COMMIT", "ROLLBACK"]),
         )
 
 
@@ -254,6 +272,7 @@ class Bank:
         self.attempts: list[Attempt] = []
         self.struck: list[str] = []
         self.events: list[Event] = []
+        self.left: list[asyncio.Task[None]] = []
         proxy.cut_before(self.clock.tick)  # never cuts, sees every trip
         self.db = Database.from_url(
             mortal.backend.through(proxy.port),
@@ -296,7 +315,33 @@ class Bank:
         ignored = (SQLAlchemyError, OSError) if order.is_careless else ()
         with suppress(*ignored):
             status = await self.move(order)
+            if order.ends_with and status == 200:  # all of it, or nothing
+                await self.end(order.ends_with)
+            elif order.leaves_statement:
+                await self.leave_statement()
         return status
+
+    async def end(self, how: str) -> None:
+        """End the transaction where no statement of SQLAlchemy's says so."""
+        if self.mortal.server.name == "mariadb":
+            await uow.current_session().execute(f"CALL ends_with_{how.lower()}()")
+        else:
+            connection = await uow.current_session().connection()
+            raw: Any = (await connection.get_raw_connection()).driver_connection
+            await raw.execute(how)
+
+    async def leave_statement(self) -> None:
+        """Have a statement on its way that passes by the session."""
+        connection = await uow.current_session().connection()
+        sent = asyncio.Event()
+
+        async def read() -> None:
+            sent.set()
+            with suppress(SQLAlchemyError, OSError, AsgiUowError):
+                await connection.execute(text("SELECT sum(amount) FROM transfers"))
+
+        self.left.append(asyncio.create_task(read()))
+        await sent.wait()
 
     async def move(self, order: Order) -> int:
         session = uow.current_session()
@@ -324,6 +369,8 @@ class Bank:
             faults = asyncio.create_task(self.strike())
             try:
                 await asyncio.gather(*map(self.client, self.plan.clients))
+                # No task hangs, whatever became of its connection.
+                await asyncio.gather(*self.left)
             finally:
                 self.clock.over.set()
                 await faults
@@ -384,6 +431,16 @@ class Bank:
     async def cut_after_commit(self) -> None:
         self.proxy.cut_after(self.is_commit)
 
+    async def garble_commit(self) -> None:
+        self.proxy.garble_answer(self.is_commit)
+
+    async def delay_commit(self) -> None:
+        """Hold the answer back until others have asked for something, or nobody does."""
+        hold = self.proxy.hold_answer(self.is_commit)
+        await first(hold.answered, self.clock.over)
+        await first(self.clock.alarm(self.clock.now + DELAY), self.clock.over)
+        hold.release()
+
     async def crash(self) -> None:
         self.up.clear()
         await self.mortal.crash()
@@ -416,6 +473,7 @@ class Bank:
         kept = {row[0] for row in rows}
         transfers = [each for each in self.attempts if not each.order.is_audit]
 
+        assert all(task.done() for task in self.left)
         assert balances == balances_after(rows)
         assert kept <= {each.order.id for each in transfers}
         assert [] == [
@@ -448,6 +506,14 @@ class Bank:
             count[f"status {attempt.status}"] += 1
             count[f"outcome {attempt.outcome and attempt.outcome.name}"] += 1
             count["cancelled"] += attempt.is_cancelled
+            count["false successes"] += attempt.status == 200 and (
+                not attempt.order.is_audit and attempt.order.id not in kept
+            )
+            count["false rollbacks"] += (
+                attempt.outcome is uow.Outcome.ROLLED_BACK and attempt.order.id in kept
+            )
+            count[f"ended by {attempt.order.ends_with or 'the unit'}"] += 1
+            count["statements left in flight"] += attempt.order.leaves_statement
             count["unknown but kept"] += (
                 attempt.outcome is uow.Outcome.UNKNOWN and attempt.order.id in kept
             )

@@ -14,7 +14,15 @@ import pytest
 
 from asgi_uow import Outcome
 from asgi_uow.errors import CommitFailedError, OutcomeUnknownError
-from tests.promises.faults.bank import TABLES, Attempt, Bank, Order, Plan, lies
+from tests.promises.faults.bank import (
+    PROCEDURES,
+    TABLES,
+    Attempt,
+    Bank,
+    Order,
+    Plan,
+    lies,
+)
 from tests.support.asgi import START
 from tests.support.private import Cause, make_unit
 
@@ -33,7 +41,7 @@ async def test_no_false_success(
     mortal: Mortal, seed: int, record_property: Callable[[str, object], None]
 ) -> None:
     """Money is neither made nor lost, and what clients and hooks were told is so."""
-    await mortal.backend.execute(*TABLES)
+    await mortal.backend.execute(*TABLES, *PROCEDURES[mortal.server.name])
     async with mortal.backend.proxy() as proxy:
         bank = Bank(mortal, proxy, Plan(seed))
         try:
