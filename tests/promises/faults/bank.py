@@ -234,6 +234,8 @@ def lies(attempt: Attempt, *, is_kept: bool) -> list[str]:
         "UNKNOWN, but neither a plain 500 nor cancelled": (
             outcome is uow.Outcome.UNKNOWN
             and not (isinstance(attempt.error, OutcomeUnknownError) and status == 500)
+            # What left the handler; the server answers it, with a plain 500.
+            and not (attempt.error is not None and status is None)
             and not attempt.is_cancelled
         ),
         "503 for what may be kept": (
@@ -435,7 +437,7 @@ class Bank:
         self.proxy.garble_answer(self.is_commit)
 
     async def delay_commit(self) -> None:
-        """Hold the answer back until others have asked for something, or nobody does."""
+        """Hold the answer back until others have asked for something."""
         hold = self.proxy.hold_answer(self.is_commit)
         await first(hold.answered, self.clock.over)
         await first(self.clock.alarm(self.clock.now + DELAY), self.clock.over)
