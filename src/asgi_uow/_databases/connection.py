@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.util import await_only
 
 from asgi_uow._databases import known
-from asgi_uow.errors import ConcurrentUseError
+from asgi_uow.errors import ConcurrentUseError, TransactionGoneError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -52,6 +52,11 @@ class Connection(sa.Connection):
             execute(self.connection, statement)
         except BaseException as error:  # noqa: BLE001  # raised again, wrapped
             self._handle_dbapi_exception(error, statement, None, None, None)
+
+    def _revalidate_connection(self) -> Any:
+        if self.journal is not None and self._transaction is None:
+            raise TransactionGoneError  # its unit has ended; nobody would close another
+        return super()._revalidate_connection()
 
     def call_alone(self, end: Callable[[], object]) -> None:
         """Wait until nobody's statement is in flight, call; none begins meanwhile."""

@@ -47,7 +47,11 @@ def without_proof(
         sync, cause = each.writer.sync_session, ended.cause or cause
         for connection in sync.connections:
             if not (connection.closed or connection.invalidated):
-                sync.journal.look(connection.connection.dbapi_connection)
+                dbapi = connection.connection.dbapi_connection
+                sync.journal.look(dbapi)
+                # Nobody knows whether COMMIT is what the driver itself had no answer to.
+                lost = sync.driver_exposed and each.db.driver.is_dead(raw_of(dbapi))
+                sync.journal.ended_unseen = lost or sync.journal.ended_unseen
         if (statement := sync.journal.implicit_commit) is not None:
             kind, error = errors.PartialCommitError, ended.error
             detail = f"MySQL committed by itself for {statement}"
