@@ -145,7 +145,7 @@ class Journal:
         A text does not tell: a comment, a procedure, the driver's own cursor hide what
         ends it. MySQL opens one only for what reads or writes a table.
         """
-        is_busy = dbapi._execute_mutex.locked()  # noqa: SLF001  # in flight
+        is_busy = dbapi._execute_mutex._locked  # noqa: SLF001  # in flight
         if self.entries or self.commit_sent or self.xid is not None or is_busy:
             return
         if self._driver.in_transaction(dbapi._connection):  # noqa: SLF001

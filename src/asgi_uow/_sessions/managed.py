@@ -237,16 +237,15 @@ def _accept_connection(
             "leave `binds` and bind_arguments out, and make a Database for another."
         )
         raise errors.ConfigurationError(message)
-    if AUTOCOMMIT in info:
-        _refuse_autocommit(connection, is_default=info[AUTOCOMMIT])
+    options = connection._execution_options  # noqa: SLF001  # also its engine's
+    if info.get(AUTOCOMMIT) or (AUTOCOMMIT in info and "isolation_level" in options):
+        _refuse_autocommit(connection)
     connection.journal = session.journal
 
 
-def _refuse_autocommit(connection: sa.Connection, *, is_default: bool) -> None:
-    options = connection._execution_options  # noqa: SLF001  # also its engine's
+def _refuse_autocommit(connection: sa.Connection) -> None:
     raw = connection.connection.dbapi_connection
-    can_be = is_default or "isolation_level" in options
-    if can_be and raw and connection.dialect.detect_autocommit_setting(raw):
+    if raw and connection.dialect.detect_autocommit_setting(raw):
         message = (
             "The engine, or the execution options of the connection, say AUTOCOMMIT: "
             "nothing could be rolled back. Leave the isolation level out."

@@ -48,10 +48,13 @@ def without_proof(
         for connection in sync.connections:
             if not (connection.closed or connection.invalidated):
                 dbapi = connection.connection.dbapi_connection
-                sync.journal.look(dbapi)
-                # Nobody knows whether COMMIT is what the driver itself had no answer to.
-                lost = sync.driver_exposed and each.db.driver.is_dead(raw_of(dbapi))
-                sync.journal.ended_unseen = lost or sync.journal.ended_unseen
+                if not each.db.driver.is_dead(raw_of(dbapi)):
+                    sync.journal.look(dbapi)
+                elif sync.driver_exposed and not (
+                    sync.journal.entries or sync.shared.stuck
+                ):
+                    # Perhaps COMMIT is what the driver itself had no answer to.
+                    sync.journal.ended_unseen = True
         if (statement := sync.journal.implicit_commit) is not None:
             kind, error = errors.PartialCommitError, ended.error
             detail = f"MySQL committed by itself for {statement}"
