@@ -319,3 +319,10 @@ async def test_a_cancelled_asyncmy_connection(mariadb: MariaDBBackend) -> None:
     assert means(caught.value.orig, "disconnect")
     assert caught.value.connection_invalidated
     assert not means(ValueError(0), "disconnect")
+
+
+async def test_no_lock() -> None:
+    """Where cursors take no lock of SQLAlchemy, the driver alone is asked."""
+    await known.NO_LOCK.acquire()
+    assert not known.NO_LOCK.locked()
+    known.NO_LOCK.release()

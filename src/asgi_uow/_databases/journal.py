@@ -143,7 +143,8 @@ class Journal:
         A text does not tell: a comment, a procedure, the driver's own cursor hide what
         ends it. MySQL opens one only for what reads or writes a table.
         """
-        if self.entries or dbapi._execute_mutex.locked():  # noqa: SLF001  # in flight
+        lock = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
+        if self.entries or lock.locked():  # a statement is in flight
             return
         if self._driver.in_transaction(dbapi._connection):  # noqa: SLF001
             self.was_open = True
