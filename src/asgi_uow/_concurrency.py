@@ -83,7 +83,7 @@ class Shield:
             if not task.done():
                 asyncio._unregister_task(task)  # noqa: SLF001  # public in the link
                 await self._wait(task)
-            was_stopped = task.cancelled() or (cut and task.done() and task.exception())
+            was_stopped = task.cancelled() or self._cut is not cut
             if not task.done() or (self.is_late and was_stopped):
                 message = f"no answer within {seconds} seconds"
                 raise TimeoutError(message)

@@ -48,7 +48,7 @@ class Gate:
         self.expression = WAITS[backend.name]
         self.insert = (
             "INSERT INTO items (id) SELECT 2 FROM"
-            f" (SELECT {self.expression} AS passed) AS gate"
+            f" (SELECT {self.expression} AS passed) AS gate WHERE passed IS NOT NULL"
         )
         self.select = f"SELECT {self.expression}"
 

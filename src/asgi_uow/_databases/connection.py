@@ -62,7 +62,8 @@ class Connection(sa.Connection):
         """Wait until nobody's statement is in flight, call; none begins meanwhile."""
         # Cursors hold the lock, COMMIT and ROLLBACK do not; a driver knows its own.
         dbapi: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
-        lock, driver = dbapi._execute_mutex, self._execution_options[DRIVER]  # noqa: SLF001
+        lock = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
+        driver = self._execution_options[DRIVER]
         await_only(lock.acquire())
         try:
             while driver.is_busy(raw_of(dbapi)):

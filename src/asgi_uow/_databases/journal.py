@@ -145,8 +145,8 @@ class Journal:
         A text does not tell: a comment, a procedure, the driver's own cursor hide what
         ends it. MySQL opens one only for what reads or writes a table.
         """
-        is_busy = dbapi._execute_mutex._locked  # noqa: SLF001  # in flight
-        if self.entries or self.commit_sent or self.xid is not None or is_busy:
+        lock = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
+        if lock._locked or self.entries or self.commit_sent or self.xid:  # noqa: SLF001
             return
         if self._driver.in_transaction(dbapi._connection):  # noqa: SLF001
             self.was_open = True

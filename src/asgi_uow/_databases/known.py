@@ -69,6 +69,23 @@ class Driver(Protocol):
         return None
 
 
+class NoLock:
+    """In place of SQLAlchemy's, which 2.0 has for asyncmy and asyncpg alone."""
+
+    _locked = _waiters = False
+
+    async def acquire(self) -> None:
+        pass
+
+    def release(self) -> bool:
+        return False
+
+    locked = release
+
+
+NO_LOCK = NoLock()
+
+
 class _UnknownDriver(Driver):
     pass
 

@@ -173,7 +173,7 @@ class _Policy:
 
     def _is_busy(self, dbapi: Any) -> bool:
         """Tell whether a statement is in flight, or waits for one that was."""
-        lock = dbapi._execute_mutex  # noqa: SLF001
+        lock = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
         in_turn = lock._locked or lock._waiters  # noqa: SLF001
         return bool(in_turn) or self.driver.is_busy(raw_of(dbapi))
 

@@ -125,6 +125,7 @@ class Connection(aiosqlite.Connection):
         self.cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
         self._begin: str | None = None
         self._stopped: asyncio.Future[None] | None = None
+        self._is_beginning = False
 
     def begin(self, statement: str) -> None:
         self._begin = statement  # executed just before the next statement
@@ -135,7 +136,8 @@ class Connection(aiosqlite.Connection):
 
     @property
     def in_transaction(self) -> bool:
-        return self._begin is not None or super().in_transaction
+        begins = self._begin is not None or self._is_beginning
+        return begins or super().in_transaction
 
     def cursor(self) -> Cursor:  # type: ignore[override]  # awaited or entered alike
         return Cursor(self)
@@ -176,6 +178,7 @@ class Connection(aiosqlite.Connection):
         """Run `fn` in the thread; when cancelled, interrupt, clean up, then go on."""
         raw = self._conn  # raises if it is closed
         steps = [fn] if begin is None else [fn, partial(raw.execute, begin)]
+        self._is_beginning = self._is_beginning or begin is not None
         try:
             result: T = await super()._execute(_take_steps, steps)  # type: ignore[no-untyped-call]
         except sqlite3.Error:
@@ -188,6 +191,8 @@ class Connection(aiosqlite.Connection):
             with suppress(ValueError, sqlite3.ProgrammingError):  # closed meanwhile
                 await run_to_completion(self._undo())
             raise
+        finally:
+            self._is_beginning = self._is_beginning and begin is None
         return result
 
     async def _undo(self) -> None:
