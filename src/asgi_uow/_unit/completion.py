@@ -50,9 +50,7 @@ def without_proof(
                 dbapi = connection.connection.dbapi_connection
                 if not each.db.driver.is_dead(raw_of(dbapi)):
                     sync.journal.look(dbapi)
-                elif sync.driver_exposed and not (
-                    sync.journal.entries or sync.shared.stuck
-                ):
+                elif sync.driver_exposed and not sync.journal.entries:
                     # Perhaps COMMIT is what the driver itself had no answer to.
                     sync.journal.ended_unseen = True
         if (statement := sync.journal.implicit_commit) is not None:
@@ -212,10 +210,14 @@ class Completion:
     ) -> Ended:
         """See `without_proof`; what is in flight may still end the transaction."""
         for each in participants:
-            if (writer := each.writer) is None or writer.shared.stuck:
+            writer = each.writer
+            if writer is None or not writer.sync_session.driver_exposed:
                 continue
-            if writer.sync_session.driver_exposed:
-                await self._close(writer, writer.sync_session.wait_for_others)
+            if not writer.shared.stuck:
+                wait = writer.sync_session.wait_for_others
+                await self._try(writer, _in_lock(writer, wait))
+            if writer.shared.stuck and not writer.journal.entries:
+                writer.journal.ended_unseen = True
         return without_proof(ended, cause, participants)
 
     async def roll_back(self, session: Session, ended: Ended) -> None:
