@@ -40,19 +40,6 @@ class Shield:
     If it `forwards` cancellations, the work is cancelled and gets `GRACE` seconds.
     """
 
-    __slots__ = (
-        "_cut",
-        "_forwards",
-        "_gave_up",
-        "_loop",
-        "_timer",
-        "_until",
-        "_waiter",
-        "cancelled",
-        "is_late",
-        "seconds",
-    )
-
     def __init__(self, *, forwards: bool = False) -> None:
         self.cancelled: BaseException | None = None
         self._forwards = forwards

@@ -14,7 +14,7 @@ import dataclasses
 import enum
 import logging
 import time
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -43,7 +43,9 @@ logger: logging.Logger = logging.getLogger("asgi_uow")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _About:
+class Event:
+    """What every event has."""
+
     unit: object = dataclasses.field(default=None, compare=False, repr=False)
     """The unit of work it is about: the same object in all events of one unit."""
     at: int = dataclasses.field(default_factory=time.time_ns, compare=False, repr=False)
@@ -53,15 +55,12 @@ class _About:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class UnitStarted(_About):
-    """A unit of work was asked for its first session, or for its first hook.
-
-    Told at once, in the task that asked.
-    """
+class UnitStarted(Event):
+    """A unit was asked for its first session or hook; told at once, in that task."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class UnitFinished(_About):
+class UnitFinished(Event):
     """A unit of work that opened a session or registered a hook was decided.
 
     A hook that asks for a session has a unit of its own, which is told of too.
@@ -81,7 +80,7 @@ class UnitFinished(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class CommitFailed(_About):
+class CommitFailed(Event):
     """A commit was wanted and the work was not kept, or may not have been."""
 
     error: Exception
@@ -93,11 +92,8 @@ class CommitFailed(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class HookStarted(_About):
-    """A hook is about to be called.
-
-    Told at once, in the task and context in which the hook runs.
-    """
+class HookStarted(Event):
+    """A hook is about to be called; told at once, in its own task and context."""
 
     phase: str
     """`before_commit`, `after_commit`, `after_rollback` or `after_response`."""
@@ -108,7 +104,7 @@ class HookStarted(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class HookFinished(_About):
+class HookFinished(Event):
     """A hook has returned or raised; told where `HookStarted` was."""
 
     phase: str
@@ -120,7 +116,7 @@ class HookFinished(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class HookFailed(_About):
+class HookFailed(Event):
     """A hook raised or took longer than `hook_timeout`; the others still ran.
 
     Or the work it did with a session of its own could not be committed. Once per
@@ -134,7 +130,7 @@ class HookFailed(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ConnectionReleased(_About):
+class ConnectionReleased(Event):
     """A session gave its connection back after `seconds`, or it was thrown away."""
 
     database: str
@@ -144,7 +140,7 @@ class ConnectionReleased(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReleaseFailed(_About):
+class ReleaseFailed(Event):
     """A connection could not be rolled back or closed; it was thrown away."""
 
     operation: str
@@ -152,7 +148,7 @@ class ReleaseFailed(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ImplicitCommit(_About):
+class ImplicitCommit(Event):
     """MySQL committed in the middle of a unit because of DDL; it cannot be undone."""
 
     statement: str
@@ -160,7 +156,7 @@ class ImplicitCommit(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReaderFailed(_About):
+class ReaderFailed(Event):
     """A read replica could not be reached; it is left alone for `seconds`.
 
     The unit went on with another one, or with the writer's server.
@@ -173,14 +169,14 @@ class ReaderFailed(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReaderRestored(_About):
+class ReaderRestored(Event):
     """A read replica that had failed is used again."""
 
     database: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReaderBehind(_About):
+class ReaderBehind(Event):
     """A read replica had not applied in time what the client has written.
 
     The unit went on with another one, or with the writer's server.
@@ -189,22 +185,6 @@ class ReaderBehind(_About):
     database: str
     seconds: float
     """How long it was waited for, at most."""
-
-
-Event: TypeAlias = (
-    UnitStarted
-    | UnitFinished
-    | CommitFailed
-    | HookStarted
-    | HookFinished
-    | HookFailed
-    | ConnectionReleased
-    | ReleaseFailed
-    | ImplicitCommit
-    | ReaderFailed
-    | ReaderRestored
-    | ReaderBehind
-)
 
 
 class Observer(Protocol):

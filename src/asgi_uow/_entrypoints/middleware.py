@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING
 
 from asgi_uow import _decision
 from asgi_uow._concurrency import run_to_completion
-from asgi_uow._decision import (
-    ERROR_STATUS,
-    SETTLED,
-    UNDECIDED,
-    Cause,
-    Outcome,
-    State,
-)
+from asgi_uow._decision import ERROR_STATUS, SETTLED, UNDECIDED, Cause, Outcome, State
 from asgi_uow._entrypoints.problem import FAILURE, START, problem_details
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._reading.route import written_position
