@@ -17,16 +17,15 @@ from sanic import HTTPResponse
 from sanic.exceptions import ServerError
 from sanic.http.constants import HTTP
 
-from asgi_uow._decision import commit_below_400
 from asgi_uow._entrypoints.middleware import UnitOfWorkMiddleware
 from asgi_uow._entrypoints.problem import START, problem
 from asgi_uow._unit.unit import current
 from asgi_uow.database import Database
 from asgi_uow.errors import ConfigurationError, UnitOfWorkFailedError
-from asgi_uow.observers import LoggingObserver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TypedDict, Unpack
 
     from sanic import Request, Sanic
 
@@ -35,6 +34,14 @@ if TYPE_CHECKING:
     from asgi_uow._reading.causal import CausalReads
     from asgi_uow.observers import Observer
 
+    class _Options(TypedDict, total=False):
+        commit_when: CommitWhen
+        observers: Sequence[Observer]
+        causal_reads: CausalReads | None
+        commit_timeout: float | None
+        hook_timeout: float | None
+
+
 __all__ = ["setup"]
 
 REQUEST = "asgi_uow.sanic.request"
@@ -42,19 +49,13 @@ WRITE = "asgi_uow.sanic.write"
 
 
 def setup(
-    app: Sanic[Any, Any],
-    *databases: Database,
-    commit_when: CommitWhen = commit_below_400,
-    observers: Sequence[Observer] = (LoggingObserver(),),
-    causal_reads: CausalReads | None = None,
-    commit_timeout: float | None = 30.0,
-    hook_timeout: float | None = 5.0,
+    app: Sanic[Any, Any], *databases: Database, **options: Unpack[_Options]
 ) -> Database:
     """Give every HTTP request of `app` one unit of work on `databases`.
 
     The unit is committed or rolled back just before the first byte of the response
     is written, as `UnitOfWorkMiddleware` does at `http.response.start`; the options
-    are the same. Work that was not kept is raised as `UnitOfWorkFailedError`, which
+    are its own. Work that was not kept is raised as `UnitOfWorkFailedError`, which
     `@app.exception(...)` may answer; otherwise the answer is the middleware's.
     Websocket handlers use `async with db:`, once per message.
 
@@ -71,17 +72,8 @@ def setup(
     if not databases:
         app.ctx.db = Database.from_config(app.config)
         databases = (app.ctx.db,)
-    middleware = UnitOfWorkMiddleware(
-        _application,
-        *databases,
-        commit_when=commit_when,
-        observers=observers,
-        causal_reads=causal_reads,
-        error_app=None,
-        commit_timeout=commit_timeout,
-        hook_timeout=hook_timeout,
-    )
-    server = app.ctx.asgi_uow = _Server(middleware)
+    serve = UnitOfWorkMiddleware(_application, *databases, error_app=None, **options)
+    server = app.ctx.asgi_uow = _Server(serve)
     # First, before the application's own listener uses the database.
     app.before_server_start(server.start, priority=1000)
     app.after_server_stop(server.stop)
@@ -144,9 +136,9 @@ class _Server:
 def _refuse_other_servers(app: Sanic[Any, Any]) -> None:
     if app.asgi:
         message = (
-            "asgi_uow.sanic.setup() is for Sanic's own server, and this is an ASGI "
-            "server: leave it out and run UnitOfWorkMiddleware(app, db)."
+            "asgi_uow.sanic.setup() is for Sanic's own server; leave it out under "
         )
+        message += "an ASGI server and run UnitOfWorkMiddleware(app, db)."
         raise ConfigurationError(message)
     versions = [info.settings.get("version") for info in app.state.server_info]
     if HTTP.VERSION_3 in versions:

@@ -68,9 +68,10 @@ class UnitOfWorkMiddleware:
             message = "UnitOfWorkMiddleware(app, db): pass at least one Database."
             raise TypeError(message)
         if is_async(commit_when):
-            message = "UnitOfWorkMiddleware(commit_when): it is asked between two "
-            message += "messages and cannot be async; a handler that has to ask the "
-            message += "database calls set_rollback_only() itself."
+            message = (
+                "UnitOfWorkMiddleware(commit_when): it cannot be async; where the "
+            )
+            message += "database has to be asked, a handler calls set_rollback_only()."
             raise TypeError(message)
         self.app = app
         self.databases = databases
@@ -130,12 +131,10 @@ class UnitOfWorkMiddleware:
                     await db.dispose_owned()
             await send(message)
 
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, disposing)
-            return
+        is_lifespan = scope["type"] == "lifespan"
         token = current.set(None)
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, disposing if is_lifespan else send)
         finally:
             current.reset(token)
 
