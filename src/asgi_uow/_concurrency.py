@@ -56,11 +56,9 @@ class Shield:
     ) -> T:
         """Await `work`; after so many seconds it is cancelled, and left `GRACE` later.
 
-        Raises `TimeoutError` in both cases, unless it still gave a result. It also
-        returns when `work` ignores its cancellation, as a driver may that waits for
-        a server which stopped answering. `cut` is called before, to have it fail: what
-        is cancelled may talk to the server first. What may start the like of itself in
-        turn, as hooks do, does not start `at_once`: that is a call in this call.
+        Raises `TimeoutError` in both cases, unless it still gave a result. `cut` is
+        called before, to have `work` fail: what is cancelled may talk to the server
+        first. What may start the like of itself, as hooks do, must not start `at_once`.
         """
         self.seconds, self._gave_up, self._cut = seconds, False, cut
         self.restart()
@@ -161,10 +159,7 @@ async def bounded(
     forwards: bool = True,
     cut: Callable[[], None] | None = None,
 ) -> T:
-    """Await `work` for at most `seconds`; then cancel it and raise `TimeoutError`.
-
-    Unlike `asyncio.timeout()` this also returns when `work` does not react.
-    """
+    """Await `work` as `Shield.run` does, even if it ignores its cancellation."""
     shield = Shield(forwards=forwards)
     try:
         return await shield.run(work, seconds, cut=cut)
@@ -173,11 +168,7 @@ async def bounded(
 
 
 class TaskLock:
-    """Lets one task at a time use a session; its owner may take it again.
-
-    Overlap is what counts, not which task owns the session: frameworks switch
-    tasks between a request's middleware and its endpoint.
-    """
+    """Lets one task at a time use a session; its owner may take it again."""
 
     __slots__ = ("_depth", "_owner", "_waiting")
 

@@ -135,10 +135,8 @@ class _Server:
 
 def _refuse_other_servers(app: Sanic[Any, Any]) -> None:
     if app.asgi:
-        message = (
-            "asgi_uow.sanic.setup() is for Sanic's own server; leave it out under "
-        )
-        message += "an ASGI server and run UnitOfWorkMiddleware(app, db)."
+        message = "asgi_uow.sanic.setup() is for Sanic's own server: under an ASGI "
+        message += "server leave it out and run UnitOfWorkMiddleware(app, db)."
         raise ConfigurationError(message)
     versions = [info.settings.get("version") for info in app.state.server_info]
     if HTTP.VERSION_3 in versions:

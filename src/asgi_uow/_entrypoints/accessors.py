@@ -49,9 +49,8 @@ def current_session(db: Engines | None = None) -> Session:
 def current_read_session(db: Engines | None = None) -> Session:
     """Give the read-only session of the current unit of work.
 
-    The database itself refuses writes on it. It stays open for generators and
-    background tasks after the response has started, and is closed when the
-    application returns. Raises as `current_session` does.
+    The database itself refuses writes on it. It stays open until the application
+    returns, for generators and background tasks. Raises as `current_session` does.
     """
     return require("current_read_session()").read_session(db)
 
@@ -59,10 +58,10 @@ def current_read_session(db: Engines | None = None) -> Session:
 async def session_dependency() -> Session:
     """Give the write session, as `current_session` does, where one is injected.
 
-    For FastAPI: `Annotated[AsyncSession, Depends(session_dependency)]`. It is async
-    so that no worker thread is needed, and takes no argument that could become a
-    parameter of the request. The session is that of the unit's first database.
+    For FastAPI: `Annotated[AsyncSession, Depends(session_dependency)]`. The session
+    is that of the unit's first database.
     """
+    # No argument: it could become a parameter of the request.
     return current_session()
 
 
@@ -75,11 +74,10 @@ async def read_session_dependency() -> Session:
 async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
     """Give a read session of its own to one of several tasks that read at once.
 
-    `async with parallel_read() as session:`, inside each task. Its connection comes
-    from the read engine, never from the writer's pool, and goes back when the block
-    is left. It does not see objects of `current_read_session()`. Once the unit has
-    written, it reads in the writer's transaction, where tasks take turns. Raises as
-    `current_session` does.
+    `async with parallel_read() as session:`, inside each task. Its connection is the
+    read engine's, and goes back when the block is left. It does not see objects of
+    `current_read_session()`. Once the unit has written, it reads in the writer's
+    transaction, where tasks take turns. Raises as `current_session` does.
     """
     unit = require("parallel_read()")
     participant = unit.reading("parallel_read()", db)
@@ -169,12 +167,11 @@ def deferred(
 ) -> Callable[P, None] | Callable[[Callable[P, object]], Callable[P, None]]:
     """Make calls of a function wait for the commit, as with `after_commit`.
 
-    Calling the decorated function, or method, registers it with its arguments and
-    returns None. `when` gets the same arguments; where it is false the call does
-    nothing. What was decorated can be called at once as `fn.__wrapped__(...)`.
-
-    Calls raise `NoUnitOfWorkError` outside a unit of work. Raises `TypeError` for
-    what is no function, and for a predicate that is async.
+    A call registers the function, or method, with its arguments and returns None;
+    where `when`, called with the same arguments, is false it does nothing. To call it
+    at once: `fn.__wrapped__(...)`. Outside a unit of work calls raise
+    `NoUnitOfWorkError`. Raises `TypeError` for what is no function, and for a
+    predicate that is async.
     """
     if when is not None and is_async(when):
         message = f"deferred(when={name_of(when)}): the predicate cannot be async."
@@ -182,11 +179,8 @@ def deferred(
 
     def decorate(fn: Callable[P, object]) -> Callable[P, None]:
         if isinstance(fn, staticmethod | classmethod) or not callable(fn):
-            kind = type(fn).__name__
-            message = (
-                f"deferred() takes a function, not a {kind}. Is the order of the "
-                "decorators wrong? Write @staticmethod or @classmethod above @deferred."
-            )
+            message = f"deferred() takes a function, not a {type(fn).__name__}: write "
+            message += "@staticmethod or @classmethod above @deferred."
             raise TypeError(message)
 
         @functools.wraps(fn)
