@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import math
 import sys
-from collections import deque
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from anyio import CancelScope
@@ -18,11 +17,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-GRACE = 7.0
-"""Seconds a timed-out operation gets to close its connection; psycopg takes 5."""
-
-CUT_GRACE = 1.0
-"""Seconds for an operation to notice that its connection was cut off."""
+GRACE = 7.0  # seconds for what is late to close its connection; psycopg takes 5
+CUT_GRACE = 1.0  # seconds for noticing that its connection was cut off
 
 # What never has to wait takes no turn of the loop.
 EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
@@ -175,7 +171,7 @@ class TaskLock:
     def __init__(self) -> None:
         self._owner: AnyTask | None = None
         self._depth = 0
-        self._waiting: deque[tuple[AnyTask, asyncio.Future[None]]] | None = None
+        self._waiting: list[tuple[AnyTask, asyncio.Future[None]]] = []
 
     @property
     def is_free(self) -> bool:
@@ -197,8 +193,6 @@ class TaskLock:
     async def wait(self, task: AnyTask) -> None:
         """Wait until it is this task's turn; then the lock is taken."""
         granted = asyncio.get_running_loop().create_future()
-        if self._waiting is None:
-            self._waiting = deque()
         entry = (task, granted)
         self._waiting.append(entry)
         try:
@@ -217,7 +211,7 @@ class TaskLock:
             return
         self._owner = None
         if self._waiting:
-            self._owner, granted = self._waiting.popleft()
+            self._owner, granted = self._waiting.pop(0)
             self._depth = 1
             # Cancelled in this turn of the loop: wait() will hand it on.
             if not granted.done():

@@ -100,9 +100,8 @@ class NestedUnitOfWorkError(AsgiUowError, RuntimeError):
     """A unit of work was opened inside one of the same database."""
 
     template = (
-        "A unit of work for {!r} is already open here. Use savepoint() for a part that "
-        "may fail, or unit_of_work(db, independent=True) for a separate connection "
-        "with an outcome of its own."
+        "A unit of work for {!r} is open here. Use savepoint() for a part that may "
+        "fail, or unit_of_work(db, independent=True): a connection and outcome apart."
     )
 
 

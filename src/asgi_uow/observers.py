@@ -61,10 +61,7 @@ class UnitStarted(Event):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UnitFinished(Event):
-    """A unit of work that opened a session or registered a hook was decided.
-
-    A hook that asks for a session has a unit of its own, which is told of too.
-    """
+    """A unit that opened a session or registered a hook was decided; a hook's too."""
 
     outcome: Outcome
     cause: Cause | None
@@ -117,10 +114,9 @@ class HookFinished(Event):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HookFailed(Event):
-    """A hook raised or took longer than `hook_timeout`; the others still ran.
+    """A hook, or the commit of its own session, failed or took too long; once per hook.
 
-    Or the work it did with a session of its own could not be committed. Once per
-    hook. A `before_commit` hook that fails is a `CommitFailed`.
+    The others still ran. A `before_commit` hook that fails is a `CommitFailed`.
     """
 
     phase: str
@@ -157,10 +153,7 @@ class ImplicitCommit(Event):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReaderFailed(Event):
-    """A read replica could not be reached; it is left alone for `seconds`.
-
-    The unit went on with another one, or with the writer's server.
-    """
+    """A read replica failed, is left alone for `seconds`; another server was read."""
 
     database: str
     """The URL of the replica, without its password."""
@@ -177,10 +170,7 @@ class ReaderRestored(Event):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReaderBehind(Event):
-    """A read replica had not applied in time what the client has written.
-
-    The unit went on with another one, or with the writer's server.
-    """
+    """A read replica lacked what the client has written; another server was read."""
 
     database: str
     seconds: float

@@ -27,11 +27,8 @@ if TYPE_CHECKING:
     from asgi_uow._reading.causal import CausalReads
     from asgi_uow.observers import Observer
 
-UNIT = "asgi_uow.unit"
-"""The key in the scope under which an inner middleware finds the unit."""
-
-POSITION_SECONDS = 2.0
-"""Seconds for learning a position; after them the client reads from the writer."""
+UNIT = "asgi_uow.unit"  # the key in the scope, for another middleware inside
+POSITION_SECONDS = 2.0  # for learning a position; then the client reads the writer
 
 
 class UnitOfWorkMiddleware:

@@ -70,10 +70,7 @@ class CausalReads:
                 _refuse(f"{option}={value!r}", "a name as HTTP allows it")
 
     def positions(self, headers: Headers) -> dict[str, str]:
-        """Read a request's positions, by the name of the database.
-
-        Empty where there is no token, or none that is genuine and of our time.
-        """
+        """Read the positions in a request's valid tokens, by name of the database."""
         tokens = filter(None, map(self._open, self._tokens(headers)))
         found: dict[str, str] = {}
         for _, positions in sorted(tokens, key=lambda token: token[0]):
