@@ -23,9 +23,8 @@ AsgiUowError
     └── PartialCommitError        one database committed, another did not
 ```
 
-All but the root also inherit from the builtin that fits, so that code which knows
-nothing of asgi-uow can catch them. None is an `OSError`: frameworks mistake one
-that is raised out of `send` for a client that went away.
+All but the root are also of the builtin type that fits. None is an `OSError`:
+frameworks mistake one that is raised out of `send` for a client that went away.
 """
 
 from __future__ import annotations
@@ -166,8 +165,7 @@ class UnitOfWorkFailedError(AsgiUowError, RuntimeError):
     """A commit was wanted and the work was not kept, or may not have been.
 
     `outcome` and `cause` say what happened; `__cause__` is the error underneath.
-    `retry_after` is a number of seconds where the work is proven not kept and
-    trying again may help, otherwise None.
+    `retry_after`: seconds; None unless the work is proven not kept and it may help.
     """
 
     what = "The unit of work was not committed"

@@ -1,11 +1,8 @@
 """What happened, for logs, metrics and error trackers.
 
-An observer is any callable that takes one event; events are frozen and of the
-types below. It is called in the event loop and should return soon. What it raises
-is logged and changes nothing.
-
-`UnitOfWorkMiddleware(app, db, observers=(LoggingObserver(), mine))` replaces the
-default, which is one `LoggingObserver`.
+An observer is any callable that takes one event. It is called in the event loop and
+should return soon; what it raises is logged and changes nothing. The default is one
+`LoggingObserver`: `UnitOfWorkMiddleware(app, db, observers=(LoggingObserver(), mine))`.
 """
 
 from __future__ import annotations

@@ -30,8 +30,7 @@ def in_unit_of_work() -> bool:
 def current_unit_of_work() -> UnitOfWork:
     """Give the unit of work of this request or `async with db:` block.
 
-    Raises `NoUnitOfWorkError` where there is none and `UnitOfWorkClosedError` in a
-    task that has outlived it.
+    Raises `NoUnitOfWorkError` without one, `UnitOfWorkClosedError` once it is closed.
     """
     return require("current_unit_of_work()")
 
@@ -91,8 +90,7 @@ async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
 def savepoint(db: Engines | None = None) -> Savepoint:
     """Open a SAVEPOINT around a part that may fail, with `async with`.
 
-    An exception that leaves the block rolls back to the savepoint and goes on; the
-    unit of work can still be committed.
+    An exception rolls back to it and goes on; the unit can still be committed.
     """
     return require("savepoint()").session(db).begin_nested()
 

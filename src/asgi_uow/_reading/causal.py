@@ -94,8 +94,7 @@ class CausalReads:
     ) -> tuple[bytes, bytes]:
         """Make the header that gives the client `positions`, by name of the database.
 
-        `secure`: the request came by https, so the cookie needs no other way.
-        Positions that are too long for a cookie become `READ_FROM_WRITER`.
+        `secure`: by https only. Too long for a cookie, they are `READ_FROM_WRITER`.
         """
         token = self._seal(positions)
         if not self._fits(token):
