@@ -29,18 +29,16 @@ class Shield:
 
     A native `task.cancel()` pierces anyio's shield and is absorbed by the loop; a
     level-triggered cancel scope would make the loop spin and is held off by the
-    shield. The tasks are hidden from `asyncio.all_tasks()`, so that the end of
+    shield. One that `forwards` also cancels the work, which gets `GRACE` seconds then.
+    The tasks are hidden from `asyncio.all_tasks()`, so that the end of
     `asyncio.run()`, which cancels every task it can see, waits for them.
     https://docs.python.org/3/library/asyncio-extending.html#task-lifetime-support
-
-    If it `forwards` cancellations, the work is cancelled and gets `GRACE` seconds.
     """
 
     def __init__(self, *, forwards: bool = False) -> None:
         self.cancelled: BaseException | None = None
         self._forwards = forwards
         self._loop = asyncio.get_running_loop()
-        self._waiter: asyncio.Future[None] | None = None
 
     async def run(
         self,
@@ -105,7 +103,7 @@ class Shield:
                 self._timer.cancel()
 
     def _wake(self, _: object = None) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        if not self._waiter.done():
             self._waiter.set_result(None)
 
     def _watch(self, task: AnyTask) -> asyncio.TimerHandle:

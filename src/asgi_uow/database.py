@@ -113,9 +113,8 @@ class Database(Engines):
         Reads `DATABASE_URL`, `READ_URLS` (comma-separated or a list), `ECHO`,
         `ECHO_POOL`, `POOL_SIZE`, `MAX_OVERFLOW`, `POOL_PRE_PING`, `POOL_RECYCLE`
         and `POOL_TIMEOUT` (seconds) and `POOL_CLASS` (a class name of
-        `sqlalchemy.pool`), each with the prefix. Values may be strings. Raises
-        `ConfigurationError` naming key and kind for one that does not cast; warns of
-        a key that looks misspelt and leaves all others alone.
+        `sqlalchemy.pool`), each with the prefix. Values may be strings; one that does
+        not cast raises `ConfigurationError`. Warns of a key that looks misspelt.
         """
         config = configuration.read(mapping, prefix)
         urls = config.read_urls
@@ -134,8 +133,7 @@ class Database(Engines):
     async def check(self, *, timeout: float = 2.0) -> Health:  # noqa: ASYNC109  # its name
         """Ask writer and readers how they are, at once: for `/healthz`.
 
-        Each gets `timeout` seconds, waiting for a free connection included. A server
-        that is down is reported, not raised.
+        Each gets `timeout` seconds, connecting included; one that is down is reported.
         """
         return await check(self.read_engine, self.replicas, timeout)
 

@@ -186,7 +186,6 @@ _UNIT = (
 )
 _COMMIT = "unit of work not kept: %(outcome)s, cause %(cause)s, driver code %(code)s"
 _IMPLICIT = "the database committed in the middle of a unit of work: %(statement)s"
-_RELEASE = "%(operation)s failed; the connection was thrown away"
 _FAILED = "reader %(database)s is left alone for %(seconds).1f s after %(error)s"
 _BEHIND = "reader %(database)s was behind for more than %(seconds).1f s"
 # What is logged of an event; the others are beginnings, or what went well.
@@ -195,7 +194,7 @@ LINES: Mapping[type[Event], tuple[int, str]] = {
     CommitFailed: (logging.ERROR, _COMMIT),
     HookFailed: (logging.ERROR, "%(phase)s hook %(hook)s failed"),
     ImplicitCommit: (logging.ERROR, _IMPLICIT),
-    ReleaseFailed: (logging.ERROR, _RELEASE),
+    ReleaseFailed: (logging.ERROR, "%(operation)s failed; the connection was dropped"),
     ReaderFailed: (logging.WARNING, _FAILED),
     ReaderRestored: (logging.INFO, "reader %(database)s is used again"),
     ReaderBehind: (logging.DEBUG, _BEHIND),

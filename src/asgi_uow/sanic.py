@@ -83,11 +83,7 @@ def setup(
 
 @dataclasses.dataclass(eq=False)
 class _Server:
-    """Has the middleware serve the requests of Sanic's own server.
-
-    What the middleware takes for its application is Sanic's handling of a request,
-    whose `http.response.start` is the first write of the response.
-    """
+    """Has the middleware serve Sanic's requests; the start is their first write."""
 
     middleware: UnitOfWorkMiddleware
     process: int = dataclasses.field(default_factory=os.getpid)

@@ -117,9 +117,9 @@ def before_commit(
 ) -> None:
     """Call `fn` inside the transaction, just before COMMIT, in order.
 
-    The place for a transactional enqueue. One that raises, or takes longer than
-    `hook_timeout` seconds, has everything rolled back. It may register others.
-    Raises `TypeError` if `fn` is not callable.
+    For a transactional enqueue. One that raises, or takes longer than `hook_timeout`
+    seconds, has everything rolled back. It may register others. Raises `TypeError` if
+    `fn` is not callable, as all of these do.
     """
     register(require("before_commit()"), "before_commit", fn, args, kwargs)
 

@@ -21,9 +21,9 @@ from asgi_uow.observers import LoggingObserver
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
-    from asgi_uow._asgi import ASGIApp, Headers, Message, Receive, Scope, Send
+    from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._decision import CommitWhen
+    from asgi_uow._decision import CommitWhen, Headers
     from asgi_uow._reading.causal import CausalReads
     from asgi_uow.observers import Observer
 

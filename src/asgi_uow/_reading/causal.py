@@ -16,8 +16,8 @@ from asgi_uow.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from asgi_uow._asgi import Headers
     from asgi_uow._databases.engines import Engines
+    from asgi_uow._decision import Headers
 
 READ_FROM_WRITER = ""  # the position of a write whose position could not be learnt
 SHORTEST_SECRET = 16
