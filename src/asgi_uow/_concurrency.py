@@ -153,7 +153,7 @@ async def bounded(
     forwards: bool = True,
     cut: Callable[[], None] | None = None,
 ) -> T:
-    """Await `work` as `Shield.run` does, even if it ignores its cancellation."""
+    """Raise `TimeoutError` after `seconds`, even if `work` ignores its cancellation."""
     shield = Shield(forwards=forwards)
     try:
         return await shield.run(work, seconds, cut=cut)
@@ -164,6 +164,7 @@ async def bounded(
 class TaskLock:
     """Lets one task at a time use a session; its owner may take it again."""
 
+    # Overlap is what counts: frameworks switch tasks within one request.
     __slots__ = ("_depth", "_owner", "_waiting")
 
     def __init__(self) -> None:

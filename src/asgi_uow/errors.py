@@ -100,7 +100,7 @@ class NestedUnitOfWorkError(AsgiUowError, RuntimeError):
 
     template = (
         "A unit of work for {!r} is open here. Use savepoint() for a part that may "
-        "fail, or unit_of_work(db, independent=True): a connection and outcome apart."
+        "fail, or unit_of_work(db, independent=True), which has its own connection."
     )
 
 
@@ -165,7 +165,7 @@ class UnitOfWorkFailedError(AsgiUowError, RuntimeError):
     """A commit was wanted and the work was not kept, or may not have been.
 
     `outcome` and `cause` say what happened; `__cause__` is the error underneath.
-    `retry_after`: seconds; None unless the work is proven not kept and it may help.
+    `retry_after`: seconds; None unless nothing was kept and trying again may help.
     """
 
     what = "The unit of work was not committed"

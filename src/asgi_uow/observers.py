@@ -58,7 +58,7 @@ class UnitStarted(Event):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UnitFinished(Event):
-    """A unit that opened a session or registered a hook was decided; a hook's too."""
+    """A unit that opened a session or registered a hook was decided, or a hook's."""
 
     outcome: Outcome
     cause: Cause | None
@@ -150,7 +150,7 @@ class ImplicitCommit(Event):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReaderFailed(Event):
-    """A read replica failed, is left alone for `seconds`; another server was read."""
+    """A replica failed and is left alone for `seconds`; another server was read."""
 
     database: str
     """The URL of the replica, without its password."""
@@ -167,7 +167,7 @@ class ReaderRestored(Event):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReaderBehind(Event):
-    """A read replica lacked what the client has written; another server was read."""
+    """A replica did not have in time what the client wrote; another server was read."""
 
     database: str
     seconds: float

@@ -55,9 +55,9 @@ def setup(
 
     The unit is committed or rolled back just before the first byte of the response
     is written, as `UnitOfWorkMiddleware` does at `http.response.start`; the options
-    are its own. Work that was not kept is raised as `UnitOfWorkFailedError`, which
-    `@app.exception(...)` may answer; otherwise the answer is the middleware's.
-    Websocket handlers use `async with db:`, once per message.
+    are the same, without `error_app`. Work that was not kept is raised as
+    `UnitOfWorkFailedError`, which `@app.exception(...)` may answer; otherwise the
+    answer is the middleware's. Websockets use `async with db:`, once per message.
 
     Without a database one is made with `Database.from_config(app.config)` and is
     also `app.ctx.db`. Returns the first database. Connections are closed after the

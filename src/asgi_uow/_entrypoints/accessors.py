@@ -60,7 +60,7 @@ async def session_dependency() -> Session:
     For FastAPI: `Annotated[AsyncSession, Depends(session_dependency)]`. The session
     is that of the unit's first database.
     """
-    # No argument: it could become a parameter of the request.
+    # Async: it needs no worker thread. An argument could become one of the request.
     return current_session()
 
 
@@ -119,7 +119,7 @@ def before_commit(
 
     For a transactional enqueue. One that raises, or takes longer than `hook_timeout`
     seconds, has everything rolled back. It may register others. Raises `TypeError` if
-    `fn` is not callable, as all of these do.
+    `fn` is not callable.
     """
     register(require("before_commit()"), "before_commit", fn, args, kwargs)
 
@@ -167,9 +167,8 @@ def deferred(
 
     A call registers the function, or method, with its arguments and returns None;
     where `when`, called with the same arguments, is false it does nothing. To call it
-    at once: `fn.__wrapped__(...)`. Outside a unit of work calls raise
-    `NoUnitOfWorkError`. Raises `TypeError` for what is no function, and for a
-    predicate that is async.
+    at once: `fn.__wrapped__(...)`. Calls outside a unit raise `NoUnitOfWorkError`.
+    Raises `TypeError` for what is no function, and for a predicate that is async.
     """
     if when is not None and is_async(when):
         message = f"deferred(when={name_of(when)}): the predicate cannot be async."

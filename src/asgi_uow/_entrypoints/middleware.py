@@ -40,7 +40,7 @@ class UnitOfWorkMiddleware:
 
     `commit_when(status, headers)`: commit for this response? Default: below 400.
     `observers`: called with every event; default one `LoggingObserver`.
-    `causal_reads=CausalReads(secret)`: a client's next requests see what it wrote.
+    `causal_reads=CausalReads(secret)`: clients see what they wrote, on replicas too.
     `error_app`: the ASGI app that answers when the work was not kept; it finds the
     failure in `scope["asgi_uow.failure"]`. None leaves the answer to what is around.
     `commit_timeout`: seconds for COMMIT; past it the outcome is UNKNOWN.

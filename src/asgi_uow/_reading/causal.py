@@ -94,7 +94,7 @@ class CausalReads:
     ) -> tuple[bytes, bytes]:
         """Make the header that gives the client `positions`, by name of the database.
 
-        `secure`: by https only. Too long for a cookie, they are `READ_FROM_WRITER`.
+        `secure`: by https only. What is too long for a cookie is `READ_FROM_WRITER`.
         """
         token = self._seal(positions)
         if not self._fits(token):
