@@ -17,15 +17,16 @@ from sanic import HTTPResponse
 from sanic.exceptions import ServerError
 from sanic.http.constants import HTTP
 
+from asgi_uow._decision import commit_below_400
 from asgi_uow._entrypoints.middleware import UnitOfWorkMiddleware
 from asgi_uow._entrypoints.problem import START, problem
 from asgi_uow._unit.unit import current
 from asgi_uow.database import Database
 from asgi_uow.errors import ConfigurationError, UnitOfWorkFailedError
+from asgi_uow.observers import LoggingObserver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import TypedDict, Unpack
 
     from sanic import Request, Sanic
 
@@ -34,14 +35,6 @@ if TYPE_CHECKING:
     from asgi_uow._reading.causal import CausalReads
     from asgi_uow.observers import Observer
 
-    class _Options(TypedDict, total=False):
-        commit_when: CommitWhen
-        observers: Sequence[Observer]
-        causal_reads: CausalReads | None
-        commit_timeout: float | None
-        hook_timeout: float | None
-
-
 __all__ = ["setup"]
 
 REQUEST = "asgi_uow.sanic.request"
@@ -49,7 +42,13 @@ WRITE = "asgi_uow.sanic.write"
 
 
 def setup(
-    app: Sanic[Any, Any], *databases: Database, **options: Unpack[_Options]
+    app: Sanic[Any, Any],
+    *databases: Database,
+    commit_when: CommitWhen = commit_below_400,
+    observers: Sequence[Observer] = (LoggingObserver(),),
+    causal_reads: CausalReads | None = None,
+    commit_timeout: float | None = 30.0,
+    hook_timeout: float | None = 5.0,
 ) -> Database:
     """Give every HTTP request of `app` one unit of work on `databases`.
 
@@ -72,8 +71,17 @@ def setup(
     if not databases:
         app.ctx.db = Database.from_config(app.config)
         databases = (app.ctx.db,)
-    serve = UnitOfWorkMiddleware(_application, *databases, error_app=None, **options)
-    server = app.ctx.asgi_uow = _Server(serve)
+    middleware = UnitOfWorkMiddleware(
+        _application,
+        *databases,
+        commit_when=commit_when,
+        observers=observers,
+        causal_reads=causal_reads,
+        error_app=None,
+        commit_timeout=commit_timeout,
+        hook_timeout=hook_timeout,
+    )
+    server = app.ctx.asgi_uow = _Server(middleware)
     # First, before the application's own listener uses the database.
     app.before_server_start(server.start, priority=1000)
     app.after_server_stop(server.stop)
