@@ -21,7 +21,7 @@ from tests.support.private import (
 )
 
 if TYPE_CHECKING:
-    from asgi_uow._asgi import Headers
+    from asgi_uow._decision import Headers
     from tests.support.private import Decision
 
 EXPLICIT = rollback(Cause.EXPLICIT)

@@ -1,8 +1,4 @@
-"""ASGI's shapes, loose on purpose: frameworks disagree about the mappings.
-
-A stricter `Scope` makes mypy and pyright reject the middleware with Litestar and
-asgiref; with `Any` every framework type-checks.
-"""
+"""ASGI's shapes; with a stricter `Scope`, Litestar and asgiref do not type-check."""
 
 from __future__ import annotations
 
@@ -14,5 +10,3 @@ Message: TypeAlias = Any
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-Headers: TypeAlias = list[tuple[bytes, bytes]]

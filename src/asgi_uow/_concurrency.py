@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import math
 import sys
-from collections import deque
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from anyio import CancelScope
@@ -18,11 +17,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-GRACE = 7.0
-"""Seconds a timed-out operation gets to close its connection; psycopg takes 5."""
-
-CUT_GRACE = 1.0
-"""Seconds for an operation to notice that its connection was cut off."""
+GRACE = 7.0  # seconds for what is late to close its connection; psycopg takes 5
+CUT_GRACE = 1.0  # seconds for noticing that its connection was cut off
 
 # What never has to wait takes no turn of the loop.
 EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
@@ -33,31 +29,16 @@ class Shield:
 
     A native `task.cancel()` pierces anyio's shield and is absorbed by the loop; a
     level-triggered cancel scope would make the loop spin and is held off by the
-    shield. The tasks are hidden from `asyncio.all_tasks()`, so that the end of
+    shield. One that `forwards` also cancels the work, which gets `GRACE` seconds then.
+    The tasks are hidden from `asyncio.all_tasks()`, so that the end of
     `asyncio.run()`, which cancels every task it can see, waits for them.
     https://docs.python.org/3/library/asyncio-extending.html#task-lifetime-support
-
-    If it `forwards` cancellations, the work is cancelled and gets `GRACE` seconds.
     """
-
-    __slots__ = (
-        "_cut",
-        "_forwards",
-        "_gave_up",
-        "_loop",
-        "_timer",
-        "_until",
-        "_waiter",
-        "cancelled",
-        "is_late",
-        "seconds",
-    )
 
     def __init__(self, *, forwards: bool = False) -> None:
         self.cancelled: BaseException | None = None
         self._forwards = forwards
         self._loop = asyncio.get_running_loop()
-        self._waiter: asyncio.Future[None] | None = None
 
     async def run(
         self,
@@ -69,11 +50,9 @@ class Shield:
     ) -> T:
         """Await `work`; after so many seconds it is cancelled, and left `GRACE` later.
 
-        Raises `TimeoutError` in both cases, unless it still gave a result. It also
-        returns when `work` ignores its cancellation, as a driver may that waits for
-        a server which stopped answering. `cut` is called before, to have it fail: what
-        is cancelled may talk to the server first. What may start the like of itself in
-        turn, as hooks do, does not start `at_once`: that is a call in this call.
+        Raises `TimeoutError` in both cases, unless it still gave a result. `cut` is
+        called before, to have `work` fail: what is cancelled may talk to the server
+        first. What may start the like of itself, as hooks do, must not start `at_once`.
         """
         self.seconds, self._gave_up, self._cut = seconds, False, cut
         self.restart()
@@ -124,7 +103,7 @@ class Shield:
                 self._timer.cancel()
 
     def _wake(self, _: object = None) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        if not self._waiter.done():
             self._waiter.set_result(None)
 
     def _watch(self, task: AnyTask) -> asyncio.TimerHandle:
@@ -174,10 +153,7 @@ async def bounded(
     forwards: bool = True,
     cut: Callable[[], None] | None = None,
 ) -> T:
-    """Await `work` for at most `seconds`; then cancel it and raise `TimeoutError`.
-
-    Unlike `asyncio.timeout()` this also returns when `work` does not react.
-    """
+    """Raise `TimeoutError` after `seconds`, even if `work` ignores its cancellation."""
     shield = Shield(forwards=forwards)
     try:
         return await shield.run(work, seconds, cut=cut)
@@ -186,18 +162,15 @@ async def bounded(
 
 
 class TaskLock:
-    """Lets one task at a time use a session; its owner may take it again.
+    """Lets one task at a time use a session; its owner may take it again."""
 
-    Overlap is what counts, not which task owns the session: frameworks switch
-    tasks between a request's middleware and its endpoint.
-    """
-
+    # Overlap is what counts: frameworks switch tasks within one request.
     __slots__ = ("_depth", "_owner", "_waiting")
 
     def __init__(self) -> None:
         self._owner: AnyTask | None = None
         self._depth = 0
-        self._waiting: deque[tuple[AnyTask, asyncio.Future[None]]] | None = None
+        self._waiting: list[tuple[AnyTask, asyncio.Future[None]]] = []
 
     @property
     def is_free(self) -> bool:
@@ -219,8 +192,6 @@ class TaskLock:
     async def wait(self, task: AnyTask) -> None:
         """Wait until it is this task's turn; then the lock is taken."""
         granted = asyncio.get_running_loop().create_future()
-        if self._waiting is None:
-            self._waiting = deque()
         entry = (task, granted)
         self._waiting.append(entry)
         try:
@@ -239,7 +210,7 @@ class TaskLock:
             return
         self._owner = None
         if self._waiting:
-            self._owner, granted = self._waiting.popleft()
+            self._owner, granted = self._waiting.pop(0)
             self._depth = 1
             # Cancelled in this turn of the loop: wait() will hand it on.
             if not granted.done():

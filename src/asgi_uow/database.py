@@ -113,9 +113,8 @@ class Database(Engines):
         Reads `DATABASE_URL`, `READ_URLS` (comma-separated or a list), `ECHO`,
         `ECHO_POOL`, `POOL_SIZE`, `MAX_OVERFLOW`, `POOL_PRE_PING`, `POOL_RECYCLE`
         and `POOL_TIMEOUT` (seconds) and `POOL_CLASS` (a class name of
-        `sqlalchemy.pool`), each with the prefix. Values may be strings. Raises
-        `ConfigurationError` naming key and kind for one that does not cast; warns of
-        a key that looks misspelt and leaves all others alone.
+        `sqlalchemy.pool`), each with the prefix. Values may be strings; one that does
+        not cast raises `ConfigurationError`. Warns of a key that looks misspelt.
         """
         config = configuration.read(mapping, prefix)
         urls = config.read_urls
@@ -134,8 +133,7 @@ class Database(Engines):
     async def check(self, *, timeout: float = 2.0) -> Health:  # noqa: ASYNC109  # its name
         """Ask writer and readers how they are, at once: for `/healthz`.
 
-        Each gets `timeout` seconds, waiting for a free connection included. Raises
-        nothing for a server that is down: that is what the report is for.
+        Each gets `timeout` seconds, connecting included; one that is down is reported.
         """
         return await check(self.read_engine, self.replicas, timeout)
 
@@ -168,9 +166,8 @@ class Database(Engines):
 class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_work(db)
     """A unit of work outside a request: `async with unit_of_work(db) as uow:`.
 
-    The general form of `async with db:`, for several databases or, with
-    `independent=True`, for one with connection and outcome of its own inside
-    another unit of the same database.
+    For several databases or, with `independent=True`, with connection and outcome of
+    its own inside another unit of the same database.
 
     Leaving the block commits; an exception rolls back and goes on. Raises
     `NestedUnitOfWorkError` inside an undecided unit of the same database.

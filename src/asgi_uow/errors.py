@@ -23,9 +23,8 @@ AsgiUowError
     └── PartialCommitError        one database committed, another did not
 ```
 
-All but the root also inherit from the builtin that fits, so that code which knows
-nothing of asgi-uow can catch them. None is an `OSError`: frameworks mistake one
-that is raised out of `send` for a client that went away.
+All but the root are also of the builtin type that fits. None is an `OSError`:
+frameworks mistake one that is raised out of `send` for a client that went away.
 """
 
 from __future__ import annotations
@@ -100,9 +99,8 @@ class NestedUnitOfWorkError(AsgiUowError, RuntimeError):
     """A unit of work was opened inside one of the same database."""
 
     template = (
-        "A unit of work for {!r} is already open here. Use savepoint() for a part that "
-        "may fail, or unit_of_work(db, independent=True) for a separate connection "
-        "with an outcome of its own."
+        "A unit of work for {!r} is open here. Use savepoint() for a part that may "
+        "fail, or unit_of_work(db, independent=True), which has its own connection."
     )
 
 
@@ -120,10 +118,9 @@ class ManagedTransactionError(AsgiUowError, RuntimeError):
     """The transaction of a unit of work was ended by hand."""
 
     template = (
-        "{} was called by hand inside a unit of work, which commits or rolls back by "
-        "itself when the response starts. Use set_rollback_only(reason) to have "
-        "nothing kept, savepoint() for a part that may fail, or flush() to send "
-        "pending changes now."
+        "{} was called by hand inside a unit of work, which ends by itself when the "
+        "response starts. Use set_rollback_only(reason) to have nothing kept, "
+        "savepoint() for a part that may fail, or flush() to send changes now."
     )
 
 
@@ -168,8 +165,7 @@ class UnitOfWorkFailedError(AsgiUowError, RuntimeError):
     """A commit was wanted and the work was not kept, or may not have been.
 
     `outcome` and `cause` say what happened; `__cause__` is the error underneath.
-    `retry_after` is a number of seconds where the work is proven not kept and
-    trying again may help, otherwise None.
+    `retry_after`: seconds; None unless nothing was kept and trying again may help.
     """
 
     what = "The unit of work was not committed"

@@ -1,11 +1,8 @@
 """What happened, for logs, metrics and error trackers.
 
-An observer is any callable that takes one event; events are frozen and of the
-types below. It is called in the event loop and should return soon. What it raises
-is logged and changes nothing.
-
-`UnitOfWorkMiddleware(app, db, observers=(LoggingObserver(), mine))` replaces the
-default, which is one `LoggingObserver`.
+An observer is any callable that takes one event. It is called in the event loop and
+should return soon; what it raises is logged and changes nothing. The default is one
+`LoggingObserver`: `UnitOfWorkMiddleware(app, db, observers=(LoggingObserver(), mine))`.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import dataclasses
 import enum
 import logging
 import time
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -43,7 +40,9 @@ logger: logging.Logger = logging.getLogger("asgi_uow")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _About:
+class Event:
+    """What every event has."""
+
     unit: object = dataclasses.field(default=None, compare=False, repr=False)
     """The unit of work it is about: the same object in all events of one unit."""
     at: int = dataclasses.field(default_factory=time.time_ns, compare=False, repr=False)
@@ -53,19 +52,13 @@ class _About:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class UnitStarted(_About):
-    """A unit of work was asked for its first session, or for its first hook.
-
-    Told at once, in the task that asked.
-    """
+class UnitStarted(Event):
+    """A unit was asked for its first session or hook; told at once, in that task."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class UnitFinished(_About):
-    """A unit of work that opened a session or registered a hook was decided.
-
-    A hook that asks for a session has a unit of its own, which is told of too.
-    """
+class UnitFinished(Event):
+    """A unit that opened a session or registered a hook was decided, or a hook's."""
 
     outcome: Outcome
     cause: Cause | None
@@ -81,7 +74,7 @@ class UnitFinished(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class CommitFailed(_About):
+class CommitFailed(Event):
     """A commit was wanted and the work was not kept, or may not have been."""
 
     error: Exception
@@ -93,11 +86,8 @@ class CommitFailed(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class HookStarted(_About):
-    """A hook is about to be called.
-
-    Told at once, in the task and context in which the hook runs.
-    """
+class HookStarted(Event):
+    """A hook is about to be called; told at once, in its own task and context."""
 
     phase: str
     """`before_commit`, `after_commit`, `after_rollback` or `after_response`."""
@@ -108,7 +98,7 @@ class HookStarted(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class HookFinished(_About):
+class HookFinished(Event):
     """A hook has returned or raised; told where `HookStarted` was."""
 
     phase: str
@@ -120,11 +110,10 @@ class HookFinished(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class HookFailed(_About):
-    """A hook raised or took longer than `hook_timeout`; the others still ran.
+class HookFailed(Event):
+    """A hook, or the commit of its own session, failed or took too long; once per hook.
 
-    Or the work it did with a session of its own could not be committed. Once per
-    hook. A `before_commit` hook that fails is a `CommitFailed`.
+    The others still ran. A `before_commit` hook that fails is a `CommitFailed`.
     """
 
     phase: str
@@ -134,7 +123,7 @@ class HookFailed(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ConnectionReleased(_About):
+class ConnectionReleased(Event):
     """A session gave its connection back after `seconds`, or it was thrown away."""
 
     database: str
@@ -144,7 +133,7 @@ class ConnectionReleased(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReleaseFailed(_About):
+class ReleaseFailed(Event):
     """A connection could not be rolled back or closed; it was thrown away."""
 
     operation: str
@@ -152,7 +141,7 @@ class ReleaseFailed(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ImplicitCommit(_About):
+class ImplicitCommit(Event):
     """MySQL committed in the middle of a unit because of DDL; it cannot be undone."""
 
     statement: str
@@ -160,11 +149,8 @@ class ImplicitCommit(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReaderFailed(_About):
-    """A read replica could not be reached; it is left alone for `seconds`.
-
-    The unit went on with another one, or with the writer's server.
-    """
+class ReaderFailed(Event):
+    """A replica failed and is left alone for `seconds`; another server was read."""
 
     database: str
     """The URL of the replica, without its password."""
@@ -173,38 +159,19 @@ class ReaderFailed(_About):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReaderRestored(_About):
+class ReaderRestored(Event):
     """A read replica that had failed is used again."""
 
     database: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReaderBehind(_About):
-    """A read replica had not applied in time what the client has written.
-
-    The unit went on with another one, or with the writer's server.
-    """
+class ReaderBehind(Event):
+    """A replica did not have in time what the client wrote; another server was read."""
 
     database: str
     seconds: float
     """How long it was waited for, at most."""
-
-
-Event: TypeAlias = (
-    UnitStarted
-    | UnitFinished
-    | CommitFailed
-    | HookStarted
-    | HookFinished
-    | HookFailed
-    | ConnectionReleased
-    | ReleaseFailed
-    | ImplicitCommit
-    | ReaderFailed
-    | ReaderRestored
-    | ReaderBehind
-)
 
 
 class Observer(Protocol):
@@ -219,7 +186,6 @@ _UNIT = (
 )
 _COMMIT = "unit of work not kept: %(outcome)s, cause %(cause)s, driver code %(code)s"
 _IMPLICIT = "the database committed in the middle of a unit of work: %(statement)s"
-_RELEASE = "%(operation)s failed; the connection was thrown away"
 _FAILED = "reader %(database)s is left alone for %(seconds).1f s after %(error)s"
 _BEHIND = "reader %(database)s was behind for more than %(seconds).1f s"
 # What is logged of an event; the others are beginnings, or what went well.
@@ -228,7 +194,7 @@ LINES: Mapping[type[Event], tuple[int, str]] = {
     CommitFailed: (logging.ERROR, _COMMIT),
     HookFailed: (logging.ERROR, "%(phase)s hook %(hook)s failed"),
     ImplicitCommit: (logging.ERROR, _IMPLICIT),
-    ReleaseFailed: (logging.ERROR, _RELEASE),
+    ReleaseFailed: (logging.ERROR, "%(operation)s failed; the connection was dropped"),
     ReaderFailed: (logging.WARNING, _FAILED),
     ReaderRestored: (logging.INFO, "reader %(database)s is used again"),
     ReaderBehind: (logging.DEBUG, _BEHIND),

@@ -54,9 +54,9 @@ def setup(
 
     The unit is committed or rolled back just before the first byte of the response
     is written, as `UnitOfWorkMiddleware` does at `http.response.start`; the options
-    are the same. Work that was not kept is raised as `UnitOfWorkFailedError`, which
-    `@app.exception(...)` may answer; otherwise the answer is the middleware's.
-    Websocket handlers use `async with db:`, once per message.
+    are the same, without `error_app`. Work that was not kept is raised as
+    `UnitOfWorkFailedError`, which `@app.exception(...)` may answer; otherwise the
+    answer is the middleware's. Websockets use `async with db:`, once per message.
 
     Without a database one is made with `Database.from_config(app.config)` and is
     also `app.ctx.db`. Returns the first database. Connections are closed after the
@@ -91,11 +91,7 @@ def setup(
 
 @dataclasses.dataclass(eq=False)
 class _Server:
-    """Has the middleware serve the requests of Sanic's own server.
-
-    What the middleware takes for its application is Sanic's handling of a request,
-    whose `http.response.start` is the first write of the response.
-    """
+    """Has the middleware serve Sanic's requests; the start is their first write."""
 
     middleware: UnitOfWorkMiddleware
     process: int = dataclasses.field(default_factory=os.getpid)
@@ -143,10 +139,8 @@ class _Server:
 
 def _refuse_other_servers(app: Sanic[Any, Any]) -> None:
     if app.asgi:
-        message = (
-            "asgi_uow.sanic.setup() is for Sanic's own server, and this is an ASGI "
-            "server: leave it out and run UnitOfWorkMiddleware(app, db)."
-        )
+        message = "asgi_uow.sanic.setup() is for Sanic's own server: under an ASGI "
+        message += "server leave it out and run UnitOfWorkMiddleware(app, db)."
         raise ConfigurationError(message)
     versions = [info.settings.get("version") for info in app.state.server_info]
     if HTTP.VERSION_3 in versions:

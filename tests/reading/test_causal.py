@@ -19,7 +19,7 @@ from asgi_uow.errors import ConfigurationError
 from tests.support.private import LONGEST_TOKEN, READ_FROM_WRITER, MustSee
 
 if TYPE_CHECKING:
-    from asgi_uow._asgi import Headers
+    from asgi_uow._decision import Headers
 
 SECRET = "a secret of many bytes"
 OTHER = b"another secret of many bytes"

@@ -30,8 +30,7 @@ def in_unit_of_work() -> bool:
 def current_unit_of_work() -> UnitOfWork:
     """Give the unit of work of this request or `async with db:` block.
 
-    Raises `NoUnitOfWorkError` where there is none and `UnitOfWorkClosedError` in a
-    task that has outlived it.
+    Raises `NoUnitOfWorkError` without one, `UnitOfWorkClosedError` once it is closed.
     """
     return require("current_unit_of_work()")
 
@@ -49,9 +48,8 @@ def current_session(db: Engines | None = None) -> Session:
 def current_read_session(db: Engines | None = None) -> Session:
     """Give the read-only session of the current unit of work.
 
-    The database itself refuses writes on it. It stays open for generators and
-    background tasks after the response has started, and is closed when the
-    application returns. Raises as `current_session` does.
+    The database itself refuses writes on it. It stays open until the application
+    returns, for generators and background tasks. Raises as `current_session` does.
     """
     return require("current_read_session()").read_session(db)
 
@@ -59,10 +57,10 @@ def current_read_session(db: Engines | None = None) -> Session:
 async def session_dependency() -> Session:
     """Give the write session, as `current_session` does, where one is injected.
 
-    For FastAPI: `Annotated[AsyncSession, Depends(session_dependency)]`. It is async
-    so that no worker thread is needed, and takes no argument that could become a
-    parameter of the request. The session is that of the unit's first database.
+    For FastAPI: `Annotated[AsyncSession, Depends(session_dependency)]`. The session
+    is that of the unit's first database.
     """
+    # Async: it needs no worker thread. An argument could become one of the request.
     return current_session()
 
 
@@ -75,11 +73,10 @@ async def read_session_dependency() -> Session:
 async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
     """Give a read session of its own to one of several tasks that read at once.
 
-    `async with parallel_read() as session:`, inside each task. Its connection comes
-    from the read engine, never from the writer's pool, and goes back when the block
-    is left. It does not see objects of `current_read_session()`. Once the unit has
-    written, it reads in the writer's transaction, where tasks take turns. Raises as
-    `current_session` does.
+    `async with parallel_read() as session:`, inside each task. Its connection is the
+    read engine's, and goes back when the block is left. It does not see objects of
+    `current_read_session()`. Once the unit has written, it reads in the writer's
+    transaction, where tasks take turns. Raises as `current_session` does.
     """
     unit = require("parallel_read()")
     participant = unit.reading("parallel_read()", db)
@@ -93,8 +90,7 @@ async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
 def savepoint(db: Engines | None = None) -> Savepoint:
     """Open a SAVEPOINT around a part that may fail, with `async with`.
 
-    An exception that leaves the block rolls back to the savepoint and goes on; the
-    unit of work can still be committed.
+    An exception rolls back to it and goes on; the unit can still be committed.
     """
     return require("savepoint()").session(db).begin_nested()
 
@@ -121,9 +117,9 @@ def before_commit(
 ) -> None:
     """Call `fn` inside the transaction, just before COMMIT, in order.
 
-    The place for a transactional enqueue. One that raises, or takes longer than
-    `hook_timeout` seconds, has everything rolled back. It may register others.
-    Raises `TypeError` if `fn` is not callable.
+    For a transactional enqueue. One that raises, or takes longer than `hook_timeout`
+    seconds, has everything rolled back. It may register others. Raises `TypeError` if
+    `fn` is not callable.
     """
     register(require("before_commit()"), "before_commit", fn, args, kwargs)
 
@@ -169,12 +165,10 @@ def deferred(
 ) -> Callable[P, None] | Callable[[Callable[P, object]], Callable[P, None]]:
     """Make calls of a function wait for the commit, as with `after_commit`.
 
-    Calling the decorated function, or method, registers it with its arguments and
-    returns None. `when` gets the same arguments; where it is false the call does
-    nothing. What was decorated can be called at once as `fn.__wrapped__(...)`.
-
-    Calls raise `NoUnitOfWorkError` outside a unit of work. Raises `TypeError` for
-    what is no function, and for a predicate that is async.
+    A call registers the function, or method, with its arguments and returns None;
+    where `when`, called with the same arguments, is false it does nothing. To call it
+    at once: `fn.__wrapped__(...)`. Calls outside a unit raise `NoUnitOfWorkError`.
+    Raises `TypeError` for what is no function, and for a predicate that is async.
     """
     if when is not None and is_async(when):
         message = f"deferred(when={name_of(when)}): the predicate cannot be async."
@@ -182,11 +176,8 @@ def deferred(
 
     def decorate(fn: Callable[P, object]) -> Callable[P, None]:
         if isinstance(fn, staticmethod | classmethod) or not callable(fn):
-            kind = type(fn).__name__
-            message = (
-                f"deferred() takes a function, not a {kind}. Is the order of the "
-                "decorators wrong? Write @staticmethod or @classmethod above @deferred."
-            )
+            message = f"deferred() takes a function, not a {type(fn).__name__}: write "
+            message += "@staticmethod or @classmethod above @deferred."
             raise TypeError(message)
 
         @functools.wraps(fn)

@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING
 
 from asgi_uow import _decision
 from asgi_uow._concurrency import run_to_completion
-from asgi_uow._decision import (
-    ERROR_STATUS,
-    SETTLED,
-    UNDECIDED,
-    Cause,
-    Outcome,
-    State,
-)
+from asgi_uow._decision import ERROR_STATUS, SETTLED, UNDECIDED, Cause, Outcome, State
 from asgi_uow._entrypoints.problem import FAILURE, START, problem_details
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._reading.route import written_position
@@ -28,17 +21,14 @@ from asgi_uow.observers import LoggingObserver
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
-    from asgi_uow._asgi import ASGIApp, Headers, Message, Receive, Scope, Send
+    from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._decision import CommitWhen
+    from asgi_uow._decision import CommitWhen, Headers
     from asgi_uow._reading.causal import CausalReads
     from asgi_uow.observers import Observer
 
-UNIT = "asgi_uow.unit"
-"""The key in the scope under which an inner middleware finds the unit."""
-
-POSITION_SECONDS = 2.0
-"""Seconds for learning a position; after them the client reads from the writer."""
+UNIT = "asgi_uow.unit"  # the key in the scope, for another middleware inside
+POSITION_SECONDS = 2.0  # for learning a position; then the client reads the writer
 
 
 class UnitOfWorkMiddleware:
@@ -50,8 +40,7 @@ class UnitOfWorkMiddleware:
 
     `commit_when(status, headers)`: commit for this response? Default: below 400.
     `observers`: called with every event; default one `LoggingObserver`.
-    `causal_reads=CausalReads(secret)`: clients see what they wrote in their next
-    requests, on replicas too.
+    `causal_reads=CausalReads(secret)`: clients see what they wrote, on replicas too.
     `error_app`: the ASGI app that answers when the work was not kept; it finds the
     failure in `scope["asgi_uow.failure"]`. None leaves the answer to what is around.
     `commit_timeout`: seconds for COMMIT; past it the outcome is UNKNOWN.
@@ -75,9 +64,8 @@ class UnitOfWorkMiddleware:
             message = "UnitOfWorkMiddleware(app, db): pass at least one Database."
             raise TypeError(message)
         if is_async(commit_when):
-            message = "UnitOfWorkMiddleware(commit_when): it is asked between two "
-            message += "messages and cannot be async; a handler that has to ask the "
-            message += "database calls set_rollback_only() itself."
+            message = "UnitOfWorkMiddleware(commit_when): it cannot be async; a "
+            message += "handler can ask the database and call set_rollback_only()."
             raise TypeError(message)
         self.app = app
         self.databases = databases
@@ -137,12 +125,10 @@ class UnitOfWorkMiddleware:
                     await db.dispose_owned()
             await send(message)
 
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, disposing)
-            return
+        is_lifespan = scope["type"] == "lifespan"
         token = current.set(None)
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, disposing if is_lifespan else send)
         finally:
             current.reset(token)
 

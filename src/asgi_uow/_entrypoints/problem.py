@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from asgi_uow._asgi import Receive, Scope, Send
 
 START = "http.response.start"
-
-FAILURE = "asgi_uow.failure"
-"""The key in the scope under which an `error_app` finds the exception."""
+FAILURE = "asgi_uow.failure"  # the key in the scope of what an `error_app` answers
 
 
 async def problem_details(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001

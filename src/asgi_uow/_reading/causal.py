@@ -16,8 +16,8 @@ from asgi_uow.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from asgi_uow._asgi import Headers
     from asgi_uow._databases.engines import Engines
+    from asgi_uow._decision import Headers
 
 READ_FROM_WRITER = ""  # the position of a write whose position could not be learnt
 SHORTEST_SECRET = 16
@@ -70,10 +70,7 @@ class CausalReads:
                 _refuse(f"{option}={value!r}", "a name as HTTP allows it")
 
     def positions(self, headers: Headers) -> dict[str, str]:
-        """Read a request's positions, by the name of the database.
-
-        Empty where there is no token, or none that is genuine and of our time.
-        """
+        """Read the positions in a request's valid tokens, by name of the database."""
         tokens = filter(None, map(self._open, self._tokens(headers)))
         found: dict[str, str] = {}
         for _, positions in sorted(tokens, key=lambda token: token[0]):
@@ -97,8 +94,7 @@ class CausalReads:
     ) -> tuple[bytes, bytes]:
         """Make the header that gives the client `positions`, by name of the database.
 
-        `secure`: the request came by https, so the cookie needs no other way.
-        Positions that are too long for a cookie become `READ_FROM_WRITER`.
+        `secure`: by https only. What is too long for a cookie is `READ_FROM_WRITER`.
         """
         token = self._seal(positions)
         if not self._fits(token):

@@ -58,8 +58,7 @@ class Route:
         self._choosing = asyncio.Lock()
         self._choice: Replica | None = None
         self._barred: list[Replica] = []
-        self.has_read = False
-        """Whether something was read: from then on no other server will do."""
+        self.has_read = False  # once something was, no other server will do
 
     async def connect(self, reader: Reader, *, is_connected: bool) -> None:
         """Bind a session where it has to read from, and connect it unless it is."""

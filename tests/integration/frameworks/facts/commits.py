@@ -20,7 +20,8 @@ from tests.support.asgi import endpoint
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from asgi_uow._asgi import ASGIApp, Headers
+    from asgi_uow._asgi import ASGIApp
+    from asgi_uow._decision import Headers
     from tests.integration.frameworks.case import Case
     from tests.integration.frameworks.site import Handler
 
