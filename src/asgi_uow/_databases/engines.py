@@ -99,7 +99,7 @@ class Engines:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
         self.is_memory = known.is_memory(engine.url)
-        if not self.is_memory:  # there is one connection, which has to be writable
+        if not self.is_memory:  # there the one connection has to be writable
             self._read_engine = read_engine or derive_engine(engine)
         attach_listeners(engine, read_only=False)
         self._make_readers_read_only()
