@@ -20,7 +20,7 @@ from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
 from asgi_uow.observers import logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from sqlalchemy import Connection, Engine
 
@@ -215,7 +215,7 @@ def derive_engine(engine: AsyncEngine) -> AsyncEngine:
 
 
 @asynccontextmanager
-async def _aside(engine: AsyncEngine) -> AsyncIterator[AsyncEngine]:
+async def _aside(engine: AsyncEngine) -> AsyncGenerator[AsyncEngine]:
     aside = derive_engine(engine)
     try:
         yield aside

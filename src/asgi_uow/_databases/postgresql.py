@@ -68,7 +68,7 @@ TRANSACTION_ID = (  # NULL if nothing was written
 )
 STATUS = f"SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8)), {EPOCH}"
 # 22023: the server has not given the id to anybody (since it crashed).
-ANSWERS = {"committed": True, "aborted": False, "22023": False}
+ANSWERS: dict[object, bool] = {"committed": True, "aborted": False, "22023": False}
 PSYCOPG_IN_ERROR = 3  # pq.TransactionStatus.INERROR: only ROLLBACK is accepted
 
 
