@@ -114,7 +114,7 @@ def test_a_driver_that_another_file_describes() -> None:
     """A database whose file leaves a driver out has it as it is elsewhere."""
     dialect = make_url("postgresql+psycopg://").get_dialect()()
     expected = driver_of(dialect)
-    assert expected is known.DATABASES["postgresql"].DRIVERS["psycopg"]
+    assert expected.is_known
     for name in ("mariadb", "unheard_of"):
         dialect.name = name
         assert expected is driver_of(dialect)

@@ -153,7 +153,7 @@ async def test_outcome_while_the_server_is_away(postgresql: PostgreSQLBackend) -
     """A server that cannot be asked leaves the outcome unknown, when time is up."""
     url = postgresql.through(free_port())
     db = Database.from_url(url, resolve_unknown=True)
-    assert await db.was_committed("1@never", 0.2) is None
+    assert await db.settle(None, "1@never", 0.2) is None
     await db.dispose()
 
 
@@ -171,5 +171,5 @@ async def test_what_became_of_a_transaction(db: Database) -> None:
         transaction = str(await db.write.scalar(db.facts.TRANSACTION_ID or ""))
     number = transaction.partition("@")[0]
 
-    assert await db.was_committed(transaction, 30) is True
-    assert await db.was_committed(f"{number}@another life", 30) is None
+    assert await db.settle(None, transaction, 30) is True
+    assert await db.settle(None, f"{number}@another life", 30) is None

@@ -33,11 +33,6 @@ ONE_CONNECTION: Mapping[str, object] = {
     "pool_recycle": -1,
 }
 
-NOT_ASYNC = (
-    "{!r} is not an async driver: leave the driver out to get the usual one, or name "
-    "an async one."
-)
-
 
 def _boolean(value: object) -> bool:
     return asbool(str(value).strip() or "false")
@@ -100,9 +95,15 @@ class Config:
 
 def read(mapping: Mapping[str, object], prefix: str) -> Config:
     """Cast the keys of `mapping` that start with `prefix`; None counts as absent."""
-    for key in mapping:
-        if key.startswith(prefix):
-            _warn_if_misspelt(key.removeprefix(prefix), prefix)
+    # Without the prefix: DATABASE_USER is nearer to DATABASE_URL than USER to URL.
+    for name in (key[len(prefix) :] for key in mapping if key.startswith(prefix)):
+        near = difflib.get_close_matches(name, _KEYS, n=1, cutoff=0.8)
+        if near and name not in _KEYS:
+            message = (
+                f"{prefix}{name} is not a configuration key of asgi-uow; "
+                f"did you mean {prefix}{near[0]}?"
+            )
+            warnings.warn(message, stacklevel=3)
     if not mapping.get(f"{prefix}URL"):
         message = f"{prefix}URL is missing: set it to a URL such as sqlite:///app.db."
         raise ConfigurationError(message)
@@ -119,17 +120,6 @@ def read(mapping: Mapping[str, object], prefix: str) -> Config:
     return Config(found.pop("url"), found.pop("read_urls", ()), found)
 
 
-def _warn_if_misspelt(name: str, prefix: str) -> None:
-    # Without the prefix: DATABASE_USER is nearer to DATABASE_URL than USER to URL.
-    near = difflib.get_close_matches(name, _KEYS, n=1, cutoff=0.8)
-    if near and name not in _KEYS:
-        message = (
-            f"{prefix}{name} is not a configuration key of asgi-uow; "
-            f"did you mean {prefix}{near[0]}?"
-        )
-        warnings.warn(message, stacklevel=4)
-
-
 def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
     """Make an engine with defaults that suit the database; `options` win over them."""
     parsed = _async_url(url)
@@ -143,7 +133,11 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
     try:
         # Before SQLAlchemy looks for the driver: to install it would not help.
         if not parsed.get_dialect().get_async_dialect_cls(parsed).is_async:
-            raise ConfigurationError(NOT_ASYNC.format(parsed.drivername))
+            message = (
+                f"{parsed.drivername!r} is not an async driver: leave the driver out "
+                "to get the usual one, or name an async one."
+            )
+            raise ConfigurationError(message)
         return create_async_engine(parsed, **{**defaults, **options, **forced})
     except ModuleNotFoundError as error:
         driver = parsed.get_driver_name()

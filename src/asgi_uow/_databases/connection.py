@@ -86,14 +86,14 @@ class Connection(sa.Connection):
         if journal is None:
             return
         dbapi = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
-        if journal.ending is not None:
-            if journal.ending is not asyncio.current_task():
-                operation = "A statement"
-                raise ConcurrentUseError(operation, "the unit of work is ending")
-        elif journal.executed:
-            journal.look(dbapi)
-        if known.kind_of(statement) or journal.entries or journal.ddl is not None:
-            journal.check_statement(statement, raw_of(dbapi))
+        if journal.ending is None:
+            if journal.executed:
+                journal.look(dbapi)
+            if known.kind_of(statement) or journal.entries or journal.ddl is not None:
+                journal.check_statement(statement, raw_of(dbapi))
+        elif journal.ending is not asyncio.current_task():
+            operation = "A statement"
+            raise ConcurrentUseError(operation, "the unit of work is ending")
         journal.executed = True
 
     def _commit_impl(self) -> None:

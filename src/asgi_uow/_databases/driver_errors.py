@@ -17,7 +17,6 @@ from asgi_uow._databases import known
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-
 # Where the errors of drivers, and SQLAlchemy's wrappers of them, are defined.
 PACKAGES = {"sqlalchemy.dialects"}.union(*(each.PACKAGES for each in known.FACTS))
 USERS = ("sqlalchemy.dialects", "sqlalchemy.engine", "sqlalchemy.pool")  # of drivers
@@ -82,21 +81,15 @@ def is_unavailable(error: BaseException) -> bool:
 
 def is_outage(error: BaseException, outages: list[Exception]) -> bool:
     """Tell whether `error` is, or follows from, one of the `outages`."""
-    seen: list[BaseException] = []
-    ahead: list[BaseException | None] = [error] if outages else []
-    while ahead:
-        cause = ahead.pop()
-        # A task group's only error, raised again by Starlette, has the group as
-        # its context, and is in the group.
-        if cause is None or any(cause is each for each in seen):
-            continue
-        if any(cause is each for each in outages):
-            return True
-        seen.append(cause)
-        ahead.append(cause.__cause__ or cause.__context__)
-        if isinstance(cause, BaseExceptionGroup):
-            ahead.extend(cause.exceptions)
-    return False
+    found = [error] if outages else []
+    for each in found:  # which grows
+        members = each.exceptions if isinstance(each, BaseExceptionGroup) else ()
+        for cause in (each.__cause__ or each.__context__, *members):
+            # A task group's only error, raised again by Starlette, has the group as
+            # its context, and is in the group.
+            if cause is not None and not any(cause is one for one in found):
+                found.append(cause)
+    return any(each is outage for each in found for outage in outages)
 
 
 def message_of(error: BaseException) -> str:

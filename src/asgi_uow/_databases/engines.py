@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,7 @@ from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
 from asgi_uow.observers import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from sqlalchemy import Connection, Engine
 
@@ -66,9 +66,8 @@ class Engines:
         for reader in self._readers:
             _check_engine(reader)
         self.replicas: tuple[Replica, ...] = tuple(map(Replica, self._readers))
-        shared: dict[str, Any] = {"expire_on_commit": False, **session_options}
-        self.write_options: dict[str, Any] = shared
-        self.read_options: dict[str, Any] = shared | READ_OPTIONS
+        self.write_options = {"expire_on_commit": False, **session_options}
+        self.read_options = self.write_options | READ_OPTIONS
         if engine is not None:
             self.use(engine)
         else:
@@ -100,26 +99,21 @@ class Engines:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
         self.is_memory = known.is_memory(engine.url)
-        if self.is_memory:  # there is one connection, which has to be writable
-            read_engine = engine
-        self._read_engine = read_engine or derive_engine(engine)
+        if not self.is_memory:  # there the one connection has to be writable
+            self._read_engine = read_engine or derive_engine(engine)
         attach_listeners(engine, read_only=False)
         self._make_readers_read_only()
         self._engine = engine
 
     def _make_readers_read_only(self) -> None:
         """At once: a connection that is in the pool already stays what it is."""
-        isolation = self.read_isolation
         for each in filter(None, (self._read_engine, *self._readers)):
-            if not (self.is_memory and each is self._read_engine):
-                attach_listeners(each, read_only=True, read_isolation=isolation)
+            attach_listeners(each, read_only=True, read_isolation=self.read_isolation)
 
     @property
     def read_engine(self) -> AsyncEngine:
         """The read engine on the writer's own server."""
-        if self._read_engine is None:
-            raise EngineNotInitialisedError
-        return self._read_engine
+        return self._read_engine or self.engine
 
     @property
     def readers(self) -> tuple[AsyncEngine, ...]:
@@ -160,15 +154,8 @@ class Engines:
         """Commit what was prepared; else ask what became of the transaction."""
         if xid is not None:
             return await self.end_prepared(xid, seconds, commit=True)
-        return await self.was_committed(transaction or "", seconds)
-
-    async def was_committed(self, transaction: str, seconds: float) -> bool | None:
-        """Ask what became of a transaction whose COMMIT was not answered."""
-        aside = derive_engine(self.engine)
-        try:
-            return await self.facts.was_committed(aside, transaction, seconds)
-        finally:
-            await aside.dispose()
+        async with _aside(self.engine) as aside:
+            return await self.facts.was_committed(aside, transaction or "", seconds)
 
     async def end_prepared(
         self, xid: str, seconds: float, *, commit: bool
@@ -177,20 +164,15 @@ class Engines:
 
         A server may not know of it as long as the connection that prepared it lives.
         """
-        aside = derive_engine(self.engine)
-        autocommit = aside.execution_options(isolation_level="AUTOCOMMIT")
 
-        def end(connection: Connection) -> None:
-            listed: list[str | bytes] = connection.recover_twophase()
+        def end(sync: Connection) -> None:
+            listed: list[str | bytes] = sync.recover_twophase()
             if not {xid, xid.encode()}.isdisjoint(listed):
-                by = (
-                    connection.commit_prepared
-                    if commit
-                    else connection.rollback_prepared
-                )
+                by = sync.commit_prepared if commit else sync.rollback_prepared
                 by(xid, recover=True)
 
-        try:
+        async with _aside(self.engine) as aside:
+            autocommit = aside.execution_options(isolation_level="AUTOCOMMIT")
             with anyio.move_on_after(seconds):
                 while True:
                     # Of SQLAlchemy, or of the driver: all the same, it is asked again.
@@ -199,8 +181,6 @@ class Engines:
                             await connection.run_sync(end)
                             return True
                     await anyio.sleep(PAUSE)
-        finally:
-            await aside.dispose()
         return None
 
     async def dispose(self) -> None:
@@ -212,7 +192,7 @@ class Engines:
         """Close the connections of the engines that asgi-uow made."""
         if self.owns_engines:
             await self.dispose()
-        elif self._read_engine is not None and self._read_engine is not self._engine:
+        elif self._read_engine is not None:
             await self._read_engine.dispose()
 
     def __repr__(self) -> str:
@@ -234,6 +214,15 @@ def derive_engine(engine: AsyncEngine) -> AsyncEngine:
     )
 
 
+@asynccontextmanager
+async def _aside(engine: AsyncEngine) -> AsyncGenerator[AsyncEngine]:
+    aside = derive_engine(engine)
+    try:
+        yield aside
+    finally:
+        await aside.dispose()
+
+
 async def cancel_statements(cancel_sql: list[tuple[Engine, str]]) -> None:
     """Cancel statements in flight on their server, from other connections.
 
@@ -244,24 +233,17 @@ async def cancel_statements(cancel_sql: list[tuple[Engine, str]]) -> None:
     in_cancelled_scope = anyio.current_effective_deadline() == -math.inf
     for engine, statement in cancel_sql:
         if in_cancelled_scope or not known.driver_of(engine.dialect).cancels_on_server:
-            await run_to_completion(_execute_on_new_connection(engine, statement))
+            executing = bounded(_execute_aside(engine, statement), CANCEL_SECONDS)
+            try:
+                await run_to_completion(executing)
+            except Exception:  # noqa: BLE001  # the cancellation goes on
+                # It ended by itself, or the server is gone and its locks with it.
+                logger.debug("%s was not run", statement, exc_info=True)
 
 
-async def _execute_on_new_connection(engine: Engine, statement: str) -> None:
-    """Run a statement on a connection of its own, for a few seconds at most."""
-    aside = derive_engine(AsyncEngine(engine))
-
-    async def execute() -> None:
-        async with aside.connect() as connection:
-            await connection.exec_driver_sql(statement)
-
-    try:
-        await bounded(execute(), CANCEL_SECONDS)
-    except Exception:  # noqa: BLE001  # the cancellation goes on
-        # It ended by itself, or the server is gone and its locks with it.
-        logger.debug("%s was not run", statement, exc_info=True)
-    finally:
-        await aside.dispose()
+async def _execute_aside(engine: Engine, statement: str) -> None:
+    async with _aside(AsyncEngine(engine)) as aside, aside.connect() as connection:
+        await connection.exec_driver_sql(statement)
 
 
 def _check_engine(engine: object) -> None:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-
 Role: TypeAlias = Literal["writer", "reader"]
 
 LONGEST_PAUSE = 30.0  # seconds for which a reader that failed is left alone, at most
@@ -88,11 +87,8 @@ class ServerHealth:
     seconds: float
     """From asking for a connection to the answer, or to giving up."""
     lag: float | None = None
-    """Seconds a reader is behind; None if it does not tell.
-
-    MariaDB tells those who have the privilege REPLICA MONITOR, and says nothing
-    while replication is stopped.
-    """
+    """Seconds a reader is behind; None if it does not tell, as MariaDB while
+    replication is stopped, or to users without the privilege REPLICA MONITOR."""
     error: str | None = None
     """What is wrong, in words fit for the public: no message of the driver."""
 
@@ -114,12 +110,9 @@ async def check(
     writer: AsyncEngine, replicas: Sequence[Replica], seconds: float
 ) -> Health:
     """Ask every server at once, each for at most so many seconds."""
-    async with asyncio.TaskGroup() as group:
-        asked = group.create_task(_ask("writer", writer, seconds))
-        readers = [
-            group.create_task(_ask("reader", each.engine, seconds)) for each in replicas
-        ]
-    return Health(asked.result(), tuple(each.result() for each in readers))
+    asking = (_ask("reader", each.engine, seconds) for each in replicas)
+    asked, *readers = await asyncio.gather(_ask("writer", writer, seconds), *asking)
+    return Health(asked, tuple(readers))
 
 
 async def _ask(role: Role, engine: AsyncEngine, seconds: float) -> ServerHealth:

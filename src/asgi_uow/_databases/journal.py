@@ -8,6 +8,7 @@ before; the journal remembers it. It costs no statement.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from asgi_uow._databases import known
@@ -27,14 +28,12 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=BaseException)
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Frame:
     """One savepoint, as what was registered inside it sees it."""
 
-    __slots__ = ("around", "undone")
-
-    def __init__(self, around: Frame | None) -> None:
-        self.around: Frame | None = around
-        self.undone: bool = False
+    around: Frame | None
+    undone: bool = False
 
     def is_undone(self) -> bool:
         """Tell whether it, or one around it, was rolled back."""
@@ -97,23 +96,17 @@ class Savepoints:
 class Journal:
     """What went wrong in the transaction of one write session."""
 
-    ending: Task[object] | None = None
-    """The task in which the unit of work itself ends the transaction."""
-    executed: bool = False
-    """Whether a statement was sent in the transaction."""
+    ending: Task[object] | None = None  # in which the unit itself ends the transaction
+    executed: bool = False  # whether a statement was sent
     was_open: bool = False
-    ended_unseen: bool = False
-    """Whether it has ended, committed or not, by what nobody asked the unit for."""
-    commit_sent: bool = False
-    """Whether COMMIT was given to the driver: from then on it may be carried out."""
-    xid: str | None = None
-    """Names the transaction on its server, once PREPARE was given to the driver."""
-    committed = False
-    """Whether the database has acknowledged the COMMIT of the transaction."""
+    ended_unseen: bool = False  # committed or not, by what nobody asked the unit for
+    commit_sent: bool = False  # given to the driver: it may be carried out from now on
+    xid: str | None = None  # its name on the server, once the driver was given PREPARE
+    committed = False  # whether the database has acknowledged COMMIT
     last: BaseException | None = None
-    ddl: str | None = None
-    """The verb of the last statement, if the database commits for it."""
-    _implicit_commit: str | None = None
+    ddl: str | None = None  # the last statement's verb, if the database commits for it
+    implicit_commit: str | None = None  # the verb of what the database committed for
+    _implicit_commit: str | None = None  # the same before the last statement
 
     def __init__(
         self, database: Database, driver: Driver, savepoints: Savepoints
@@ -128,11 +121,6 @@ class Journal:
     def doomed_by(self) -> BaseException | None:
         """The first error that aborted work, unless a savepoint has undone it since."""
         return self.entries[0][0] if self.entries else None
-
-    @property
-    def implicit_commit(self) -> str | None:
-        """The verb of what the database has committed for, if it did."""
-        return self._implicit_commit or self.ddl
 
     def doom(self, error: T) -> T:
         """Record that nothing of the transaction may be kept, because of `error`."""
@@ -153,8 +141,7 @@ class Journal:
         elif self.implicit_commit is not None:
             self.was_open = False
         elif self.was_open or (self.executed and not self._database.IMPLICIT_COMMIT):
-            operation = "Something that ends the transaction"
-            self.doom(ManagedTransactionError(operation))
+            self.doom(ManagedTransactionError("Something that ends the transaction"))
             self.ended_unseen = True
 
     def record_error(
@@ -168,14 +155,12 @@ class Journal:
         elif self._driver.aborts_transaction(raw, error):
             depth = len(self._names) if self._driver.savepoints_survive else 0
             self.entries.append((self.last, depth))
-        if not means(error, "syntax"):
-            self._implicit_commit = self.implicit_commit
-        self.ddl = None
+        if means(error, "syntax"):
+            self.implicit_commit = self._implicit_commit
+        self._implicit_commit, self.ddl = self.implicit_commit, None
 
     def check_statement(self, statement: str, raw: object) -> None:
         """Refuse what would end the transaction; note DDL that commits."""
-        if self.ending is not None:
-            return
         kind = known.kind_of(statement)
         is_open = self._driver.in_transaction(raw)
         commits_for_ddl = self._database.IMPLICIT_COMMIT is not None
@@ -187,20 +172,19 @@ class Journal:
         self._implicit_commit = self.implicit_commit
         commits = kind == "implicit_commit" and commits_for_ddl and is_open
         self.ddl = known.without_literals(statement) if commits else None
+        self.implicit_commit = self._implicit_commit or self.ddl
 
     def check_commit(self) -> None:
         """Refuse a COMMIT of aborted work, or one that is not the unit's."""
         if self.ending is None:
-            operation = "connection.commit()"
-            raise self.doom(ManagedTransactionError(operation))
+            raise self.doom(ManagedTransactionError("connection.commit()"))
         if self.entries:
             raise TransactionGoneError from self.doomed_by
 
     def record_rollback(self) -> None:
         """Record a ROLLBACK that is not the unit's: a failed flush, or one by hand."""
         if self.ending is None:
-            operation = "connection.rollback()"
-            self.doom(self.last or ManagedTransactionError(operation))
+            self.doom(self.last or ManagedTransactionError("connection.rollback()"))
 
     def open_savepoint(self, name: str) -> None:
         self._names.append(name)

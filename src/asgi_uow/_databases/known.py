@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from asgi_uow._databases import mysql, postgresql, sqlite
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from sqlalchemy import URL, Dialect
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -26,22 +26,25 @@ Meaning: TypeAlias = Literal[
     "aborting",  # the whole transaction is rolled back, whatever the savepoints
     "syntax",  # not understood, so nothing was done
 ]
-Kind: TypeAlias = Literal[  # of a statement
-    "transaction_control",  # begins or ends a transaction, unseen by the unit of work
-    "implicit_commit",  # commits what came before, on some databases
-]
+Kind: TypeAlias = Literal["transaction_control", "implicit_commit"]  # of a statement
 
 
-class Driver(Protocol):
+class _Facts:
+    """What a file says; where it says nothing, what the class says."""
+
+    def __init__(self, said: object = None) -> None:
+        names = (name for name in dir(said) if not name.startswith("_"))
+        vars(self).update({name: getattr(said, name) for name in names})
+
+
+class Driver(_Facts):
     """Asked without a round trip; what it returns here is right for any, if slow."""
 
     is_known: bool = False  # if not, its connections are always rolled back
     savepoints_survive: bool = False  # an error aborts at most the innermost of them
     cursor_needs_begin: bool = False  # a cursor exists only inside a transaction
     exclusive_streams: bool = True  # the connection can do nothing beside a stream
-    # Sends a cancel request for a cancelled statement. It needs an await for that, so
-    # a cancelled anyio scope suppresses it.
-    cancels_on_server: bool = False
+    cancels_on_server: bool = False  # a cancelled statement, where it can still await
     errors_hide_state: bool = False  # `in_transaction` is that of before an error
 
     def in_transaction(self, _: Any, /) -> bool:
@@ -86,81 +89,73 @@ class NoLock:
 NO_LOCK = NoLock()
 
 
-class _UnknownDriver(Driver):
-    pass
-
-
-class Database(Protocol):
+class Database(_Facts):
     """What a file of facts says about its database. SQL that is None does not exist."""
 
     EXTRAS: Mapping[str, str]  # by the driver they install; the first is the default
     PACKAGES: frozenset[str]  # where drivers, sync ones too, define their errors
-    URL_QUERY: Mapping[str, str]  # added to the URL, unless it says otherwise
-    ENGINE_OPTIONS: Mapping[str, object]
-    SINGLE_WRITER: bool  # only one transaction can write at a time
+    URL_QUERY: Mapping[str, str] = {}  # added to the URL, unless it says otherwise
+    ENGINE_OPTIONS: Mapping[str, object] = {}
+    SINGLE_WRITER: bool = False  # only one transaction can write at a time
     READ_ONLY_STATEMENT: str  # makes a connection read-only, for as long as it lives
-    IS_READ_ONLY: str  # does the server take no writes, being (now) a replica?
-    LAG: str  # how far a replica is behind: "Seconds_Behind_Master"
-    CANCEL_SQL: str | None  # stops the statement of a process, from another connection
-    # Fails if the transaction was aborted unseen, or has the driver know its state.
-    QUESTION_BEFORE_COMMIT: str | None
+    IS_READ_ONLY: str = "SELECT 0"  # is the server (now) a replica, without writes?
+    LAG: str = "SELECT NULL AS Seconds_Behind_Master"
+    CANCEL_SQL: str | None = None  # stops a process's statement, from elsewhere
+    # Fails if it was aborted unseen, or has the driver know its state.
+    QUESTION_BEFORE_COMMIT: str | None = None
     # Sent by asgi-uow, since the driver sends none: it is always in autocommit mode, so
     # what follows an error that ended the transaction is committed at once.
-    BEGIN_WRITE: str | None
-    TRANSACTION_ID: str | None  # asked before COMMIT, for `was_committed`
+    BEGIN_WRITE: str | None = None
+    TRANSACTION_ID: str | None = None  # asked before COMMIT, for `was_committed`
     CODES: Mapping[str, frozenset[int | str]]  # by `Meaning`; "57P" is a class
-    TRANSACTION_CONTROL: str  # regular expression, beside that of the SQL standard
-    IMPLICIT_COMMIT: str | None  # regular expression: what commits what came before
-
-    @property
-    def DRIVERS(self) -> Mapping[str, Driver]: ...  # noqa: N802  # read-only
-
+    TRANSACTION_CONTROL: str | None = None  # regular expression, beside `_USUAL`
+    IMPLICIT_COMMIT: str | None = None  # likewise: what commits what came before
+    DRIVERS: Mapping[str, Any]  # by SQLAlchemy's name; see `Driver`
     # Finds the code in a driver's error, or in SQLAlchemy's around it.
-    def code_of(self, error: BaseException, /) -> int | str | None: ...
+    code_of: Callable[[BaseException], int | str | None]
 
     # Prepares a new connection; gives codes that are "aborting" there, beside CODES.
-    def set_up(self, raw: Any, /, *, read_only: bool) -> frozenset[int | str]: ...
+    def set_up(self, _raw: Any, /, *, read_only: bool) -> frozenset[int | str]:  # noqa: ARG002
+        return frozenset()
 
     # How far a replica must be to have all commits the writer has answered; None where
     # nothing can be waited for. Asked after COMMIT on an AUTOCOMMIT connection.
-    async def position(self, connection: AsyncConnection, /) -> str | None: ...
+    async def position(self, _connection: AsyncConnection, /) -> str | None:
+        return None
 
-    # Waits until the server has reached `position`, as a promoted replica has; False if
-    # it has not in time, or for what is no position. Asked before anything is read, in
-    # AUTOCOMMIT or in a transaction that ends with it; one round trip where the server
-    # is there already. `seconds` bounds the waiting, not what the network takes.
+    # Waits for `seconds`, the network apart, until the server has reached `position`
+    # (a promoted replica has); False if not, or for what is no position. Asked before
+    # any read, in AUTOCOMMIT or a transaction that ends with it; one round trip if so.
     async def wait_for(
-        self, connection: AsyncConnection, position: str, seconds: float, /
-    ) -> bool: ...
+        self, _connection: AsyncConnection, _position: str, _seconds: float, /
+    ) -> bool:
+        return False
 
     # What became of a transaction (by TRANSACTION_ID); None if it cannot be told. Asks
     # again for so many `seconds` while the server is away or still at it.
     async def was_committed(
-        self, engine: AsyncEngine, transaction: str, seconds: float, /
-    ) -> bool | None: ...
+        self, _engine: AsyncEngine, _transaction: str, _seconds: float, /
+    ) -> bool | None:
+        return None
 
 
 DATABASES: Mapping[str, Database] = {  # by SQLAlchemy's name of the dialect
-    "mysql": mysql,
-    "mariadb": mysql,
-    "postgresql": postgresql,
-    "sqlite": sqlite,
+    **dict.fromkeys(("mysql", "mariadb"), Database(mysql)),
+    "postgresql": Database(postgresql),
+    "sqlite": Database(sqlite),
 }
 ALIASES = {"postgres": "postgresql"}  # which SQLAlchemy does not know
 # What connects in place of the driver; to import it needs the driver.
 CONNECTS = {"aiosqlite": "asgi_uow._databases.sqlite_connection:connect"}
 
 FACTS = tuple(dict.fromkeys(DATABASES.values()))
-_UNKNOWN = _UnknownDriver()
-_ALL: Mapping[str, Driver] = {
-    name: driver for each in FACTS for name, driver in each.DRIVERS.items()
-}
-# A file leaves out the drivers that are described in another.
-_DRIVERS = {name: {**_ALL, **each.DRIVERS} for name, each in DATABASES.items()}
+_UNKNOWN = Driver()
+# Of any database: a file leaves out the drivers that are described in another.
+_DRIVERS = {name: Driver(said) for each in FACTS for name, said in each.DRIVERS.items()}
 
 
 def driver_of(dialect: Dialect) -> Driver:
-    return _DRIVERS.get(dialect.name, _ALL).get(dialect.driver, _UNKNOWN)
+    return _DRIVERS.get(dialect.driver, _UNKNOWN)
 
 
 def database_of(dialect: Dialect) -> Database:
@@ -178,11 +173,11 @@ def _pattern(*statements: str | None) -> re.Pattern[str]:
     return re.compile(f"(?is){comments}(?:{alternatives})")
 
 
-_STANDARD = (
-    r"COMMIT\b|BEGIN\b|START\s+TRANSACTION\b|"
+_USUAL = (
+    r"COMMIT\b|BEGIN\b|START\s+TRANSACTION\b|END\b|ABORT\b|"
     r"ROLLBACK\b(?!(?:\s+(?:WORK|TRANSACTION))?\s+TO\b)"
 )
-_CONTROL = _pattern(_STANDARD, *(each.TRANSACTION_CONTROL for each in FACTS))
+_CONTROL = _pattern(_USUAL, *(each.TRANSACTION_CONTROL for each in FACTS))
 _COMMITS = _pattern(*(each.IMPLICIT_COMMIT for each in FACTS))
 # More words could be a name, or a password. A comment can hide a quote.
 _VERB = _pattern(r"((?:(?:CREATE|ALTER|DROP)(?:\s+OR\s+REPLACE)?|SET)\s+[a-z]+|[a-z]+)")
@@ -199,6 +194,7 @@ _SETTINGS = re.compile(r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|set_config)\b")
 
 @functools.lru_cache(maxsize=1024)
 def kind_of(statement: str) -> Kind | None:
+    """Tell what begins or ends a transaction, or commits it on some databases."""
     if _CONTROL.match(statement):
         return "transaction_control"
     return "implicit_commit" if _COMMITS.match(statement) else None
@@ -223,7 +219,7 @@ def changes_settings(statement: str) -> bool:
 
 
 def is_memory(url: URL) -> bool:
-    return DATABASES.get(url.get_backend_name()) is sqlite and sqlite.is_memory(url)
+    return url.get_backend_name() == "sqlite" and sqlite.is_memory(url)
 
 
 def shown(url: URL) -> str:

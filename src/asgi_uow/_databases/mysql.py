@@ -12,27 +12,22 @@ from anyio import current_time
 from sqlalchemy import exc as sa_exc
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-EXTRAS: Mapping[str, str] = {"asyncmy": "mysql"}
+EXTRAS = {"asyncmy": "mysql"}
 PACKAGES = frozenset({"asyncmy", "aiomysql", "pymysql", "MySQLdb"})
-URL_QUERY: Mapping[str, str] = {"charset": "utf8mb4"}
+URL_QUERY = {"charset": "utf8mb4"}
 # The server closes a connection that is idle for wait_timeout, 28800 seconds.
-ENGINE_OPTIONS: Mapping[str, object] = {"pool_recycle": 1800}
-SINGLE_WRITER: bool = False
-READ_ONLY_STATEMENT: str = "SET SESSION TRANSACTION READ ONLY"
-IS_READ_ONLY: str = "SELECT @@global.read_only"
-LAG: str = "SHOW SLAVE STATUS"
-TRANSACTION_ID: str | None = None
-CANCEL_SQL: str | None = "KILL QUERY {}"
-QUESTION_BEFORE_COMMIT: str | None = "SELECT 1"
-BEGIN_WRITE: str | None = None
+ENGINE_OPTIONS = {"pool_recycle": 1800}
+READ_ONLY_STATEMENT = "SET SESSION TRANSACTION READ ONLY"
+IS_READ_ONLY = "SELECT @@global.read_only"
+LAG = "SHOW SLAVE STATUS"
+CANCEL_SQL = "KILL QUERY {}"
+QUESTION_BEFORE_COMMIT = "SELECT 1"
 
 # https://mariadb.com/kb/en/mariadb-error-code-reference/
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
-CODES: Mapping[str, frozenset[int | str]] = {
+CODES = {
     "read_only": frozenset({1290, 1792, 1836}),
     "demoted": frozenset({1290, 1836}),
     "unavailable": frozenset(
@@ -43,19 +38,18 @@ CODES: Mapping[str, frozenset[int | str]] = {
     "conflict": frozenset({1020, 1205, 1213, 3101}),
     # asyncmy refuses with `InterfaceError(0, ...)` after a statement was cancelled.
     "disconnect": frozenset({0}),
-    # Snapshot conflict, commit and rollback errors, lock table full, deadlock, XA,
-    # replication.
     "in_doubt": frozenset({0, *range(2000, 3000)}),  # of the driver, not of the server
+    # Snapshot conflict, commit or rollback error, full lock table, deadlock, XA.
     "aborting": frozenset({1020, 1180, 1181, 1206, 1213, 1402, 1613, 1614, 3101}),
     "syntax": frozenset({1064}),
 }
 
-TRANSACTION_CONTROL: str = (
+TRANSACTION_CONTROL = (
     r"(?:UN)?LOCK\s+TABLES?\b|"
     r"SET\s+(?:SESSION\s+|GLOBAL\s+|@@(?:\w+\.)?)?AUTOCOMMIT\b"
 )
 # https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
-IMPLICIT_COMMIT: str | None = (
+IMPLICIT_COMMIT = (
     r"(?:CREATE(?:\s+OR\s+REPLACE)?|DROP)\s+(?!TEMPORARY\b|OR\b)|ALTER\b|"
     r"TRUNCATE\b|RENAME\b|GRANT\b|REVOKE\b|ANALYZE\b|OPTIMIZE\b|REPAIR\b|CHECK\b|"
     r"FLUSH\b|INSTALL\b|UNINSTALL\b|CACHE\s+INDEX\b|LOAD\s+INDEX\b|SET\s+PASSWORD\b"
@@ -67,8 +61,7 @@ GTID_LIST = re.compile(rf"{GTID.pattern}(?:,{GTID.pattern})*")
 
 
 class Asyncmy:
-    is_known = exclusive_streams = True
-    savepoints_survive = cursor_needs_begin = cancels_on_server = False
+    is_known = True
     errors_hide_state = True  # an error packet has no status
     is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
     process_id = methodcaller("thread_id")
@@ -89,12 +82,6 @@ class Asyncmy:
     def cut_off(self, raw: Any) -> None:
         if raw._transport is not None:  # noqa: SLF001  # close() would wait
             raw._transport.abort()  # noqa: SLF001
-
-    def aborts_transaction(self, _: object, error: BaseException) -> bool:
-        return code_of(error) in CODES["aborting"]
-
-    def reports_writable(self, _: object) -> bool:
-        return False
 
 
 DRIVERS = {"asyncmy": Asyncmy()}
@@ -150,10 +137,6 @@ async def wait_for(connection: AsyncConnection, position: str, seconds: float) -
         if code_of(error) not in {1941, 1969}:
             raise
         return False
-
-
-async def was_committed(*_: object) -> bool | None:
-    return None  # pragma: no cover  # the server keeps no outcome; it is not asked
 
 
 def _is_mariadb(dialect: sa.Dialect) -> bool:

@@ -1,9 +1,4 @@
-"""Pooled connections of every engine, also of one that was passed in.
-
-A connection that has an open transaction is rolled back before another unit of work
-sees it, a dead one is replaced before it is handed out, and a read engine is read-only
-from the first moment of each connection.
-"""
+"""Pooled connections of every engine, also of one that was passed in."""
 
 from __future__ import annotations
 
@@ -58,10 +53,7 @@ PING_SECONDS = 3.0  # a new connection is made sooner than a slower answer comes
 def attach_listeners(
     engine: AsyncEngine, *, read_only: bool, read_isolation: Isolation = None
 ) -> None:
-    """Look after the connections of an engine; once, whoever asks for it again.
-
-    Raises `ConfigurationError` if that was asked for another use of the engine.
-    """
+    """Look after the connections of an engine, once; refuse another use of it."""
     target, used_for = engine.sync_engine, (read_only, read_isolation)
     if issubclass(target._connection_cls, Connection):  # noqa: SLF001
         if target.get_execution_options()[USED_FOR] != used_for:
@@ -149,9 +141,8 @@ class _Policy:
     def on_reset(self, dbapi: DBAPI, entry: Entry, state: pool.PoolResetState) -> None:
         """Send ROLLBACK only if a transaction is open or an error was seen.
 
-        SQLAlchemy itself sends none after a failed COMMIT, and the next user of the
-        connection would commit what failed. An error packet of MySQL carries no
-        status flag, hence the mark that `on_error` leaves.
+        SQLAlchemy sends none after a failed COMMIT: the next user would commit that.
+        MySQL's error packets carry no status flag, hence the mark of `on_error`.
         """
         info = entry.info
         info[IDLE_SINCE] = time.monotonic()

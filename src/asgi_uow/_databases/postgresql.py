@@ -16,31 +16,25 @@ from anyio import current_time, move_on_after, sleep
 from sqlalchemy import exc as sa_exc
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-EXTRAS: Mapping[str, str] = {"asyncpg": "postgresql"}
+EXTRAS = {"asyncpg": "postgresql"}
 PACKAGES = frozenset({"asyncpg", "psycopg"})
-URL_QUERY: Mapping[str, str] = {}
-ENGINE_OPTIONS: Mapping[str, object] = {}
-SINGLE_WRITER: bool = False
-READ_ONLY_STATEMENT: str = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
-IS_READ_ONLY: str = "SELECT pg_is_in_recovery()"
-LAG: str = (
+READ_ONLY_STATEMENT = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
+IS_READ_ONLY = "SELECT pg_is_in_recovery()"
+LAG = (
     "SELECT CASE WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()"
     " AND EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')"
     " THEN 0"
     " ELSE EXTRACT(EPOCH FROM clock_timestamp() - pg_last_xact_replay_timestamp())"
     ' END AS "Seconds_Behind_Master"'
 )
-CANCEL_SQL: str | None = "SELECT pg_cancel_backend({})"
+CANCEL_SQL = "SELECT pg_cancel_backend({})"
 # Asked where the driver was used past SQLAlchemy: an error aborts the transaction.
-QUESTION_BEFORE_COMMIT: str | None = "SELECT 1"
-BEGIN_WRITE: str | None = None
+QUESTION_BEFORE_COMMIT = "SELECT 1"
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
-CODES: Mapping[str, frozenset[int | str]] = {
+CODES = {
     "read_only": frozenset({"25006"}),
     "demoted": frozenset({"25006"}),
     # Classes: connection exception, insufficient resources, shutting down or starting.
@@ -50,9 +44,6 @@ CODES: Mapping[str, frozenset[int | str]] = {
     # Connection exceptions, also of drivers, and statement_completion_unknown.
     "in_doubt": frozenset({"08", "40003"}),
 }
-
-TRANSACTION_CONTROL: str = r"END\b|ABORT\b"
-IMPLICIT_COMMIT: str | None = None
 
 # Not pg_current_wal_lsn(): with synchronous_commit=off a commit is beyond that.
 LSN_WRITTEN = (
@@ -72,18 +63,18 @@ LONGEST_PAUSE = 0.05  # seconds between two questions to a server
 
 # The statistics are reset by every crash, also of a single backend, and by no restart.
 EPOCH = "CAST((SELECT stats_reset FROM pg_stat_bgwriter) AS text)"
-TRANSACTION_ID: str | None = (  # NULL if nothing was written
+TRANSACTION_ID = (  # NULL if nothing was written
     f"SELECT CAST(pg_current_xact_id_if_assigned() AS text) || '@' || {EPOCH}"
 )
 STATUS = f"SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8)), {EPOCH}"
 # 22023: the server has not given the id to anybody (since it crashed).
-ANSWERS: Mapping[object, bool] = {"committed": True, "aborted": False, "22023": False}
+ANSWERS: dict[object, bool] = {"committed": True, "aborted": False, "22023": False}
 PSYCOPG_IN_ERROR = 3  # pq.TransactionStatus.INERROR: only ROLLBACK is accepted
 
 
 class _Driver:
     is_known = savepoints_survive = cursor_needs_begin = cancels_on_server = True
-    exclusive_streams = errors_hide_state = False
+    exclusive_streams = False
 
 
 class Asyncpg(_Driver):
@@ -138,7 +129,7 @@ class Psycopg(_Driver):
         return bool(setting == b"off")
 
 
-DRIVERS: Mapping[str, Asyncpg | Psycopg] = {"asyncpg": Asyncpg(), "psycopg": Psycopg()}
+DRIVERS = {"asyncpg": Asyncpg(), "psycopg": Psycopg()}
 
 
 def code_of(error: BaseException) -> str | None:
@@ -147,7 +138,6 @@ def code_of(error: BaseException) -> str | None:
     code: object = getattr(origin, "sqlstate", None)
     unsent = isinstance(error, sa_exc.OperationalError) and error.statement is None
     if code is None and unsent and hasattr(origin, "pgconn"):
-        # libpq drops the SQLSTATE of a connection that it could not open.
         conn = origin.pgconn
         code = "28000" if conn and _is_refused(conn, str(origin)) else "08000"
     return code if isinstance(code, str) else None
@@ -160,10 +150,6 @@ def _is_refused(conn: Any, text: str) -> bool:
     refused = rf"authentication failed|[^\w\s]\s?(?:{name})\s?(?:[^\w\s]|$)"
     answer = rf"(?ms):  (?!.*too many connections).*(?:{refused})"
     return bool(conn.needs_password or re.search(answer, text))
-
-
-def set_up(*_: object, **__: object) -> frozenset[int | str]:
-    return frozenset()
 
 
 async def position(connection: AsyncConnection) -> str | None:
@@ -186,10 +172,9 @@ async def wait_for(connection: AsyncConnection, position: str, seconds: float) -
 
 
 def _before_header(lsn: str, page: int, segment: int) -> str:
-    # A record that ends where its page ends puts the insert position behind the header
-    # of the next page, which is still empty. A replica that has replayed the record
-    # stands before that header, until somebody writes more. Nothing is lost: what a
-    # page holds of a record comes after the header.
+    # A record that ends with its page puts the insert position behind the header of the
+    # next, empty page; a replica that has replayed it stands before that header until
+    # more is written. Nothing is lost: a page holds of records what follows its header.
     high, low = (int(part, 16) for part in lsn.split("/"))
     header = SEGMENT_HEADER if low % segment < page else PAGE_HEADER
     return f"{high:X}/{low - header:X}" if low % page == header else lsn
@@ -198,9 +183,8 @@ def _before_header(lsn: str, page: int, segment: int) -> str:
 async def was_committed(
     engine: AsyncEngine, transaction: str, seconds: float
 ) -> bool | None:
-    # After a crash the id of a lost transaction may be another's: then "committed"
-    # proves nothing, but "aborted", or an id that is not given out yet, still proves
-    # the loss.
+    # After a crash another may have the id of a lost transaction: then "committed"
+    # proves nothing; "aborted", or an id that is not given out, still proves the loss.
     number, _, epoch = transaction.partition("@")
     answer = epoch_now = None
     with move_on_after(seconds):

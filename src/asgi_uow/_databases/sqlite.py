@@ -8,57 +8,34 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from sqlalchemy import URL
 
-EXTRAS: Mapping[str, str] = {"aiosqlite": "sqlite"}
+EXTRAS = {"aiosqlite": "sqlite"}
 PACKAGES = frozenset({"aiosqlite", "sqlite3"})
-URL_QUERY: Mapping[str, str] = {}
-ENGINE_OPTIONS: Mapping[str, object] = {}
-SINGLE_WRITER: bool = True
-READ_ONLY_STATEMENT: str = "PRAGMA query_only = ON"
-IS_READ_ONLY: str = "SELECT 0"
-LAG: str = "SELECT NULL AS Seconds_Behind_Master"
-TRANSACTION_ID: str | None = None
-CANCEL_SQL: str | None = None
-QUESTION_BEFORE_COMMIT: str | None = None
+SINGLE_WRITER = True
+READ_ONLY_STATEMENT = "PRAGMA query_only = ON"
 # The write lock at once: an upgrade later can fail without waiting. A SAVEPOINT opened
 # before any DML needs the explicit BEGIN too, or its RELEASE commits.
 # https://www.sqlite.org/lang_savepoint.html
-BEGIN_WRITE: str | None = "BEGIN IMMEDIATE"
+BEGIN_WRITE = "BEGIN IMMEDIATE"
 
 BUSY_TIMEOUT = 5000  # milliseconds a statement waits for a lock
 WAL_PAUSE = 50  # between two attempts to have a file keep a write-ahead log
 
 # https://www.sqlite.org/rescode.html
-CODES: Mapping[str, frozenset[int | str]] = {
+CODES = {
     "read_only": frozenset({"SQLITE_READONLY"}),
     "absent": frozenset({"SQLITE_CANTOPEN"}),
     "conflict": frozenset({"SQLITE_BUSY"}),
 }
-TRANSACTION_CONTROL: str = r"END\b"
-IMPLICIT_COMMIT: str | None = None
 
 
 class Aiosqlite:
-    is_known = True
-    savepoints_survive = cursor_needs_begin = False
-    exclusive_streams = cancels_on_server = errors_hide_state = False
+    is_known, exclusive_streams = True, False
     in_transaction = attrgetter("in_transaction")
-
-    def is_dead(self, _: object) -> bool:
-        return False
-
-    is_busy = reports_writable = is_dead  # its thread does one thing after the other
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return not raw.in_transaction  # SQLite says so when asked
-
-    def process_id(self, _: object) -> None:
-        return None
-
-    cut_off = process_id  # there is no server
 
 
 DRIVERS = {"aiosqlite": Aiosqlite()}
@@ -107,15 +84,4 @@ def _is_busy(cursor: Any, statement: str, *, raises: bool = False) -> bool:
         if raises or not error.sqlite_errorname.startswith("SQLITE_BUSY"):
             raise
         return True
-    return False
-
-
-async def position(*_: object) -> None:
-    return None
-
-
-was_committed = position  # it keeps no outcome either
-
-
-async def wait_for(*_: object) -> bool:
     return False
