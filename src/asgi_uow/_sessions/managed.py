@@ -29,18 +29,10 @@ if TYPE_CHECKING:
 class Shared:
     """What the sessions of a unit of work have in common, also with units around it."""
 
-    __slots__ = (
-        "committed",
-        "events",
-        "outages",
-        "savepoints",
-        "state",
-        "stuck",
-        "writers",
-    )
-
     def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
         self.state: State = State.NEW
+        self.wants_details: bool = False
+        """Whether an observer wants to know of what went well."""
         self.outages: list[Exception] = []
         """Errors after which it may help to try again."""
         self.events: list[Event] = around.events if around and hook else []
@@ -102,10 +94,6 @@ class ManagedSession(orm.Session):
         transaction = super().begin(nested=True)
         self.journal.savepoints.open(transaction)
         return transaction
-
-    def reset(self) -> None:
-        operation = "session.reset()"
-        raise errors.ManagedTransactionError(operation)
 
     def connection(self, *args: Any, **kwargs: Any) -> sa.Connection:
         self.driver_exposed = True
@@ -180,7 +168,7 @@ def _only_the_unit(name: str) -> Callable[[ManagedSession], None]:
     return call
 
 
-for _name in ("commit", "prepare", "rollback", "close", "invalidate"):
+for _name in ("commit", "prepare", "rollback", "close", "invalidate", "reset"):
     setattr(ManagedSession, _name, _only_the_unit(_name))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING
 
 from sqlalchemy import orm, text
@@ -11,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
+from asgi_uow._concurrency import Shield
 from asgi_uow._databases.connection import raw_of
 from asgi_uow._databases.driver_errors import is_in_doubt
 from asgi_uow._decision import Cause, Outcome
@@ -18,18 +21,14 @@ from asgi_uow._unit.ended import COMMITTED, Ended
 from asgi_uow.observers import ReleaseFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
-    from typing import TypeAlias
+    from collections.abc import Callable
 
-    from asgi_uow._concurrency import Shield
-    from asgi_uow._databases.engines import Engines
     from asgi_uow._sessions.managed import ManagedSession
     from asgi_uow._sessions.read_session import ReadSession
     from asgi_uow._sessions.session import Session
+    from asgi_uow._unit.hooks import Work
     from asgi_uow._unit.participant import Participant
     from asgi_uow.observers import Event
-
-    Work: TypeAlias = Coroutine[object, object, None]
 
 RESOLVE_SECONDS = 30.0
 """Seconds for settling an unknown outcome where `commit_timeout` is None."""
@@ -37,38 +36,13 @@ ROLLBACK_SECONDS = 4.0
 """The most for ROLLBACK, which can be done without: the connection is cut off then."""
 
 
-def without_proof(
-    ended: Ended, cause: Cause | None, participants: Iterable[Participant]
-) -> Ended:
-    """Tell whether something of what is to be rolled back was, or may be, kept."""
-    for each in participants:
-        if each.writer is None or ended.outcome is not Outcome.ROLLED_BACK:
-            continue
-        sync, cause = each.writer.sync_session, ended.cause or cause
-        for connection in sync.connections:
-            if not (connection.closed or connection.invalidated):
-                sync.journal.look(connection.connection.dbapi_connection)
-        if (statement := sync.journal.implicit_commit) is not None:
-            kind, error = errors.PartialCommitError, ended.error
-            detail = f"MySQL committed by itself for {statement}"
-            cause = cause or Cause.COMMIT_FAILED
-            return Ended(Outcome.PARTIAL, kind, cause, error, detail)
-        if sync.journal.ended_unseen:
-            unknown, doom = errors.OutcomeUnknownError, sync.journal.doomed_by
-            return Ended(Outcome.UNKNOWN, unknown, Cause.DOOMED, doom)
-    return ended
-
-
+@dataclasses.dataclass(slots=True, eq=False)
 class Commit:
     """One COMMIT, and whether the answer to it leaves its outcome in doubt."""
 
-    __slots__ = ("db", "in_doubt", "session", "transaction_id")
-
-    def __init__(self, db: Engines, session: Session) -> None:
-        self.db = db
-        self.session = session
-        self.transaction_id: str | None = None
-        self.in_doubt = False
+    session: Session
+    transaction_id: str | None = None
+    in_doubt: bool = False
 
     def prepare(self) -> None:
         """Have the server promise that it can commit; then it is asked nothing more."""
@@ -94,63 +68,53 @@ class Commit:
         statement through the driver itself, which the journal does not see, has
         ended it or has failed; PostgreSQL has to be asked for that.
         """
-        facts, driver = self.db.facts, self.db.driver
+        db = sync.database
         if sync.driver_exposed:
             sync.wait_for_others()
         for connection in sync.connections:
             dbapi = connection.connection.dbapi_connection
-            if driver.is_dead(raw_of(dbapi)):
+            if db.driver.is_dead(raw_of(dbapi)):
                 message = "the connection was lost before COMMIT was sent"
                 raise ConnectionError(message)
             sync.journal.look(dbapi)
             if sync.journal.ended_unseen:
                 raise errors.TransactionGoneError from sync.journal.doomed_by
-            if sync.driver_exposed and facts.QUESTION_BEFORE_COMMIT is not None:
+            if sync.driver_exposed and db.facts.QUESTION_BEFORE_COMMIT is not None:
                 try:
-                    sync.scalar(text(facts.QUESTION_BEFORE_COMMIT))
+                    sync.scalar(text(db.facts.QUESTION_BEFORE_COMMIT))
                 except DBAPIError as error:
                     raise errors.TransactionGoneError from error
-        if self.db.resolve_unknown and sync.connections:
-            self.transaction_id = sync.scalar(text(self.db.facts.TRANSACTION_ID or ""))
+        if db.resolve_unknown and sync.connections:
+            self.transaction_id = sync.scalar(text(db.facts.TRANSACTION_ID or ""))
 
 
 class Completion:
     """Ends the sessions of a unit of work, one after the other, each bounded."""
 
-    __slots__ = ("_events", "_limit", "_shield", "_timeout")
+    __slots__ = ("_events", "_limit", "_timeout", "shield")
 
-    def __init__(
-        self, events: list[Event], shield: Shield, timeout: float | None
-    ) -> None:
-        self._events = events
-        self._shield = shield
-        self._timeout = timeout
-        is_short = timeout is not None and timeout < ROLLBACK_SECONDS
-        self._limit = timeout if is_short else ROLLBACK_SECONDS
+    def __init__(self, events: list[Event], timeout: float | None) -> None:
+        self.shield = Shield()
+        self._events, self._timeout = events, timeout
+        self._limit = min(ROLLBACK_SECONDS, math.inf if timeout is None else timeout)
 
-    async def commit(self, participants: Iterable[Participant]) -> Ended:
+    async def commit(self, writers: list[Session]) -> Ended:
         """COMMIT every session that executed something, in the order of first use.
 
         Sessions with `twophase=True` are all prepared before the first COMMIT, and
         committed after the others, which may fail; from then on nothing stops them.
         """
-        steps: list[tuple[Commit, Callable[[], None]]] = []
-        prepares = prepared = 0
-        for each in participants:
-            if each.writer is not None:
-                commit = Commit(each.db, each.writer)
-                if each.writer.sync_session.twophase:
-                    steps.insert(prepares, (commit, commit.prepare))
-                    steps.append((commit, commit.run))
-                    prepares, prepared = prepares + 1, prepared + 1
-                else:
-                    steps.insert(len(steps) - prepared, (commit, commit.run))
+        commits = [Commit(writer) for writer in writers]
+        twophase = [each for each in commits if each.session.sync_session.twophase]
+        commits.sort(key=twophase.__contains__)
+        steps = [(each, each.prepare) for each in twophase]
+        steps += [(each, each.run) for each in commits]
         any_committed = False
         unproven: tuple[Commit, BaseException] | None = None
         for commit, step in steps:
             journal = commit.session.journal
             try:
-                await self._shield.run(_in_lock(commit.session, step), self._timeout)
+                await self.shield.run(_in_lock(commit.session, step), self._timeout)
             except BaseException as error:  # noqa: BLE001  # becomes the failure
                 if not await self._was_kept(commit, error):
                     unproven = unproven or (commit, error)
@@ -174,8 +138,10 @@ class Completion:
         await self.discard(commit.session, error)
         if not journal.committed:
             seconds, asked = self._timeout or RESOLVE_SECONDS, commit.transaction_id
-            settling = commit.db.settle(journal.xid, asked, seconds)
-            kept = await self._shield.run(settling, at_once=False)
+            settling = commit.session.sync_session.database.settle(
+                journal.xid, asked, seconds
+            )
+            kept = await self.shield.run(settling, at_once=False)
             journal.committed, commit.in_doubt = bool(kept), kept is None
         return journal.committed
 
@@ -200,15 +166,29 @@ class Completion:
         return Ended(Outcome.ROLLED_BACK, errors.CommitFailedError, cause, error)
 
     async def prove(
-        self, ended: Ended, cause: Cause | None, participants: Iterable[Participant]
+        self, ended: Ended, cause: Cause | None, writers: list[Session]
     ) -> Ended:
-        """See `without_proof`; what is in flight may still end the transaction."""
-        for each in participants:
-            if (writer := each.writer) is None or writer.shared.stuck:
-                continue
-            if writer.sync_session.driver_exposed:
+        """Tell whether something of what is to be rolled back was, or may be, kept."""
+        for writer in writers:
+            # What is in flight may still end the transaction.
+            if writer.sync_session.driver_exposed and not writer.shared.stuck:
                 await self._close(writer, writer.sync_session.wait_for_others)
-        return without_proof(ended, cause, participants)
+        if ended.outcome is not Outcome.ROLLED_BACK:
+            return ended
+        for writer in writers:
+            journal = writer.journal
+            for connection in writer.sync_session.connections:
+                if not (connection.closed or connection.invalidated):
+                    journal.look(connection.connection.dbapi_connection)
+            if (statement := journal.implicit_commit) is not None:
+                kind, cause = errors.PartialCommitError, ended.cause or cause
+                detail = f"MySQL committed by itself for {statement}"
+                why = cause or Cause.COMMIT_FAILED, ended.error, detail
+                return Ended(Outcome.PARTIAL, kind, *why)
+            if journal.ended_unseen:
+                why = Cause.DOOMED, journal.doomed_by, ""
+                return Ended(Outcome.UNKNOWN, errors.OutcomeUnknownError, *why)
+        return ended
 
     async def roll_back(self, session: Session, ended: Ended) -> None:
         """Roll back and give the connection back clean, or throw it away."""
@@ -228,17 +208,14 @@ class Completion:
         if (xid := sync.journal.xid) is not None and not sync.journal.commit_sent:
             seconds = self._timeout or RESOLVE_SECONDS
             ending = sync.database.end_prepared(xid, seconds, commit=False)
-            if not await self._shield.run(ending, at_once=False):
+            if not await self.shield.run(ending, at_once=False):
                 self._report(f"rolling {xid!r} back", TimeoutError("it is prepared"))
 
-    async def close_reader(
-        self, participant: Participant, reader: ReadSession, *, wants_details: bool
-    ) -> None:
+    async def close_reader(self, of: Participant, reader: ReadSession) -> None:
         """Give the connection of a read session back, or throw it away."""
         end = functools.partial(orm.Session.close, reader.sync_session)
         await self._close(reader, end)
-        if wants_details:
-            participant.report_release(reader, "read")
+        of.report_release(reader, "read")
 
     async def _close(self, session: Session, end: Callable[[], None]) -> None:
         error: BaseException | None = None
@@ -256,9 +233,7 @@ class Completion:
         if error is not None:  # nothing depends on it
             self._report("giving a read connection back", error)
 
-    async def discard(
-        self, session: Session, error: BaseException | None = None
-    ) -> None:
+    async def discard(self, session: Session, error: BaseException | None) -> None:
         """Give up a session that could not be closed; its connection is not reused."""
         lost = getattr(error, "connection_invalidated", False)
         if error is not None and not lost and session.doomed_by is None:
@@ -273,11 +248,11 @@ class Completion:
         What takes too long has its connection cut off.
         """
         try:
-            await self._shield.run(work, self._limit, cut=session.sync_session.cut_off)
+            await self.shield.run(work, self._limit, cut=session.sync_session.cut_off)
         except BaseException as error:  # noqa: BLE001  # reported; the outcome stands
             session.shared.stuck += isinstance(error, TimeoutError)
             if not isinstance(error, Exception):
-                self._shield.cancelled = error
+                self.shield.cancelled = error
             return error
         return None
 
@@ -287,12 +262,6 @@ class Completion:
 
 async def _in_lock(session: Session, end: Callable[[], None]) -> None:
     """End a session in a greenlet, once no call is in flight."""
-    lock, task = session.own_lock, asyncio.current_task()
-    if task is not None and not lock.take(task):
-        await lock.wait(task)
-    try:
-        if session.streams:
-            await session.close_streams()
+    async with session.own_lock:
+        await session.close_streams()
         await greenlet_spawn(end)
-    finally:
-        lock.release()

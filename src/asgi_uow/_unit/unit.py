@@ -92,9 +92,9 @@ class UnitOfWork:
     is_used: bool = False
     """Whether its end is more than a word: something was opened, registered or set."""
     forced: bool = False
-    is_started: bool = False
     must_see: MustSee = MustSee()
-    opened: float = 0.0
+    opened: float | None = None
+    """When it was first asked for something, by `time.perf_counter()`."""
     hooks: Hooks | None = None
     quota: Iterator[int] | None = None
     """How many hooks may be registered by what runs in this unit: hooks."""
@@ -103,24 +103,28 @@ class UnitOfWork:
     doom: BaseException | None = None
 
     @property
+    def writers(self) -> list[Session]:
+        """Its write sessions, in the order of first use."""
+        participants = self.participants.values()
+        return [each.writer for each in participants if each.writer is not None]
+
+    @property
     def doomed_by(self) -> BaseException | None:
         """The first error for which the database rolled the work back, if it did.
 
         Until the decision a ROLLBACK TO SAVEPOINT can still undo it.
         """
-        if self.doom is None:
-            for each in self.participants.values():
-                error = None if each.writer is None else each.writer.doomed_by
-                if error is not None:
-                    return error
+        for writer in self.writers if self.doom is None else ():
+            if writer.doomed_by is not None:
+                return writer.doomed_by
         return self.doom
 
     def refuse_inside_call(self) -> None:
         """Doom the unit, and raise, where its end would wait for its own caller."""
-        for each in self.participants.values():
-            if each.writer is not None and each.writer.own_lock.is_mine:
+        for writer in self.writers:
+            if writer.own_lock.is_mine:
                 what = "The start of a response", "this task is in a call"
-                raise each.writer.journal.doom(errors.ConcurrentUseError(*what))
+                raise writer.journal.doom(errors.ConcurrentUseError(*what))
 
     def session(self, db: Engines | None = None) -> Session:
         """Give the write session of `db`, of the first database by default.
@@ -192,8 +196,7 @@ class UnitOfWork:
         frame = savepoints.innermost if savepoints.opened else None
         hook = Hook(call, args, kwargs, frame)
         self.hooks.queue(phase).append(hook)
-        if not self.is_started:
-            self.start()
+        self.start()
         return hook
 
     def share(self) -> Shared:
@@ -203,14 +206,14 @@ class UnitOfWork:
             around = None if self.around is None else self.around.share()
             self.shared = Shared(around, nested=self.is_nested, hook=self.is_hook)
             self.shared.state = self.state
+            self.shared.wants_details = self.options.wants_details
         return self.shared
 
     def start(self) -> None:
         """Tell, once and at once, that the unit was asked for something."""
         if self.state is NEW:
             self.move(State.ACTIVE)
-        if not self.is_started:
-            self.is_started = True
+        if self.opened is None:
             self.opened = time.perf_counter()
             if self.options.wants_details:
                 self.options.tell(UnitStarted(unit=self))
