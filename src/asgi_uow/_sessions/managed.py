@@ -213,11 +213,10 @@ def _accept_connection(
         return
     info = info_of(connection)
     session.connections[connection] = info.get(CANCEL_SQL)
-    reads = isinstance(session, ReadOnlySession)
     joins = isinstance(session, ReadOnlySession) and session.writer is not None
     if session.connected is None and not joins:
         session.connected = time.perf_counter()
-    if reads:
+    if isinstance(session, ReadOnlySession):
         return
     if not isinstance(connection, Connection):
         message = (
@@ -226,20 +225,16 @@ def _accept_connection(
         )
         raise errors.ConfigurationError(message)
     if AUTOCOMMIT in info:
-        _refuse_autocommit(connection, is_default=info[AUTOCOMMIT])
+        raw = connection.connection.dbapi_connection
+        options = connection._execution_options  # noqa: SLF001  # also its engine's
+        can_be = info[AUTOCOMMIT] or "isolation_level" in options
+        if can_be and raw and connection.dialect.detect_autocommit_setting(raw):
+            message = (
+                "The engine or the connection's execution options say AUTOCOMMIT: "
+                "nothing could be rolled back. Leave the isolation level out."
+            )
+            raise errors.ConfigurationError(message)
     connection.journal = session.journal
-
-
-def _refuse_autocommit(connection: sa.Connection, *, is_default: bool) -> None:
-    options = connection._execution_options  # noqa: SLF001  # also its engine's
-    raw = connection.connection.dbapi_connection
-    can_be = is_default or "isolation_level" in options
-    if can_be and raw and connection.dialect.detect_autocommit_setting(raw):
-        message = (
-            "The engine, or the execution options of the connection, say AUTOCOMMIT: "
-            "nothing could be rolled back. Leave the isolation level out."
-        )
-        raise errors.ConfigurationError(message)
 
 
 def _release_savepoint(session: ManagedSession) -> None:

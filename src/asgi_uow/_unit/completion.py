@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import functools
 import math
+import time
 from typing import TYPE_CHECKING
 
 from sqlalchemy import orm, text
@@ -21,7 +22,7 @@ from asgi_uow._unit.ended import COMMITTED, Ended
 from asgi_uow.observers import ReleaseFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from asgi_uow._sessions.managed import ManagedSession
     from asgi_uow._sessions.read_session import ReadSession
@@ -46,29 +47,26 @@ class Commit:
 
     def prepare(self) -> None:
         """Have the server promise that it can commit; then it is asked nothing more."""
-        sync = self.session.sync_session
-        sync.journal.ending = asyncio.current_task()
-        self._require_whole(sync)
-        sync.prepare()
+        self._begin().prepare()
 
     def run(self) -> None:
         """Check, flush, commit and close, in one greenlet."""
-        sync = self.session.sync_session
-        sync.journal.ending = asyncio.current_task()
-        if sync.journal.xid is None:
-            self._require_whole(sync)
+        sync = self._begin()
         orm.Session.commit(sync)
         orm.Session.close(sync)
 
-    def _require_whole(self, sync: ManagedSession) -> None:
-        """Raise unless the transaction is there and whole, just before COMMIT.
+    def _begin(self) -> ManagedSession:
+        """Raise unless the transaction is there and whole, or has been prepared.
 
         `ConnectionError` if the driver knows that a connection is dead: this tells
         "certainly not committed" from "nobody knows". `TransactionGoneError` if a
         statement through the driver itself, which the journal does not see, has
         ended it or has failed; PostgreSQL has to be asked for that.
         """
-        db = sync.database
+        sync = self.session.sync_session
+        sync.journal.ending, db = asyncio.current_task(), sync.database
+        if sync.journal.xid is not None:
+            return sync
         if sync.driver_exposed:
             sync.wait_for_others()
         for connection in sync.connections:
@@ -86,19 +84,20 @@ class Commit:
                     raise errors.TransactionGoneError from error
         if db.resolve_unknown and sync.connections:
             self.transaction_id = sync.scalar(text(db.facts.TRANSACTION_ID or ""))
+        return sync
 
 
 class Completion:
     """Ends the sessions of a unit of work, one after the other, each bounded."""
 
-    __slots__ = ("_events", "_limit", "_timeout", "shield")
+    __slots__ = ("_limit", "_timeout", "began", "events", "shield")
 
     def __init__(self, events: list[Event], timeout: float | None) -> None:
-        self.shield = Shield()
-        self._events, self._timeout = events, timeout
+        self.shield, self.began = Shield(), time.perf_counter()
+        self.events, self._timeout = events, timeout
         self._limit = min(ROLLBACK_SECONDS, math.inf if timeout is None else timeout)
 
-    async def commit(self, writers: list[Session]) -> Ended:
+    async def commit(self, writers: Sequence[Session]) -> Ended:
         """COMMIT every session that executed something, in the order of first use.
 
         Sessions with `twophase=True` are all prepared before the first COMMIT, and
@@ -109,7 +108,6 @@ class Completion:
         commits.sort(key=twophase.__contains__)
         steps = [(each, each.prepare) for each in twophase]
         steps += [(each, each.run) for each in commits]
-        any_committed = False
         unproven: tuple[Commit, BaseException] | None = None
         for commit, step in steps:
             journal = commit.session.journal
@@ -120,14 +118,14 @@ class Completion:
                     unproven = unproven or (commit, error)
                     if journal.xid is None or not journal.commit_sent:
                         break
-            any_committed = any_committed or journal.committed
         if unproven is None:
             return COMMITTED
+        any_committed = any(each.session.journal.committed for each in commits)
         return self._refused(*unproven, any_committed=any_committed)
 
     async def _was_kept(self, commit: Commit, error: BaseException) -> bool:
         """Tell whether the work is kept all the same; settles what was in doubt."""
-        journal = commit.session.journal
+        journal, db = commit.session.journal, commit.session.sync_session.database
         if not journal.committed:
             commit.in_doubt = journal.commit_sent and (
                 journal.xid is not None or is_in_doubt(error)
@@ -138,9 +136,7 @@ class Completion:
         await self.discard(commit.session, error)
         if not journal.committed:
             seconds, asked = self._timeout or RESOLVE_SECONDS, commit.transaction_id
-            settling = commit.session.sync_session.database.settle(
-                journal.xid, asked, seconds
-            )
+            settling = db.settle(journal.xid, asked, seconds)
             kept = await self.shield.run(settling, at_once=False)
             journal.committed, commit.in_doubt = bool(kept), kept is None
         return journal.committed
@@ -166,7 +162,7 @@ class Completion:
         return Ended(Outcome.ROLLED_BACK, errors.CommitFailedError, cause, error)
 
     async def prove(
-        self, ended: Ended, cause: Cause | None, writers: list[Session]
+        self, ended: Ended, cause: Cause | None, writers: Sequence[Session]
     ) -> Ended:
         """Tell whether something of what is to be rolled back was, or may be, kept."""
         for writer in writers:
@@ -179,7 +175,9 @@ class Completion:
             journal = writer.journal
             for connection in writer.sync_session.connections:
                 if not (connection.closed or connection.invalidated):
-                    journal.look(connection.connection.dbapi_connection)
+                    dbapi = connection.connection.dbapi_connection
+                    if not writer.sync_session.database.driver.is_dead(raw_of(dbapi)):
+                        journal.look(dbapi)
             if (statement := journal.implicit_commit) is not None:
                 kind, cause = errors.PartialCommitError, ended.cause or cause
                 detail = f"MySQL committed by itself for {statement}"
@@ -196,12 +194,11 @@ class Completion:
 
         def end() -> None:
             sync.journal.ending = asyncio.current_task()
-            if ended.outcome is not Outcome.ROLLED_BACK:
-                sync.invalidate()
-            else:
+            if ended.outcome is Outcome.ROLLED_BACK:
                 sync.detach_objects()
-                # After a failed COMMIT close() alone sends nothing.
-                sync.rollback()
+                sync.rollback()  # after a failed COMMIT close() alone sends nothing
+            else:
+                sync.invalidate()
             sync.close()
 
         await self._close(session, end)
@@ -209,13 +206,15 @@ class Completion:
             seconds = self._timeout or RESOLVE_SECONDS
             ending = sync.database.end_prepared(xid, seconds, commit=False)
             if not await self.shield.run(ending, at_once=False):
-                self._report(f"rolling {xid!r} back", TimeoutError("it is prepared"))
+                left = TimeoutError("it is prepared")
+                self.events.append(ReleaseFailed(f"rolling {xid!r} back", left))
 
     async def close_reader(self, of: Participant, reader: ReadSession) -> None:
         """Give the connection of a read session back, or throw it away."""
         end = functools.partial(orm.Session.close, reader.sync_session)
         await self._close(reader, end)
-        of.report_release(reader, "read")
+        if of.shared.wants_details:
+            of.report_release(reader)
 
     async def _close(self, session: Session, end: Callable[[], None]) -> None:
         error: BaseException | None = None
@@ -231,16 +230,16 @@ class Completion:
             session.sync_session.cut_off()
         error = await self._try(session, session.release_if_idle())
         if error is not None:  # nothing depends on it
-            self._report("giving a read connection back", error)
+            self.events.append(ReleaseFailed("giving a read connection back", error))
 
     async def discard(self, session: Session, error: BaseException | None) -> None:
         """Give up a session that could not be closed; its connection is not reused."""
         lost = getattr(error, "connection_invalidated", False)
         if error is not None and not lost and session.doomed_by is None:
-            self._report("closing the session", error)
+            self.events.append(ReleaseFailed("closing the session", error))
         again = await self._try(session, session.discard())
         if again is not None:
-            self._report("throwing the connection away", again)
+            self.events.append(ReleaseFailed("throwing the connection away", again))
 
     async def _try(self, session: Session, work: Work) -> BaseException | None:
         """Give what `work` raised; what is to end more than the unit is raised later.
@@ -256,12 +255,10 @@ class Completion:
             return error
         return None
 
-    def _report(self, operation: str, error: BaseException) -> None:
-        self._events.append(ReleaseFailed(operation, error))
-
 
 async def _in_lock(session: Session, end: Callable[[], None]) -> None:
     """End a session in a greenlet, once no call is in flight."""
     async with session.own_lock:
-        await session.close_streams()
+        if session.streams:
+            await session.close_streams()
         await greenlet_spawn(end)

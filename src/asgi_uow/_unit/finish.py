@@ -19,15 +19,15 @@ from asgi_uow._decision import Cause, Outcome, State, rollback
 from asgi_uow._unit.completion import Completion
 from asgi_uow._unit.ended import ROLLED_BACK, Ended, stopped_by
 from asgi_uow._unit.hook_units import HookRun, queue
+from asgi_uow._unit.hooks import Hook, check_callable
 from asgi_uow.observers import CommitFailed, UnitFinished
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from asgi_uow._decision import Decision
-    from asgi_uow._sessions.managed import Shared
     from asgi_uow._sessions.read_session import ReadSession
-    from asgi_uow._unit.hooks import Hook, Hooks
+    from asgi_uow._unit.hooks import Hooks
     from asgi_uow._unit.participant import Participant
     from asgi_uow._unit.unit import UnitOfWork
 
@@ -43,13 +43,13 @@ async def finish(
     was not kept. Until COMMIT is sent a cancellation rolls back; from then on it is
     delivered after the last hook. `error` is why the response has to be replaced.
     """
-    shared = unit.shared
-    if shared is None and not decision.replace_response:
+    if unit.shared is None and not decision.replace_response:
         unit.move(State.PREPARING if decision.commit else State.ROLLING_BACK)
         unit.conclude_unused(commit=decision.commit)
         unit.cause = decision.cause
         return
-    ending = time.perf_counter()
+    shared = unit.shared or unit.share()
+    completion = Completion(shared.events, unit.options.commit_timeout)
     ended = ROLLED_BACK
     if decision.commit:
         unit.move(State.PREPARING)
@@ -63,12 +63,10 @@ async def finish(
         kind = errors.CommitFailedError if error is not None else errors.DoomedError
         ended = Ended(Outcome.ROLLED_BACK, kind, decision.cause, error or unit.doom)
     unit.move(State.COMMITTING if decision.commit else State.ROLLING_BACK)
-    events = unit.share().events
-    completion = Completion(events, unit.options.commit_timeout)
     try:
-        interrupted = await _complete(unit, decision, ended, ending, completion)
+        interrupted = await _complete(unit, decision, ended, completion)
     finally:
-        if events:
+        if shared.events:
             unit.tell()
     if interrupted is not None and not isinstance(interrupted, Exception):
         raise interrupted
@@ -78,11 +76,7 @@ async def finish(
 
 
 async def _complete(
-    unit: UnitOfWork,
-    decision: Decision,
-    ended: Ended,
-    ending: float,
-    completion: Completion,
+    unit: UnitOfWork, decision: Decision, ended: Ended, completion: Completion
 ) -> BaseException | None:
     """Commit or roll back, and run the hooks; give what has stopped the commit."""
     writers = unit.writers
@@ -96,7 +90,7 @@ async def _complete(
     if ended.cause is not None:
         unit.failure = ended.failure(ended.cause, unit.share())
     unit.move(STATE_OF[ended.outcome])
-    _report(unit, ended.outcome, ending)
+    _report(unit, ended.outcome, completion)
     if unit.hooks:
         await _run_hooks(unit, unit.hooks, completion)
     return None if ended.kind is errors.DoomedError else ended.error
@@ -119,9 +113,9 @@ async def _run_hooks(unit: UnitOfWork, hooks: Hooks, completion: Completion) -> 
         await HookRun(unit, "after_commit", committed, end_unit).run(shield)
 
 
-def _report(unit: UnitOfWork, outcome: Outcome, ending: float) -> None:
+def _report(unit: UnitOfWork, outcome: Outcome, completion: Completion) -> None:
     """Record what later reads must see, and what the observers are told."""
-    events, failure = unit.share().events, unit.failure
+    events, failure = completion.events, unit.failure
     for participant in unit.participants.values():
         committed = outcome in {Outcome.COMMITTED, Outcome.UNKNOWN}
         participant.conclude(committed=committed)
@@ -133,7 +127,7 @@ def _report(unit: UnitOfWork, outcome: Outcome, ending: float) -> None:
         now = time.perf_counter()
         used = [db for db, each in unit.participants.items() if each.has_written]
         what = outcome, unit.cause, unit.reason, tuple(db.name for db in used)
-        events.append(UnitFinished(*what, now - unit.opened, now - ending))
+        events.append(UnitFinished(*what, now - unit.opened, now - completion.began))
     if events:
         unit.stamp()
 
@@ -194,7 +188,8 @@ def register(
     kwargs: Mapping[str, object],
 ) -> None:
     """Register a hook; one of `after_rollback` is also called for its savepoint."""
-    hook = unit.register(phase, fn, args, kwargs)
+    hook = Hook(check_callable(phase, fn), args, kwargs)
+    unit.register(phase, hook)
     if phase == "after_rollback" and hook.frame is not None:
         callback = functools.partial(_call_undone, unit, hook)
         unit.share().savepoints.call_if_undone(hook.frame, callback)
@@ -215,32 +210,35 @@ async def release(unit: UnitOfWork) -> None:
     shared = unit.shared
     if shared is None:
         return
-    completion = Completion(shared.events, unit.options.commit_timeout)
+    completion: Completion | None = None
     try:
         for participant in unit.participants.values():
             while participant.readers:
+                completion = completion or _completion(unit)
                 reader = participant.readers.pop()
                 await completion.close_reader(participant, reader)
         if unit.outcome is Outcome.COMMITTED and unit.hooks is not None:
+            completion = completion or _completion(unit)
             hooks = unit.hooks.take("after_response")
             run = HookRun(unit, "after_response", hooks, end_unit)
             await run.run(completion.shield)
     finally:
         if shared.events:
             unit.tell()
-        _forget(unit, shared)
-    completion.shield.deliver()
+        # A leaked context may keep the unit alive, but not what was closed.
+        for writer in unit.writers:
+            shared.writers.remove(writer.sync_session)
+        if unit.hooks is not None:
+            unit.hooks.queues.clear()
+            if not unit.is_nested:
+                shared.savepoints.clear()
+        unit.participants, unit.writers, unit.failure = {}, (), None
+    if completion is not None:
+        completion.shield.deliver()
 
 
-def _forget(unit: UnitOfWork, shared: Shared) -> None:
-    """Let go of what was closed: a leaked context may keep the unit alive."""
-    for writer in unit.writers:
-        shared.writers.remove(writer.sync_session)
-    if unit.hooks is not None:
-        unit.hooks.queues.clear()
-        if not unit.is_nested:
-            shared.savepoints.clear()
-    unit.participants, unit.failure = {}, None
+def _completion(unit: UnitOfWork) -> Completion:
+    return Completion(unit.share().events, unit.options.commit_timeout)
 
 
 async def close_parallel(
@@ -249,7 +247,6 @@ async def close_parallel(
     """Give the connection of one read session back, unless the unit has done so."""
     if session in participant.readers:
         participant.readers.remove(session)
-        events = participant.shared.events
-        completion = Completion(events, unit.options.commit_timeout)
+        completion = _completion(unit)
         await completion.close_reader(participant, session)
         completion.shield.deliver()

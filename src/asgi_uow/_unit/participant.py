@@ -87,15 +87,16 @@ class Participant:
         used = self.has_written and (committed or journal.committed)
         if used or implicit is not None:
             self.shared.committed.add(self.db)
-        self.report_release(self.writer, "write")
+        if self.shared.wants_details:
+            self.report_release(self.writer)
         if implicit is not None:
             self.shared.events.append(ImplicitCommit(implicit))
 
-    def report_release(
-        self, session: Session, access: Literal["read", "write"]
-    ) -> None:
+    def report_release(self, session: Session) -> None:
         since, held = session.sync_session.connected, session.sync_session.held
-        if self.shared.wants_details and (since is not None or held):
+        if since is not None or held:
             seconds = held if since is None else held + time.perf_counter() - since
+            access: Literal["read", "write"]
+            access = "write" if session is self.writer else "read"
             event = ConnectionReleased(self.db.name, access, seconds)
             self.shared.events.append(event)

@@ -14,7 +14,7 @@ from asgi_uow._databases.driver_errors import stacktrace_of
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.managed import Shared
-from asgi_uow._unit.hooks import MOST_BY_HOOKS, Hook, Hooks, check_callable
+from asgi_uow._unit.hooks import MOST_BY_HOOKS, Hooks
 from asgi_uow._unit.participant import Participant
 from asgi_uow.observers import LoggingObserver, UnitStarted, notify
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from asgi_uow._databases.engines import Engines
     from asgi_uow._sessions.session import Session
+    from asgi_uow._unit.hooks import Hook
     from asgi_uow.observers import Event, Observer
 
 # Python 3.11 takes long for each member of an enum.
@@ -94,19 +95,14 @@ class UnitOfWork:
     forced: bool = False
     must_see: MustSee = MustSee()
     opened: float | None = None
-    """When it was first asked for something, by `time.perf_counter()`."""
     hooks: Hooks | None = None
     quota: Iterator[int] | None = None
     """How many hooks may be registered by what runs in this unit: hooks."""
     participants: Mapping[Engines, Participant] = MappingProxyType({})
+    writers: tuple[Session, ...] = ()
+    """The write sessions of its participants, in the order of first use."""
     shared: Shared | None = None
     doom: BaseException | None = None
-
-    @property
-    def writers(self) -> list[Session]:
-        """Its write sessions, in the order of first use."""
-        participants = self.participants.values()
-        return [each.writer for each in participants if each.writer is not None]
 
     @property
     def doomed_by(self) -> BaseException | None:
@@ -144,7 +140,8 @@ class UnitOfWork:
         if (self.around or self.databases[1:]) and self.is_blocked_by_others(db):
             raise errors.NestedUnitOfWorkError(db)
         self.start()
-        return participant.open_writer()
+        self.writers = (*self.writers, participant.open_writer())
+        return self.writers[-1]
 
     def read_session(self, db: Engines | None = None) -> Session:
         """Give the read-only session of `db`; open until the unit is closed."""
@@ -177,27 +174,19 @@ class UnitOfWork:
         self._check("force_commit()", UNDECIDED)
         self.forced = self.is_used = True
 
-    def register(
-        self,
-        phase: str,
-        fn: object,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-    ) -> Hook:
+    def register(self, phase: str, hook: Hook) -> None:
         """Register a hook; raises as `after_commit` says."""
         if self.state not in WRITABLE:
             self._check(f"{phase}()", WRITABLE)
-        call = check_callable(phase, fn)
         if self.quota is not None and next(self.quota, None) is None:
             raise errors.TooManyHooksError(phase, MOST_BY_HOOKS)
         if self.hooks is None:
             self.hooks = Hooks(self.quota)
         savepoints = (self.shared or self.share()).savepoints
-        frame = savepoints.innermost if savepoints.opened else None
-        hook = Hook(call, args, kwargs, frame)
+        hook.frame = savepoints.innermost if savepoints.opened else None
         self.hooks.queue(phase).append(hook)
-        self.start()
-        return hook
+        if self.opened is None:
+            self.start()
 
     def share(self) -> Shared:
         """Give what its sessions have in common; made at first use."""
@@ -254,18 +243,16 @@ class UnitOfWork:
         """
         self.stamp()
         if not self.is_hook:
-            waiting = self.share().events
-            events, waiting[:] = list(waiting), []
-            for each in events:
-                self.options.tell(each)
+            events = self.share().events
+            while events:
+                self.options.tell(events.pop(0))
 
     def stamp(self) -> None:
         """Say of events that their unit has not told yet whose they are."""
         events = self.share().events
-        events[:] = [
-            each if each.unit is not None else dataclasses.replace(each, unit=self)
-            for each in events
-        ]
+        for index, each in enumerate(events):
+            if each.unit is None:
+                events[index] = dataclasses.replace(each, unit=self)
 
     def outwards(self) -> Iterator[UnitOfWork]:
         unit = self.around
