@@ -78,7 +78,7 @@ class Hook:
         if inspect.isawaitable(result):
             await result
 
-    async def _take_thread(self) -> Callable[[], object]:
+    async def _take_thread(self) -> Callable[..., object]:
         """Wait until one more thread may run; give what says that it has ended."""
         limiter = _threads.get()
         if limiter is None:
@@ -92,7 +92,7 @@ class Hook:
 
 
 def _call_in_thread(
-    fn: Callable[[], object], waiting: list[Callable[[], object]]
+    fn: Callable[[], object], waiting: list[Callable[..., object]]
 ) -> tuple[object, BaseException | None]:
     with suppress(IndexError):  # it was cancelled just before it began
         free = waiting.pop()
