@@ -244,7 +244,7 @@ async def test_doomed_by_a_before_commit_hook(
 
     async def handler() -> None:
         await shop.insert(1)
-        uow.current_unit_of_work().register("before_commit", swallow, (), {})
+        uow.before_commit(swallow)
 
     response = await handle(handler, db)
 

@@ -30,7 +30,6 @@ from asgi_uow._sessions.session import Savepoint
 from asgi_uow._unit.finish import finish, release
 from asgi_uow._unit.hooks import (
     MOST_BY_HOOKS,
-    PHASES,
     Hook,
     Hooks,
     check_callable,
@@ -42,6 +41,8 @@ from asgi_uow._unit.unit import UnitOptions, current
 
 if TYPE_CHECKING:
     from asgi_uow import Database
+
+PHASES = ("before_commit", "after_commit", "after_rollback", "after_response")
 
 __all__ = [
     "COMMIT",

@@ -10,7 +10,7 @@ import pytest
 from asgi_uow import Database, UnitOfWork
 from asgi_uow.errors import UnitOfWorkClosedError
 from tests.support.databases import on
-from tests.support.private import COMMIT, finish, make_unit, release
+from tests.support.private import COMMIT, Hook, finish, make_unit, release
 
 pytestmark = on("aiosqlite")
 
@@ -40,7 +40,7 @@ async def test_dropped_unit_with_hooks_warns(db: Database) -> None:
     gc.collect()
     unit: UnitOfWork | None = make_unit(db)
     assert unit is not None
-    unit.register("after_commit", print, (), {})
+    unit.register("after_commit", Hook(print, (), {}))
     with pytest.warns(ResourceWarning, match="hooks that never ran"):
         unit = None
         gc.collect()

@@ -29,18 +29,10 @@ if TYPE_CHECKING:
 class Shared:
     """What the sessions of a unit of work have in common, also with units around it."""
 
-    __slots__ = (
-        "committed",
-        "events",
-        "outages",
-        "savepoints",
-        "state",
-        "stuck",
-        "writers",
-    )
-
     def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
         self.state: State = State.NEW
+        self.wants_details: bool = False
+        """Whether an observer wants to know of what went well."""
         self.outages: list[Exception] = []
         """Errors after which it may help to try again."""
         self.events: list[Event] = around.events if around and hook else []
@@ -102,10 +94,6 @@ class ManagedSession(orm.Session):
         transaction = super().begin(nested=True)
         self.journal.savepoints.open(transaction)
         return transaction
-
-    def reset(self) -> None:
-        operation = "session.reset()"
-        raise errors.ManagedTransactionError(operation)
 
     def connection(self, *args: Any, **kwargs: Any) -> sa.Connection:
         self.driver_exposed = True
@@ -180,7 +168,7 @@ def _only_the_unit(name: str) -> Callable[[ManagedSession], None]:
     return call
 
 
-for _name in ("commit", "prepare", "rollback", "close", "invalidate"):
+for _name in ("commit", "prepare", "rollback", "close", "invalidate", "reset"):
     setattr(ManagedSession, _name, _only_the_unit(_name))
 
 
@@ -225,11 +213,10 @@ def _accept_connection(
         return
     info = info_of(connection)
     session.connections[connection] = info.get(CANCEL_SQL)
-    reads = isinstance(session, ReadOnlySession)
     joins = isinstance(session, ReadOnlySession) and session.writer is not None
     if session.connected is None and not joins:
         session.connected = time.perf_counter()
-    if reads:
+    if isinstance(session, ReadOnlySession):
         return
     if not isinstance(connection, Connection):
         message = (
@@ -239,18 +226,14 @@ def _accept_connection(
         raise errors.ConfigurationError(message)
     options = connection._execution_options  # noqa: SLF001  # also its engine's
     if info.get(AUTOCOMMIT) or (AUTOCOMMIT in info and "isolation_level" in options):
-        _refuse_autocommit(connection)
+        raw = connection.connection.dbapi_connection
+        if raw and connection.dialect.detect_autocommit_setting(raw):
+            message = (
+                "The engine or the connection's execution options say AUTOCOMMIT: "
+                "nothing could be rolled back. Leave the isolation level out."
+            )
+            raise errors.ConfigurationError(message)
     connection.journal = session.journal
-
-
-def _refuse_autocommit(connection: sa.Connection) -> None:
-    raw = connection.connection.dbapi_connection
-    if raw and connection.dialect.detect_autocommit_setting(raw):
-        message = (
-            "The engine, or the execution options of the connection, say AUTOCOMMIT: "
-            "nothing could be rolled back. Leave the isolation level out."
-        )
-        raise errors.ConfigurationError(message)
 
 
 def _release_savepoint(session: ManagedSession) -> None:

@@ -47,8 +47,7 @@ class ReadSession(Session):
 
     @property
     def is_plain(self) -> bool:  # type: ignore[override]
-        sync = self.sync_session
-        return self.route is None and (sync.sibling is None or sync.writer is None)
+        return self.route is None and self.sync_session.writer is None
 
     async def route_call(
         self, operation: str, method: Call, args: tuple[object, ...], kwargs: Any
@@ -84,8 +83,7 @@ class ReadSession(Session):
             or any(_is_lost(each, error) for each in self.sync_session.connections)
         ):
             await run_to_completion(self.release_connection())
-        named = isinstance(error, ReadOnlySessionError)
-        if not named and means(error, "read_only"):
+        if means(error, "read_only") and not isinstance(error, ReadOnlySessionError):
             raise ReadOnlySessionError(operation) from error
 
     async def release_if_idle(self) -> None:

@@ -218,10 +218,8 @@ class Session(StatementSession):
                     return await fetch()
                 except BaseException as error:
                     await self.failed(error, "a fetch")
-                    if isinstance(error, DBAPIError):
-                        await greenlet_spawn(
-                            result.close
-                        )  # no more rows are on their way
+                    if isinstance(error, DBAPIError):  # no more rows are on their way
+                        await greenlet_spawn(result.close)
                     raise
 
         still_open = {each: host.streams[each] for each in host.open_streams}

@@ -37,15 +37,14 @@ OPTIONS = frozenset({"execution_options", "bind_arguments"})
 
 def _coerce(
     statement: Executable | str, params: Params, named: dict[str, Any]
-) -> tuple[Executable, Params, dict[str, Any]]:
+) -> dict[str, Any]:
     """Give statement, parameters and options as SQLAlchemy takes them."""
-    if isinstance(statement, str):
-        statement = text(statement)
     options = {key: named.pop(key) for key in OPTIONS & named.keys()} if named else {}
     if named and params is not None:
         message = "Pass the parameters as a mapping or by name, not both."
         raise TypeError(message)
-    return statement, named or params, options
+    sql = text(statement) if isinstance(statement, str) else statement
+    return {"statement": sql, "params": named or params, **options}
 
 
 class StatementSession(AsyncSession):
@@ -62,12 +61,9 @@ class StatementSession(AsyncSession):
     async def execute(
         self, statement: Executable | str, params: Params = None, **named: object
     ) -> Result[*TupleAny]: ...
-    async def execute(
-        self, statement: Executable | str, params: Params = None, **named: Any
-    ) -> Result[*TupleAny]:
+    async def execute(self, statement: Any, params: Any = None, **named: Any) -> Any:
         """Execute a statement, or plain SQL with named parameters."""
-        statement, params, options = _coerce(statement, params, named)
-        return await super().execute(statement, params, **options)
+        return await super().execute(**_coerce(statement, params, named))
 
     @overload
     async def scalar(
@@ -82,8 +78,7 @@ class StatementSession(AsyncSession):
         self, statement: Executable | str, params: Params = None, **named: Any
     ) -> Any:
         """Give the first column of the first row, or None."""
-        statement, params, options = _coerce(statement, params, named)
-        return await super().scalar(statement, params, **options)
+        return await super().scalar(**_coerce(statement, params, named))
 
     @overload
     async def scalars(
@@ -93,12 +88,9 @@ class StatementSession(AsyncSession):
     async def scalars(
         self, statement: Executable | str, params: Params = None, **named: object
     ) -> ScalarResult[Any]: ...
-    async def scalars(
-        self, statement: Executable | str, params: Params = None, **named: Any
-    ) -> ScalarResult[Any]:
+    async def scalars(self, statement: Any, params: Any = None, **named: Any) -> Any:
         """Give the first column of every row."""
-        statement, params, options = _coerce(statement, params, named)
-        return await super().scalars(statement, params, **options)
+        return await super().scalars(**_coerce(statement, params, named))
 
     @overload
     async def stream(
@@ -108,13 +100,10 @@ class StatementSession(AsyncSession):
     async def stream(
         self, statement: Executable | str, params: Params = None, **named: object
     ) -> AsyncResult[*TupleAny]: ...
-    async def stream(
-        self, statement: Executable | str, params: Params = None, **named: Any
-    ) -> AsyncResult[*TupleAny]:
+    async def stream(self, statement: Any, params: Any = None, **named: Any) -> Any:
         """Execute and stream the rows through a server-side cursor."""
-        statement, params, options = _coerce(statement, params, named)
-        stream = functools.partial(super().stream, statement, params, **options)
-        return await self.open_stream(stream)
+        coerced = _coerce(statement, params, named)
+        return await self.open_stream(functools.partial(super().stream, **coerced))
 
     @overload
     async def stream_scalars(
@@ -128,8 +117,7 @@ class StatementSession(AsyncSession):
         self, statement: Executable | str, params: Params = None, **named: Any
     ) -> AsyncScalarResult[Any]:
         """Stream the first column of every row."""
-        statement, params, options = _coerce(statement, params, named)
-        return await super().stream_scalars(statement, params, **options)
+        return await super().stream_scalars(**_coerce(statement, params, named))
 
 
 class Stream:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
+import math
+import time
 from typing import TYPE_CHECKING
 
 from sqlalchemy import orm, text
@@ -11,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
+from asgi_uow._concurrency import Shield
 from asgi_uow._databases.connection import raw_of
 from asgi_uow._databases.driver_errors import is_in_doubt
 from asgi_uow._decision import Cause, Outcome
@@ -18,18 +22,14 @@ from asgi_uow._unit.ended import COMMITTED, Ended
 from asgi_uow.observers import ReleaseFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
-    from typing import TypeAlias
+    from collections.abc import Callable, Sequence
 
-    from asgi_uow._concurrency import Shield
-    from asgi_uow._databases.engines import Engines
     from asgi_uow._sessions.managed import ManagedSession
     from asgi_uow._sessions.read_session import ReadSession
     from asgi_uow._sessions.session import Session
+    from asgi_uow._unit.hooks import Work
     from asgi_uow._unit.participant import Participant
     from asgi_uow.observers import Event
-
-    Work: TypeAlias = Coroutine[object, object, None]
 
 RESOLVE_SECONDS = 30.0
 """Seconds for settling an unknown outcome where `commit_timeout` is None."""
@@ -37,139 +37,96 @@ ROLLBACK_SECONDS = 4.0
 """The most for ROLLBACK, which can be done without: the connection is cut off then."""
 
 
-def without_proof(
-    ended: Ended, cause: Cause | None, participants: Iterable[Participant]
-) -> Ended:
-    """Tell whether something of what is to be rolled back was, or may be, kept."""
-    for each in participants:
-        if each.writer is None or ended.outcome is not Outcome.ROLLED_BACK:
-            continue
-        sync, cause = each.writer.sync_session, ended.cause or cause
-        for connection in sync.connections:
-            if not (connection.closed or connection.invalidated):
-                dbapi = connection.connection.dbapi_connection
-                if not each.db.driver.is_dead(raw_of(dbapi)):
-                    sync.journal.look(dbapi)
-                elif sync.driver_exposed and not sync.journal.entries:
-                    # Perhaps COMMIT is what the driver itself had no answer to.
-                    sync.journal.ended_unseen = True
-        if (statement := sync.journal.implicit_commit) is not None:
-            kind, error = errors.PartialCommitError, ended.error
-            detail = f"MySQL committed by itself for {statement}"
-            cause = cause or Cause.COMMIT_FAILED
-            return Ended(Outcome.PARTIAL, kind, cause, error, detail)
-        if sync.journal.ended_unseen:
-            unknown, doom = errors.OutcomeUnknownError, sync.journal.doomed_by
-            return Ended(Outcome.UNKNOWN, unknown, Cause.DOOMED, doom)
-    return ended
-
-
+@dataclasses.dataclass(slots=True, eq=False)
 class Commit:
     """One COMMIT, and whether the answer to it leaves its outcome in doubt."""
 
-    __slots__ = ("db", "in_doubt", "session", "transaction_id")
-
-    def __init__(self, db: Engines, session: Session) -> None:
-        self.db = db
-        self.session = session
-        self.transaction_id: str | None = None
-        self.in_doubt = False
+    session: Session
+    transaction_id: str | None = None
+    in_doubt: bool = False
 
     def prepare(self) -> None:
         """Have the server promise that it can commit; then it is asked nothing more."""
-        sync = self.session.sync_session
-        sync.journal.ending = asyncio.current_task()
-        self._require_whole(sync)
-        sync.prepare()
+        self._begin().prepare()
 
     def run(self) -> None:
         """Check, flush, commit and close, in one greenlet."""
-        sync = self.session.sync_session
-        sync.journal.ending = asyncio.current_task()
-        if sync.journal.xid is None:
-            self._require_whole(sync)
+        sync = self._begin()
         orm.Session.commit(sync)
         orm.Session.close(sync)
 
-    def _require_whole(self, sync: ManagedSession) -> None:
-        """Raise unless the transaction is there and whole, just before COMMIT.
+    def _begin(self) -> ManagedSession:
+        """Raise unless the transaction is there and whole, or has been prepared.
 
         `ConnectionError` if the driver knows that a connection is dead: this tells
         "certainly not committed" from "nobody knows". `TransactionGoneError` if a
         statement through the driver itself, which the journal does not see, has
         ended it or has failed; PostgreSQL has to be asked for that.
         """
-        facts, driver = self.db.facts, self.db.driver
+        sync = self.session.sync_session
+        sync.journal.ending, db = asyncio.current_task(), sync.database
+        if sync.journal.xid is not None:
+            return sync
         if sync.driver_exposed:
             sync.wait_for_others()
         for connection in sync.connections:
             dbapi = connection.connection.dbapi_connection
-            if driver.is_dead(raw_of(dbapi)):
+            if db.driver.is_dead(raw_of(dbapi)):
                 message = "the connection was lost before COMMIT was sent"
                 raise ConnectionError(message)
             sync.journal.look(dbapi)
-            if sync.driver_exposed and facts.QUESTION_BEFORE_COMMIT is not None:
+            if sync.driver_exposed and db.facts.QUESTION_BEFORE_COMMIT is not None:
                 try:
-                    sync.scalar(text(facts.QUESTION_BEFORE_COMMIT))
+                    sync.scalar(text(db.facts.QUESTION_BEFORE_COMMIT))
                 except DBAPIError as error:
                     raise errors.TransactionGoneError from error
                 sync.journal.look(dbapi)
             if sync.journal.ended_unseen:
                 raise errors.TransactionGoneError from sync.journal.doomed_by
-        if self.db.resolve_unknown and sync.connections:
-            self.transaction_id = sync.scalar(text(self.db.facts.TRANSACTION_ID or ""))
+        if db.resolve_unknown and sync.connections:
+            self.transaction_id = sync.scalar(text(db.facts.TRANSACTION_ID or ""))
+        return sync
 
 
 class Completion:
     """Ends the sessions of a unit of work, one after the other, each bounded."""
 
-    __slots__ = ("_events", "_limit", "_shield", "_timeout")
+    __slots__ = ("_limit", "_timeout", "began", "events", "shield")
 
-    def __init__(
-        self, events: list[Event], shield: Shield, timeout: float | None
-    ) -> None:
-        self._events = events
-        self._shield = shield
-        self._timeout = timeout
-        is_short = timeout is not None and timeout < ROLLBACK_SECONDS
-        self._limit = timeout if is_short else ROLLBACK_SECONDS
+    def __init__(self, events: list[Event], timeout: float | None) -> None:
+        self.shield, self.began = Shield(), time.perf_counter()
+        self.events, self._timeout = events, timeout
+        self._limit = min(ROLLBACK_SECONDS, math.inf if timeout is None else timeout)
 
-    async def commit(self, participants: Iterable[Participant]) -> Ended:
+    async def commit(self, writers: Sequence[Session]) -> Ended:
         """COMMIT every session that executed something, in the order of first use.
 
         Sessions with `twophase=True` are all prepared before the first COMMIT, and
         committed after the others, which may fail; from then on nothing stops them.
         """
-        steps: list[tuple[Commit, Callable[[], None]]] = []
-        prepares = prepared = 0
-        for each in participants:
-            if each.writer is not None:
-                commit = Commit(each.db, each.writer)
-                if each.writer.sync_session.twophase:
-                    steps.insert(prepares, (commit, commit.prepare))
-                    steps.append((commit, commit.run))
-                    prepares, prepared = prepares + 1, prepared + 1
-                else:
-                    steps.insert(len(steps) - prepared, (commit, commit.run))
-        any_committed = False
+        commits = [Commit(writer) for writer in writers]
+        twophase = [each for each in commits if each.session.sync_session.twophase]
+        commits.sort(key=twophase.__contains__)
+        steps = [(each, each.prepare) for each in twophase]
+        steps += [(each, each.run) for each in commits]
         unproven: tuple[Commit, BaseException] | None = None
         for commit, step in steps:
             journal = commit.session.journal
             try:
-                await self._shield.run(_in_lock(commit.session, step), self._timeout)
+                await self.shield.run(_in_lock(commit.session, step), self._timeout)
             except BaseException as error:  # noqa: BLE001  # becomes the failure
                 if not await self._was_kept(commit, error):
                     unproven = unproven or (commit, error)
                     if journal.xid is None or not journal.commit_sent:
                         break
-            any_committed = any_committed or journal.committed
         if unproven is None:
             return COMMITTED
+        any_committed = any(each.session.journal.committed for each in commits)
         return self._refused(*unproven, any_committed=any_committed)
 
     async def _was_kept(self, commit: Commit, error: BaseException) -> bool:
         """Tell whether the work is kept all the same; settles what was in doubt."""
-        journal = commit.session.journal
+        journal, db = commit.session.journal, commit.session.sync_session.database
         if not journal.committed:
             commit.in_doubt = journal.commit_sent and (
                 journal.xid is not None or is_in_doubt(error)
@@ -180,8 +137,8 @@ class Completion:
         await self.discard(commit.session, error)
         if not journal.committed:
             seconds, asked = self._timeout or RESOLVE_SECONDS, commit.transaction_id
-            settling = commit.db.settle(journal.xid, asked, seconds)
-            kept = await self._shield.run(settling, at_once=False)
+            settling = db.settle(journal.xid, asked, seconds)
+            kept = await self.shield.run(settling, at_once=False)
             journal.committed, commit.in_doubt = bool(kept), kept is None
         return journal.committed
 
@@ -206,19 +163,28 @@ class Completion:
         return Ended(Outcome.ROLLED_BACK, errors.CommitFailedError, cause, error)
 
     async def prove(
-        self, ended: Ended, cause: Cause | None, participants: Iterable[Participant]
+        self, ended: Ended, cause: Cause | None, writers: Sequence[Session]
     ) -> Ended:
-        """See `without_proof`; what is in flight may still end the transaction."""
-        for each in participants:
-            writer = each.writer
-            if writer is None or not writer.sync_session.driver_exposed:
-                continue
-            if not writer.shared.stuck:
-                wait = writer.sync_session.wait_for_others
-                await self._try(writer, _in_lock(writer, wait))
-            if writer.shared.stuck and not writer.journal.entries:
-                writer.journal.ended_unseen = True
-        return without_proof(ended, cause, participants)
+        """Tell whether something of what is to be rolled back was, or may be, kept."""
+        for writer in writers:
+            sync, journal = writer.sync_session, writer.journal
+            if sync.driver_exposed and not writer.shared.stuck:
+                # What is in flight may still end the transaction.
+                await self._try(writer, _in_lock(writer, sync.wait_for_others))
+            is_lost = bool(writer.shared.stuck)
+            for each in sync.connections:
+                if each.closed or each.invalidated:
+                    continue
+                dbapi = each.connection.dbapi_connection
+                if dbapi is None or sync.database.driver.is_dead(raw_of(dbapi)):
+                    is_lost = True
+                else:
+                    journal.look(dbapi)
+            if is_lost and sync.driver_exposed and not journal.entries:
+                # What had no answer may be a COMMIT that only the driver knows of.
+                journal.ended_unseen = True
+        is_rollback = ended.outcome is Outcome.ROLLED_BACK
+        return _judge(ended, cause, writers) if is_rollback else ended
 
     async def roll_back(self, session: Session, ended: Ended) -> None:
         """Roll back and give the connection back clean, or throw it away."""
@@ -226,29 +192,27 @@ class Completion:
 
         def end() -> None:
             sync.journal.ending = asyncio.current_task()
-            if ended.outcome is not Outcome.ROLLED_BACK:
-                sync.invalidate()
-            else:
+            if ended.outcome is Outcome.ROLLED_BACK:
                 sync.detach_objects()
-                # After a failed COMMIT close() alone sends nothing.
-                sync.rollback()
+                sync.rollback()  # after a failed COMMIT close() alone sends nothing
+            else:
+                sync.invalidate()
             sync.close()
 
         await self._close(session, end)
         if (xid := sync.journal.xid) is not None and not sync.journal.commit_sent:
             seconds = self._timeout or RESOLVE_SECONDS
             ending = sync.database.end_prepared(xid, seconds, commit=False)
-            if not await self._shield.run(ending, at_once=False):
-                self._report(f"rolling {xid!r} back", TimeoutError("it is prepared"))
+            if not await self.shield.run(ending, at_once=False):
+                left = TimeoutError("it is prepared")
+                self.events.append(ReleaseFailed(f"rolling {xid!r} back", left))
 
-    async def close_reader(
-        self, participant: Participant, reader: ReadSession, *, wants_details: bool
-    ) -> None:
+    async def close_reader(self, of: Participant, reader: ReadSession) -> None:
         """Give the connection of a read session back, or throw it away."""
         end = functools.partial(orm.Session.close, reader.sync_session)
         await self._close(reader, end)
-        if wants_details:
-            participant.report_release(reader, "read")
+        if of.shared.wants_details:
+            of.report_release(reader)
 
     async def _close(self, session: Session, end: Callable[[], None]) -> None:
         error: BaseException | None = None
@@ -264,18 +228,16 @@ class Completion:
             session.sync_session.cut_off()
         error = await self._try(session, session.release_if_idle())
         if error is not None:  # nothing depends on it
-            self._report("giving a read connection back", error)
+            self.events.append(ReleaseFailed("giving a read connection back", error))
 
-    async def discard(
-        self, session: Session, error: BaseException | None = None
-    ) -> None:
+    async def discard(self, session: Session, error: BaseException | None) -> None:
         """Give up a session that could not be closed; its connection is not reused."""
         lost = getattr(error, "connection_invalidated", False)
         if error is not None and not lost and session.doomed_by is None:
-            self._report("closing the session", error)
+            self.events.append(ReleaseFailed("closing the session", error))
         again = await self._try(session, session.discard())
         if again is not None:
-            self._report("throwing the connection away", again)
+            self.events.append(ReleaseFailed("throwing the connection away", again))
 
     async def _try(self, session: Session, work: Work) -> BaseException | None:
         """Give what `work` raised; what is to end more than the unit is raised later.
@@ -283,26 +245,32 @@ class Completion:
         What takes too long has its connection cut off.
         """
         try:
-            await self._shield.run(work, self._limit, cut=session.sync_session.cut_off)
+            await self.shield.run(work, self._limit, cut=session.sync_session.cut_off)
         except BaseException as error:  # noqa: BLE001  # reported; the outcome stands
             session.shared.stuck += isinstance(error, TimeoutError)
             if not isinstance(error, Exception):
-                self._shield.cancelled = error
+                self.shield.cancelled = error
             return error
         return None
-
-    def _report(self, operation: str, error: BaseException) -> None:
-        self._events.append(ReleaseFailed(operation, error))
 
 
 async def _in_lock(session: Session, end: Callable[[], None]) -> None:
     """End a session in a greenlet, once no call is in flight."""
-    lock, task = session.own_lock, asyncio.current_task()
-    if task is not None and not lock.take(task):
-        await lock.wait(task)
-    try:
+    async with session.own_lock:
         if session.streams:
             await session.close_streams()
         await greenlet_spawn(end)
-    finally:
-        lock.release()
+
+
+def _judge(ended: Ended, cause: Cause | None, writers: Sequence[Session]) -> Ended:
+    """Give another end where the journal does not let it be called a rollback."""
+    for journal in (writer.journal for writer in writers):
+        if (statement := journal.implicit_commit) is not None:
+            kind, cause = errors.PartialCommitError, ended.cause or cause
+            detail = f"MySQL committed by itself for {statement}"
+            why = cause or Cause.COMMIT_FAILED, ended.error, detail
+            return Ended(Outcome.PARTIAL, kind, *why)
+        if journal.ended_unseen:
+            why = Cause.DOOMED, journal.doomed_by, ""
+            return Ended(Outcome.UNKNOWN, errors.OutcomeUnknownError, *why)
+    return ended

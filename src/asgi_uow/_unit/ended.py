@@ -24,9 +24,8 @@ class Ended:
 
     def failure(self, cause: Cause, shared: Shared) -> errors.UnitOfWorkFailedError:
         """Make the failure; it asks for a retry if nothing was kept and it may help."""
-        retry_after: int | None = None
-        if self.outcome is Outcome.ROLLED_BACK and shared.may_repeat(self.error):
-            retry_after = RETRY_AFTER
+        may_help = self.outcome is Outcome.ROLLED_BACK and shared.may_repeat(self.error)
+        retry_after = RETRY_AFTER if may_help else None
         what = self.outcome, cause
         failure = self.kind(*what, detail=self.detail, retry_after=retry_after)
         failure.__cause__ = self.error

@@ -17,20 +17,19 @@ from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._decision import Cause, Outcome, State, rollback
 from asgi_uow._unit.completion import Completion
-from asgi_uow._unit.ended import COMMITTED, ROLLED_BACK, Ended, stopped_by
+from asgi_uow._unit.ended import ROLLED_BACK, Ended, stopped_by
 from asgi_uow._unit.hook_units import HookRun, queue
+from asgi_uow._unit.hooks import Hook, check_callable
 from asgi_uow.observers import CommitFailed, UnitFinished
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from asgi_uow._decision import Decision
-    from asgi_uow._sessions.managed import Shared
     from asgi_uow._sessions.read_session import ReadSession
-    from asgi_uow._unit.hooks import Hook, Hooks
+    from asgi_uow._unit.hooks import Hooks
     from asgi_uow._unit.participant import Participant
     from asgi_uow._unit.unit import UnitOfWork
-    from asgi_uow.observers import Event
 
 STATE_OF = {outcome: State[outcome.name] for outcome in Outcome}
 
@@ -44,13 +43,13 @@ async def finish(
     was not kept. Until COMMIT is sent a cancellation rolls back; from then on it is
     delivered after the last hook. `error` is why the response has to be replaced.
     """
-    shared = unit.shared
-    if shared is None and not decision.replace_response:
+    if unit.shared is None and not decision.replace_response:
         unit.move(State.PREPARING if decision.commit else State.ROLLING_BACK)
         unit.conclude_unused(commit=decision.commit)
         unit.cause = decision.cause
         return
-    ending = time.perf_counter()
+    shared = unit.shared or unit.share()
+    completion = Completion(shared.events, unit.options.commit_timeout)
     ended = ROLLED_BACK
     if decision.commit:
         unit.move(State.PREPARING)
@@ -64,48 +63,42 @@ async def finish(
         kind = errors.CommitFailedError if error is not None else errors.DoomedError
         ended = Ended(Outcome.ROLLED_BACK, kind, decision.cause, error or unit.doom)
     unit.move(State.COMMITTING if decision.commit else State.ROLLING_BACK)
-    shield = Shield()
     try:
-        interrupted = await _complete(unit, decision, ended, ending, shield)
+        interrupted = await _complete(unit, decision, ended, completion)
     finally:
-        if unit.shared is not None and unit.shared.events:
+        if shared.events:
             unit.tell()
     if interrupted is not None and not isinstance(interrupted, Exception):
         raise interrupted
-    shield.deliver()
+    completion.shield.deliver()
     if unit.failure is not None:
         raise unit.failure
 
 
 async def _complete(
-    unit: UnitOfWork, decision: Decision, ended: Ended, ending: float, shield: Shield
+    unit: UnitOfWork, decision: Decision, ended: Ended, completion: Completion
 ) -> BaseException | None:
     """Commit or roll back, and run the hooks; give what has stopped the commit."""
-    shared, participants = unit.shared or unit.share(), unit.participants.values()
-    completion = Completion(shared.events, shield, unit.options.commit_timeout)
-    if decision.commit:
-        ended = COMMITTED  # in name, if nobody asked for a write session
-        if shared.writers:
-            ended = await completion.commit(participants)  # <- here, and nowhere else
+    writers = unit.writers
+    if decision.commit:  # in name, if nobody asked for a write session
+        ended = await completion.commit(writers)  # <- here, and nowhere else
     if ended.outcome is not Outcome.COMMITTED:
-        ended = await completion.prove(ended, decision.cause, participants)
-        for participant in participants:
-            if participant.writer is not None:
-                await completion.roll_back(participant.writer, ended)
+        ended = await completion.prove(ended, decision.cause, writers)
+        for writer in writers:
+            await completion.roll_back(writer, ended)
     unit.cause, unit.outcome = ended.cause or decision.cause, ended.outcome
     if ended.cause is not None:
-        unit.failure = ended.failure(ended.cause, shared)
+        unit.failure = ended.failure(ended.cause, unit.share())
     unit.move(STATE_OF[ended.outcome])
-    _report(unit, shared.events, ended.outcome, ending)
+    _report(unit, ended.outcome, completion)
     if unit.hooks:
-        await _run_hooks(unit, unit.hooks, completion, shield)
+        await _run_hooks(unit, unit.hooks, completion)
     return None if ended.kind is errors.DoomedError else ended.error
 
 
-async def _run_hooks(
-    unit: UnitOfWork, hooks: Hooks, completion: Completion, shield: Shield
-) -> None:
+async def _run_hooks(unit: UnitOfWork, hooks: Hooks, completion: Completion) -> None:
     """Run what the outcome allows; what is not certain calls none."""
+    shield = completion.shield
     for participant in unit.participants.values():
         # A hook that reads must not wait for the connection of its own request.
         if participant.reader is not None:
@@ -120,38 +113,31 @@ async def _run_hooks(
         await HookRun(unit, "after_commit", committed, end_unit).run(shield)
 
 
-def _report(
-    unit: UnitOfWork, events: list[Event], outcome: Outcome, ending: float
-) -> None:
+def _report(unit: UnitOfWork, outcome: Outcome, completion: Completion) -> None:
     """Record what later reads must see, and what the observers are told."""
-    options = unit.options
+    events, failure = completion.events, unit.failure
     for participant in unit.participants.values():
-        if participant.writer is not None:
-            committed = outcome in {Outcome.COMMITTED, Outcome.UNKNOWN}
-            details = options.wants_details
-            participant.conclude(
-                participant.writer, committed=committed, wants_details=details
-            )
-    if unit.failure is not None and not unit.is_hook:
+        committed = outcome in {Outcome.COMMITTED, Outcome.UNKNOWN}
+        participant.conclude(committed=committed)
+    if failure is not None and not unit.is_hook:
         # That of a hook's own unit is the failure of the hook.
-        failure = unit.failure
         code = code_of(failure.__cause__)
         events.append(CommitFailed(failure, outcome, failure.cause, code))
-    if unit.is_started and options.wants_outcomes:
+    if unit.opened is not None and unit.options.wants_outcomes:
         now = time.perf_counter()
         used = [db for db, each in unit.participants.items() if each.has_written]
         what = outcome, unit.cause, unit.reason, tuple(db.name for db in used)
-        events.append(UnitFinished(*what, now - unit.opened, now - ending))
+        events.append(UnitFinished(*what, now - unit.opened, now - completion.began))
     if events:
         unit.stamp()
 
 
 async def refuse_streams(unit: UnitOfWork) -> None:
     """Raise for a stream that would break a response off; the end closes others."""
-    for each in unit.participants.values():
-        if each.writer is not None and each.writer.streams:
+    for writer in unit.writers:
+        if writer.streams:
             with anyio.fail_after(unit.options.commit_timeout):
-                await each.writer.refuse_held_streams()
+                await writer.refuse_held_streams()
 
 
 async def end_unit(unit: UnitOfWork, decision: Decision) -> None:
@@ -183,10 +169,10 @@ async def prepare(unit: UnitOfWork) -> Ended:
                 if failed is not None:
                     return stopped_by(failed[1], failed[0].name)
             participants = unit.participants
-            for each in participants.values():
-                if each.writer is not None and each.writer.has_changes:
+            for writer in unit.writers:
+                if writer.has_changes:
                     with anyio.fail_after(unit.options.hook_timeout):
-                        await each.writer.flush()
+                        await writer.flush()
             more = unit.hooks is not None and unit.hooks.queue("before_commit")
             if participants is unit.participants and not more:
                 return ROLLED_BACK
@@ -202,7 +188,8 @@ def register(
     kwargs: Mapping[str, object],
 ) -> None:
     """Register a hook; one of `after_rollback` is also called for its savepoint."""
-    hook = unit.register(phase, fn, args, kwargs)
+    hook = Hook(check_callable(phase, fn), args, kwargs)
+    unit.register(phase, hook)
     if phase == "after_rollback" and hook.frame is not None:
         callback = functools.partial(_call_undone, unit, hook)
         unit.share().savepoints.call_if_undone(hook.frame, callback)
@@ -220,41 +207,38 @@ async def _call_undone(unit: UnitOfWork, hook: Hook) -> None:
 async def release(unit: UnitOfWork) -> None:
     """Close what is left open, run the `after_response` hooks, tell what is left."""
     unit.move(State.CLOSED)
-    shared, options = unit.shared, unit.options
+    shared = unit.shared
     if shared is None:
         return
-    shield: Shield | None = None
+    completion: Completion | None = None
     try:
         for participant in unit.participants.values():
             while participant.readers:
-                shield, reader = shield or Shield(), participant.readers.pop()
-                completion = Completion(shared.events, shield, options.commit_timeout)
-                details = options.wants_details
-                await completion.close_reader(
-                    participant, reader, wants_details=details
-                )
+                completion = completion or _completion(unit)
+                reader = participant.readers.pop()
+                await completion.close_reader(participant, reader)
         if unit.outcome is Outcome.COMMITTED and unit.hooks is not None:
-            shield = shield or Shield()
+            completion = completion or _completion(unit)
             hooks = unit.hooks.take("after_response")
-            await HookRun(unit, "after_response", hooks, end_unit).run(shield)
+            run = HookRun(unit, "after_response", hooks, end_unit)
+            await run.run(completion.shield)
     finally:
         if shared.events:
             unit.tell()
-        _forget(unit, shared)
-    if shield is not None:
-        shield.deliver()
+        # A leaked context may keep the unit alive, but not what was closed.
+        for writer in unit.writers:
+            shared.writers.remove(writer.sync_session)
+        if unit.hooks is not None:
+            unit.hooks.queues.clear()
+            if not unit.is_nested:
+                shared.savepoints.clear()
+        unit.participants, unit.writers, unit.failure = {}, (), None
+    if completion is not None:
+        completion.shield.deliver()
 
 
-def _forget(unit: UnitOfWork, shared: Shared) -> None:
-    """Let go of what was closed: a leaked context may keep the unit alive."""
-    for participant in unit.participants.values():
-        if participant.writer is not None:
-            shared.writers.remove(participant.writer.sync_session)
-    if unit.hooks is not None:
-        unit.hooks.queues.clear()
-        if not unit.is_nested:
-            shared.savepoints.clear()
-    unit.participants, unit.failure = {}, None
+def _completion(unit: UnitOfWork) -> Completion:
+    return Completion(unit.share().events, unit.options.commit_timeout)
 
 
 async def close_parallel(
@@ -263,9 +247,6 @@ async def close_parallel(
     """Give the connection of one read session back, unless the unit has done so."""
     if session in participant.readers:
         participant.readers.remove(session)
-        shield = Shield()
-        events, options = participant.shared.events, unit.options
-        completion = Completion(events, shield, options.commit_timeout)
-        details = options.wants_details
-        await completion.close_reader(participant, session, wants_details=details)
-        shield.deliver()
+        completion = _completion(unit)
+        await completion.close_reader(participant, session)
+        completion.shield.deliver()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import time
 from typing import TYPE_CHECKING
 
@@ -20,17 +21,8 @@ if TYPE_CHECKING:
 
     EndUnit = Callable[[UnitOfWork, Decision], Work]
 
-FOLLOWS = {
-    "after_commit": ("after_commit", "after_response"),
-    "after_response": ("after_commit", "after_response"),
-    "after_rollback": ("after_rollback",),
-}
-"""What a hook of a phase may register for the unit whose hook it is.
 
-Anything else it registers is about the unit of its own.
-"""
-
-
+@dataclasses.dataclass(slots=True, eq=False)
 class HookRun:
     """Calls hooks one after the other, also those added to `waiting` meanwhile.
 
@@ -38,31 +30,28 @@ class HookRun:
     that one is left behind. `end` ends the unit of work of a hook.
     """
 
-    __slots__ = ("_end", "_failed", "_phase", "_running", "_unit", "waiting")
-
-    def __init__(
-        self, unit: UnitOfWork, phase: str, hooks: list[Hook], end: EndUnit
-    ) -> None:
-        self.waiting = hooks
-        self._failed: tuple[Hook, BaseException] | None = None
-        self._unit, self._phase, self._end = unit, phase, end
-        self._running: tuple[Hook, UnitOfWork] | None = None
+    unit: UnitOfWork
+    phase: str
+    waiting: list[Hook]
+    end: EndUnit
+    failed: tuple[Hook, BaseException] | None = None
+    running: tuple[Hook, UnitOfWork] | None = None
 
     async def run(self, shield: Shield) -> tuple[Hook, BaseException] | None:
         """Call all, each for `hook_timeout` seconds; give what stops the commit."""
-        seconds = self._unit.options.hook_timeout
+        seconds = self.unit.options.hook_timeout
         while self.waiting:
             try:
                 await shield.run(self._call_all(shield), seconds, at_once=False)
             except TimeoutError as error:
-                if self._running is not None:  # pragma: no branch  # it is set at once
-                    (hook, own), self._running = self._running, None
+                if self.running is not None:  # pragma: no branch  # it is set at once
+                    (hook, own), self.running = self.running, None
                     await shield.run(self._conclude(hook, own, error), at_once=False)
-        failed, self._failed = self._failed, None  # its traceback refers to this object
+        failed, self.failed = self.failed, None  # its traceback refers to this object
         return failed
 
     async def _call_all(self, shield: Shield) -> None:
-        phase, unit = self._phase, self._unit
+        phase, unit = self.phase, self.unit
         while self.waiting:
             hook = self.waiting.pop(0)
             if phase != "after_rollback" and hook.is_dropped:
@@ -70,12 +59,12 @@ class HookRun:
             own = unit if phase == "before_commit" else _unit_for_hook(unit)
             context = contextvars.copy_context()
             context.run(current.set, own)
-            running = self._running = hook, own
+            running = self.running = hook, own
             told = own.options.wants_details
             work = _call(own, phase, hook, unit, shield) if told else hook.call(shield)
             error = await call_hook(work, context, shield)
             try:
-                if self._running is not running:
+                if self.running is not running:
                     return  # it was left behind, and comes back now
                 if error is not None or own.is_used:
                     shield.pause()
@@ -89,23 +78,25 @@ class HookRun:
         self, hook: Hook, own: UnitOfWork, error: BaseException | None
     ) -> None:
         """End the unit of a hook; tell if it failed, or have that stop the commit."""
-        if self._phase == "before_commit":
+        if self.phase == "before_commit":
             if error is not None:
-                self._failed = hook, error
+                self.failed = hook, error
                 self.waiting.clear()
             return
-        phase = self._phase
-        for follower in FOLLOWS[phase]:
+        phase = self.phase
+        committed = ("after_commit", "after_response")
+        # What else it registered is about the unit of its own.
+        for follower in (phase,) if phase == "after_rollback" else committed:
             registered = [] if own.hooks is None else own.hooks.take(follower)
             later = phase == "after_commit" and follower == "after_response"
-            (queue(self._unit, follower) if later else self.waiting).extend(registered)
+            (queue(self.unit, follower) if later else self.waiting).extend(registered)
         try:
-            await self._end(own, _decide(own, error))
+            await self.end(own, _decide(own, error))
         except BaseException as failure:  # noqa: BLE001  # hook isolation
             error = failure if error is None else error
         if error is not None:
-            failed = HookFailed(phase, hook.name, error, unit=self._unit)
-            self._unit.share().events.append(failed)
+            failed = HookFailed(phase, hook.name, error, unit=self.unit)
+            self.unit.share().events.append(failed)
 
 
 def queue(unit: UnitOfWork, phase: str) -> list[Hook]:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     Work: TypeAlias = Coroutine[object, object, None]
 
-PHASES = ("before_commit", "after_commit", "after_rollback", "after_response")
-
 MOST_BY_HOOKS = 100
 """How many hooks the hooks of one unit of work may register."""
 
@@ -80,7 +78,7 @@ class Hook:
         if inspect.isawaitable(result):
             await result
 
-    async def _take_thread(self) -> Callable[[], object]:
+    async def _take_thread(self) -> Callable[..., object]:
         """Wait until one more thread may run; give what says that it has ended."""
         limiter = _threads.get()
         if limiter is None:
@@ -94,7 +92,7 @@ class Hook:
 
 
 def _call_in_thread(
-    fn: Callable[[], object], waiting: list[Callable[[], object]]
+    fn: Callable[[], object], waiting: list[Callable[..., object]]
 ) -> tuple[object, BaseException | None]:
     with suppress(IndexError):  # it was cancelled just before it began
         free = waiting.pop()
@@ -202,20 +200,19 @@ def _run_in(
 
 def name_of(fn: Callable[..., object]) -> str:
     """Name any callable; never fails, whatever its attributes do."""
-    fn, name = _unwrapped(fn), None
+    named, name = _unwrapped(fn), None
     with suppress(Exception):
-        name = getattr(fn, "__qualname__", None)
-    return name if isinstance(name, str) else type(fn).__qualname__
+        name = getattr(named, "__qualname__", None)
+    return name if isinstance(name, str) else type(named).__qualname__
 
 
 def is_async(fn: Callable[..., object]) -> bool:
     """Tell whether what it returns has to be awaited, as far as can be seen."""
     if _has_flag(fn, inspect.CO_COROUTINE):
         return True  # the usual case, without inspect's many questions
-    fn = _unwrapped(fn)
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
-        getattr(fn, "__call__", None),  # noqa: B004  # the method, not a test for it
-    )
+    made = _unwrapped(fn)
+    call = getattr(made, "__call__", None)  # noqa: B004  # the method, not a test
+    return inspect.iscoroutinefunction(made) or inspect.iscoroutinefunction(call)
 
 
 def _has_flag(fn: object, flag: int) -> bool:
@@ -226,7 +223,7 @@ def _has_flag(fn: object, flag: int) -> bool:
     return isinstance(fn, types.FunctionType) and bool(fn.__code__.co_flags & flag)
 
 
-def _unwrapped(fn: Callable[..., object]) -> Callable[..., object]:
+def _unwrapped(fn: object) -> object:
     while isinstance(fn, functools.partial):
         fn = fn.func
     return fn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from typing import TYPE_CHECKING, Literal
@@ -18,20 +19,18 @@ if TYPE_CHECKING:
     from asgi_uow._sessions.managed import Shared
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Participant:
     """The sessions of one database: a writer, a reader, readers of parallel tasks."""
 
-    __slots__ = ("_must_see", "_route", "db", "reader", "readers", "shared", "writer")
-
-    def __init__(self, db: Engines, shared: Shared, must_see: MustSee) -> None:
-        self.db: Engines = db
-        self.shared: Shared = shared
-        self.writer: Session | None = None
-        self.reader: ReadSession | None = None
-        self.readers: list[ReadSession] = []
-        """That of the unit, and those of parallel tasks."""
-        self._must_see = must_see
-        self._route: Route | None = None
+    db: Engines
+    shared: Shared
+    must_see: MustSee
+    writer: Session | None = None
+    reader: ReadSession | None = None
+    readers: list[ReadSession] = dataclasses.field(default_factory=list)
+    """That of the unit, and those of parallel tasks."""
+    route: Route | None = None
 
     def open_writer(self) -> Session:
         """Make the write session; it connects when it executes."""
@@ -46,10 +45,10 @@ class Participant:
         db, shared = self.db, self.shared
         reader = ReadSession(db, db.read_engine, db.read_options, shared)
         if db.replicas:
-            if self._route is None:
+            if self.route is None:
                 wrote = functools.partial(shared.has_written, db)
-                self._route = Route(db, shared.events, wrote, self._must_see)
-            reader.route = self._route
+                self.route = Route(db, shared.events, wrote, self.must_see)
+            reader.route = self.route
         if self.writer is not None:
             reader.follow(self.writer)
         self.readers.append(reader)
@@ -79,24 +78,25 @@ class Participant:
             not each.closed for each in reader.sync_session.connections
         )
 
-    def conclude(
-        self, writer: Session, *, committed: bool, wants_details: bool
-    ) -> None:
+    def conclude(self, *, committed: bool) -> None:
         """Record what the end of the write session means for reads; tell of it."""
-        journal = writer.sync_session.journal
-        implicit = journal.implicit_commit is not None
-        if implicit or (self.has_written and (committed or journal.committed)):
+        if self.writer is None:
+            return
+        journal = self.writer.journal
+        implicit = journal.implicit_commit
+        used = self.has_written and (committed or journal.committed)
+        if used or implicit is not None:
             self.shared.committed.add(self.db)
-        if wants_details:
-            self.report_release(writer, "write")
-        if journal.implicit_commit is not None:
-            self.shared.events.append(ImplicitCommit(journal.implicit_commit))
+        if self.shared.wants_details:
+            self.report_release(self.writer)
+        if implicit is not None:
+            self.shared.events.append(ImplicitCommit(implicit))
 
-    def report_release(
-        self, session: Session, access: Literal["read", "write"]
-    ) -> None:
+    def report_release(self, session: Session) -> None:
         since, held = session.sync_session.connected, session.sync_session.held
         if since is not None or held:
             seconds = held if since is None else held + time.perf_counter() - since
+            access: Literal["read", "write"]
+            access = "write" if session is self.writer else "read"
             event = ConnectionReleased(self.db.name, access, seconds)
             self.shared.events.append(event)

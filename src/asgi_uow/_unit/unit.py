@@ -14,7 +14,7 @@ from asgi_uow._databases.driver_errors import stacktrace_of
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.managed import Shared
-from asgi_uow._unit.hooks import MOST_BY_HOOKS, Hook, Hooks, check_callable
+from asgi_uow._unit.hooks import MOST_BY_HOOKS, Hooks
 from asgi_uow._unit.participant import Participant
 from asgi_uow.observers import LoggingObserver, UnitStarted, notify
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from asgi_uow._databases.engines import Engines
     from asgi_uow._sessions.session import Session
+    from asgi_uow._unit.hooks import Hook
     from asgi_uow.observers import Event, Observer
 
 # Python 3.11 takes long for each member of an enum.
@@ -92,13 +93,14 @@ class UnitOfWork:
     is_used: bool = False
     """Whether its end is more than a word: something was opened, registered or set."""
     forced: bool = False
-    is_started: bool = False
     must_see: MustSee = MustSee()
-    opened: float = 0.0
+    opened: float | None = None
     hooks: Hooks | None = None
     quota: Iterator[int] | None = None
     """How many hooks may be registered by what runs in this unit: hooks."""
     participants: Mapping[Engines, Participant] = MappingProxyType({})
+    writers: tuple[Session, ...] = ()
+    """The write sessions of its participants, in the order of first use."""
     shared: Shared | None = None
     doom: BaseException | None = None
 
@@ -108,19 +110,17 @@ class UnitOfWork:
 
         Until the decision a ROLLBACK TO SAVEPOINT can still undo it.
         """
-        if self.doom is None:
-            for each in self.participants.values():
-                error = None if each.writer is None else each.writer.doomed_by
-                if error is not None:
-                    return error
+        for writer in self.writers if self.doom is None else ():
+            if writer.doomed_by is not None:
+                return writer.doomed_by
         return self.doom
 
     def refuse_inside_call(self) -> None:
         """Doom the unit, and raise, where its end would wait for its own caller."""
-        for each in self.participants.values():
-            if each.writer is not None and each.writer.own_lock.is_mine:
+        for writer in self.writers:
+            if writer.own_lock.is_mine:
                 what = "The start of a response", "this task is in a call"
-                raise each.writer.journal.doom(errors.ConcurrentUseError(*what))
+                raise writer.journal.doom(errors.ConcurrentUseError(*what))
 
     def session(self, db: Engines | None = None) -> Session:
         """Give the write session of `db`, of the first database by default.
@@ -140,7 +140,8 @@ class UnitOfWork:
         if (self.around or self.databases[1:]) and self.is_blocked_by_others(db):
             raise errors.NestedUnitOfWorkError(db)
         self.start()
-        return participant.open_writer()
+        self.writers = (*self.writers, participant.open_writer())
+        return self.writers[-1]
 
     def read_session(self, db: Engines | None = None) -> Session:
         """Give the read-only session of `db`; open until the unit is closed."""
@@ -173,28 +174,19 @@ class UnitOfWork:
         self._check("force_commit()", UNDECIDED)
         self.forced = self.is_used = True
 
-    def register(
-        self,
-        phase: str,
-        fn: object,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-    ) -> Hook:
+    def register(self, phase: str, hook: Hook) -> None:
         """Register a hook; raises as `after_commit` says."""
         if self.state not in WRITABLE:
             self._check(f"{phase}()", WRITABLE)
-        call = check_callable(phase, fn)
         if self.quota is not None and next(self.quota, None) is None:
             raise errors.TooManyHooksError(phase, MOST_BY_HOOKS)
         if self.hooks is None:
             self.hooks = Hooks(self.quota)
         savepoints = (self.shared or self.share()).savepoints
-        frame = savepoints.innermost if savepoints.opened else None
-        hook = Hook(call, args, kwargs, frame)
+        hook.frame = savepoints.innermost if savepoints.opened else None
         self.hooks.queue(phase).append(hook)
-        if not self.is_started:
+        if self.opened is None:
             self.start()
-        return hook
 
     def share(self) -> Shared:
         """Give what its sessions have in common; made at first use."""
@@ -203,14 +195,14 @@ class UnitOfWork:
             around = None if self.around is None else self.around.share()
             self.shared = Shared(around, nested=self.is_nested, hook=self.is_hook)
             self.shared.state = self.state
+            self.shared.wants_details = self.options.wants_details
         return self.shared
 
     def start(self) -> None:
         """Tell, once and at once, that the unit was asked for something."""
         if self.state is NEW:
             self.move(State.ACTIVE)
-        if not self.is_started:
-            self.is_started = True
+        if self.opened is None:
             self.opened = time.perf_counter()
             if self.options.wants_details:
                 self.options.tell(UnitStarted(unit=self))
@@ -251,18 +243,16 @@ class UnitOfWork:
         """
         self.stamp()
         if not self.is_hook:
-            waiting = self.share().events
-            events, waiting[:] = list(waiting), []
-            for each in events:
-                self.options.tell(each)
+            events = self.share().events
+            while events:
+                self.options.tell(events.pop(0))
 
     def stamp(self) -> None:
         """Say of events that their unit has not told yet whose they are."""
         events = self.share().events
-        events[:] = [
-            each if each.unit is not None else dataclasses.replace(each, unit=self)
-            for each in events
-        ]
+        for index, each in enumerate(events):
+            if each.unit is None:
+                events[index] = dataclasses.replace(each, unit=self)
 
     def outwards(self) -> Iterator[UnitOfWork]:
         unit = self.around
