@@ -290,7 +290,7 @@ async def test_blocks_that_end_out_of_order(
 
 
 @asynccontextmanager
-async def many_open(db: Database, number: int = 300) -> AsyncIterator[None]:
+async def many_open(db: Database, number: int = 300) -> AsyncGenerator[None]:
     """Blocks of the same database that other tasks have open meanwhile."""
     over, entered = asyncio.Event(), asyncio.Barrier(number + 1)
 

@@ -104,9 +104,9 @@ class Connection(sa.Connection):
             self.journal.xid = xid
         super()._prepare_twophase_impl(xid)
 
-    def _commit_twophase_impl(self, *args: Any) -> None:
+    def _commit_twophase_impl(self, xid: Any, is_prepared: bool) -> None:  # noqa: FBT001
         commit = super()._commit_twophase_impl  # a statement, which takes its turn
-        self._commit(functools.partial(commit, *args))
+        self._commit(functools.partial(commit, xid, is_prepared))
 
     def _commit(self, send: Callable[[], None]) -> None:
         if self.journal is not None:

@@ -75,8 +75,9 @@ class Asyncmy:
     def in_transaction(self, raw: Any) -> bool:
         # It keeps the old status where a result's is 0; a stream's comes at its end.
         result = raw._result  # noqa: SLF001  # no other way
-        is_open = result is None or result.server_status & IN_TRANSACTION
-        is_open = is_open or result.unbuffered_active
+        is_open = result is None or (
+            result.server_status & IN_TRANSACTION or result.unbuffered_active
+        )
         return bool(is_open and raw.get_transaction_status())
 
     def cut_off(self, raw: Any) -> None:
