@@ -64,6 +64,8 @@ class Shield:
                 await self._wait(task)
             was_stopped = task.cancelled() or self._cut is not cut
             if not task.done() or (self.is_late and was_stopped):
+                if task.done() and not task.cancelled():
+                    task.exception()  # what the cut was for: the loop need not tell
                 message = f"no answer within {seconds} seconds"
                 raise TimeoutError(message)
             return task.result()

@@ -202,11 +202,12 @@ class _Policy:
     def _look_again(self, connection: Connection, of: Context) -> None:
         """Learn whether a statement that failed, such as CALL, has ended it all."""
         journal, error = connection.journal, of.original_exception
-        if journal is None or not known.may_end_transaction(of.statement or "SELECT"):
+        may_end = known.may_end_transaction(of.statement or "SELECT")
+        if journal is None or journal.ending is not None or not may_end:
             return
         dbapi: Any = connection.connection.dbapi_connection
         if of.is_disconnect:
-            journal.ended_unseen = True
+            journal.ended_unseen = not failures.means(error, "demoted")
         elif self.driver.errors_hide_state and not self.driver.aborts_transaction(
             raw_of(dbapi), error
         ):
