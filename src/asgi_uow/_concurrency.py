@@ -55,7 +55,9 @@ class Shield:
         first. What may start the like of itself, as hooks do, must not start `at_once`.
         """
         self.seconds, self._gave_up, self._cut = seconds, False, cut
-        self.restart()
+        self.is_late = False
+        if seconds is not None:
+            self._until = self._loop.time() + seconds
         options = EAGERLY if at_once else {}
         task: asyncio.Task[T] = asyncio.Task(work, loop=self._loop, **options)
         try:
@@ -167,26 +169,26 @@ class TaskLock:
     """Lets one task at a time use a session; its owner may take it again."""
 
     # Overlap is what counts: frameworks switch tasks within one request.
-    __slots__ = ("_depth", "_owner", "_waiting")
+    __slots__ = ("_depth", "_waiting", "owner")
 
     def __init__(self) -> None:
-        self._owner: AnyTask | None = None
+        self.owner: AnyTask | None = None
         self._depth = 0
         self._waiting: list[tuple[AnyTask, asyncio.Future[None]]] = []
 
     @property
     def is_free(self) -> bool:
-        return self._owner is None
+        return self.owner is None
 
     @property
     def is_mine(self) -> bool:
-        return self._owner is asyncio.current_task()
+        return self.owner is asyncio.current_task()
 
     def take(self, task: AnyTask) -> bool:
         """Take the lock if it is free, or the task's own."""
-        if self._owner is None:
-            self._owner = task
-        elif self._owner is not task:
+        if self.owner is None:
+            self.owner = task
+        elif self.owner is not task:
             return False
         self._depth += 1
         return True
@@ -210,9 +212,9 @@ class TaskLock:
         self._depth -= 1
         if self._depth:
             return
-        self._owner = None
+        self.owner = None
         if self._waiting:
-            self._owner, granted = self._waiting.pop(0)
+            self.owner, granted = self._waiting.pop(0)
             self._depth = 1
             # Cancelled in this turn of the loop: wait() will hand it on.
             if not granted.done():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from contextlib import closing
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -58,7 +57,9 @@ class Connection(sa.Connection):
             raise TransactionGoneError  # its unit has ended; nobody would close another
         return super()._revalidate_connection()
 
-    def call_alone(self, end: Callable[[], object]) -> None:
+    def call_alone(
+        self, end: Callable[[], object], ending: Journal | None = None
+    ) -> None:
         """Wait until nobody's statement is in flight, call; none begins meanwhile."""
         # Cursors hold the lock, COMMIT and ROLLBACK do not; a driver knows its own.
         dbapi: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
@@ -68,6 +69,9 @@ class Connection(sa.Connection):
         try:
             while driver.is_busy(raw_of(dbapi)):
                 await_only(asyncio.sleep(0.005))
+            if ending is not None:
+                ending.check_commit()
+                ending.commit_sent = True
             end()
         finally:
             lock.release()
@@ -75,7 +79,8 @@ class Connection(sa.Connection):
     def _rollback_impl(self) -> None:
         if self.journal is not None:
             self.journal.record_rollback()
-        if self._still_open_and_dbapi_connection_is_valid:
+        fairy = self._dbapi_connection
+        if fairy is not None and fairy.dbapi_connection is not None:
             self.call_alone(super()._rollback_impl)
         if not self.invalidated and not self.closed:
             self.info.pop(ERROR_SEEN, None)
@@ -97,7 +102,9 @@ class Connection(sa.Connection):
         journal.executed = True
 
     def _commit_impl(self) -> None:
-        self.call_alone(functools.partial(self._commit, super()._commit_impl))
+        self.call_alone(super()._commit_impl, self.journal)
+        if self.journal is not None:
+            self.journal.committed = True
 
     def _prepare_twophase_impl(self, xid: str) -> None:
         if self.journal is not None:
@@ -105,14 +112,10 @@ class Connection(sa.Connection):
         super()._prepare_twophase_impl(xid)
 
     def _commit_twophase_impl(self, xid: Any, is_prepared: bool) -> None:  # noqa: FBT001
-        commit = super()._commit_twophase_impl  # a statement, which takes its turn
-        self._commit(functools.partial(commit, xid, is_prepared))
-
-    def _commit(self, send: Callable[[], None]) -> None:
         if self.journal is not None:
             self.journal.check_commit()
             self.journal.commit_sent = True
-        send()
+        super()._commit_twophase_impl(xid, is_prepared)  # a statement: it takes turns
         if self.journal is not None:
             self.journal.committed = True
 

@@ -66,8 +66,9 @@ class Engines:
         for reader in self._readers:
             _check_engine(reader)
         self.replicas: tuple[Replica, ...] = tuple(map(Replica, self._readers))
-        self.write_options = {"expire_on_commit": False, **session_options}
-        self.read_options = self.write_options | READ_OPTIONS
+        options: dict[str, Any] = {"expire_on_commit": False, **session_options}
+        self.write_options: dict[str, Any] = options
+        self.read_options: dict[str, Any] = options | READ_OPTIONS
         if engine is not None:
             self.use(engine)
         else:

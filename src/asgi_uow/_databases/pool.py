@@ -152,21 +152,19 @@ class _Policy:
             entry.invalidate(soft=True)  # replaced before anybody else gets it
         if state.terminate_only or not state.asyncio_safe:
             return
+        lock: Any = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
         is_open = info.pop(ERROR_SEEN, False) or self.driver.in_transaction(raw)
-        if is_open and not self._is_busy(dbapi):
+        # Busy: a statement is in flight, or waits for one that was.
+        is_busy = lock._locked or lock._waiters or self.driver.is_busy(raw)  # noqa: SLF001
+        if is_open and not is_busy:
             dbapi.rollback()
             if self.read_only and self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
                 execute(dbapi, "ROLLBACK")
             is_open = self.driver.is_known and self.driver.in_transaction(raw)
-        if (is_open or self._is_busy(dbapi)) and not self.is_memory:
+            is_busy = lock._locked or lock._waiters or self.driver.is_busy(raw)  # noqa: SLF001
+        if (is_open or is_busy) and not self.is_memory:
             entry.invalidate()
-
-    def _is_busy(self, dbapi: Any) -> bool:
-        """Tell whether a statement is in flight, or waits for one that was."""
-        lock = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
-        in_turn = lock._locked or lock._waiters  # noqa: SLF001
-        return bool(in_turn) or self.driver.is_busy(raw_of(dbapi))
 
     def on_close(self, dbapi: DBAPI, _: object) -> None:
         """Bound the goodbye: asyncpg waits for the server to hang up."""

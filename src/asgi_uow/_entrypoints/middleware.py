@@ -245,7 +245,8 @@ class _Exchange:
 
     async def _decide(self, message: Message) -> Message:
         unit, middleware = self.unit, self.middleware
-        unit.refuse_inside_call()
+        if unit.writers:
+            unit.refuse_inside_call()
         self.stage = DECIDING
         # Sanic's headers are a generator, and are read twice: here and outside.
         headers: Headers = list(message.get("headers", ()))
@@ -259,7 +260,8 @@ class _Exchange:
                 forced=unit.forced,
                 commit_when=middleware.commit_when,
             )
-            if message["status"] < ERROR_STATUS and not decision.replace_response:
+            is_good = message["status"] < ERROR_STATUS
+            if unit.writers and is_good and not decision.replace_response:
                 await refuse_streams(unit)
         except BaseException as error:  # noqa: BLE001  # becomes the cause of the failure
             broken, cause = error, _decision.exception_cause(error)

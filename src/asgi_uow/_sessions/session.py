@@ -158,10 +158,6 @@ class Session(StatementSession):
         # SQLAlchemy has rolled the transaction back for a flush that failed.
         return None if self.sync_session.is_active else self.journal.last
 
-    @property
-    def has_changes(self) -> bool:
-        return not self.sync_session._is_clean()  # noqa: SLF001  # no other way
-
     async def discard(self) -> None:
         cancel_sql = self.sync_session.take_cancel_sql()
         await greenlet_spawn(self.sync_session.discard)

@@ -64,7 +64,7 @@ class Commit:
         ended it or has failed; PostgreSQL has to be asked for that.
         """
         sync = self.session.sync_session
-        sync.journal.ending, db = asyncio.current_task(), sync.database
+        db = sync.database
         if sync.journal.xid is not None:
             return sync
         if sync.driver_exposed:
@@ -104,11 +104,17 @@ class Completion:
         Sessions with `twophase=True` are all prepared before the first COMMIT, and
         committed after the others, which may fail; from then on nothing stops them.
         """
-        commits = [Commit(writer) for writer in writers]
-        twophase = [each for each in commits if each.session.sync_session.twophase]
-        commits.sort(key=twophase.__contains__)
-        steps = [(each, each.prepare) for each in twophase]
-        steps += [(each, each.run) for each in commits]
+        steps: list[tuple[Commit, Callable[[], None]]] = []
+        prepared: list[Commit] = []
+        for writer in writers:
+            commit = Commit(writer)
+            if writer.sync_session.twophase:
+                prepared.append(commit)
+            else:
+                steps.append((commit, commit.run))
+        if prepared:
+            steps[:0] = ((each, each.prepare) for each in prepared)
+            steps += ((each, each.run) for each in prepared)
         unproven: tuple[Commit, BaseException] | None = None
         for commit, step in steps:
             journal = commit.session.journal
@@ -121,7 +127,7 @@ class Completion:
                         break
         if unproven is None:
             return COMMITTED
-        any_committed = any(each.session.journal.committed for each in commits)
+        any_committed = any(each.journal.committed for each in writers)
         return self._refused(*unproven, any_committed=any_committed)
 
     async def _was_kept(self, commit: Commit, error: BaseException) -> bool:
@@ -191,7 +197,6 @@ class Completion:
         sync = session.sync_session
 
         def end() -> None:
-            sync.journal.ending = asyncio.current_task()
             if ended.outcome is Outcome.ROLLED_BACK:
                 sync.detach_objects()
                 sync.rollback()  # after a failed COMMIT close() alone sends nothing
@@ -256,10 +261,16 @@ class Completion:
 
 async def _in_lock(session: Session, end: Callable[[], None]) -> None:
     """End a session in a greenlet, once no call is in flight."""
-    async with session.own_lock:
+    lock, task = session.own_lock, asyncio.current_task()
+    if task is not None and not lock.take(task):
+        await lock.wait(task)
+    session.journal.ending = task
+    try:
         if session.streams:
             await session.close_streams()
         await greenlet_spawn(end)
+    finally:
+        lock.release()
 
 
 def _judge(ended: Ended, cause: Cause | None, writers: Sequence[Session]) -> Ended:

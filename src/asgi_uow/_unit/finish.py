@@ -17,7 +17,7 @@ from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._decision import Cause, Outcome, State, rollback
 from asgi_uow._unit.completion import Completion
-from asgi_uow._unit.ended import ROLLED_BACK, Ended, stopped_by
+from asgi_uow._unit.ended import COMMITTED, ROLLED_BACK, Ended, stopped_by
 from asgi_uow._unit.hook_units import HookRun, queue
 from asgi_uow._unit.hooks import Hook, check_callable
 from asgi_uow.observers import CommitFailed, UnitFinished
@@ -80,8 +80,10 @@ async def _complete(
 ) -> BaseException | None:
     """Commit or roll back, and run the hooks; give what has stopped the commit."""
     writers = unit.writers
-    if decision.commit:  # in name, if nobody asked for a write session
-        ended = await completion.commit(writers)  # <- here, and nowhere else
+    if decision.commit:
+        ended = COMMITTED  # in name, if nobody asked for a write session
+        if writers:
+            ended = await completion.commit(writers)  # <- here, and nowhere else
     if ended.outcome is not Outcome.COMMITTED:
         ended = await completion.prove(ended, decision.cause, writers)
         for writer in writers:
@@ -170,7 +172,7 @@ async def prepare(unit: UnitOfWork) -> Ended:
                     return stopped_by(failed[1], failed[0].name)
             participants = unit.participants
             for writer in unit.writers:
-                if writer.has_changes:
+                if not writer.sync_session._is_clean():  # noqa: SLF001  # no other way
                     with anyio.fail_after(unit.options.hook_timeout):
                         await writer.flush()
             more = unit.hooks is not None and unit.hooks.queue("before_commit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import time
@@ -118,7 +119,8 @@ class UnitOfWork:
     def refuse_inside_call(self) -> None:
         """Doom the unit, and raise, where its end would wait for its own caller."""
         for writer in self.writers:
-            if writer.own_lock.is_mine:
+            owner = writer.own_lock.owner
+            if owner is not None and owner is asyncio.current_task():
                 what = "The start of a response", "this task is in a call"
                 raise writer.journal.doom(errors.ConcurrentUseError(*what))
 
