@@ -67,8 +67,7 @@ class UnitOfWork:
     nothing is, and what was registered for that end happens then.
     """
 
-    # Set by whoever makes one: a request that touches nothing runs no __init__, and
-    # to set what has a default in the class takes ten times as long.
+    # Set by who makes one: __init__ costs a call, and a default makes setting slow.
     databases: tuple[Engines, ...]
     options: UnitOptions
     state: State
@@ -119,8 +118,7 @@ class UnitOfWork:
     def refuse_inside_call(self) -> None:
         """Doom the unit, and raise, where its end would wait for its own caller."""
         for writer in self.writers:
-            owner = writer.own_lock.owner
-            if owner is not None and owner is asyncio.current_task():
+            if (owner := writer.own_lock.owner) and owner is asyncio.current_task():
                 what = "The start of a response", "this task is in a call"
                 raise writer.journal.doom(errors.ConcurrentUseError(*what))
 
@@ -280,8 +278,8 @@ class UnitOfWork:
         return any(each.holds(db) for each in units)
 
     def __repr__(self) -> str:
-        names = ", ".join(db.name for db in self.databases)
-        return f"<UnitOfWork {self.state.value} on {names}>"
+        names = [db.name for db in self.databases]
+        return f"<UnitOfWork {self.state.value} on {', '.join(names)}>"
 
 
 current: ContextVar[UnitOfWork | None] = ContextVar("asgi_uow.current", default=None)
