@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import asyncmy.errors
@@ -318,3 +320,75 @@ async def test_no_answer_to_what_may_end_it(
 
     assert outcome is response.events.only(UnitFinished).outcome
     assert ["rollback"] * (outcome is Outcome.ROLLED_BACK) == response.hooks
+
+
+@on("asyncpg", "psycopg", "aiosqlite")
+@pytest.mark.parametrize(
+    ("end", "outcome"), [("", Outcome.ROLLED_BACK), ("COMMIT", Outcome.UNKNOWN)]
+)
+async def test_the_driver_is_used_first(
+    db: Database, backend: Backend, end: str, outcome: Outcome
+) -> None:
+    """P13: what the driver itself sends first is in the transaction, too."""
+
+    async def handler() -> None:
+        await execute_by_the_driver("INSERT INTO items (id) VALUES (1)")
+        if end:
+            await execute_by_the_driver(end)
+        raise LookupError
+
+    response = await handle(handler, db, hooks=True)
+
+    assert outcome is response.events.only(UnitFinished).outcome
+    assert ["rollback"] * (not end) == response.hooks
+    assert [1] * bool(end) == await shop.items(backend)
+    if end:  # nobody else answers it
+        assert 500 == response.status
+        assert isinstance(response.error, errors.OutcomeUnknownError)
+
+
+@on("asyncpg", "psycopg")
+async def test_cancelled_by_the_handler(db: Database) -> None:
+    """What is in doubt is told, and not by the cancellation of a statement before."""
+    with pytest.raises(errors.OutcomeUnknownError):
+        async with db:
+            await shop.insert(1)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await db.write.execute("DO $$ BEGIN PERFORM pg_sleep(30); END $$")
+    assert [0, 0] == checked_out(db)
+
+
+@on("aiosqlite", "asyncpg", "psycopg", "asyncmy")
+@pytest.mark.parametrize("status", [200, 404])
+async def test_closed_by_the_handler(db: Database, status: int) -> None:
+    """A connection that the handler has closed is in doubt: it cannot be asked."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        closing = (await driver_connection()).close()
+        if closing is not None:  # asyncmy's is not async
+            await closing
+
+    response = await handle(handler, db, hooks=True, status=status)
+
+    assert 500 == response.status
+    assert Outcome.UNKNOWN is response.events.only(UnitFinished).outcome
+    assert [0, 0] == checked_out(db)
+
+
+@on("asyncpg")
+async def test_timeout_of_the_driver(db: Database) -> None:
+    """A statement that asyncpg has given up is in flight no more."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        raw = await driver_connection()
+        with suppress(TimeoutError):
+            await raw.execute("SELECT pg_sleep(30)", timeout=0.05)
+
+    async with asyncio.timeout(20):
+        response = await handle(handler, db, hooks=True, status=404, commit_timeout=60)
+
+    assert 404 == response.status
+    assert ["rollback"] == response.hooks

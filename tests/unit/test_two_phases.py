@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import event
+from sqlalchemy.util import await_only
 
 from asgi_uow import Database, Outcome
+from asgi_uow._databases.connection import Connection
 from asgi_uow.errors import OutcomeUnknownError, PartialCommitError
 from asgi_uow.observers import ReleaseFailed
 from tests.support import shop
@@ -199,3 +201,30 @@ async def test_plain_database_is_committed_first(backend: ServerBackend) -> None
         assert Outcome.UNKNOWN is response.unit.outcome
         assert [] == await shop.items(backend)
         await assert_nothing_is_left(backend, first, second)
+
+
+@on("asyncpg", "psycopg")  # MariaDB keeps it for who has prepared it
+async def test_rolled_back_by_somebody_else(
+    backend: ServerBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an operator has rolled back after PREPARE is not told to be committed."""
+    rolled_back: list[str] = []
+
+    async def roll_back(xid: str) -> None:
+        await backend.execute(f"ROLLBACK PREPARED '{xid}'")
+        rolled_back.append(xid)
+
+    async with two_databases(backend) as (first, _, _):
+        prepare = Connection._prepare_twophase_impl
+
+        def prepare_and_lose(self: Connection, xid: str) -> None:
+            prepare(self, xid)
+            await_only(roll_back(xid))
+
+        monkeypatch.setattr(Connection, "_prepare_twophase_impl", prepare_and_lose)
+        lost = await handle(lambda: shop.insert(1, first), first, hooks=True)
+
+        assert [500, []] == [lost.status, lost.hooks]
+        assert rolled_back
+        assert [] == await shop.items(backend)
+        await assert_nothing_is_left(backend, first)

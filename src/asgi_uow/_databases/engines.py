@@ -161,16 +161,20 @@ class Engines:
     async def end_prepared(
         self, xid: str, seconds: float, *, commit: bool
     ) -> bool | None:
-        """End a prepared transaction from aside; None if that could not be done.
+        """End a prepared transaction from aside; False if the server knows of none.
+
+        None if that could not be done.
 
         A server may not know of it as long as the connection that prepared it lives.
         """
 
-        def end(sync: Connection) -> None:
+        def end(sync: Connection) -> bool:
             listed: list[str | bytes] = sync.recover_twophase()
-            if not {xid, xid.encode()}.isdisjoint(listed):
+            is_listed = not {xid, xid.encode()}.isdisjoint(listed)
+            if is_listed:
                 by = sync.commit_prepared if commit else sync.rollback_prepared
                 by(xid, recover=True)
+            return is_listed
 
         async with _aside(self.engine) as aside:
             autocommit = aside.execution_options(isolation_level="AUTOCOMMIT")
@@ -179,8 +183,7 @@ class Engines:
                     # Of SQLAlchemy, or of the driver: all the same, it is asked again.
                     with suppress(Exception):
                         async with autocommit.connect() as connection:
-                            await connection.run_sync(end)
-                            return True
+                            return await connection.run_sync(end)
                     await anyio.sleep(PAUSE)
         return None
 

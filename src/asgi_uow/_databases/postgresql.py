@@ -85,7 +85,8 @@ class Asyncpg(_Driver):
 
     def is_busy(self, raw: Any) -> bool:
         # Its protocol shows nobody the future for the answer that it waits for.
-        return Future in map(type, gc.get_referents(raw._protocol))  # noqa: SLF001
+        held = gc.get_referents(raw._protocol)  # noqa: SLF001
+        return any(type(each) is Future and not each.done() for each in held)
 
     def aborts_transaction(self, _: object, error: BaseException) -> bool:
         # Only what the server sent has a severity; a wrong parameter never got there.

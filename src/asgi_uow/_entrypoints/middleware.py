@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from asgi_uow import _decision
@@ -15,7 +16,7 @@ from asgi_uow._reading.route import written_position
 from asgi_uow._unit.finish import finish, refuse_streams, release
 from asgi_uow._unit.hooks import is_async
 from asgi_uow._unit.unit import CLOSED, COMMITTED, NEW, UnitOfWork, UnitOptions, current
-from asgi_uow.errors import UnitOfWorkClosedError
+from asgi_uow.errors import UnitOfWorkClosedError, UnitOfWorkFailedError
 from asgi_uow.observers import LoggingObserver
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ class _Exchange:
         elif self.stage is OPEN:
             self.stage = REFUSED
             why = Cause.ABANDONED if error is None else _decision.exception_cause(error)
-            await finish(self.unit, _decision.rollback(why))
+            with suppress(UnitOfWorkFailedError):  # of the unit: answered below
+                await finish(self.unit, _decision.rollback(why))
         failure = self._unanswered(error)
         if failure is None:
             return

@@ -98,7 +98,16 @@ class ManagedSession(orm.Session):
     def connection(self, *args: Any, **kwargs: Any) -> sa.Connection:
         self.driver_exposed = True
         connection = super().connection(*args, **kwargs)
-        if self.journal.executed:  # what follows past the session is seen by nobody
+        if connection.get_transaction() and not isinstance(self, ReadOnlySession):
+            # What follows past the session is seen by nobody, and asyncpg's BEGIN comes
+            # with the first statement of SQLAlchemy alone.
+            facts, executed = self.database.facts, self.journal.executed
+            if (
+                not executed
+                and not facts.IMPLICIT_COMMIT
+                and facts.QUESTION_BEFORE_COMMIT
+            ):
+                connection.exec_driver_sql(facts.QUESTION_BEFORE_COMMIT)
             self.journal.look(connection.connection.dbapi_connection)
         return connection
 

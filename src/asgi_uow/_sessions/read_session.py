@@ -90,7 +90,7 @@ class ReadSession(Session):
         """Return the connection to the pool if no call or stream is using it."""
         if self.host is self and self.own_lock.is_free and not self.open_streams:
             async with self.own_lock:
-                await self.release_connection()
+                await run_to_completion(self.release_connection())
 
     async def release_connection(self) -> None:
         """Give the connection back; the next call takes another."""

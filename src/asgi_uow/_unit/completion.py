@@ -145,6 +145,8 @@ class Completion:
             seconds, asked = self._timeout or RESOLVE_SECONDS, commit.transaction_id
             settling = db.settle(journal.xid, asked, seconds)
             kept = await self.shield.run(settling, at_once=False)
+            if journal.xid is not None and kept is False:  # it is prepared no more
+                kept = True if is_in_doubt(error) else None
             journal.committed, commit.in_doubt = bool(kept), kept is None
         return journal.committed
 
@@ -182,10 +184,13 @@ class Completion:
                 if each.closed or each.invalidated:
                     continue
                 dbapi = each.connection.dbapi_connection
-                if dbapi is None or sync.database.driver.is_dead(raw_of(dbapi)):
-                    is_lost = True
-                else:
-                    journal.look(dbapi)
+                try:
+                    is_dead = sync.database.driver.is_dead(raw_of(dbapi))
+                    if not is_dead:
+                        journal.look(dbapi)
+                except Exception:  # noqa: BLE001  # closed so that it cannot be asked
+                    is_dead = True
+                is_lost = is_lost or is_dead
             if is_lost and sync.driver_exposed and not journal.entries:
                 # What had no answer may be a COMMIT that only the driver knows of.
                 journal.ended_unseen = True
@@ -208,7 +213,7 @@ class Completion:
         if (xid := sync.journal.xid) is not None and not sync.journal.commit_sent:
             seconds = self._timeout or RESOLVE_SECONDS
             ending = sync.database.end_prepared(xid, seconds, commit=False)
-            if not await self.shield.run(ending, at_once=False):
+            if await self.shield.run(ending, at_once=False) is None:
                 left = TimeoutError("it is prepared")
                 self.events.append(ReleaseFailed(f"rolling {xid!r} back", left))
 

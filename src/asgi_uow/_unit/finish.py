@@ -95,7 +95,7 @@ async def _complete(
     _report(unit, ended.outcome, completion)
     if unit.hooks:
         await _run_hooks(unit, unit.hooks, completion)
-    return None if ended.kind is errors.DoomedError else ended.error
+    return None if ended.cause is Cause.DOOMED else ended.error
 
 
 async def _run_hooks(unit: UnitOfWork, hooks: Hooks, completion: Completion) -> None:
