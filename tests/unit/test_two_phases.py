@@ -158,7 +158,7 @@ async def test_server_that_is_gone_after_prepare(
         assert ([2] if several else []) == await shop.items(backend)
         proxy.thaw()
         xid = str(response.error).partition("'")[2].partition("'")[0]
-        assert await first.end_prepared(xid, 10, commit=True)
+        assert None is not await first.end_prepared(xid, 10, commit=True)
         assert 1 in await shop.items(backend)
         await assert_nothing_is_left(backend, first, second)
 
@@ -181,7 +181,7 @@ async def test_what_cannot_be_rolled_back_is_told(backend: ServerBackend) -> Non
         [told] = [e for e in response.events.of(ReleaseFailed) if "_sa_" in e.operation]
         proxy.thaw()
         xid = told.operation.split("'")[1]
-        assert await first.end_prepared(xid, 10, commit=False)
+        assert None is not await first.end_prepared(xid, 10, commit=False)
         assert [] == await shop.items(backend)
         await assert_nothing_is_left(backend, first, second)
 

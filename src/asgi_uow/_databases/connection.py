@@ -82,7 +82,7 @@ class Connection(sa.Connection):
         fairy = self._dbapi_connection
         if fairy is not None and fairy.dbapi_connection is not None:
             self.call_alone(super()._rollback_impl)
-        if not self.invalidated and not self.closed:
+        if fairy is not None and fairy is self._dbapi_connection:
             self.info.pop(ERROR_SEEN, None)
 
     def check_statement(self, statement: str) -> None:

@@ -32,6 +32,7 @@ READ_OPTIONS = {
     "join_transaction_mode": "rollback_only",
 }
 PAUSE = 0.1  # seconds, before a prepared transaction is asked for again
+TIMES_UNLISTED = 5
 CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement there
 
 
@@ -179,12 +180,16 @@ class Engines:
         async with _aside(self.engine) as aside:
             autocommit = aside.execution_options(isolation_level="AUTOCOMMIT")
             with anyio.move_on_after(seconds):
-                while True:
+                unlisted = 0  # not once alone: a server may just be closing for it
+                while unlisted < TIMES_UNLISTED:
                     # Of SQLAlchemy, or of the driver: all the same, it is asked again.
                     with suppress(Exception):
                         async with autocommit.connect() as connection:
-                            return await connection.run_sync(end)
+                            if await connection.run_sync(end):
+                                return True
+                            unlisted += 1
                     await anyio.sleep(PAUSE)
+                return False
         return None
 
     async def dispose(self) -> None:

@@ -86,7 +86,10 @@ class Asyncpg(_Driver):
     def is_busy(self, raw: Any) -> bool:
         # Its protocol shows nobody the future for the answer that it waits for.
         held = gc.get_referents(raw._protocol)  # noqa: SLF001
-        return any(type(each) is Future and not each.done() for each in held)
+        for each in held:  # noqa: SIM110  # a generator is a call for each
+            if type(each) is Future and not each.done():
+                return True
+        return False
 
     def aborts_transaction(self, _: object, error: BaseException) -> bool:
         # Only what the server sent has a severity; a wrong parameter never got there.
@@ -114,7 +117,7 @@ class Psycopg(_Driver):
         return bool(poll.poll(0))
 
     def is_busy(self, raw: Any) -> bool:
-        return raw.lock.locked() or bool(raw.lock._waiters)  # noqa: SLF001
+        return bool(raw.lock._locked or raw.lock._waiters)  # noqa: SLF001
 
     def cut_off(self, raw: Any) -> None:
         # Not close(): what waits for the socket would wait for ever.
