@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -207,3 +207,31 @@ async def test_in_memory() -> None:
     async with db:
         assert [0, 0] == list(await asyncio.gather(count(), count()))
     await db.dispose()
+
+
+@on("asyncpg", "psycopg")
+async def test_cancelled_before_it_is_open(db: Database) -> None:
+    """The connection that is given back for it is not lost, whoever is in its way."""
+    waiting = asyncio.Event()
+
+    async def read() -> None:
+        async with db:
+            await db.read.execute("SELECT 1")
+            connection = await db.read.connection()
+            raw: Any = (await connection.get_raw_connection()).driver_connection
+            sleeping = asyncio.create_task(raw.execute("SELECT pg_sleep(0.5)"))
+            await asyncio.sleep(0)
+            waiting.set()
+            try:
+                await uow.parallel_read().__aenter__()
+            finally:
+                await asyncio.wait([sleeping])
+
+    task = asyncio.create_task(read())
+    await waiting.wait()
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+
+    assert task.cancelled()
+    assert [0, 0] == checked_out(db)
