@@ -62,7 +62,10 @@ async def insert_into_both(first: Database, second: Database) -> None:
 
 async def assert_nothing_is_left(backend: ServerBackend, *databases: Database) -> None:
     # MariaDB lists those of all its databases: others are tested at the same time.
-    await eventually([], lambda: backend.fetch(LISTED[backend.name]))
+    async def is_clean() -> bool:
+        return not await backend.fetch(LISTED[backend.name])
+
+    await eventually(True, is_clean)
     assert [0] * 2 * len(databases) == checked_out(*databases)
 
 
