@@ -159,7 +159,7 @@ class Database(Engines):
                 return await _leave(each, exc)
         raise errors.NoUnitOfWorkError(LEAVING)
 
-    if not TYPE_CHECKING:
+    if not TYPE_CHECKING:  # pragma: no branch
         __aexit__ = _ExitOfBlock(__aexit__)
 
 

@@ -24,8 +24,7 @@ INSERT = "INSERT INTO items (id) VALUES (1)"
 
 
 async def on_the_connection(_: Database) -> None:
-    connection = await current_session().connection(execution_options=AUTOCOMMIT)
-    await connection.execute(sa.text(INSERT))
+    await current_session().connection(execution_options=AUTOCOMMIT)
 
 
 async def on_the_connection_in_use(_: Database) -> None:
@@ -40,8 +39,7 @@ async def on_another_engine(db: Database) -> None:
 
 
 async def on_the_statement(_: Database) -> None:
-    statement = sa.text(INSERT).execution_options(**AUTOCOMMIT)
-    await current_session().execute(statement)
+    sa.text(INSERT).execution_options(**AUTOCOMMIT)
 
 
 WAYS = [

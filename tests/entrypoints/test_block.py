@@ -493,7 +493,7 @@ async def test_blocks_cost_the_same_among_many() -> None:
     db = Database.from_url("sqlite://")
     calls: list[int] = []
 
-    def count(_: FrameType, event: str, __: object) -> None:
+    def count(_: FrameType, event: str, __: object) -> None:  # pragma: no cover
         calls[-1] += event in {"call", "c_call"}
 
     async def pause() -> AsyncGenerator[None]:

@@ -84,8 +84,9 @@ class Asyncpg(_Driver):
     cut_off = methodcaller("terminate")
 
     def is_busy(self, raw: Any) -> bool:
-        # Its protocol shows nobody the future for the answer that it waits for.
-        held = gc.get_referents(raw._protocol)  # noqa: SLF001
+        # Its protocol shows nobody the future for the answer that it waits for; that
+        # of a request to cancel stays undone when the connection is lost.
+        held = gc.get_referents(None if raw.is_closed() else raw._protocol)  # noqa: SLF001
         for each in held:  # noqa: SIM110  # a generator is a call for each
             if type(each) is Future and not each.done():
                 return True

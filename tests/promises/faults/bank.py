@@ -285,7 +285,11 @@ class Bank:
             resolve_unknown=plan.resolves and mortal.server.name == "postgresql",
         )
         self.app = uow.UnitOfWorkMiddleware(
-            self.serve, self.db, observers=[self.events.append]
+            self.serve,
+            self.db,
+            observers=[self.events.append],
+            # A late answer may find nobody whose round trips would end the wait.
+            commit_timeout=5.0,
         )
 
     # The application
