@@ -173,13 +173,6 @@ class PgQueuer(JobTable):
         await connection.close()
 
     async def enqueue(self, number: int, *, only_once: str | None = None) -> None:
-        await current_session().execute("SELECT 1")
-        await self.enqueue_at_once(number, only_once=only_once)
-
-    async def enqueue_at_once(
-        self, number: int, *, only_once: str | None = None
-    ) -> None:
-        """Add a job whether or not BEGIN has been sent."""
         connection = await driver_connection()
         assert isinstance(connection, asyncpg.Connection)
         queries = Queries(AsyncpgDriver(connection))
