@@ -83,7 +83,7 @@ class Connection(sa.Connection):
         if fairy is not None and fairy.dbapi_connection is not None:
             self.call_alone(super()._rollback_impl)
         if fairy is not None and fairy is self._dbapi_connection:
-            self.info.pop(ERROR_SEEN, None)
+            fairy.info.pop(ERROR_SEEN, None)
 
     def check_statement(self, statement: str) -> None:
         """Have the journal look at what came before, and at one that is not plain."""
