@@ -98,7 +98,8 @@ class ReadSession(Session):
         await greenlet_spawn(self.sync_session.release_connection)
 
     def bind_to(self, engine: AsyncEngine) -> None:
-        self.bind, self.sync_session.bind = engine, engine.sync_engine
+        self.bind: AsyncEngine = engine
+        self.sync_session.bind = engine.sync_engine
 
     async def open_connection(self) -> AsyncConnection:
         return await AsyncSession.connection(self)
