@@ -392,3 +392,30 @@ async def test_timeout_of_the_driver(db: Database) -> None:
 
     assert 404 == response.status
     assert ["rollback"] == response.hooks
+
+
+@on("asyncpg", "psycopg", "aiosqlite")
+async def test_cancelled_before_commit(db: Database) -> None:
+    """Who was cancelled before COMMIT is told so, also if the outcome is in doubt."""
+    units: list[uow.UnitOfWork] = []
+    waiting = asyncio.Event()
+
+    async def work() -> None:
+        async with db as unit:
+            units.append(unit)
+            await shop.insert(1)
+            await execute_by_the_driver("COMMIT")
+            uow.before_commit(wait)
+
+    async def wait() -> None:
+        waiting.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await waiting.wait()
+    task.cancel()
+    await asyncio.wait([task])
+
+    assert task.cancelled()
+    assert Outcome.UNKNOWN is units[0].outcome
+    assert [0, 0] == checked_out(db)

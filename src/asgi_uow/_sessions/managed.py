@@ -101,13 +101,10 @@ class ManagedSession(orm.Session):
         if connection.get_transaction() and not isinstance(self, ReadOnlySession):
             # What follows past the session is seen by nobody, and asyncpg's BEGIN comes
             # with the first statement of SQLAlchemy alone.
-            facts, executed = self.database.facts, self.journal.executed
-            if (
-                not executed
-                and not facts.IMPLICIT_COMMIT
-                and facts.QUESTION_BEFORE_COMMIT
-            ):
-                connection.exec_driver_sql(facts.QUESTION_BEFORE_COMMIT)
+            facts = self.database.facts
+            question = None if facts.IMPLICIT_COMMIT else facts.QUESTION_BEFORE_COMMIT
+            if question is not None and not self.journal.executed:
+                connection.exec_driver_sql(question)
             self.journal.look(connection.connection.dbapi_connection)
         return connection
 

@@ -56,6 +56,7 @@ async def finish(
         ended = await prepare(unit)
         if ended.cause is not None:
             decision = rollback(ended.cause)
+    stopped = error or ended.error
     unit.doom = unit.doomed_by
     if decision.commit and unit.doom is not None:
         decision = rollback(Cause.DOOMED, replace_response=True)
@@ -64,7 +65,7 @@ async def finish(
         ended = Ended(Outcome.ROLLED_BACK, kind, decision.cause, error or unit.doom)
     unit.move(State.COMMITTING if decision.commit else State.ROLLING_BACK)
     try:
-        interrupted = await _complete(unit, decision, ended, completion)
+        interrupted = await _complete(unit, decision, ended, completion) or stopped
     finally:
         if shared.events:
             unit.tell()
