@@ -23,7 +23,7 @@ from tests.support.databases import (
     memory_database,
     on,
 )
-from tests.support.private import IDLE_SINCE
+from tests.support.private import IDLE_SINCE, driver_of
 from tests.support.writes import driver_connection
 
 if TYPE_CHECKING:
@@ -58,6 +58,16 @@ async def test_a_reader_that_was_connected_before(backend: Backend) -> None:
             await db.read.execute("INSERT INTO items (id) VALUES (1)")
     await db.dispose()
     assert [] == await shop.items(backend)
+
+
+@on_servers
+async def test_cut_off_after_its_goodbye(db: Database) -> None:
+    """A connection that said goodbye in time is not there any more to be cut off."""
+    async with db.engine.connect() as connection:
+        raw = (await connection.get_raw_connection()).driver_connection
+        await connection.invalidate()
+    await db.dispose()
+    driver_of(db.engine.dialect).cut_off(raw)
 
 
 # Handed back
