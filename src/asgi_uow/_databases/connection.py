@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
     from asgi_uow._databases.journal import Journal
 
-BEGINS_WITH = "asgi_uow.begins_with"
-DRIVER = "asgi_uow.driver"
 ERROR_SEEN = "asgi_uow.error_seen"
+POLICY = "asgi_uow.policy"
 SETTINGS_CHANGED = "asgi_uow.settings_changed"
 
 # Execution options after which a connection is not what its pool made it.
@@ -40,7 +39,7 @@ class Connection(sa.Connection):
 
     def _begin_impl(self, transaction: RootTransaction) -> None:
         super()._begin_impl(transaction)
-        statement = self._execution_options.get(BEGINS_WITH)
+        statement = self._execution_options[POLICY].begins_with
         if statement is None:
             return
         begin = getattr(self.connection.driver_connection, "begin", None)

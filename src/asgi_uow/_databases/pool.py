@@ -18,9 +18,8 @@ from asgi_uow._concurrency import bounded
 from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
 from asgi_uow._databases.connection import (
-    BEGINS_WITH,
-    DRIVER,
     ERROR_SEEN,
+    POLICY,
     SETTINGS_CHANGED,
     Connection,
     ReaderConnection,
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 
 ABORTING_CODES = "asgi_uow.aborting_codes"
 AUTOCOMMIT = "asgi_uow.autocommit"
-USED_FOR = "asgi_uow.used_for"
 CANCEL_SQL = "asgi_uow.cancel_sql"
 IDLE_SINCE = "asgi_uow.idle_since"
 
@@ -54,25 +52,19 @@ def attach_listeners(
     engine: AsyncEngine, *, read_only: bool, read_isolation: Isolation = None
 ) -> None:
     """Look after the connections of an engine, once; refuse another use of it."""
-    target, used_for = engine.sync_engine, (read_only, read_isolation)
+    target = engine.sync_engine
+    policy = _Policy(target, read_only=read_only, read_isolation=read_isolation)
     if issubclass(target._connection_cls, Connection):  # noqa: SLF001
-        if target.get_execution_options()[USED_FOR] != used_for:
+        if target.get_execution_options()[POLICY].used_for != policy.used_for:
             message = (
                 "Another Database uses this engine as a writer or a reader, or with "
                 "another read_isolation: make an engine for each use."
             )
             raise ConfigurationError(message)
         return
-    policy = _Policy(target, read_only=read_only, read_isolation=read_isolation)
     # Not events of the engine: one listener there costs each statement 50 calls.
     target._connection_cls = ReaderConnection if read_only else Connection  # noqa: SLF001
-    begin = policy.database.BEGIN_WRITE
-    if read_only and begin is not None:
-        # A snapshot of what the first read finds; in WAL that stops no writer.
-        begin = None if read_isolation is None else "BEGIN"
-    # Also if there is none: a derived engine has the options of its original.
-    options = {BEGINS_WITH: begin, DRIVER: policy.driver, USED_FOR: used_for}
-    target.update_execution_options(**options)
+    target.update_execution_options(**{POLICY: policy})
     if target.dialect.driver in known.CONNECTS:
         event.listen(target, "do_connect", policy.on_do_connect)
     event.listen(target, "connect", policy.on_connect)
@@ -99,6 +91,11 @@ class _Policy:
         self.is_memory = known.is_memory(engine.url)
         self.read_only = read_only
         self.read_isolation: Isolation = read_isolation
+        self.used_for = (read_only, read_isolation)
+        self.begins_with = self.database.BEGIN_WRITE
+        if read_only and self.begins_with is not None:
+            # A snapshot of what the first read finds; in WAL that stops no writer.
+            self.begins_with = None if read_isolation is None else "BEGIN"
 
     def on_do_connect(self, _: Any, __: Any, ___: Any, options: dict[str, Any]) -> None:
         """Connect in place of the driver, unless the engine has a way of its own."""
