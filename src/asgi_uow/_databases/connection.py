@@ -69,8 +69,7 @@ class Connection(sa.Connection):
             while driver.is_busy(raw_of(dbapi)):
                 await_only(asyncio.sleep(0.005))
             if ending is not None:
-                ending.check_commit()
-                ending.commit_sent = True
+                ending.begin_commit()
             end()
         finally:
             lock.release()
@@ -112,8 +111,7 @@ class Connection(sa.Connection):
 
     def _commit_twophase_impl(self, xid: Any, is_prepared: bool) -> None:  # noqa: FBT001
         if self.journal is not None:
-            self.journal.check_commit()
-            self.journal.commit_sent = True
+            self.journal.begin_commit()
         super()._commit_twophase_impl(xid, is_prepared)  # a statement: it takes turns
         if self.journal is not None:
             self.journal.committed = True

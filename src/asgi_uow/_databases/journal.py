@@ -174,12 +174,13 @@ class Journal:
         self.ddl = known.without_literals(statement) if commits else None
         self.implicit_commit = self._implicit_commit or self.ddl
 
-    def check_commit(self) -> None:
+    def begin_commit(self) -> None:
         """Refuse a COMMIT of aborted work, or one that is not the unit's."""
         if self.ending is None:
             raise self.doom(ManagedTransactionError("connection.commit()"))
         if self.entries:
             raise TransactionGoneError from self.doomed_by
+        self.commit_sent = True
 
     def record_rollback(self) -> None:
         """Record a ROLLBACK that is not the unit's: a failed flush, or one by hand."""
