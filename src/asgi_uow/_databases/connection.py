@@ -62,9 +62,10 @@ class Connection(sa.Connection):
         """Wait until nobody's statement is in flight, call; none begins meanwhile."""
         # Cursors hold the lock, COMMIT and ROLLBACK do not; a driver knows its own.
         dbapi: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
-        lock = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
-        driver = self._execution_options[DRIVER]
-        await_only(lock.acquire())
+        lock: asyncio.Lock | None = getattr(dbapi, "_execute_mutex", None)
+        driver = self._execution_options[POLICY].driver
+        if lock is not None:
+            await_only(lock.acquire())
         try:
             while driver.is_busy(raw_of(dbapi)):
                 await_only(asyncio.sleep(0.005))
@@ -72,7 +73,8 @@ class Connection(sa.Connection):
                 ending.begin_commit()
             end()
         finally:
-            lock.release()
+            if lock is not None:
+                lock.release()
 
     def _rollback_impl(self) -> None:
         if self.journal is not None:
