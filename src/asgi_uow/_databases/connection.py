@@ -94,7 +94,7 @@ class Connection(sa.Connection):
         if journal.ending is None:
             if journal.executed:
                 journal.look(dbapi)
-            if known.kind_of(statement) or journal.entries or journal.ddl is not None:
+            if known.kind_of(statement) or journal.entries or journal.commits_last:
                 journal.check_statement(statement, raw_of(dbapi))
         elif journal.ending is not asyncio.current_task():
             operation = "A statement"

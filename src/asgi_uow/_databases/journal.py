@@ -104,9 +104,8 @@ class Journal:
     xid: str | None = None  # its name on the server, once the driver was given PREPARE
     committed = False  # whether the database has acknowledged COMMIT
     last: BaseException | None = None
-    ddl: str | None = None  # the last statement's verb, if the database commits for it
     implicit_commit: str | None = None  # the verb of what the database committed for
-    _implicit_commit: str | None = None  # the same before the last statement
+    commits_last: bool = False  # whether that is the last statement so far
 
     def __init__(
         self, database: Database, driver: Driver, savepoints: Savepoints
@@ -155,9 +154,9 @@ class Journal:
         elif self._driver.aborts_transaction(raw, error):
             depth = len(self._names) if self._driver.savepoints_survive else 0
             self.entries.append((self.last, depth))
-        if means(error, "syntax"):
-            self.implicit_commit = self._implicit_commit
-        self._implicit_commit, self.ddl = self.implicit_commit, None
+        if self.commits_last and means(error, "syntax"):
+            self.implicit_commit = None
+        self.commits_last = False
 
     def check_statement(self, statement: str, raw: object) -> None:
         """Refuse what would end the transaction; note DDL that commits."""
@@ -169,10 +168,10 @@ class Journal:
             raise TransactionGoneError from self.doomed_by
         if kind == "transaction_control":
             raise ManagedTransactionError(known.without_literals(statement))
-        self._implicit_commit = self.implicit_commit
         commits = kind == "implicit_commit" and commits_for_ddl and is_open
-        self.ddl = known.without_literals(statement) if commits else None
-        self.implicit_commit = self._implicit_commit or self.ddl
+        self.commits_last = commits and self.implicit_commit is None
+        if self.commits_last:
+            self.implicit_commit = known.without_literals(statement)
 
     def begin_commit(self) -> None:
         """Refuse a COMMIT of aborted work, or one that is not the unit's."""
