@@ -52,8 +52,7 @@ class Savepoints:
     def __init__(self) -> None:
         self.opened: dict[object, Frame] = {}
         self._callbacks: list[tuple[Frame, Callback]] = []
-        self.due: list[tuple[object, Callback]] = []
-        """What is to be called, each with the journal that saw the rollback."""
+        self.due: dict[object, list[Callback]] = {}  # by the journal that saw it undone
 
     @property
     def innermost(self) -> Frame | None:
@@ -65,7 +64,7 @@ class Savepoints:
     def release(self, key: object) -> None:
         self.opened.pop(key, None)
 
-    def roll_back(self, key: object, by: object = None) -> None:
+    def roll_back(self, key: object, by: object) -> None:
         """Record any other end, seen by the journal `by`; those inside stay open."""
         if key not in self.opened:
             return
@@ -77,16 +76,15 @@ class Savepoints:
             self.open(each)
         undone = [each for each in self._callbacks if each[0].is_undone()]
         self._callbacks = [each for each in self._callbacks if each not in undone]
-        self.due += [(by, callback) for _, callback in reversed(undone)]
+        for _, callback in reversed(undone):
+            self.due.setdefault(by, []).append(callback)
 
     def call_if_undone(self, frame: Frame, callback: Callback) -> None:
         self._callbacks.append((frame, callback))
 
     def take_due(self, by: object) -> list[Callback]:
         """Give, once, the callbacks for what the journal `by` saw rolled back."""
-        taken = [callback for each, callback in self.due if each is by]
-        self.due = [each for each in self.due if each[0] is not by]
-        return taken
+        return self.due.pop(by, [])
 
     def clear(self) -> None:
         self._callbacks.clear()
