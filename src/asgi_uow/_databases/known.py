@@ -170,7 +170,8 @@ _COMMITS = _pattern(*(each.IMPLICIT_COMMIT for each in FACTS))
 _VERB = _pattern(r"((?:(?:CREATE|ALTER|DROP)(?:\s+OR\s+REPLACE)?|SET)\s+[a-z]+|[a-z]+)")
 _DML = r"(?is)\s*(?:SELECT|INSERT|UPDATE|DELETE|WITH)\b"
 _PLAIN = re.compile(_DML + r"""(?:(?!--|/\*|\$\D)[^'"\\#])*""")
-_ALONE = re.compile(
+# What ends no transaction, unseen, if no answer comes to it.
+HARMLESS = re.compile(
     r"(?is)(?:\s|/\*(?!M?!).*?\*/|--[^\n]*\n)*"
     r"(?:SELECT|INSERT|UPDATE|DELETE|REPLACE|MERGE|WITH|SAVEPOINT|RELEASE|ROLLBACK)\b"
     r"[^;]*;?\s*"
@@ -185,11 +186,6 @@ def kind_of(statement: str) -> Kind | None:
     if _CONTROL.match(statement):
         return "transaction_control"
     return "implicit_commit" if _COMMITS.match(statement) else None
-
-
-def may_end_transaction(statement: str) -> bool:
-    """Tell whether a statement of which no answer came may have ended it, unseen."""
-    return _ALONE.fullmatch(statement) is None
 
 
 def without_literals(statement: str) -> str:

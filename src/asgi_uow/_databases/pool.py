@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import interfaces
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from asgi_uow._databases.journal import Journal
+
     Isolation = Literal["REPEATABLE READ"] | None
     DBAPI = interfaces.DBAPIConnection
     Entry = pool.ConnectionPoolEntry
@@ -187,25 +189,22 @@ class _Policy:
             if foreign and context.execution_context is not None:
                 info[SETTINGS_CHANGED] = not self.is_memory
             if journal is not None:
-                self._look_again(connection, context)
-                raw = connection.connection.driver_connection
-                journal.record_error(context, raw, info.get(ABORTING_CODES, ()))
+                dbapi: Any = connection.connection.dbapi_connection
+                is_harmless = known.HARMLESS.fullmatch(context.statement or "SELECT")
+                if journal.ending is None and not is_harmless:
+                    self._look_again(journal, dbapi, context)
+                aborting = info.get(ABORTING_CODES, ())
+                journal.record_error(context, raw_of(dbapi), aborting)
         if self.read_only and failures.means(error, "read_only"):
             operation = "A statement"
             raise ReadOnlySessionError(operation) from context.sqlalchemy_exception
 
-    def _look_again(self, connection: Connection, of: Context) -> None:
+    def _look_again(self, journal: Journal, dbapi: Any, of: Context) -> None:
         """Learn whether a statement that failed, such as CALL, has ended it all."""
-        journal, error = connection.journal, of.original_exception
-        may_end = known.may_end_transaction(of.statement or "SELECT")
-        if journal is None or journal.ending is not None or not may_end:
-            return
-        dbapi: Any = connection.connection.dbapi_connection
+        driver, raw, error = self.driver, raw_of(dbapi), of.original_exception
         if of.is_disconnect:
             journal.ended_unseen = not failures.means(error, "demoted")
-        elif self.driver.errors_hide_state and not self.driver.aborts_transaction(
-            raw_of(dbapi), error
-        ):
+        elif driver.errors_hide_state and not driver.aborts_transaction(raw, error):
             journal.ended_unseen = True  # unless the server says otherwise
             execute(dbapi, self.database.QUESTION_BEFORE_COMMIT or "")
             journal.ended_unseen = False

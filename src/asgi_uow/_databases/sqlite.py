@@ -58,21 +58,17 @@ def set_up(dbapi_connection: Any, *, read_only: bool) -> frozenset[int | str]:  
     dbapi_connection.isolation_level = None
     with closing(dbapi_connection.cursor()) as cursor:
         cursor.execute("PRAGMA foreign_keys = ON")
-        _use_wal(dbapi_connection, cursor)
+        # Other connections may be at it as well. The change from another journal takes
+        # an exclusive lock and does not wait for it; BEGIN EXCLUSIVE does, in its
+        # place. Once the file has changed, nothing is locked.
+        attempts = BUSY_TIMEOUT // WAL_PAUSE
+        cursor.execute(f"PRAGMA busy_timeout = {WAL_PAUSE}")
+        while _is_busy(cursor, "PRAGMA journal_mode = WAL", raises=not attempts):
+            attempts -= 1
+            if not _is_busy(cursor, "BEGIN EXCLUSIVE"):
+                dbapi_connection.rollback()
+        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
     return frozenset()
-
-
-def _use_wal(dbapi_connection: Any, cursor: Any) -> None:
-    # Other connections may be at it as well. The change from another journal takes an
-    # exclusive lock and does not wait for it; BEGIN EXCLUSIVE does, in its place. Once
-    # the file has changed, nothing is locked.
-    attempts = BUSY_TIMEOUT // WAL_PAUSE
-    cursor.execute(f"PRAGMA busy_timeout = {WAL_PAUSE}")
-    while _is_busy(cursor, "PRAGMA journal_mode = WAL", raises=not attempts):
-        attempts -= 1
-        if not _is_busy(cursor, "BEGIN EXCLUSIVE"):
-            dbapi_connection.rollback()
-    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
 
 
 def _is_busy(cursor: Any, statement: str, *, raises: bool = False) -> bool:
