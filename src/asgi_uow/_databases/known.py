@@ -57,17 +57,12 @@ class Driver(_Facts):
     def is_dead(self, _: Any, /) -> bool:
         return False
 
-    def is_busy(self, _: Any, /) -> bool:
-        """Is a statement in flight, whoever has sent it?"""
-        return False
+    is_busy = is_dead  # is a statement in flight, whoever has sent it?
+    reports_writable = is_dead  # does the server say it is not read-only (any more)?
 
     def aborts_transaction(self, _: Any, error: BaseException, /) -> bool:
         """Has the server rolled back more than the statement that failed?"""
         return any(each.code_of(error) in codes("aborting") for each in FACTS)
-
-    def reports_writable(self, _: Any, /) -> bool:
-        """Has the server reported that the connection is not read-only (any more)?"""
-        return False
 
     def process_id(self, _: Any, /) -> int | None:
         return None
@@ -134,6 +129,7 @@ DATABASES: Mapping[str, Database] = {  # by SQLAlchemy's name of the dialect
 ALIASES = {"postgres": "postgresql"}  # which SQLAlchemy does not know
 # What connects in place of the driver; to import it needs the driver.
 CONNECTS = {"aiosqlite": "asgi_uow._databases.sqlite_connection:connect"}
+is_memory = sqlite.is_memory
 
 FACTS = tuple(dict.fromkeys(DATABASES.values()))
 _UNKNOWN = Driver()
@@ -199,10 +195,6 @@ def without_literals(statement: str) -> str:
 @functools.lru_cache(maxsize=1024)
 def changes_settings(statement: str) -> bool:
     return _SETTINGS.search(statement) is not None
-
-
-def is_memory(url: URL) -> bool:
-    return url.get_backend_name() == "sqlite" and sqlite.is_memory(url)
 
 
 def shown(url: URL) -> str:

@@ -50,7 +50,7 @@ def is_memory(url: URL) -> bool:
     database = url.database or ":memory:"
     by_name = database.startswith((":memory:", "file::memory:"))
     by_mode = "mode=memory" in database or url.query.get("mode") == "memory"
-    return by_name or by_mode
+    return url.get_backend_name() == "sqlite" and (by_name or by_mode)
 
 
 def set_up(dbapi_connection: Any, *, read_only: bool) -> frozenset[int | str]:  # noqa: ARG001
