@@ -42,21 +42,15 @@ def _echo(value: object) -> bool | str:
     return "debug" if str(value).strip().lower() == "debug" else _boolean(value)
 
 
-def _integer(value: object) -> int:
-    return int(str(value))  # not of True, or of 1.5
+def _number(kind: type[float]) -> Callable[[object], float]:
+    return lambda value: kind(str(value))  # not of True; no integer of 1.5
 
 
-def _seconds(value: object) -> float:
-    return float(str(value))
+def _url(value: object) -> str | sa.URL:
+    return value if isinstance(value, sa.URL) else str(value).strip()
 
 
-def _url(value: object) -> str:
-    if isinstance(value, sa.URL):
-        return value.render_as_string(hide_password=False)
-    return str(value).strip()
-
-
-def _urls(value: object) -> tuple[str, ...]:
+def _urls(value: object) -> tuple[str | sa.URL, ...]:
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)):
         raise TypeError(parts)
@@ -75,11 +69,11 @@ _KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
     "READ_URLS": ("read_urls", _urls, "a list of URLs, or URLs with commas between"),
     "ECHO": ("echo", _echo, "a boolean or 'debug'"),
     "ECHO_POOL": ("echo_pool", _echo, "a boolean or 'debug'"),
-    "POOL_SIZE": ("pool_size", _integer, "an integer"),
-    "MAX_OVERFLOW": ("max_overflow", _integer, "an integer"),
+    "POOL_SIZE": ("pool_size", _number(int), "an integer"),
+    "MAX_OVERFLOW": ("max_overflow", _number(int), "an integer"),
     "POOL_PRE_PING": ("pool_pre_ping", _boolean, "a boolean"),
-    "POOL_RECYCLE": ("pool_recycle", _integer, "a whole number of seconds"),
-    "POOL_TIMEOUT": ("pool_timeout", _seconds, "a number of seconds"),
+    "POOL_RECYCLE": ("pool_recycle", _number(int), "a whole number of seconds"),
+    "POOL_TIMEOUT": ("pool_timeout", _number(float), "a number of seconds"),
     "POOL_CLASS": ("poolclass", _pool_class, "a class name of sqlalchemy.pool"),
 }
 
@@ -88,8 +82,8 @@ _KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
 class Config:
     """What the keys say; the URLs are kept out of the repr."""
 
-    url: str = dataclasses.field(repr=False)
-    read_urls: tuple[str, ...] = dataclasses.field(repr=False)
+    url: str | sa.URL = dataclasses.field(repr=False)
+    read_urls: tuple[str | sa.URL, ...] = dataclasses.field(repr=False)
     engine_options: Mapping[str, Any]
 
 
@@ -122,8 +116,7 @@ def read(mapping: Mapping[str, object], prefix: str) -> Config:
 
 def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
     """Make an engine with defaults that suit the database; `options` win over them."""
-    parsed = _async_url(url)
-    database = known.DATABASES.get(parsed.get_backend_name())
+    parsed, database = _read_url(url)
     defaults = {**DEFAULTS, **(database.ENGINE_OPTIONS if database else {})}
     if "poolclass" not in options:
         # SQLAlchemy's 30 seconds are long for a client, and a pool does not wake those
@@ -150,7 +143,7 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         raise ConfigurationError(str(error)) from error
 
 
-def _async_url(url: str | sa.URL) -> sa.URL:
+def _read_url(url: str | sa.URL) -> tuple[sa.URL, known.Database | None]:
     try:
         parsed = sa.make_url(url)
     except (sa_exc.ArgumentError, ValueError):
@@ -164,8 +157,8 @@ def _async_url(url: str | sa.URL) -> sa.URL:
     name = known.ALIASES.get(parsed.drivername, parsed.drivername)
     database = known.DATABASES.get(name.partition("+")[0])
     if database is None:
-        return parsed
+        return parsed, None
     if "+" not in name:
         name = f"{name}+{next(iter(database.EXTRAS))}"
     parsed = parsed.set(drivername=name)
-    return parsed.update_query_dict({**database.URL_QUERY, **parsed.query})
+    return parsed.update_query_dict({**database.URL_QUERY, **parsed.query}), database
