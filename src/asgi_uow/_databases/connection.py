@@ -16,8 +16,7 @@ from asgi_uow.errors import ConcurrentUseError, TransactionGoneError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from sqlalchemy import pool
-    from sqlalchemy.engine import RootTransaction, interfaces
+    from sqlalchemy.engine import RootTransaction
 
     from asgi_uow._databases.journal import Journal
 
@@ -163,9 +162,7 @@ def cut_off(connections: Iterable[sa.Connection]) -> None:
             known.driver_of(each.dialect).cut_off(raw)
 
 
-def execute(
-    connection: interfaces.DBAPIConnection | pool.PoolProxiedConnection, statement: str
-) -> None:
+def execute(connection: Any, statement: str) -> None:
     """Send a statement of our own past the journal."""
     with closing(connection.cursor()) as cursor:
         cursor.execute(statement)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine.interfaces import ExceptionContext
 
-    from asgi_uow._databases.known import Database, Driver
-
     Callback: TypeAlias = Callable[[], Coroutine[object, object, None]]
 
 T = TypeVar("T", bound=BaseException)
@@ -106,7 +104,7 @@ class Journal:
     commits_last: bool = False  # whether that is the last statement so far
 
     def __init__(
-        self, database: Database, driver: Driver, savepoints: Savepoints
+        self, database: known.Database, driver: known.Driver, savepoints: Savepoints
     ) -> None:
         self.savepoints = savepoints
         self.entries: list[tuple[BaseException, int]] = []
