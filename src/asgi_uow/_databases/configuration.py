@@ -119,8 +119,7 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
     parsed, database = _read_url(url)
     defaults = {**DEFAULTS, **(database.ENGINE_OPTIONS if database else {})}
     if "poolclass" not in options:
-        # SQLAlchemy's 30 seconds are long for a client, and a pool does not wake those
-        # who wait when the server is back.
+        # SQLAlchemy's 30 seconds are long: a server that is back wakes nobody.
         defaults["pool_timeout"] = 10.0
     forced = ONE_CONNECTION if known.is_memory(parsed) else {}
     try:

@@ -27,14 +27,11 @@ SETTINGS_CHANGED = "asgi_uow.settings_changed"
 # Execution options after which a connection is not what its pool made it.
 CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
 
-raw_of = attrgetter("_connection")
-"""The driver's connection, where every async dialect keeps it: the dialect calls."""
+raw_of = attrgetter("_connection")  # the driver's, in what every async dialect makes
 
 
 class Connection(sa.Connection):
-    """A connection of one of our engines; only a writer's has a journal."""
-
-    journal: Journal | None = None
+    journal: Journal | None = None  # only a writer's has one
 
     def _begin_impl(self, transaction: RootTransaction) -> None:
         super()._begin_impl(transaction)

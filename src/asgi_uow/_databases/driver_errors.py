@@ -1,7 +1,6 @@
 """What exceptions mean, and what may be told of them outside this process.
 
-Drivers put people's data into their messages: `Key (email)=(ann@example.com) already
-exists`, `Duplicate entry 'ann@example.com' for key`.
+Drivers put people's data into messages: `Duplicate entry 'ann@example.com' for key`.
 """
 
 from __future__ import annotations
@@ -34,17 +33,13 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def code_of(error: BaseException | None) -> str | int | None:
-    """Find the driver's code: MySQL errno, SQLSTATE, or SQLite's error name.
-
-    MySQL's number comes first: asyncmy errors carry a SQLSTATE too, and 40000 or
-    HY000 says less than 1213.
-    """
+    """Find the driver's code: MySQL errno, SQLSTATE, or SQLite's error name."""
+    # MySQL's number comes first: the SQLSTATE in asyncmy's errors says less.
     codes = (each.code_of(cause) for cause in causes(error) for each in known.FACTS)
     return next((code for code in codes if code is not None), None)
 
 
 def means(error: BaseException | None, meaning: known.Meaning) -> bool:
-    """Tell whether the driver's code has this meaning."""
     code = code_of(error)
     # "57P" stands for 57P01 and all others that begin so.
     classes = {code[:2], code[:3]} if isinstance(code, str) else set()
@@ -52,7 +47,6 @@ def means(error: BaseException | None, meaning: known.Meaning) -> bool:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Tell whether the connection is gone."""
     if isinstance(error, sa_exc.DBAPIError):
         return error.connection_invalidated
     # SQLAlchemy does not wrap every error of a socket; but a handler has files, too.
@@ -64,8 +58,7 @@ def is_lost(error: BaseException) -> bool:
 def is_in_doubt(error: BaseException) -> bool:
     """Tell whether a COMMIT that ended with `error` may have been carried out.
 
-    Only an error that the server has sent proves that it was not: a driver also raises
-    what it makes of an answer that it cannot read.
+    Only what the server has sent disproves it; a driver has errors of its own, too.
     """
     if not isinstance(error, sa_exc.DBAPIError) or code_of(error) is None:
         return True

@@ -37,8 +37,6 @@ CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement ther
 
 
 class Engines:
-    """A writer engine, a read engine on the same server, and replicas."""
-
     is_memory: bool = False
     owns_engines: bool = False
     _engine: AsyncEngine | None = None
@@ -132,7 +130,6 @@ class Engines:
 
     @cached_property
     def name(self) -> str:
-        """The writer's URL without its password."""
         return known.shown(self.engine.url)
 
     @cached_property
@@ -162,11 +159,9 @@ class Engines:
     async def end_prepared(
         self, xid: str, seconds: float, *, commit: bool
     ) -> bool | None:
-        """End a prepared transaction from aside; False if the server knows of none.
+        """End a prepared transaction from aside; None if that could not be done.
 
-        None if that could not be done.
-
-        A server may not know of it as long as the connection that prepared it lives.
+        False if the server knows of none, as it may while who prepared it is connected.
         """
 
         def end(sync: Connection) -> bool:

@@ -1,9 +1,8 @@
 """The error journal: what the database has said against a transaction.
 
-A driver that reports COMMIT as successful does not mean that the work was kept.
-PostgreSQL answers COMMIT with ROLLBACK once a statement has failed, and MySQL has
-rolled everything back after a deadlock and commits only what came later. Both said so
-before; the journal remembers it. It costs no statement.
+A COMMIT that a driver reports as successful may have kept nothing: PostgreSQL answers
+ROLLBACK once a statement has failed, MySQL commits only what came after a deadlock.
+Both said so before; the journal remembers it. It costs no statement.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ class Frame:
     undone: bool = False
 
     def is_undone(self) -> bool:
-        """Tell whether it, or one around it, was rolled back."""
         return self.undone or (self.around is not None and self.around.is_undone())
 
 

@@ -116,7 +116,6 @@ async def position(connection: AsyncConnection) -> str | None:
 
 
 async def wait_for(connection: AsyncConnection, position: str, seconds: float) -> bool:
-    """Wait for a list of GTIDs."""
     if not (_is_mariadb(connection.dialect) and GTID_LIST.fullmatch(position)):
         return False
     # Not MASTER_GTID_WAIT alone: it counts only what was replicated, so a promoted

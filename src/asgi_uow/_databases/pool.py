@@ -138,11 +138,7 @@ class _Policy:
             raise DisconnectionError(message) from error
 
     def on_reset(self, dbapi: DBAPI, entry: Entry, state: pool.PoolResetState) -> None:
-        """Send ROLLBACK only if a transaction is open or an error was seen.
-
-        SQLAlchemy sends none after a failed COMMIT: the next user would commit that.
-        MySQL's error packets carry no status flag, hence the mark of `on_error`.
-        """
+        """Send ROLLBACK where needed; SQLAlchemy does not after a failed COMMIT."""
         info = entry.info
         info[IDLE_SINCE] = time.monotonic()
         raw = raw_of(dbapi)

@@ -163,7 +163,6 @@ async def position(connection: AsyncConnection) -> str | None:
 
 
 async def wait_for(connection: AsyncConnection, position: str, seconds: float) -> bool:
-    """Ask until the LSN is reached."""
     if not LSN.fullmatch(position):
         return False
     end, pause = current_time() + seconds, 0.001
