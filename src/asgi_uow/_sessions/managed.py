@@ -225,19 +225,13 @@ def _accept_connection(
     if isinstance(session, ReadOnlySession):
         return
     if not isinstance(connection, Connection):
-        message = (
-            "A session works on the engine of its Database, where errors are seen: "
-            "leave `binds` and bind_arguments out, and make a Database for another."
-        )
+        message = "Leave `binds` and bind_arguments out: make a Database for another."
         raise errors.ConfigurationError(message)
     options = connection._execution_options  # noqa: SLF001  # also its engine's
     if info.get(AUTOCOMMIT) or (AUTOCOMMIT in info and "isolation_level" in options):
         raw = connection.connection.dbapi_connection
         if raw and connection.dialect.detect_autocommit_setting(raw):
-            message = (
-                "The engine or the connection's execution options say AUTOCOMMIT: "
-                "nothing could be rolled back. Leave the isolation level out."
-            )
+            message = "Leave AUTOCOMMIT out of engine and options: it has no rollback."
             raise errors.ConfigurationError(message)
     connection.journal = session.journal
 
