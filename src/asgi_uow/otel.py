@@ -52,10 +52,9 @@ class OpenTelemetryObserver:
         meter = metrics.get_meter("asgi_uow", meter_provider=meter_provider)
         self._units = meter.create_counter("asgi_uow.units", "{unit}")
         self._failures = meter.create_counter("asgi_uow.hook.failures", "{failure}")
+        held = "db.client.connection.use_time"
         self._held = meter.create_histogram(
-            "db.client.connection.use_time",
-            "s",
-            explicit_bucket_boundaries_advisory=BUCKETS,
+            held, "s", explicit_bucket_boundaries_advisory=BUCKETS
         )
         self._spans: WeakKeyDictionary[object, trace.Span] = WeakKeyDictionary()
         self._running: WeakKeyDictionary[object, Running] = WeakKeyDictionary()
@@ -81,8 +80,6 @@ class OpenTelemetryObserver:
                 about = {"db.client.connection.pool.name": pool}
                 about["asgi_uow.access"] = event.access
                 self._held.record(event.seconds, about)
-            case _:  # what is logged
-                pass
 
     def _finish(self, event: of.UnitFinished, span: trace.Span) -> None:
         ended = {"asgi_uow.outcome": event.outcome.value}

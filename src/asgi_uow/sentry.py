@@ -46,8 +46,6 @@ class SentryObserver:
             case ReleaseFailed():
                 comment = f"{event.operation} failed"
                 _capture(event.error, {"comment": comment}, comment)
-            case _:  # nothing was raised, or it is told of again
-                pass
 
 
 def _capture(error: BaseException, about: dict[str, str], *group: str) -> None:
