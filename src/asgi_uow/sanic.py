@@ -98,7 +98,13 @@ class _Server:
     serving: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
 
     async def start(self, app: Sanic[Any, Any]) -> None:
-        _refuse_other_servers(app)
+        if app.asgi:
+            message = "Under an ASGI server run UnitOfWorkMiddleware(app, db) instead."
+            raise ConfigurationError(message)
+        servers = app.state.server_info
+        if any(each.settings.get("version") == HTTP.VERSION_3 for each in servers):
+            message = "setup() is for HTTP/1.1; Sanic's HTTP/3 is experimental."
+            raise ConfigurationError(message)
         if self.process != os.getpid():
             # Forked: connections of the parent are the parent's.
             # https://docs.sqlalchemy.org/en/20/core/pooling.html#pooling-multiprocessing
@@ -132,20 +138,9 @@ class _Server:
             scope |= {"headers": headers, "scheme": request.scheme}
         self.serving.add(task)
         try:
-            await self.middleware(scope, _receive, _send)
+            await self.middleware(scope, _receive, lambda start: start[WRITE](start))
         finally:
             self.serving.discard(task)
-
-
-def _refuse_other_servers(app: Sanic[Any, Any]) -> None:
-    if app.asgi:
-        message = "asgi_uow.sanic.setup() is for Sanic's own server: under an ASGI "
-        message += "server leave it out and run UnitOfWorkMiddleware(app, db)."
-        raise ConfigurationError(message)
-    versions = [info.settings.get("version") for info in app.state.server_info]
-    if HTTP.VERSION_3 in versions:
-        message = "asgi_uow.sanic serves HTTP/1.1; Sanic's HTTP/3 is experimental."
-        raise ConfigurationError(message)
 
 
 async def _application(scope: Scope, _: Receive, send: Send) -> None:
@@ -195,10 +190,6 @@ def _hold_first_write(request: Request[Any, Any], send: Send) -> None:
 
 async def _receive() -> Message:
     raise NotImplementedError  # Sanic reads the body itself
-
-
-async def _send(message: Message) -> None:
-    await message[WRITE](message)
 
 
 def asgi_uow_answer(
