@@ -225,7 +225,7 @@ def _accept_connection(
     if isinstance(session, ReadOnlySession):
         return
     if not isinstance(connection, Connection):
-        message = "Leave `binds` and bind_arguments out: make a Database for another."
+        message = "A session works on one engine: leave `binds` and bind_arguments out."
         raise errors.ConfigurationError(message)
     options = connection._execution_options  # noqa: SLF001  # also its engine's
     if info.get(AUTOCOMMIT) or (AUTOCOMMIT in info and "isolation_level" in options):
