@@ -70,7 +70,10 @@ class OpenTelemetryObserver:
                 # A unit that nothing was asked of has no span, and can fail too.
                 _fail(self._spans.get(event.unit, trace.INVALID_SPAN), event.error)
             case of.HookStarted():
-                self._start_hook(event)
+                about, name = _hook(event), f"{event.phase} {event.hook}"
+                span = self._start(name, self._spans[event.of], about, event.at)
+                token = context.attach(trace.set_span_in_context(span))
+                self._running[event.unit] = (span, token)
             case of.HookFinished():
                 self._finish_hook(event)
             case of.HookFailed():
@@ -107,12 +110,6 @@ class OpenTelemetryObserver:
     ) -> trace.Span:
         around = trace.set_span_in_context(above)
         return self._tracer.start_span(name, around, attributes=about, start_time=at)
-
-    def _start_hook(self, event: of.HookStarted) -> None:
-        name = f"{event.phase} {event.hook}"
-        span = self._start(name, self._spans[event.of], _hook(event), event.at)
-        token = context.attach(trace.set_span_in_context(span))
-        self._running[event.unit] = (span, token)
 
     def _finish_hook(self, event: of.HookFinished) -> None:
         span, token = self._running.pop(event.unit)
