@@ -61,7 +61,7 @@ class MissingDriverError(ConfigurationError, ImportError):
 class EngineNotInitialisedError(AsgiUowError, RuntimeError):
     """A `Database` that has no engine yet was used."""
 
-    template = "No engine yet: assign db.engine, or use Database.from_url(url)."
+    template = "No engine: create it with Database.from_url(url), or assign db.engine."
 
 
 class NoUnitOfWorkError(AsgiUowError, LookupError):
