@@ -60,29 +60,28 @@ class OpenTelemetryObserver:
         self._running: WeakKeyDictionary[object, Running] = WeakKeyDictionary()
 
     def __call__(self, event: of.Event, /) -> None:
-        match event:
-            case of.UnitStarted():
-                span = self._tracer.start_span("unit of work", start_time=event.at)
-                self._spans[event.unit] = span
-            case of.UnitFinished():
-                self._finish(event, self._spans[event.unit])
-            case of.CommitFailed():
-                # A unit that nothing was asked of has no span, and can fail too.
-                _fail(self._spans.get(event.unit, trace.INVALID_SPAN), event.error)
-            case of.HookStarted():
-                about, name = _hook(event), f"{event.phase} {event.hook}"
-                span = self._start(name, self._spans[event.of], about, event.at)
-                token = context.attach(trace.set_span_in_context(span))
-                self._running[event.unit] = (span, token)
-            case of.HookFinished():
-                self._finish_hook(event)
-            case of.HookFailed():
-                self._failures.add(1, _hook(event))
-            case of.ConnectionReleased():
-                pool = _without_user(event.database).render_as_string()
-                about = {"db.client.connection.pool.name": pool}
-                about["asgi_uow.access"] = event.access
-                self._held.record(event.seconds, about)
+        if isinstance(event, of.UnitStarted):
+            span = self._tracer.start_span("unit of work", start_time=event.at)
+            self._spans[event.unit] = span
+        elif isinstance(event, of.UnitFinished):
+            self._finish(event, self._spans[event.unit])
+        elif isinstance(event, of.CommitFailed):
+            # A unit that nothing was asked of has no span, and can fail too.
+            _fail(self._spans.get(event.unit, trace.INVALID_SPAN), event.error)
+        elif isinstance(event, of.HookStarted):
+            about, name = _hook(event), f"{event.phase} {event.hook}"
+            span = self._start(name, self._spans[event.of], about, event.at)
+            token = context.attach(trace.set_span_in_context(span))
+            self._running[event.unit] = (span, token)
+        elif isinstance(event, of.HookFinished):
+            self._finish_hook(event)
+        elif isinstance(event, of.HookFailed):
+            self._failures.add(1, _hook(event))
+        elif isinstance(event, of.ConnectionReleased):
+            pool = _without_user(event.database).render_as_string()
+            about = {"db.client.connection.pool.name": pool}
+            about["asgi_uow.access"] = event.access
+            self._held.record(event.seconds, about)
 
     def _finish(self, event: of.UnitFinished, span: trace.Span) -> None:
         ended = {"asgi_uow.outcome": event.outcome.value}
