@@ -74,7 +74,14 @@ class OpenTelemetryObserver:
             token = context.attach(trace.set_span_in_context(span))
             self._running[event.unit] = (span, token)
         elif isinstance(event, of.HookFinished):
-            self._finish_hook(event)
+            span, token = self._running.pop(event.unit)
+            context.detach(token)
+            if event.error is not None:
+                _fail(span, event.error)
+            span.end(event.at)
+            # Of the others HookFailed tells, also of what is found after their end.
+            if event.phase == "before_commit" and isinstance(event.error, Exception):
+                self._failures.add(1, _hook(event))
         elif isinstance(event, of.HookFailed):
             self._failures.add(1, _hook(event))
         elif isinstance(event, of.ConnectionReleased):
@@ -109,16 +116,6 @@ class OpenTelemetryObserver:
     ) -> trace.Span:
         around = trace.set_span_in_context(above)
         return self._tracer.start_span(name, around, attributes=about, start_time=at)
-
-    def _finish_hook(self, event: of.HookFinished) -> None:
-        span, token = self._running.pop(event.unit)
-        context.detach(token)
-        if event.error is not None:
-            _fail(span, event.error)
-        span.end(event.at)
-        # Of the others HookFailed tells, also of what is found after their end.
-        if event.phase == "before_commit" and isinstance(event.error, Exception):
-            self._failures.add(1, _hook(event))
 
 
 def _fail(span: trace.Span, error: BaseException) -> None:
