@@ -110,9 +110,8 @@ class ManagedTransactionError(AsgiUowError, RuntimeError):
     """The transaction of a unit of work was ended by hand."""
 
     template = (
-        "{} was called by hand inside a unit of work, which ends by itself when the "
-        "response starts. Use set_rollback_only(reason) to have nothing kept, "
-        "savepoint() for a part that may fail, or flush() to send changes now."
+        "{} was called by hand, and a unit of work ends by itself. Use flush() to send "
+        "changes, set_rollback_only(reason) to keep none, savepoint() for what may fail."
     )
 
 

@@ -200,10 +200,10 @@ LINES: Mapping[type[Event], tuple[int, str]] = {
 
 
 class LoggingObserver:
-    """Writes every event to the logger `asgi_uow`, or to another one.
+    """Logs failures at ERROR, with the traceback, to `asgi_uow` or another logger.
 
-    `UnitFinished` is logged at DEBUG, `ReaderFailed` at WARNING, failures at ERROR,
-    with the traceback where there is one. What else is told is not logged.
+    `ReaderFailed` is logged at WARNING, `ReaderRestored` at INFO, `UnitFinished` and
+    `ReaderBehind` at DEBUG, and nothing else.
     """
 
     def __init__(self, log: logging.Logger = logger) -> None:

@@ -1,8 +1,4 @@
-"""The same unit of work on Sanic's own server, which does not call ASGI middleware.
-
-`setup(app, db)`, once per application. Under an ASGI server leave it out and wrap
-the application in `UnitOfWorkMiddleware`.
-"""
+"""The same unit of work on Sanic's own server, which does not call ASGI middleware."""
 
 from __future__ import annotations
 
@@ -52,18 +48,17 @@ def setup(
 ) -> Database:
     """Give every HTTP request of `app` one unit of work on `databases`.
 
-    The unit is committed or rolled back just before the first byte of the response
-    is written, as `UnitOfWorkMiddleware` does at `http.response.start`; the options
-    are the same, without `error_app`. Work that was not kept is raised as
-    `UnitOfWorkFailedError`, which `@app.exception(...)` may answer; otherwise the
-    answer is the middleware's. Websockets use `async with db:`, once per message.
+    It is committed or rolled back just before the first byte of the response is
+    written; the options are those of `UnitOfWorkMiddleware`, without `error_app`. Work
+    that was not kept is raised as `UnitOfWorkFailedError`. `@app.exception(...)` may
+    answer it, or the middleware does. Websockets: `async with db:`, once per message.
 
     Without a database one is made with `Database.from_config(app.config)` and is
     also `app.ctx.db`. Returns the first database. Connections are closed after the
     server has stopped, in every worker process.
 
-    Raises `ConfigurationError` if called twice for one application. Under an ASGI
-    server, or with HTTP/3, the application refuses to start with that error.
+    Raises `ConfigurationError` if called twice for one application. With HTTP/3, or
+    under an ASGI server (wrap it in the middleware there), its start fails with that.
     """
     if hasattr(app.ctx, "asgi_uow"):
         message = "setup() was called for this application: pass all databases at once."

@@ -116,9 +116,8 @@ class ManagedSession(orm.Session):
 
     def detach_objects(self) -> None:
         """Leave all objects as they are loaded; a rollback would expire them."""
-        # SLF001: no other way.
         innermost = self._transaction
-        for each in innermost._iterate_self_and_parents() if innermost else ():  # noqa: SLF001
+        for each in innermost._iterate_self_and_parents() if innermost else ():  # noqa: SLF001  # no other way
             for state in tuple(each._deleted):  # noqa: SLF001
                 self._update_impl(state, revert_deletion=True)
             each._deleted.clear()  # noqa: SLF001
@@ -206,8 +205,7 @@ class ReadOnlySession(ManagedSession):
     def _execute_internal(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
         # Behind execute(), scalar() and scalars().
         if getattr(statement, "is_dml", False):
-            operation = str(statement.__visit_name__).upper()
-            raise errors.ReadOnlySessionError(operation)
+            raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
         return super()._execute_internal(statement, *args, **kwargs)
 
 

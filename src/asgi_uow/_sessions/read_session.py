@@ -42,7 +42,6 @@ class ReadSession(Session):
 
     @property
     def host(self) -> Session:
-        """The write session while reads belong into its transaction."""
         return self if self.sync_session.writer is None else self.sibling
 
     @property
@@ -52,7 +51,6 @@ class ReadSession(Session):
     async def route_call(
         self, operation: str, method: Call, args: tuple[object, ...], kwargs: Any
     ) -> object:
-        """Read in the writer's transaction, or from the server that the route finds."""
         if (host := self.host) is not self:
             async with host.own_lock:
                 host.refuse_while_streaming(operation)

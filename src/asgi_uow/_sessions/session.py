@@ -94,7 +94,7 @@ class Session(StatementSession):
     is_plain = True
     """Whether calls need nothing but the session's own connection."""
     route_call: Call
-    """Makes the others: finds the session or the server that they need."""
+    """Makes others: in the writer's transaction, or on the server a route finds."""
 
     def __init__(
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
