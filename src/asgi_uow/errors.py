@@ -111,7 +111,7 @@ class ManagedTransactionError(AsgiUowError, RuntimeError):
 
     template = (
         "{} was called by hand, and a unit of work ends by itself. Use flush() to send "
-        "changes, set_rollback_only(reason) to keep none, savepoint() for what may fail."
+        "changes, set_rollback_only(reason) to keep none, savepoint() to undo a part."
     )
 
 
