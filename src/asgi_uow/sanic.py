@@ -50,15 +50,15 @@ def setup(
 
     It is committed or rolled back just before the first byte of the response is
     written; the options are those of `UnitOfWorkMiddleware`, without `error_app`. Work
-    that was not kept is raised as `UnitOfWorkFailedError`. `@app.exception(...)` may
-    answer it, or the middleware does. Websockets: `async with db:`, once per message.
+    that was not kept is raised as `UnitOfWorkFailedError`, which `@app.exception(...)`
+    may answer, else the middleware does. Websockets use `async with db:` per message.
 
     Without a database one is made with `Database.from_config(app.config)` and is
     also `app.ctx.db`. Returns the first database. Connections are closed after the
     server has stopped, in every worker process.
 
-    Raises `ConfigurationError` if called twice for one application. With HTTP/3, or
-    under an ASGI server (wrap it in the middleware there), its start fails with that.
+    Raises `ConfigurationError` if called twice for one application, and at its start
+    with HTTP/3 or under an ASGI server: wrap it in `UnitOfWorkMiddleware` there.
     """
     if hasattr(app.ctx, "asgi_uow"):
         message = "setup() was called for this application: pass all databases at once."
