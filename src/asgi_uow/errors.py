@@ -140,10 +140,7 @@ class ConcurrentUseError(AsgiUowError, RuntimeError):
 class TooManyHooksError(AsgiUowError, RuntimeError):
     """The hooks of one unit of work have registered too many others."""
 
-    template = (
-        "{}(): hooks of this unit of work have registered {} others, which is the "
-        "most. Does a hook register itself again? Hand long work to a job queue."
-    )
+    template = "{}(): hooks may register {} others. Does one register itself again?"
 
 
 class UnitOfWorkFailedError(AsgiUowError, RuntimeError):

@@ -46,11 +46,7 @@ class Shared:
         """The databases in which something was committed, or may have been."""
 
     def may_repeat(self, error: BaseException | None) -> bool:
-        """Tell whether to try again may help, and cannot do twice what was kept once.
-
-        No unit of this request may have kept anything: not one around, inside or beside
-        this one.
-        """
+        """Tell whether to try again may help; no unit of the request kept anything."""
         return (
             error is not None
             and not self.committed

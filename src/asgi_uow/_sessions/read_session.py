@@ -64,9 +64,8 @@ class ReadSession(Session):
             try:
                 result = await method(self, *args, **kwargs)
             except Exception as error:
-                # Again on another server, if this one was lost before it was read from.
-                again = method.__name__ in READS
-                if not (again and await self.route.fail_over(self, error)):
+                reads = method.__name__ in READS
+                if not (reads and await self.route.fail_over(self, error)):
                     raise
             else:
                 if self.sync_session.connections:
