@@ -102,7 +102,7 @@ class UnitOfWorkClosedError(AsgiUowError, RuntimeError):
 
     template = (
         "{}: this unit of work is {.value}, and its write session closed for good. For "
-        "work after the response open a unit of its own with `async with db:`."
+        "work after the response open a unit of work of its own with `async with db:`."
     )
 
 
@@ -110,15 +110,16 @@ class ManagedTransactionError(AsgiUowError, RuntimeError):
     """The transaction of a unit of work was ended by hand."""
 
     template = (
-        "{} was called by hand, and a unit of work ends by itself. Use flush() to send "
-        "changes, set_rollback_only(reason) to keep none, savepoint() to undo a part."
+        "{} was called by hand inside a unit of work, which ends by itself when the "
+        "response starts. Use set_rollback_only(reason) to have nothing kept, "
+        "savepoint() for a part that may fail, or flush() to send changes now."
     )
 
 
 class ReadOnlySessionError(AsgiUowError, RuntimeError):
     """Something was written on the read session; nothing was changed."""
 
-    template = "{} was refused on the read session: write with current_session()."
+    template = "{} was refused: read-only. Write with current_session() (or db.write)."
 
 
 class TransactionGoneError(AsgiUowError, RuntimeError):
