@@ -69,7 +69,7 @@ class NoUnitOfWorkError(AsgiUowError, LookupError):
 
     template = (
         "{} needs a unit of work: add UnitOfWorkMiddleware to the application, or use "
-        "`async with db:` outside a request (and per message of a websocket)."
+        "`async with db:` outside a request (once per message of a websocket)."
     )
 
 
@@ -85,7 +85,7 @@ class UnknownDatabaseError(NoUnitOfWorkError):
 class BlockReusedError(AsgiUowError, RuntimeError):
     """A `unit_of_work(...)` that was entered before was entered again."""
 
-    template = "A block is entered once: write a new `async with unit_of_work(db):`."
+    template = "Used before: a new one for each block, `async with unit_of_work(db):`."
 
 
 class NestedUnitOfWorkError(AsgiUowError, RuntimeError):
