@@ -61,19 +61,15 @@ class MissingDriverError(ConfigurationError, ImportError):
 class EngineNotInitialisedError(AsgiUowError, RuntimeError):
     """A `Database` that has no engine yet was used."""
 
-    template = (
-        "This Database has no engine: create it with Database(engine), "
-        "Database.from_url(...) or from_config(...), or assign db.engine before use."
-    )
+    template = "No engine: create it with Database.from_url(url), or assign db.engine."
 
 
 class NoUnitOfWorkError(AsgiUowError, LookupError):
     """There is no unit of work in this context."""
 
     template = (
-        "{} needs a unit of work and there is none here: add UnitOfWorkMiddleware to "
-        "the application, or use `async with db:` outside a request (and in websocket "
-        "handlers, once per message)."
+        "{} needs a unit of work: add UnitOfWorkMiddleware to the application, or use "
+        "`async with db:` outside a request (once per message of a websocket)."
     )
 
 
@@ -89,10 +85,7 @@ class UnknownDatabaseError(NoUnitOfWorkError):
 class BlockReusedError(AsgiUowError, RuntimeError):
     """A `unit_of_work(...)` that was entered before was entered again."""
 
-    template = (
-        "This unit_of_work(...) was entered before, and is one block with one outcome: "
-        "make a new one for each block, `async with unit_of_work(db):`."
-    )
+    template = "Used before: a new one for each block, `async with unit_of_work(db):`."
 
 
 class NestedUnitOfWorkError(AsgiUowError, RuntimeError):
@@ -108,9 +101,8 @@ class UnitOfWorkClosedError(AsgiUowError, RuntimeError):
     """The unit of work has ended and refuses the operation."""
 
     template = (
-        "{}: this unit of work is {.value}; its response was decided and its write "
-        "session is closed for good. For work after the response (background tasks, "
-        "generators, hooks) open a unit of work of its own with `async with db:`."
+        "{}: this unit of work is {.value}, and its write session closed for good. For "
+        "work after the response open a unit of work of its own with `async with db:`."
     )
 
 
@@ -127,19 +119,13 @@ class ManagedTransactionError(AsgiUowError, RuntimeError):
 class ReadOnlySessionError(AsgiUowError, RuntimeError):
     """Something was written on the read session; nothing was changed."""
 
-    template = (
-        "{} was refused on the read session, which cannot write. Write with "
-        "current_session() (or db.write)."
-    )
+    template = "{} was refused: read-only. Write with current_session() (or db.write)."
 
 
 class TransactionGoneError(AsgiUowError, RuntimeError):
     """The database has ended the transaction; another statement would be kept alone."""
 
-    template = (
-        "The database has rolled this transaction back after an error: nothing of this "
-        "unit is kept. Let that error leave the handler instead of going on."
-    )
+    template = "The database ended this transaction: let its error leave the handler."
 
 
 class ConcurrentUseError(AsgiUowError, RuntimeError):
@@ -155,10 +141,7 @@ class ConcurrentUseError(AsgiUowError, RuntimeError):
 class TooManyHooksError(AsgiUowError, RuntimeError):
     """The hooks of one unit of work have registered too many others."""
 
-    template = (
-        "{}(): hooks of this unit of work have registered {} others, which is the "
-        "most. Does a hook register itself again? Hand long work to a job queue."
-    )
+    template = "{}(): hooks may register {} others. Does one register itself again?"
 
 
 class UnitOfWorkFailedError(AsgiUowError, RuntimeError):

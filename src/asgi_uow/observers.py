@@ -185,27 +185,25 @@ _UNIT = (
     "reason: %(reason)s, databases: %(databases)s)"
 )
 _COMMIT = "unit of work not kept: %(outcome)s, cause %(cause)s, driver code %(code)s"
-_IMPLICIT = "the database committed in the middle of a unit of work: %(statement)s"
 _FAILED = "reader %(database)s is left alone for %(seconds).1f s after %(error)s"
-_BEHIND = "reader %(database)s was behind for more than %(seconds).1f s"
 # What is logged of an event; the others are beginnings, or what went well.
 LINES: Mapping[type[Event], tuple[int, str]] = {
     UnitFinished: (logging.DEBUG, _UNIT),
     CommitFailed: (logging.ERROR, _COMMIT),
     HookFailed: (logging.ERROR, "%(phase)s hook %(hook)s failed"),
-    ImplicitCommit: (logging.ERROR, _IMPLICIT),
+    ImplicitCommit: (logging.ERROR, "committed in the middle of a unit: %(statement)s"),
     ReleaseFailed: (logging.ERROR, "%(operation)s failed; the connection was dropped"),
     ReaderFailed: (logging.WARNING, _FAILED),
     ReaderRestored: (logging.INFO, "reader %(database)s is used again"),
-    ReaderBehind: (logging.DEBUG, _BEHIND),
+    ReaderBehind: (logging.DEBUG, "reader %(database)s was behind for %(seconds).1f s"),
 }
 
 
 class LoggingObserver:
-    """Writes every event to the logger `asgi_uow`, or to another one.
+    """Logs failures at ERROR, with the traceback, to `asgi_uow` or another logger.
 
-    `UnitFinished` is logged at DEBUG, `ReaderFailed` at WARNING, failures at ERROR,
-    with the traceback where there is one. What else is told is not logged.
+    `ReaderFailed` is logged at WARNING, `ReaderRestored` at INFO, `UnitFinished` and
+    `ReaderBehind` at DEBUG, and nothing else.
     """
 
     def __init__(self, log: logging.Logger = logger) -> None:

@@ -52,37 +52,43 @@ class OpenTelemetryObserver:
         meter = metrics.get_meter("asgi_uow", meter_provider=meter_provider)
         self._units = meter.create_counter("asgi_uow.units", "{unit}")
         self._failures = meter.create_counter("asgi_uow.hook.failures", "{failure}")
+        held = "db.client.connection.use_time"
         self._held = meter.create_histogram(
-            "db.client.connection.use_time",
-            "s",
-            explicit_bucket_boundaries_advisory=BUCKETS,
+            held, "s", explicit_bucket_boundaries_advisory=BUCKETS
         )
         self._spans: WeakKeyDictionary[object, trace.Span] = WeakKeyDictionary()
         self._running: WeakKeyDictionary[object, Running] = WeakKeyDictionary()
 
     def __call__(self, event: of.Event, /) -> None:
-        match event:
-            case of.UnitStarted():
-                span = self._tracer.start_span("unit of work", start_time=event.at)
-                self._spans[event.unit] = span
-            case of.UnitFinished():
-                self._finish(event, self._spans[event.unit])
-            case of.CommitFailed():
-                # A unit that nothing was asked of has no span, and can fail too.
-                _fail(self._spans.get(event.unit, trace.INVALID_SPAN), event.error)
-            case of.HookStarted():
-                self._start_hook(event)
-            case of.HookFinished():
-                self._finish_hook(event)
-            case of.HookFailed():
+        if isinstance(event, of.UnitStarted):
+            span = self._tracer.start_span("unit of work", start_time=event.at)
+            self._spans[event.unit] = span
+        elif isinstance(event, of.UnitFinished):
+            self._finish(event, self._spans[event.unit])
+        elif isinstance(event, of.CommitFailed):
+            # A unit that nothing was asked of has no span, and can fail too.
+            _fail(self._spans.get(event.unit, trace.INVALID_SPAN), event.error)
+        elif isinstance(event, of.HookStarted):
+            about, name = _hook(event), f"{event.phase} {event.hook}"
+            span = self._start(name, self._spans[event.of], about, event.at)
+            token = context.attach(trace.set_span_in_context(span))
+            self._running[event.unit] = (span, token)
+        elif isinstance(event, of.HookFinished):
+            span, token = self._running.pop(event.unit)
+            context.detach(token)
+            if event.error is not None:
+                _fail(span, event.error)
+            span.end(event.at)
+            # Of the others HookFailed tells, also of what is found after their end.
+            if event.phase == "before_commit" and isinstance(event.error, Exception):
                 self._failures.add(1, _hook(event))
-            case of.ConnectionReleased():
-                pool = _without_user(event.database).render_as_string()
-                about = {"db.client.connection.pool.name": pool}
-                about["asgi_uow.access"] = event.access
-                self._held.record(event.seconds, about)
-            case _:  # what is logged
-                pass
+        elif isinstance(event, of.HookFailed):
+            self._failures.add(1, _hook(event))
+        elif isinstance(event, of.ConnectionReleased):
+            pool = _without_user(event.database).render_as_string()
+            about = {"db.client.connection.pool.name": pool}
+            about["asgi_uow.access"] = event.access
+            self._held.record(event.seconds, about)
 
     def _finish(self, event: of.UnitFinished, span: trace.Span) -> None:
         ended = {"asgi_uow.outcome": event.outcome.value}
@@ -110,22 +116,6 @@ class OpenTelemetryObserver:
     ) -> trace.Span:
         around = trace.set_span_in_context(above)
         return self._tracer.start_span(name, around, attributes=about, start_time=at)
-
-    def _start_hook(self, event: of.HookStarted) -> None:
-        name = f"{event.phase} {event.hook}"
-        span = self._start(name, self._spans[event.of], _hook(event), event.at)
-        token = context.attach(trace.set_span_in_context(span))
-        self._running[event.unit] = (span, token)
-
-    def _finish_hook(self, event: of.HookFinished) -> None:
-        span, token = self._running.pop(event.unit)
-        context.detach(token)
-        if event.error is not None:
-            _fail(span, event.error)
-        span.end(event.at)
-        # Of the others HookFailed tells, also of what is found after their end.
-        if event.phase == "before_commit" and isinstance(event.error, Exception):
-            self._failures.add(1, _hook(event))
 
 
 def _fail(span: trace.Span, error: BaseException) -> None:

@@ -1,8 +1,4 @@
-"""The same unit of work on Sanic's own server, which does not call ASGI middleware.
-
-`setup(app, db)`, once per application. Under an ASGI server leave it out and wrap
-the application in `UnitOfWorkMiddleware`.
-"""
+"""The same unit of work on Sanic's own server, which does not call ASGI middleware."""
 
 from __future__ import annotations
 
@@ -52,18 +48,17 @@ def setup(
 ) -> Database:
     """Give every HTTP request of `app` one unit of work on `databases`.
 
-    The unit is committed or rolled back just before the first byte of the response
-    is written, as `UnitOfWorkMiddleware` does at `http.response.start`; the options
-    are the same, without `error_app`. Work that was not kept is raised as
-    `UnitOfWorkFailedError`, which `@app.exception(...)` may answer; otherwise the
-    answer is the middleware's. Websockets use `async with db:`, once per message.
+    It is committed or rolled back just before the first byte of the response is
+    written; the options are those of `UnitOfWorkMiddleware`, without `error_app`. Work
+    that was not kept is raised as `UnitOfWorkFailedError`, which `@app.exception(...)`
+    may answer, else the middleware does. Websockets use `async with db:` per message.
 
     Without a database one is made with `Database.from_config(app.config)` and is
     also `app.ctx.db`. Returns the first database. Connections are closed after the
     server has stopped, in every worker process.
 
-    Raises `ConfigurationError` if called twice for one application. Under an ASGI
-    server, or with HTTP/3, the application refuses to start with that error.
+    Raises `ConfigurationError` if called twice for one application, and at its start
+    with HTTP/3 or under an ASGI server: wrap it in `UnitOfWorkMiddleware` there.
     """
     if hasattr(app.ctx, "asgi_uow"):
         message = "setup() was called for this application: pass all databases at once."
@@ -98,7 +93,13 @@ class _Server:
     serving: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
 
     async def start(self, app: Sanic[Any, Any]) -> None:
-        _refuse_other_servers(app)
+        if app.asgi:
+            message = "Under an ASGI server run UnitOfWorkMiddleware(app, db) instead."
+            raise ConfigurationError(message)
+        servers = app.state.server_info
+        if any(each.settings.get("version") == HTTP.VERSION_3 for each in servers):
+            message = "setup() is for HTTP/1.1; Sanic's HTTP/3 is experimental."
+            raise ConfigurationError(message)
         if self.process != os.getpid():
             # Forked: connections of the parent are the parent's.
             # https://docs.sqlalchemy.org/en/20/core/pooling.html#pooling-multiprocessing
@@ -132,20 +133,9 @@ class _Server:
             scope |= {"headers": headers, "scheme": request.scheme}
         self.serving.add(task)
         try:
-            await self.middleware(scope, _receive, _send)
+            await self.middleware(scope, _receive, lambda start: start[WRITE](start))
         finally:
             self.serving.discard(task)
-
-
-def _refuse_other_servers(app: Sanic[Any, Any]) -> None:
-    if app.asgi:
-        message = "asgi_uow.sanic.setup() is for Sanic's own server: under an ASGI "
-        message += "server leave it out and run UnitOfWorkMiddleware(app, db)."
-        raise ConfigurationError(message)
-    versions = [info.settings.get("version") for info in app.state.server_info]
-    if HTTP.VERSION_3 in versions:
-        message = "asgi_uow.sanic serves HTTP/1.1; Sanic's HTTP/3 is experimental."
-        raise ConfigurationError(message)
 
 
 async def _application(scope: Scope, _: Receive, send: Send) -> None:
@@ -195,10 +185,6 @@ def _hold_first_write(request: Request[Any, Any], send: Send) -> None:
 
 async def _receive() -> Message:
     raise NotImplementedError  # Sanic reads the body itself
-
-
-async def _send(message: Message) -> None:
-    await message[WRITE](message)
 
 
 def asgi_uow_answer(

@@ -34,20 +34,17 @@ class SentryObserver:
     """
 
     def __call__(self, event: Event, /) -> None:
-        match event:
-            case CommitFailed():
-                outcome, cause = event.outcome.value, event.cause.value
-                about = {"comment": f"unit of work not kept: {outcome}"}
-                about |= {"outcome": outcome, "cause": cause}
-                _capture(event.error, about, outcome, cause, str(event.code))
-            case HookFailed(phase=phase, hook=hook):
-                about = {"comment": f"{phase} hook failed", "handler": hook}
-                _capture(event.error, about, phase, hook)
-            case ReleaseFailed():
-                comment = f"{event.operation} failed"
-                _capture(event.error, {"comment": comment}, comment)
-            case _:  # nothing was raised, or it is told of again
-                pass
+        if isinstance(event, CommitFailed):
+            outcome, cause = event.outcome.value, event.cause.value
+            about = {"comment": f"unit of work not kept: {outcome}"}
+            about |= {"outcome": outcome, "cause": cause}
+            _capture(event.error, about, outcome, cause, str(event.code))
+        elif isinstance(event, HookFailed):
+            about = {"comment": f"{event.phase} hook failed", "handler": event.hook}
+            _capture(event.error, about, event.phase, event.hook)
+        elif isinstance(event, ReleaseFailed):
+            comment = f"{event.operation} failed"
+            _capture(event.error, {"comment": comment}, comment)
 
 
 def _capture(error: BaseException, about: dict[str, str], *group: str) -> None:

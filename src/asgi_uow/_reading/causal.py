@@ -137,8 +137,7 @@ class CausalReads:
         return (issued, positions) if is_current else None
 
     def _sign(self, key: bytes, payload: bytes) -> bytes:
-        # The prefix keeps apart what else is signed with the secret, and would
-        # change with the form of the payload.
+        # Keeps apart what else is signed with the secret, or a payload of another form.
         message = b"asgi_uow.CausalReads.2:" + self._name + b":" + payload
         return _encode(hmac.digest(key, message, "sha256"))
 
@@ -160,17 +159,13 @@ class MustSee:
 
 
 def _keys(secret: object) -> tuple[bytes, ...]:
-    keys = tuple(map(_key, secret if isinstance(secret, (list, tuple)) else [secret]))
+    keys: list[bytes] = []
+    for each in secret if isinstance(secret, (list, tuple)) else [secret]:
+        key = each.encode(errors="surrogatepass") if isinstance(each, str) else each
+        keys.append(key if isinstance(key, bytes) else b"")  # too short
     if min(map(len, keys), default=0) < SHORTEST_SECRET:
-        what = f"a str or bytes of at least {SHORTEST_SECRET} bytes, or a list of them"
-        _refuse("secret", f"{what}; secrets.token_hex() makes one")
-    return keys
-
-
-def _key(secret: object) -> bytes:
-    if isinstance(secret, str):
-        return secret.encode(errors="surrogatepass")
-    return secret if isinstance(secret, bytes) else b""  # too short to be one
+        _refuse("secret", f"at least {SHORTEST_SECRET} bytes: secrets.token_hex()")
+    return tuple(keys)
 
 
 def _refuse(option: str, remedy: str) -> NoReturn:

@@ -46,11 +46,7 @@ class Shared:
         """The databases in which something was committed, or may have been."""
 
     def may_repeat(self, error: BaseException | None) -> bool:
-        """Tell whether to try again may help, and cannot do twice what was kept once.
-
-        No unit of this request may have kept anything: not one around, inside or beside
-        this one.
-        """
+        """Tell whether to try again may help; no unit of the request kept anything."""
         return (
             error is not None
             and not self.committed
@@ -116,9 +112,8 @@ class ManagedSession(orm.Session):
 
     def detach_objects(self) -> None:
         """Leave all objects as they are loaded; a rollback would expire them."""
-        # SLF001: no other way.
         innermost = self._transaction
-        for each in innermost._iterate_self_and_parents() if innermost else ():  # noqa: SLF001
+        for each in innermost._iterate_self_and_parents() if innermost else ():  # noqa: SLF001  # no other way
             for state in tuple(each._deleted):  # noqa: SLF001
                 self._update_impl(state, revert_deletion=True)
             each._deleted.clear()  # noqa: SLF001
@@ -206,8 +201,7 @@ class ReadOnlySession(ManagedSession):
     def _execute_internal(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
         # Behind execute(), scalar() and scalars().
         if getattr(statement, "is_dml", False):
-            operation = str(statement.__visit_name__).upper()
-            raise errors.ReadOnlySessionError(operation)
+            raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
         return super()._execute_internal(statement, *args, **kwargs)
 
 
@@ -225,19 +219,13 @@ def _accept_connection(
     if isinstance(session, ReadOnlySession):
         return
     if not isinstance(connection, Connection):
-        message = (
-            "A session works on the engine of its Database, where errors are seen: "
-            "leave `binds` and bind_arguments out, and make a Database for another."
-        )
+        message = "A session works on one engine: leave `binds` and bind_arguments out."
         raise errors.ConfigurationError(message)
     options = connection._execution_options  # noqa: SLF001  # also its engine's
     if info.get(AUTOCOMMIT) or (AUTOCOMMIT in info and "isolation_level" in options):
         raw = connection.connection.dbapi_connection
         if raw and connection.dialect.detect_autocommit_setting(raw):
-            message = (
-                "The engine or the connection's execution options say AUTOCOMMIT: "
-                "nothing could be rolled back. Leave the isolation level out."
-            )
+            message = "Leave AUTOCOMMIT out of engine and options: it has no rollback."
             raise errors.ConfigurationError(message)
     connection.journal = session.journal
 

@@ -42,7 +42,6 @@ class ReadSession(Session):
 
     @property
     def host(self) -> Session:
-        """The write session while reads belong into its transaction."""
         return self if self.sync_session.writer is None else self.sibling
 
     @property
@@ -52,7 +51,6 @@ class ReadSession(Session):
     async def route_call(
         self, operation: str, method: Call, args: tuple[object, ...], kwargs: Any
     ) -> object:
-        """Read in the writer's transaction, or from the server that the route finds."""
         if (host := self.host) is not self:
             async with host.own_lock:
                 host.refuse_while_streaming(operation)
@@ -66,9 +64,8 @@ class ReadSession(Session):
             try:
                 result = await method(self, *args, **kwargs)
             except Exception as error:
-                # Again on another server, if this one was lost before it was read from.
-                again = method.__name__ in READS
-                if not (again and await self.route.fail_over(self, error)):
+                reads = method.__name__ in READS
+                if not (reads and await self.route.fail_over(self, error)):
                     raise
             else:
                 if self.sync_session.connections:

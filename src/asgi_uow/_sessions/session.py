@@ -77,10 +77,9 @@ class Session(StatementSession):
 
         await session.execute("SELECT id FROM users WHERE name = :name", name="Ann")
 
-    Calls from several tasks of one request take turns; two statements never meet on
-    the connection. `commit()`, `rollback()`, `close()` and `begin()` raise
-    `ManagedTransactionError`; `begin_nested()` is welcome. After the unit has been
-    decided, every call on its write session raises `UnitOfWorkClosedError`.
+    Calls from several tasks of one request take turns. `commit()`, `rollback()`,
+    `close()`, `begin()` raise `ManagedTransactionError`; `begin_nested()` is welcome.
+    Once the unit is decided, its write session raises `UnitOfWorkClosedError`.
     """
 
     sync_session_class: type[orm.Session] = ManagedSession
@@ -94,7 +93,7 @@ class Session(StatementSession):
     is_plain = True
     """Whether calls need nothing but the session's own connection."""
     route_call: Call
-    """Makes the others: finds the session or the server that they need."""
+    """Makes others: in the writer's transaction, or on the server a route finds."""
 
     def __init__(
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared

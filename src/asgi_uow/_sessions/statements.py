@@ -74,9 +74,7 @@ class StatementSession(AsyncSession):
         self, statement: Executable | str, params: Params = None, **named: object
     ) -> Any: ...
     # SQLAlchemy has one overload more, for a bug of mypy.
-    async def scalar(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, statement: Executable | str, params: Params = None, **named: Any
-    ) -> Any:
+    async def scalar(self, statement: Any, params: Any = None, **named: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Give the first column of the first row, or None."""
         return await super().scalar(**_coerce(statement, params, named))
 
