@@ -80,7 +80,10 @@ async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
     """
     unit = require("parallel_read()")
     participant = unit.reading("parallel_read()", db)
-    session = await participant.open_parallel()
+    if participant.reader is not None:
+        # Requests that hold one connection and wait for a second can deadlock.
+        await participant.reader.release_if_idle()
+    session = participant.open_reader()
     try:
         yield session
     finally:

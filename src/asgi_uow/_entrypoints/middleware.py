@@ -175,7 +175,7 @@ class _Exchange:
             if message["status"] < ERROR_STATUS:
                 unit.state, unit.outcome = COMMITTED
             else:
-                unit.conclude_unused(commit=False)
+                unit.conclude_unused(Cause.STATUS)
             self.stage = PASSING
             return self.forward(message)
         return self._send(message)

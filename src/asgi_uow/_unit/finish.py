@@ -45,8 +45,7 @@ async def finish(
     """
     if unit.shared is None and not decision.replace_response:
         unit.move(State.PREPARING if decision.commit else State.ROLLING_BACK)
-        unit.conclude_unused(commit=decision.commit)
-        unit.cause = decision.cause
+        unit.conclude_unused(decision.cause)
         return
     shared = unit.shared or unit.share()
     completion = Completion(shared.events, unit.options.commit_timeout)

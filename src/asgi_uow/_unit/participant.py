@@ -54,13 +54,6 @@ class Participant:
         self.readers.append(reader)
         return reader
 
-    async def open_parallel(self) -> ReadSession:
-        """Make one more read session, for one task among several."""
-        if self.reader is not None:
-            # Requests that hold one connection and wait for a second can deadlock.
-            await self.reader.release_if_idle()
-        return self.open_reader()
-
     @property
     def has_written(self) -> bool:
         return self.writer is not None and bool(self.writer.sync_session.connections)

@@ -226,10 +226,10 @@ class UnitOfWork:
         if self.shared is not None:
             self.shared.state = state
 
-    def conclude_unused(self, *, commit: bool) -> None:
+    def conclude_unused(self, cause: Cause | None) -> None:
         """End a unit of which nothing was asked: no statement, nothing to tell."""
-        self.state, self.outcome = COMMITTED if commit else ROLLED_BACK
-        self.cause = None if commit else Cause.STATUS
+        self.state, self.outcome = COMMITTED if cause is None else ROLLED_BACK
+        self.cause = cause
 
     def _check(self, operation: str, states: frozenset[State]) -> None:
         if self.state not in states:
