@@ -105,18 +105,16 @@ class Completion:
         committed after the others, which may fail; from then on nothing stops them.
         """
         steps: list[tuple[Commit, Callable[[], None]]] = []
-        prepared: list[Commit] = []
+        prepared: list[tuple[Commit, Callable[[], None]]] = []
         for writer in writers:
             commit = Commit(writer)
             if writer.sync_session.twophase:
-                prepared.append(commit)
+                steps.insert(len(prepared), (commit, commit.prepare))
+                prepared.append((commit, commit.run))
             else:
                 steps.append((commit, commit.run))
-        if prepared:
-            steps[:0] = ((each, each.prepare) for each in prepared)
-            steps += ((each, each.run) for each in prepared)
         unproven: tuple[Commit, BaseException] | None = None
-        for commit, step in steps:
+        for commit, step in (*steps, *prepared):
             journal = commit.session.journal
             try:
                 await self.shield.run(_in_lock(commit.session, step), self._timeout)
@@ -125,10 +123,7 @@ class Completion:
                     unproven = unproven or (commit, error)
                     if journal.xid is None or not journal.commit_sent:
                         break
-        if unproven is None:
-            return COMMITTED
-        any_committed = any(each.journal.committed for each in writers)
-        return self._refused(*unproven, any_committed=any_committed)
+        return COMMITTED if unproven is None else self._refused(*unproven, writers)
 
     async def _was_kept(self, commit: Commit, error: BaseException) -> bool:
         """Tell whether the work is kept all the same; settles what was in doubt."""
@@ -151,7 +146,7 @@ class Completion:
         return journal.committed
 
     def _refused(
-        self, commit: Commit, error: BaseException, *, any_committed: bool
+        self, commit: Commit, error: BaseException, writers: Sequence[Session]
     ) -> Ended:
         commit.session.record_error(error)
         if isinstance(error, ConnectionError | TimeoutError):  # of this file, or Shield
@@ -160,7 +155,7 @@ class Completion:
         commit.session.shared.stuck += is_late
         cause = Cause.TIMEOUT if is_late else Cause.COMMIT_FAILED
         why = cause, error, "" if xid is None else f"{xid!r} may still be prepared"
-        if any_committed:
+        if any(each.journal.committed for each in writers):
             return Ended(Outcome.PARTIAL, errors.PartialCommitError, *why)
         if commit.in_doubt:
             return Ended(Outcome.UNKNOWN, errors.OutcomeUnknownError, *why)
@@ -284,9 +279,8 @@ def _judge(ended: Ended, cause: Cause | None, writers: Sequence[Session]) -> End
         if (statement := journal.implicit_commit) is not None:
             kind, cause = errors.PartialCommitError, ended.cause or cause
             detail = f"MySQL committed by itself for {statement}"
-            why = cause or Cause.COMMIT_FAILED, ended.error, detail
-            return Ended(Outcome.PARTIAL, kind, *why)
+            return Ended(Outcome.PARTIAL, kind, cause, ended.error, detail)
         if journal.ended_unseen:
-            why = Cause.DOOMED, journal.doomed_by, ""
+            why = Cause.DOOMED, journal.doomed_by
             return Ended(Outcome.UNKNOWN, errors.OutcomeUnknownError, *why)
     return ended

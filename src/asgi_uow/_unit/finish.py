@@ -119,8 +119,7 @@ def _report(unit: UnitOfWork, outcome: Outcome, completion: Completion) -> None:
     """Record what later reads must see, and what the observers are told."""
     events, failure = completion.events, unit.failure
     for participant in unit.participants.values():
-        committed = outcome in {Outcome.COMMITTED, Outcome.UNKNOWN}
-        participant.conclude(committed=committed)
+        participant.conclude(outcome)
     if failure is not None and not unit.is_hook:
         # That of a hook's own unit is the failure of the hook.
         code = code_of(failure.__cause__)

@@ -7,7 +7,7 @@ import functools
 import time
 from typing import TYPE_CHECKING, Literal
 
-from asgi_uow._decision import WRITABLE
+from asgi_uow._decision import WRITABLE, Outcome
 from asgi_uow._reading.route import Route
 from asgi_uow._sessions.read_session import ReadSession
 from asgi_uow._sessions.session import Session
@@ -71,19 +71,18 @@ class Participant:
             not each.closed for each in reader.sync_session.connections
         )
 
-    def conclude(self, *, committed: bool) -> None:
+    def conclude(self, outcome: Outcome) -> None:
         """Record what the end of the write session means for reads; tell of it."""
         if self.writer is None:
             return
         journal = self.writer.journal
-        implicit = journal.implicit_commit
-        used = self.has_written and (committed or journal.committed)
-        if used or implicit is not None:
+        kept = journal.committed or outcome in {Outcome.COMMITTED, Outcome.UNKNOWN}
+        if journal.implicit_commit is not None or (kept and self.has_written):
             self.shared.committed.add(self.db)
         if self.shared.wants_details:
             self.report_release(self.writer)
-        if implicit is not None:
-            self.shared.events.append(ImplicitCommit(implicit))
+        if journal.implicit_commit is not None:
+            self.shared.events.append(ImplicitCommit(journal.implicit_commit))
 
     def report_release(self, session: Session) -> None:
         since, held = session.sync_session.connected, session.sync_session.held
