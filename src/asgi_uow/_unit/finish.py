@@ -18,8 +18,8 @@ from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._decision import Cause, Outcome, State, rollback
 from asgi_uow._unit.completion import Completion
 from asgi_uow._unit.ended import COMMITTED, ROLLED_BACK, Ended, stopped_by
-from asgi_uow._unit.hook_units import HookRun, queue
-from asgi_uow._unit.hooks import Hook, check_callable
+from asgi_uow._unit.hook_units import HookRun
+from asgi_uow._unit.hooks import NO_HOOKS, Hook, check_callable
 from asgi_uow.observers import CommitFailed, UnitFinished
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from asgi_uow._decision import Decision
     from asgi_uow._sessions.read_session import ReadSession
-    from asgi_uow._unit.hooks import Hooks
     from asgi_uow._unit.participant import Participant
     from asgi_uow._unit.unit import UnitOfWork
 
@@ -94,13 +93,13 @@ async def _complete(
     unit.move(STATE_OF[ended.outcome])
     _report(unit, ended.outcome, completion)
     if unit.hooks:
-        await _run_hooks(unit, unit.hooks, completion)
+        await _run_hooks(unit, completion)
     return None if ended.cause is Cause.DOOMED else ended.error
 
 
-async def _run_hooks(unit: UnitOfWork, hooks: Hooks, completion: Completion) -> None:
+async def _run_hooks(unit: UnitOfWork, completion: Completion) -> None:
     """Run what the outcome allows; what is not certain calls none."""
-    shield = completion.shield
+    hooks, shield = unit.hooks, completion.shield
     for participant in unit.participants.values():
         # A hook that reads must not wait for the connection of its own request.
         if participant.reader is not None:
@@ -160,7 +159,7 @@ async def prepare(unit: UnitOfWork) -> Ended:
             for reader in participant.readers:
                 reader.refuse_changes()
         while True:
-            if unit.hooks is not None:
+            if unit.hooks is not NO_HOOKS:
                 unit.quota = unit.hooks.quota
                 waiting = unit.hooks.queue("before_commit")
                 hooks = HookRun(unit, "before_commit", waiting, end_unit)
@@ -174,7 +173,7 @@ async def prepare(unit: UnitOfWork) -> Ended:
                 if not writer.sync_session._is_clean():  # noqa: SLF001  # no other way
                     with anyio.fail_after(unit.options.hook_timeout):
                         await writer.flush()
-            more = unit.hooks is not None and unit.hooks.queue("before_commit")
+            more = unit.hooks.queues.get("before_commit")
             if participants is unit.participants and not more:
                 return ROLLED_BACK
     except BaseException as error:  # noqa: BLE001  # raised by finish()
@@ -197,7 +196,7 @@ def register(
 
 
 async def _call_undone(unit: UnitOfWork, hook: Hook) -> None:
-    hooks = queue(unit, "after_rollback")
+    hooks = unit.hooks.queue("after_rollback")
     if hook in hooks:  # pragma: no branch  # the end of the unit may have called it
         hooks.remove(hook)
         shield = Shield()
@@ -218,7 +217,7 @@ async def release(unit: UnitOfWork) -> None:
                 completion = completion or _completion(unit)
                 reader = participant.readers.pop()
                 await completion.close_reader(participant, reader)
-        if unit.outcome is Outcome.COMMITTED and unit.hooks is not None:
+        if unit.outcome is Outcome.COMMITTED and unit.hooks is not NO_HOOKS:
             completion = completion or _completion(unit)
             hooks = unit.hooks.take("after_response")
             run = HookRun(unit, "after_response", hooks, end_unit)
@@ -229,7 +228,7 @@ async def release(unit: UnitOfWork) -> None:
         # A leaked context may keep the unit alive, but not what was closed.
         for writer in unit.writers:
             shared.writers.remove(writer.sync_session)
-        if unit.hooks is not None:
+        if unit.hooks is not NO_HOOKS:
             unit.hooks.queues.clear()
             if not unit.is_nested:
                 shared.savepoints.clear()

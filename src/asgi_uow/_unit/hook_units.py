@@ -87,9 +87,9 @@ class HookRun:
         committed = ("after_commit", "after_response")
         # What else it registered is about the unit of its own.
         for follower in (phase,) if phase == "after_rollback" else committed:
-            registered = [] if own.hooks is None else own.hooks.take(follower)
             later = phase == "after_commit" and follower == "after_response"
-            (queue(self.unit, follower) if later else self.waiting).extend(registered)
+            waiting = self.unit.hooks.queue(follower) if later else self.waiting
+            waiting.extend(own.hooks.take(follower))
         try:
             await self.end(own, _decide(own, error))
         except BaseException as failure:  # noqa: BLE001  # hook isolation
@@ -97,10 +97,6 @@ class HookRun:
         if error is not None:
             failed = HookFailed(phase, hook.name, error, unit=self.unit)
             self.unit.share().events.append(failed)
-
-
-def queue(unit: UnitOfWork, phase: str) -> list[Hook]:
-    return unit.hooks.queue(phase) if unit.hooks is not None else []
 
 
 async def _call(
@@ -127,7 +123,7 @@ def _unit_for_hook(unit: UnitOfWork) -> UnitOfWork:
     own.databases, own.options, own.state = unit.databases, unit.options, NEW
     own.around, own.is_hook = unit, True
     own.must_see = unit.must_see
-    own.quota = None if unit.hooks is None else unit.hooks.quota
+    own.quota = unit.hooks.quota
     if unit.is_nested:
         outer = [db for each in unit.outwards() for db in each.databases]
         own.databases = tuple(dict.fromkeys((*unit.databases, *outer)))

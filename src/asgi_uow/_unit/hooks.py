@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
     Work: TypeAlias = Coroutine[object, object, None]
 
-MOST_BY_HOOKS = 100
-"""How many hooks the hooks of one unit of work may register."""
-
+MOST_BY_HOOKS = 100  # that the hooks of one unit of work may register
 MOST_THREADS = 40  # for the sync hooks of one event loop, and nobody else
 THREAD_SECONDS = 5.0  # for which a sync hook waits for one, before its own time
 _threads: RunVar[anyio.CapacityLimiter | None] = RunVar("asgi_uow.threads", None)
@@ -133,6 +131,9 @@ class Hooks:
             names = ", ".join(hook.name for hook in chain(*self.queues.values()))
             message = f"a unit of work was collected with hooks that never ran: {names}"
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+
+
+NO_HOOKS = Hooks()
 
 
 def check_callable(phase: str, fn: object) -> Callable[..., object]:

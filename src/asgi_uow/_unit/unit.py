@@ -15,7 +15,7 @@ from asgi_uow._databases.driver_errors import stacktrace_of
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.managed import Shared
-from asgi_uow._unit.hooks import MOST_BY_HOOKS, Hooks
+from asgi_uow._unit.hooks import MOST_BY_HOOKS, NO_HOOKS, Hooks
 from asgi_uow._unit.participant import Participant
 from asgi_uow.observers import LoggingObserver, UnitStarted, notify
 
@@ -95,7 +95,7 @@ class UnitOfWork:
     forced: bool = False
     must_see: MustSee = MustSee()
     opened: float | None = None
-    hooks: Hooks | None = None
+    hooks: Hooks = NO_HOOKS
     quota: Iterator[int] | None = None
     """How many hooks may be registered by what runs in this unit: hooks."""
     participants: Mapping[Engines, Participant] = MappingProxyType({})
@@ -180,7 +180,7 @@ class UnitOfWork:
             self._check(f"{phase}()", WRITABLE)
         if self.quota is not None and next(self.quota, None) is None:
             raise errors.TooManyHooksError(phase, MOST_BY_HOOKS)
-        if self.hooks is None:
+        if self.hooks is NO_HOOKS:
             self.hooks = Hooks(self.quota)
         savepoints = (self.shared or self.share()).savepoints
         hook.frame = savepoints.innermost if savepoints.opened else None
