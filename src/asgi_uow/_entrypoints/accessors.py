@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ParamSpec, overload
 
 from asgi_uow._decision import State
 from asgi_uow._unit.finish import close_parallel, register
-from asgi_uow._unit.hooks import is_async, name_of
+from asgi_uow._unit.hooks import Hook, is_async, name_of
 from asgi_uow._unit.unit import current, require
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def before_commit(
     seconds, has everything rolled back. It may register others. Raises `TypeError` if
     `fn` is not callable.
     """
-    register(require("before_commit()"), "before_commit", fn, args, kwargs)
+    register(require("before_commit()"), "before_commit", Hook(fn, args, kwargs))
 
 
 def after_commit(fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -136,7 +136,7 @@ def after_commit(fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) 
     is of a unit of its own, committed when it returns. At most once: a process that
     dies after COMMIT calls it never.
     """
-    register(require("after_commit()"), "after_commit", fn, args, kwargs)
+    register(require("after_commit()"), "after_commit", Hook(fn, args, kwargs))
 
 
 def after_rollback(
@@ -147,14 +147,14 @@ def after_rollback(
     The rollback of the savepoint that is open now, or else of the unit. Not called
     while the outcome is unknown. A session is of a unit of its own.
     """
-    register(require("after_rollback()"), "after_rollback", fn, args, kwargs)
+    register(require("after_rollback()"), "after_rollback", Hook(fn, args, kwargs))
 
 
 def after_response(
     fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
 ) -> None:
     """Call `fn` as `after_commit` does, but after the application has returned."""
-    register(require("after_response()"), "after_response", fn, args, kwargs)
+    register(require("after_response()"), "after_response", Hook(fn, args, kwargs))
 
 
 @overload

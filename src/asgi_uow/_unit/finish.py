@@ -19,14 +19,13 @@ from asgi_uow._decision import Cause, Outcome, State, rollback
 from asgi_uow._unit.completion import Completion
 from asgi_uow._unit.ended import COMMITTED, ROLLED_BACK, Ended, stopped_by
 from asgi_uow._unit.hook_units import HookRun
-from asgi_uow._unit.hooks import NO_HOOKS, Hook, check_callable
+from asgi_uow._unit.hooks import NO_HOOKS, check_callable
 from asgi_uow.observers import CommitFailed, UnitFinished
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from asgi_uow._decision import Decision
     from asgi_uow._sessions.read_session import ReadSession
+    from asgi_uow._unit.hooks import Hook
     from asgi_uow._unit.participant import Participant
     from asgi_uow._unit.unit import UnitOfWork
 
@@ -180,15 +179,9 @@ async def prepare(unit: UnitOfWork) -> Ended:
         return stopped_by(error)
 
 
-def register(
-    unit: UnitOfWork,
-    phase: str,
-    fn: object,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> None:
+def register(unit: UnitOfWork, phase: str, hook: Hook) -> None:
     """Register a hook; one of `after_rollback` is also called for its savepoint."""
-    hook = Hook(check_callable(phase, fn), args, kwargs)
+    check_callable(phase, hook.fn)
     unit.register(phase, hook)
     if phase == "after_rollback" and hook.frame is not None:
         callback = functools.partial(_call_undone, unit, hook)

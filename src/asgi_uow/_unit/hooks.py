@@ -136,10 +136,10 @@ class Hooks:
 NO_HOOKS = Hooks()
 
 
-def check_callable(phase: str, fn: object) -> Callable[..., object]:
-    """Give `fn` back; raises `TypeError`, with the likely mistake, if not callable."""
+def check_callable(phase: str, fn: object) -> None:
+    """Raise `TypeError`, with the likely mistake, for what is no hook."""
     if callable(fn) and not _has_flag(fn, inspect.CO_ASYNC_GENERATOR):
-        return fn
+        return
     message = (
         f"{phase}() takes a callable and its arguments, not {fn!r}. Did you "
         f"call the function? Write {phase}(fn, arg), not {phase}(fn(arg))."
