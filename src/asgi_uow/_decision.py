@@ -86,8 +86,6 @@ TRANSITIONS: Mapping[State, AbstractSet[State]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Decision:
-    """What is to be done with a unit of work, and why."""
-
     commit: bool
     cause: Cause | None = None
     replace_response: bool = False  # it claims a success that is not so

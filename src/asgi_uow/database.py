@@ -59,13 +59,12 @@ class Database(Engines):
 
     `engine` is the writer. Reads use `readers`, or else an engine of their own on
     the writer's server, on which the database itself refuses writes.
-    `commit_on_exit=False` has `async with db:` roll back unless `force_commit()` is
-    called; it says nothing about requests. `resolve_unknown=True` (PostgreSQL) asks
-    for the transaction id before each COMMIT, one more round trip, so that a COMMIT
-    whose answer was lost can be settled. `read_isolation="REPEATABLE READ"` gives
-    the reads of a read session one snapshot, at the price of a transaction. All other
-    options are those of SQLAlchemy's `Session`; `expire_on_commit` is False unless
-    passed.
+    `commit_on_exit=False` has `async with db:`, not requests, roll back unless
+    `force_commit()` is called. `resolve_unknown=True` (PostgreSQL): one more round trip
+    before each COMMIT, so that one whose answer was lost can be settled.
+    `read_isolation="REPEATABLE READ"` gives the reads of a read session one snapshot,
+    at the price of a transaction. All other options are those of SQLAlchemy's
+    `Session`; `expire_on_commit` is False unless passed.
 
     Create it at import time or at start-up; nothing connects before first use.
     Raises `ConfigurationError` for an engine or option that cannot work.
@@ -228,7 +227,6 @@ def _open(databases: tuple[Engines, ...], *, independent: bool = False) -> UnitO
             # A hook's own unit is in the way only once it is used.
             taken = around.holds(db) if around.is_hook else around.serves(db)
             inside = taken and around.state in WRITABLE and not independent
-            # The enclosing unit cannot end before this one does: a deadlock.
             if inside or unit.is_blocked_by_others(db):
                 raise errors.NestedUnitOfWorkError(db)
     current.set(unit)

@@ -55,10 +55,9 @@ def current_read_session(db: Engines | None = None) -> Session:
 
 
 async def session_dependency() -> Session:
-    """Give the write session, as `current_session` does, where one is injected.
+    """Give the write session of the unit's first database, to be injected.
 
-    For FastAPI: `Annotated[AsyncSession, Depends(session_dependency)]`. The session
-    is that of the unit's first database.
+    For FastAPI: `Annotated[AsyncSession, Depends(session_dependency)]`.
     """
     # Async: it needs no worker thread. An argument could become one of the request.
     return current_session()

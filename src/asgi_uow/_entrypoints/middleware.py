@@ -65,8 +65,7 @@ class UnitOfWorkMiddleware:
             message = "UnitOfWorkMiddleware(app, db): pass at least one Database."
             raise TypeError(message)
         if is_async(commit_when):
-            message = "UnitOfWorkMiddleware(commit_when): it cannot be async; a "
-            message += "handler can ask the database and call set_rollback_only()."
+            message = "commit_when cannot be async: a handler can set_rollback_only()."
             raise TypeError(message)
         self.app = app
         self.databases = databases

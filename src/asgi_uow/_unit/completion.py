@@ -31,10 +31,8 @@ if TYPE_CHECKING:
     from asgi_uow._unit.participant import Participant
     from asgi_uow.observers import Event
 
-RESOLVE_SECONDS = 30.0
-"""Seconds for settling an unknown outcome where `commit_timeout` is None."""
-ROLLBACK_SECONDS = 4.0
-"""The most for ROLLBACK, which can be done without: the connection is cut off then."""
+RESOLVE_SECONDS = 30.0  # for an unknown outcome, where `commit_timeout` is None
+ROLLBACK_SECONDS = 4.0  # at most; then the connection is cut off instead
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -245,16 +243,13 @@ class Completion:
             self.events.append(ReleaseFailed("throwing the connection away", again))
 
     async def _try(self, session: Session, work: Work) -> BaseException | None:
-        """Give what `work` raised; what is to end more than the unit is raised later.
-
-        What takes too long has its connection cut off.
-        """
+        """Give what `work` raised; what takes too long has its connection cut off."""
         try:
             await self.shield.run(work, self._limit, cut=session.sync_session.cut_off)
         except BaseException as error:  # noqa: BLE001  # reported; the outcome stands
             session.shared.stuck += isinstance(error, TimeoutError)
             if not isinstance(error, Exception):
-                self.shield.cancelled = error
+                self.shield.cancelled = error  # raised later
             return error
         return None
 

@@ -32,8 +32,6 @@ _threads: RunVar[anyio.CapacityLimiter | None] = RunVar("asgi_uow.threads", None
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Hook:
-    """One registered call."""
-
     fn: Callable[..., object]
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
@@ -122,7 +120,6 @@ class Hooks:
         return self.queues.setdefault(phase, [])
 
     def take(self, phase: str) -> list[Hook]:
-        """Give, once, what was registered for a phase."""
         return self.queues.pop(phase, [])
 
     def __del__(self) -> None:
