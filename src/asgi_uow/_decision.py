@@ -67,7 +67,8 @@ State.__hash__ = Outcome.__hash__ = object.__hash__  # type: ignore[method-assig
 
 UNDECIDED = frozenset({State.NEW, State.ACTIVE, State.ROLLBACK_ONLY})
 WRITABLE = UNDECIDED | {State.PREPARING}
-SETTLED = frozenset({State[outcome.name] for outcome in Outcome})
+STATE_OF = {outcome: State[outcome.name] for outcome in Outcome}
+SETTLED = frozenset(STATE_OF.values())
 
 _ENDS = {State.PREPARING, State.ROLLING_BACK}
 # Every permitted step; `UnitOfWork` refuses any other.

@@ -83,10 +83,9 @@ class Database(Engines):
     ) -> Self:
         """Create the engines with defaults that suit the database.
 
-        `sqlite:///app.db`, `mysql://...`, `postgresql://...`: a URL without a driver
-        gets the async one. `engine_options` are those of `create_async_engine`, for
-        the writer and the readers alike, and win over the defaults. The middleware
-        closes these engines after the application's lifespan shutdown.
+        A URL without a driver, such as `mysql://...`, gets the async one.
+        `engine_options`, for writer and readers, are those of `create_async_engine` and
+        win over the defaults. The middleware closes the engines at lifespan shutdown.
 
         Raises `ConfigurationError` for a URL or option that cannot work and
         `MissingDriverError`, naming the extra, where the driver is not installed.
@@ -244,8 +243,7 @@ async def _leave(unit: UnitOfWork, error: BaseException | None) -> None:
     try:
         await end_unit(unit, decision)
     finally:
-        # Not by a token: blocks need not end in the order of their nesting
-        # (generators), nor in the task that they began in.
+        # Not by a token: generators end in another order, or in another task.
         left = (each for each in unit.outwards() if each.state is not State.CLOSED)
         unit.around = next(left, None)  # a context may keep the unit, but not a chain
         if current.get() is unit:

@@ -282,8 +282,7 @@ class _Exchange:
         shared = self.unit.shared
         found: dict[Engines, str] = {}
         for db in () if shared is None else tuple(shared.committed):
-            position = await written_position(db, POSITION_SECONDS)
-            if position is not None:
+            if (position := await written_position(db, POSITION_SECONDS)) is not None:
                 found[db] = position
         if found:
             known = causal.merge(self.unit.must_see.positions, found)

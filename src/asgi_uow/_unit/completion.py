@@ -56,10 +56,9 @@ class Commit:
     def _begin(self) -> ManagedSession:
         """Raise unless the transaction is there and whole, or has been prepared.
 
-        `ConnectionError` if the driver knows that a connection is dead: this tells
-        "certainly not committed" from "nobody knows". `TransactionGoneError` if a
-        statement through the driver itself, which the journal does not see, has
-        ended it or has failed; PostgreSQL has to be asked for that.
+        `ConnectionError` if the driver knows that a connection is dead: certainly not
+        committed. `TransactionGoneError` if a statement through the driver itself,
+        unseen by the journal, has ended it or failed; PostgreSQL has to be asked.
         """
         sync = self.session.sync_session
         db = sync.database
@@ -127,9 +126,8 @@ class Completion:
         """Tell whether the work is kept all the same; settles what was in doubt."""
         journal, db = commit.session.journal, commit.session.sync_session.database
         if not journal.committed:
-            commit.in_doubt = journal.commit_sent and (
-                journal.xid is not None or is_in_doubt(error)
-            )
+            is_uncertain = journal.xid is not None or is_in_doubt(error)
+            commit.in_doubt = journal.commit_sent and is_uncertain
             if not commit.in_doubt or not (journal.xid or commit.transaction_id):
                 return False
         # Closed first: MariaDB commits for others only then what it has prepared.
@@ -215,7 +213,7 @@ class Completion:
         end = functools.partial(orm.Session.close, reader.sync_session)
         await self._close(reader, end)
         if of.shared.wants_details:
-            of.report_release(reader)
+            of.tell_release(reader, "read")
 
     async def _close(self, session: Session, end: Callable[[], None]) -> None:
         error: BaseException | None = None

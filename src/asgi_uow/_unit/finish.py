@@ -15,7 +15,7 @@ import anyio
 from asgi_uow import errors
 from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import code_of
-from asgi_uow._decision import Cause, Outcome, State, rollback
+from asgi_uow._decision import STATE_OF, Cause, Outcome, State, rollback
 from asgi_uow._unit.completion import Completion
 from asgi_uow._unit.ended import COMMITTED, ROLLED_BACK, Ended, stopped_by
 from asgi_uow._unit.hook_units import HookRun
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from asgi_uow._unit.hooks import Hook
     from asgi_uow._unit.participant import Participant
     from asgi_uow._unit.unit import UnitOfWork
-
-STATE_OF = {outcome: State[outcome.name] for outcome in Outcome}
 
 
 async def finish(

@@ -61,7 +61,7 @@ class HookRun:
             context.run(current.set, own)
             running = self.running = hook, own
             told = own.options.wants_details
-            work = _call(own, phase, hook, unit, shield) if told else hook.call(shield)
+            work = self._call(own, hook, shield) if told else hook.call(shield)
             error = await call_hook(work, context, shield)
             try:
                 if self.running is not running:
@@ -73,6 +73,21 @@ class HookRun:
                     own.state = CLOSED
             finally:
                 del error  # its traceback refers to this frame
+
+    async def _call(self, own: UnitOfWork, hook: Hook, shield: Shield) -> None:
+        """Call a hook; tell the observers, where it runs, of its beginning and end."""
+        tell, phase, of = own.options.tell, self.phase, self.unit
+        tell(HookStarted(phase, hook.name, unit=own, of=of))
+        started = time.perf_counter()
+        error: BaseException | None = None
+        try:
+            await hook.call(shield)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            tell(HookFinished(phase, hook.name, seconds, error, unit=own, of=of))
 
     async def _conclude(
         self, hook: Hook, own: UnitOfWork, error: BaseException | None
@@ -97,24 +112,6 @@ class HookRun:
         if error is not None:
             failed = HookFailed(phase, hook.name, error, unit=self.unit)
             self.unit.share().events.append(failed)
-
-
-async def _call(
-    own: UnitOfWork, phase: str, hook: Hook, of: UnitOfWork, shield: Shield
-) -> None:
-    """Call a hook; tell the observers, where it runs, of its beginning and end."""
-    tell = own.options.tell
-    tell(HookStarted(phase, hook.name, unit=own, of=of))
-    started = time.perf_counter()
-    error: BaseException | None = None
-    try:
-        await hook.call(shield)
-    except BaseException as raised:
-        error = raised
-        raise
-    finally:
-        seconds = time.perf_counter() - started
-        tell(HookFinished(phase, hook.name, seconds, error, unit=own, of=of))
 
 
 def _unit_for_hook(unit: UnitOfWork) -> UnitOfWork:

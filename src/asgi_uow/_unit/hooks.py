@@ -137,10 +137,8 @@ def check_callable(phase: str, fn: object) -> None:
     """Raise `TypeError`, with the likely mistake, for what is no hook."""
     if callable(fn) and not _has_flag(fn, inspect.CO_ASYNC_GENERATOR):
         return
-    message = (
-        f"{phase}() takes a callable and its arguments, not {fn!r}. Did you "
-        f"call the function? Write {phase}(fn, arg), not {phase}(fn(arg))."
-    )
+    message = f"{phase}() takes a callable and its arguments, not {fn!r}. Did you "
+    message += f"call the function? Write {phase}(fn, arg), not {phase}(fn(arg))."
     if callable(fn):
         message = f"{phase}({name_of(fn)}): an async generator function has no end to"
         message += " wait for. Pass an async function that reads it."

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Participant:
-    """The sessions of one database: a writer, a reader, readers of parallel tasks."""
+    """The sessions of one database; `readers` has those of parallel tasks too."""
 
     db: Engines
     shared: Shared
@@ -29,11 +29,9 @@ class Participant:
     writer: Session | None = None
     reader: ReadSession | None = None
     readers: list[ReadSession] = dataclasses.field(default_factory=list)
-    """That of the unit, and those of parallel tasks."""
     route: Route | None = None
 
     def open_writer(self) -> Session:
-        """Make the write session; it connects when it executes."""
         db = self.db
         writer = self.writer = Session(db, db.engine, db.write_options, self.shared)
         self.shared.writers.append(writer.sync_session)
@@ -80,15 +78,13 @@ class Participant:
         if journal.implicit_commit is not None or (kept and self.has_written):
             self.shared.committed.add(self.db)
         if self.shared.wants_details:
-            self.report_release(self.writer)
+            self.tell_release(self.writer, "write")
         if journal.implicit_commit is not None:
             self.shared.events.append(ImplicitCommit(journal.implicit_commit))
 
-    def report_release(self, session: Session) -> None:
+    def tell_release(self, session: Session, access: Literal["read", "write"]) -> None:
         since, held = session.sync_session.connected, session.sync_session.held
         if since is not None or held:
             seconds = held if since is None else held + time.perf_counter() - since
-            access: Literal["read", "write"]
-            access = "write" if session is self.writer else "read"
             event = ConnectionReleased(self.db.name, access, seconds)
             self.shared.events.append(event)
