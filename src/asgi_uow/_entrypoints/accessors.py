@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ParamSpec, overload
 
 from asgi_uow._decision import State
-from asgi_uow._unit.finish import close_parallel, register
+from asgi_uow._unit.finish import completion_of, register
 from asgi_uow._unit.hooks import Hook, is_async, name_of
 from asgi_uow._unit.unit import current, require
 
@@ -86,7 +86,11 @@ async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
     try:
         yield session
     finally:
-        await close_parallel(unit, participant, session)
+        if session in participant.readers:  # the unit has not closed it
+            participant.readers.remove(session)
+            completion = completion_of(unit)
+            await completion.close_reader(participant, session)
+            completion.shield.deliver()
 
 
 def savepoint(db: Engines | None = None) -> Savepoint:

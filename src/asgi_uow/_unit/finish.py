@@ -24,9 +24,7 @@ from asgi_uow.observers import CommitFailed, UnitFinished
 
 if TYPE_CHECKING:
     from asgi_uow._decision import Decision
-    from asgi_uow._sessions.read_session import ReadSession
     from asgi_uow._unit.hooks import Hook
-    from asgi_uow._unit.participant import Participant
     from asgi_uow._unit.unit import UnitOfWork
 
 
@@ -205,11 +203,11 @@ async def release(unit: UnitOfWork) -> None:
     try:
         for participant in unit.participants.values():
             while participant.readers:
-                completion = completion or _completion(unit)
+                completion = completion or completion_of(unit)
                 reader = participant.readers.pop()
                 await completion.close_reader(participant, reader)
         if unit.outcome is Outcome.COMMITTED and unit.hooks is not NO_HOOKS:
-            completion = completion or _completion(unit)
+            completion = completion or completion_of(unit)
             hooks = unit.hooks.take("after_response")
             run = HookRun(unit, "after_response", hooks, end_unit)
             await run.run(completion.shield)
@@ -228,16 +226,5 @@ async def release(unit: UnitOfWork) -> None:
         completion.shield.deliver()
 
 
-def _completion(unit: UnitOfWork) -> Completion:
+def completion_of(unit: UnitOfWork) -> Completion:
     return Completion(unit.share().events, unit.options.commit_timeout)
-
-
-async def close_parallel(
-    unit: UnitOfWork, participant: Participant, session: ReadSession
-) -> None:
-    """Give the connection of one read session back, unless the unit has done so."""
-    if session in participant.readers:
-        participant.readers.remove(session)
-        completion = _completion(unit)
-        await completion.close_reader(participant, session)
-        completion.shield.deliver()
