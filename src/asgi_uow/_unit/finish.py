@@ -87,7 +87,7 @@ async def _complete(
         unit.failure = ended.failure(ended.cause, unit.share())
     unit.move(STATE_OF[ended.outcome])
     _report(unit, ended.outcome, completion)
-    if unit.hooks:
+    if any(unit.hooks.queues.values()):
         await _run_hooks(unit, completion)
     return None if ended.cause is Cause.DOOMED else ended.error
 

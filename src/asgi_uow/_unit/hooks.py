@@ -112,9 +112,6 @@ class Hooks:
         """How many these hooks may still register, at any depth."""
         self.queues: dict[str, list[Hook]] = {}
 
-    def __bool__(self) -> bool:
-        return any(self.queues.values())
-
     def queue(self, phase: str) -> list[Hook]:
         """Give the queue of a phase; what is registered meanwhile is appended."""
         return self.queues.setdefault(phase, [])
@@ -124,7 +121,7 @@ class Hooks:
 
     def __del__(self) -> None:
         """Warn of hooks that never ran: their unit was dropped without an end."""
-        if self:
+        if any(self.queues.values()):
             names = ", ".join(hook.name for hook in chain(*self.queues.values()))
             message = f"a unit of work was collected with hooks that never ran: {names}"
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
