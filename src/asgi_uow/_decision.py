@@ -67,7 +67,8 @@ State.__hash__ = Outcome.__hash__ = object.__hash__  # type: ignore[method-assig
 
 UNDECIDED = frozenset({State.NEW, State.ACTIVE, State.ROLLBACK_ONLY})
 WRITABLE = UNDECIDED | {State.PREPARING}
-SETTLED = frozenset({State[outcome.name] for outcome in Outcome})
+STATE_OF = {outcome: State[outcome.name] for outcome in Outcome}
+SETTLED = frozenset(STATE_OF.values())
 
 _ENDS = {State.PREPARING, State.ROLLING_BACK}
 # Every permitted step; `UnitOfWork` refuses any other.
@@ -86,8 +87,6 @@ TRANSITIONS: Mapping[State, AbstractSet[State]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Decision:
-    """What is to be done with a unit of work, and why."""
-
     commit: bool
     cause: Cause | None = None
     replace_response: bool = False  # it claims a success that is not so

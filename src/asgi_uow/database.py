@@ -59,13 +59,12 @@ class Database(Engines):
 
     `engine` is the writer. Reads use `readers`, or else an engine of their own on
     the writer's server, on which the database itself refuses writes.
-    `commit_on_exit=False` has `async with db:` roll back unless `force_commit()` is
-    called; it says nothing about requests. `resolve_unknown=True` (PostgreSQL) asks
-    for the transaction id before each COMMIT, one more round trip, so that a COMMIT
-    whose answer was lost can be settled. `read_isolation="REPEATABLE READ"` gives
-    the reads of a read session one snapshot, at the price of a transaction. All other
-    options are those of SQLAlchemy's `Session`; `expire_on_commit` is False unless
-    passed.
+    `commit_on_exit=False` has `async with db:`, not requests, roll back unless
+    `force_commit()` is called. `resolve_unknown=True` (PostgreSQL): one more round trip
+    before each COMMIT, so that one whose answer was lost can be settled.
+    `read_isolation="REPEATABLE READ"` gives the reads of a read session one snapshot,
+    at the price of a transaction. All other options are those of SQLAlchemy's
+    `Session`; `expire_on_commit` is False unless passed.
 
     Create it at import time or at start-up; nothing connects before first use.
     Raises `ConfigurationError` for an engine or option that cannot work.
@@ -84,10 +83,9 @@ class Database(Engines):
     ) -> Self:
         """Create the engines with defaults that suit the database.
 
-        `sqlite:///app.db`, `mysql://...`, `postgresql://...`: a URL without a driver
-        gets the async one. `engine_options` are those of `create_async_engine`, for
-        the writer and the readers alike, and win over the defaults. The middleware
-        closes these engines after the application's lifespan shutdown.
+        A URL without a driver, such as `mysql://...`, gets the async one.
+        `engine_options`, for writer and readers, are those of `create_async_engine` and
+        win over the defaults. The middleware closes the engines at lifespan shutdown.
 
         Raises `ConfigurationError` for a URL or option that cannot work and
         `MissingDriverError`, naming the extra, where the driver is not installed.
@@ -228,7 +226,6 @@ def _open(databases: tuple[Engines, ...], *, independent: bool = False) -> UnitO
             # A hook's own unit is in the way only once it is used.
             taken = around.holds(db) if around.is_hook else around.serves(db)
             inside = taken and around.state in WRITABLE and not independent
-            # The enclosing unit cannot end before this one does: a deadlock.
             if inside or unit.is_blocked_by_others(db):
                 raise errors.NestedUnitOfWorkError(db)
     current.set(unit)
@@ -246,8 +243,7 @@ async def _leave(unit: UnitOfWork, error: BaseException | None) -> None:
     try:
         await end_unit(unit, decision)
     finally:
-        # Not by a token: blocks need not end in the order of their nesting
-        # (generators), nor in the task that they began in.
+        # Not by a token: generators end in another order, or in another task.
         left = (each for each in unit.outwards() if each.state is not State.CLOSED)
         unit.around = next(left, None)  # a context may keep the unit, but not a chain
         if current.get() is unit:

@@ -169,9 +169,9 @@ def test_queues() -> None:
     hooks = Hooks()
     expected = [Hook(function, (1,), {"key": 2}), Hook(print, (), {})]
     for phase in PHASES:
-        assert not hooks
+        assert {} == hooks.queues
         hooks.queue(phase).extend(expected)
-        assert hooks
+        assert {phase: expected} == hooks.queues
         assert expected == hooks.take(phase)
         assert [] == hooks.take(phase)
 

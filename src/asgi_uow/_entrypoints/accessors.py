@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ParamSpec, overload
 
 from asgi_uow._decision import State
-from asgi_uow._unit.finish import close_parallel, register
-from asgi_uow._unit.hooks import is_async, name_of
+from asgi_uow._unit.finish import completion_of, register
+from asgi_uow._unit.hooks import Hook, is_async, name_of
 from asgi_uow._unit.unit import current, require
 
 if TYPE_CHECKING:
@@ -55,10 +55,9 @@ def current_read_session(db: Engines | None = None) -> Session:
 
 
 async def session_dependency() -> Session:
-    """Give the write session, as `current_session` does, where one is injected.
+    """Give the write session of the unit's first database, to be injected.
 
-    For FastAPI: `Annotated[AsyncSession, Depends(session_dependency)]`. The session
-    is that of the unit's first database.
+    For FastAPI: `Annotated[AsyncSession, Depends(session_dependency)]`.
     """
     # Async: it needs no worker thread. An argument could become one of the request.
     return current_session()
@@ -80,11 +79,18 @@ async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
     """
     unit = require("parallel_read()")
     participant = unit.reading("parallel_read()", db)
-    session = await participant.open_parallel()
+    if participant.reader is not None:
+        # Requests that hold one connection and wait for a second can deadlock.
+        await participant.reader.release_if_idle()
+    session = participant.open_reader()
     try:
         yield session
     finally:
-        await close_parallel(unit, participant, session)
+        if session in participant.readers:  # the unit has not closed it
+            participant.readers.remove(session)
+            completion = completion_of(unit)
+            await completion.close_reader(participant, session)
+            completion.shield.deliver()
 
 
 def savepoint(db: Engines | None = None) -> Savepoint:
@@ -121,7 +127,7 @@ def before_commit(
     seconds, has everything rolled back. It may register others. Raises `TypeError` if
     `fn` is not callable.
     """
-    register(require("before_commit()"), "before_commit", fn, args, kwargs)
+    register(require("before_commit()"), "before_commit", Hook(fn, args, kwargs))
 
 
 def after_commit(fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -133,7 +139,7 @@ def after_commit(fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) 
     is of a unit of its own, committed when it returns. At most once: a process that
     dies after COMMIT calls it never.
     """
-    register(require("after_commit()"), "after_commit", fn, args, kwargs)
+    register(require("after_commit()"), "after_commit", Hook(fn, args, kwargs))
 
 
 def after_rollback(
@@ -144,14 +150,14 @@ def after_rollback(
     The rollback of the savepoint that is open now, or else of the unit. Not called
     while the outcome is unknown. A session is of a unit of its own.
     """
-    register(require("after_rollback()"), "after_rollback", fn, args, kwargs)
+    register(require("after_rollback()"), "after_rollback", Hook(fn, args, kwargs))
 
 
 def after_response(
     fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
 ) -> None:
     """Call `fn` as `after_commit` does, but after the application has returned."""
-    register(require("after_response()"), "after_response", fn, args, kwargs)
+    register(require("after_response()"), "after_response", Hook(fn, args, kwargs))
 
 
 @overload

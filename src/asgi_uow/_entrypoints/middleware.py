@@ -65,8 +65,7 @@ class UnitOfWorkMiddleware:
             message = "UnitOfWorkMiddleware(app, db): pass at least one Database."
             raise TypeError(message)
         if is_async(commit_when):
-            message = "UnitOfWorkMiddleware(commit_when): it cannot be async; a "
-            message += "handler can ask the database and call set_rollback_only()."
+            message = "commit_when cannot be async: a handler can set_rollback_only()."
             raise TypeError(message)
         self.app = app
         self.databases = databases
@@ -175,7 +174,7 @@ class _Exchange:
             if message["status"] < ERROR_STATUS:
                 unit.state, unit.outcome = COMMITTED
             else:
-                unit.conclude_unused(commit=False)
+                unit.conclude_unused(Cause.STATUS)
             self.stage = PASSING
             return self.forward(message)
         return self._send(message)
@@ -283,8 +282,7 @@ class _Exchange:
         shared = self.unit.shared
         found: dict[Engines, str] = {}
         for db in () if shared is None else tuple(shared.committed):
-            position = await written_position(db, POSITION_SECONDS)
-            if position is not None:
+            if (position := await written_position(db, POSITION_SECONDS)) is not None:
                 found[db] = position
         if found:
             known = causal.merge(self.unit.must_see.positions, found)

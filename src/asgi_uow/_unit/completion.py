@@ -31,10 +31,8 @@ if TYPE_CHECKING:
     from asgi_uow._unit.participant import Participant
     from asgi_uow.observers import Event
 
-RESOLVE_SECONDS = 30.0
-"""Seconds for settling an unknown outcome where `commit_timeout` is None."""
-ROLLBACK_SECONDS = 4.0
-"""The most for ROLLBACK, which can be done without: the connection is cut off then."""
+RESOLVE_SECONDS = 30.0  # for an unknown outcome, where `commit_timeout` is None
+ROLLBACK_SECONDS = 4.0  # at most; then the connection is cut off instead
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -58,10 +56,9 @@ class Commit:
     def _begin(self) -> ManagedSession:
         """Raise unless the transaction is there and whole, or has been prepared.
 
-        `ConnectionError` if the driver knows that a connection is dead: this tells
-        "certainly not committed" from "nobody knows". `TransactionGoneError` if a
-        statement through the driver itself, which the journal does not see, has
-        ended it or has failed; PostgreSQL has to be asked for that.
+        `ConnectionError` if the driver knows that a connection is dead: certainly not
+        committed. `TransactionGoneError` if a statement through the driver itself,
+        unseen by the journal, has ended it or failed; PostgreSQL has to be asked.
         """
         sync = self.session.sync_session
         db = sync.database
@@ -105,18 +102,16 @@ class Completion:
         committed after the others, which may fail; from then on nothing stops them.
         """
         steps: list[tuple[Commit, Callable[[], None]]] = []
-        prepared: list[Commit] = []
+        prepared: list[tuple[Commit, Callable[[], None]]] = []
         for writer in writers:
             commit = Commit(writer)
             if writer.sync_session.twophase:
-                prepared.append(commit)
+                steps.insert(len(prepared), (commit, commit.prepare))
+                prepared.append((commit, commit.run))
             else:
                 steps.append((commit, commit.run))
-        if prepared:
-            steps[:0] = ((each, each.prepare) for each in prepared)
-            steps += ((each, each.run) for each in prepared)
         unproven: tuple[Commit, BaseException] | None = None
-        for commit, step in steps:
+        for commit, step in (*steps, *prepared):
             journal = commit.session.journal
             try:
                 await self.shield.run(_in_lock(commit.session, step), self._timeout)
@@ -125,18 +120,14 @@ class Completion:
                     unproven = unproven or (commit, error)
                     if journal.xid is None or not journal.commit_sent:
                         break
-        if unproven is None:
-            return COMMITTED
-        any_committed = any(each.journal.committed for each in writers)
-        return self._refused(*unproven, any_committed=any_committed)
+        return COMMITTED if unproven is None else self._refused(*unproven, writers)
 
     async def _was_kept(self, commit: Commit, error: BaseException) -> bool:
         """Tell whether the work is kept all the same; settles what was in doubt."""
         journal, db = commit.session.journal, commit.session.sync_session.database
         if not journal.committed:
-            commit.in_doubt = journal.commit_sent and (
-                journal.xid is not None or is_in_doubt(error)
-            )
+            is_uncertain = journal.xid is not None or is_in_doubt(error)
+            commit.in_doubt = journal.commit_sent and is_uncertain
             if not commit.in_doubt or not (journal.xid or commit.transaction_id):
                 return False
         # Closed first: MariaDB commits for others only then what it has prepared.
@@ -151,7 +142,7 @@ class Completion:
         return journal.committed
 
     def _refused(
-        self, commit: Commit, error: BaseException, *, any_committed: bool
+        self, commit: Commit, error: BaseException, writers: Sequence[Session]
     ) -> Ended:
         commit.session.record_error(error)
         if isinstance(error, ConnectionError | TimeoutError):  # of this file, or Shield
@@ -160,7 +151,7 @@ class Completion:
         commit.session.shared.stuck += is_late
         cause = Cause.TIMEOUT if is_late else Cause.COMMIT_FAILED
         why = cause, error, "" if xid is None else f"{xid!r} may still be prepared"
-        if any_committed:
+        if any(each.journal.committed for each in writers):
             return Ended(Outcome.PARTIAL, errors.PartialCommitError, *why)
         if commit.in_doubt:
             return Ended(Outcome.UNKNOWN, errors.OutcomeUnknownError, *why)
@@ -222,7 +213,7 @@ class Completion:
         end = functools.partial(orm.Session.close, reader.sync_session)
         await self._close(reader, end)
         if of.shared.wants_details:
-            of.report_release(reader)
+            of.tell_release(reader, "read")
 
     async def _close(self, session: Session, end: Callable[[], None]) -> None:
         error: BaseException | None = None
@@ -250,16 +241,13 @@ class Completion:
             self.events.append(ReleaseFailed("throwing the connection away", again))
 
     async def _try(self, session: Session, work: Work) -> BaseException | None:
-        """Give what `work` raised; what is to end more than the unit is raised later.
-
-        What takes too long has its connection cut off.
-        """
+        """Give what `work` raised; what takes too long has its connection cut off."""
         try:
             await self.shield.run(work, self._limit, cut=session.sync_session.cut_off)
         except BaseException as error:  # noqa: BLE001  # reported; the outcome stands
             session.shared.stuck += isinstance(error, TimeoutError)
             if not isinstance(error, Exception):
-                self.shield.cancelled = error
+                self.shield.cancelled = error  # raised later
             return error
         return None
 
@@ -284,9 +272,8 @@ def _judge(ended: Ended, cause: Cause | None, writers: Sequence[Session]) -> End
         if (statement := journal.implicit_commit) is not None:
             kind, cause = errors.PartialCommitError, ended.cause or cause
             detail = f"MySQL committed by itself for {statement}"
-            why = cause or Cause.COMMIT_FAILED, ended.error, detail
-            return Ended(Outcome.PARTIAL, kind, *why)
+            return Ended(Outcome.PARTIAL, kind, cause, ended.error, detail)
         if journal.ended_unseen:
-            why = Cause.DOOMED, journal.doomed_by, ""
+            why = Cause.DOOMED, journal.doomed_by
             return Ended(Outcome.UNKNOWN, errors.OutcomeUnknownError, *why)
     return ended

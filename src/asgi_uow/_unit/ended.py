@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ended:
-    """What became of the work, and what is to be raised if it was not kept."""
-
     outcome: Outcome
     kind: type[errors.UnitOfWorkFailedError] = errors.CommitFailedError
     cause: Cause | None = None
@@ -25,9 +23,8 @@ class Ended:
     def failure(self, cause: Cause, shared: Shared) -> errors.UnitOfWorkFailedError:
         """Make the failure; it asks for a retry if nothing was kept and it may help."""
         may_help = self.outcome is Outcome.ROLLED_BACK and shared.may_repeat(self.error)
-        retry_after = RETRY_AFTER if may_help else None
-        what = self.outcome, cause
-        failure = self.kind(*what, detail=self.detail, retry_after=retry_after)
+        after = RETRY_AFTER if may_help else None
+        failure = self.kind(self.outcome, cause, detail=self.detail, retry_after=after)
         failure.__cause__ = self.error
         return failure
 

@@ -15,23 +15,17 @@ import anyio
 from asgi_uow import errors
 from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import code_of
-from asgi_uow._decision import Cause, Outcome, State, rollback
+from asgi_uow._decision import STATE_OF, Cause, Outcome, State, rollback
 from asgi_uow._unit.completion import Completion
 from asgi_uow._unit.ended import COMMITTED, ROLLED_BACK, Ended, stopped_by
-from asgi_uow._unit.hook_units import HookRun, queue
-from asgi_uow._unit.hooks import Hook, check_callable
+from asgi_uow._unit.hook_units import HookRun
+from asgi_uow._unit.hooks import NO_HOOKS, check_callable
 from asgi_uow.observers import CommitFailed, UnitFinished
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from asgi_uow._decision import Decision
-    from asgi_uow._sessions.read_session import ReadSession
-    from asgi_uow._unit.hooks import Hooks
-    from asgi_uow._unit.participant import Participant
+    from asgi_uow._unit.hooks import Hook
     from asgi_uow._unit.unit import UnitOfWork
-
-STATE_OF = {outcome: State[outcome.name] for outcome in Outcome}
 
 
 async def finish(
@@ -45,8 +39,7 @@ async def finish(
     """
     if unit.shared is None and not decision.replace_response:
         unit.move(State.PREPARING if decision.commit else State.ROLLING_BACK)
-        unit.conclude_unused(commit=decision.commit)
-        unit.cause = decision.cause
+        unit.conclude_unused(decision.cause)
         return
     shared = unit.shared or unit.share()
     completion = Completion(shared.events, unit.options.commit_timeout)
@@ -94,14 +87,14 @@ async def _complete(
         unit.failure = ended.failure(ended.cause, unit.share())
     unit.move(STATE_OF[ended.outcome])
     _report(unit, ended.outcome, completion)
-    if unit.hooks:
-        await _run_hooks(unit, unit.hooks, completion)
+    if any(unit.hooks.queues.values()):
+        await _run_hooks(unit, completion)
     return None if ended.cause is Cause.DOOMED else ended.error
 
 
-async def _run_hooks(unit: UnitOfWork, hooks: Hooks, completion: Completion) -> None:
+async def _run_hooks(unit: UnitOfWork, completion: Completion) -> None:
     """Run what the outcome allows; what is not certain calls none."""
-    shield = completion.shield
+    hooks, shield = unit.hooks, completion.shield
     for participant in unit.participants.values():
         # A hook that reads must not wait for the connection of its own request.
         if participant.reader is not None:
@@ -120,8 +113,7 @@ def _report(unit: UnitOfWork, outcome: Outcome, completion: Completion) -> None:
     """Record what later reads must see, and what the observers are told."""
     events, failure = completion.events, unit.failure
     for participant in unit.participants.values():
-        committed = outcome in {Outcome.COMMITTED, Outcome.UNKNOWN}
-        participant.conclude(committed=committed)
+        participant.conclude(outcome)
     if failure is not None and not unit.is_hook:
         # That of a hook's own unit is the failure of the hook.
         code = code_of(failure.__cause__)
@@ -162,7 +154,7 @@ async def prepare(unit: UnitOfWork) -> Ended:
             for reader in participant.readers:
                 reader.refuse_changes()
         while True:
-            if unit.hooks is not None:
+            if unit.hooks is not NO_HOOKS:
                 unit.quota = unit.hooks.quota
                 waiting = unit.hooks.queue("before_commit")
                 hooks = HookRun(unit, "before_commit", waiting, end_unit)
@@ -176,22 +168,16 @@ async def prepare(unit: UnitOfWork) -> Ended:
                 if not writer.sync_session._is_clean():  # noqa: SLF001  # no other way
                     with anyio.fail_after(unit.options.hook_timeout):
                         await writer.flush()
-            more = unit.hooks is not None and unit.hooks.queue("before_commit")
+            more = unit.hooks.queues.get("before_commit")
             if participants is unit.participants and not more:
                 return ROLLED_BACK
     except BaseException as error:  # noqa: BLE001  # raised by finish()
         return stopped_by(error)
 
 
-def register(
-    unit: UnitOfWork,
-    phase: str,
-    fn: object,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> None:
+def register(unit: UnitOfWork, phase: str, hook: Hook) -> None:
     """Register a hook; one of `after_rollback` is also called for its savepoint."""
-    hook = Hook(check_callable(phase, fn), args, kwargs)
+    check_callable(phase, hook.fn)
     unit.register(phase, hook)
     if phase == "after_rollback" and hook.frame is not None:
         callback = functools.partial(_call_undone, unit, hook)
@@ -199,7 +185,7 @@ def register(
 
 
 async def _call_undone(unit: UnitOfWork, hook: Hook) -> None:
-    hooks = queue(unit, "after_rollback")
+    hooks = unit.hooks.queue("after_rollback")
     if hook in hooks:  # pragma: no branch  # the end of the unit may have called it
         hooks.remove(hook)
         shield = Shield()
@@ -217,11 +203,11 @@ async def release(unit: UnitOfWork) -> None:
     try:
         for participant in unit.participants.values():
             while participant.readers:
-                completion = completion or _completion(unit)
+                completion = completion or completion_of(unit)
                 reader = participant.readers.pop()
                 await completion.close_reader(participant, reader)
-        if unit.outcome is Outcome.COMMITTED and unit.hooks is not None:
-            completion = completion or _completion(unit)
+        if unit.outcome is Outcome.COMMITTED and unit.hooks is not NO_HOOKS:
+            completion = completion or completion_of(unit)
             hooks = unit.hooks.take("after_response")
             run = HookRun(unit, "after_response", hooks, end_unit)
             await run.run(completion.shield)
@@ -231,7 +217,7 @@ async def release(unit: UnitOfWork) -> None:
         # A leaked context may keep the unit alive, but not what was closed.
         for writer in unit.writers:
             shared.writers.remove(writer.sync_session)
-        if unit.hooks is not None:
+        if unit.hooks is not NO_HOOKS:
             unit.hooks.queues.clear()
             if not unit.is_nested:
                 shared.savepoints.clear()
@@ -240,16 +226,5 @@ async def release(unit: UnitOfWork) -> None:
         completion.shield.deliver()
 
 
-def _completion(unit: UnitOfWork) -> Completion:
+def completion_of(unit: UnitOfWork) -> Completion:
     return Completion(unit.share().events, unit.options.commit_timeout)
-
-
-async def close_parallel(
-    unit: UnitOfWork, participant: Participant, session: ReadSession
-) -> None:
-    """Give the connection of one read session back, unless the unit has done so."""
-    if session in participant.readers:
-        participant.readers.remove(session)
-        completion = _completion(unit)
-        await completion.close_reader(participant, session)
-        completion.shield.deliver()

@@ -61,7 +61,7 @@ class HookRun:
             context.run(current.set, own)
             running = self.running = hook, own
             told = own.options.wants_details
-            work = _call(own, phase, hook, unit, shield) if told else hook.call(shield)
+            work = self._call(own, hook, shield) if told else hook.call(shield)
             error = await call_hook(work, context, shield)
             try:
                 if self.running is not running:
@@ -73,6 +73,21 @@ class HookRun:
                     own.state = CLOSED
             finally:
                 del error  # its traceback refers to this frame
+
+    async def _call(self, own: UnitOfWork, hook: Hook, shield: Shield) -> None:
+        """Call a hook; tell the observers, where it runs, of its beginning and end."""
+        tell, phase, of = own.options.tell, self.phase, self.unit
+        tell(HookStarted(phase, hook.name, unit=own, of=of))
+        started = time.perf_counter()
+        error: BaseException | None = None
+        try:
+            await hook.call(shield)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            tell(HookFinished(phase, hook.name, seconds, error, unit=own, of=of))
 
     async def _conclude(
         self, hook: Hook, own: UnitOfWork, error: BaseException | None
@@ -87,9 +102,9 @@ class HookRun:
         committed = ("after_commit", "after_response")
         # What else it registered is about the unit of its own.
         for follower in (phase,) if phase == "after_rollback" else committed:
-            registered = [] if own.hooks is None else own.hooks.take(follower)
             later = phase == "after_commit" and follower == "after_response"
-            (queue(self.unit, follower) if later else self.waiting).extend(registered)
+            waiting = self.unit.hooks.queue(follower) if later else self.waiting
+            waiting.extend(own.hooks.take(follower))
         try:
             await self.end(own, _decide(own, error))
         except BaseException as failure:  # noqa: BLE001  # hook isolation
@@ -99,35 +114,13 @@ class HookRun:
             self.unit.share().events.append(failed)
 
 
-def queue(unit: UnitOfWork, phase: str) -> list[Hook]:
-    return unit.hooks.queue(phase) if unit.hooks is not None else []
-
-
-async def _call(
-    own: UnitOfWork, phase: str, hook: Hook, of: UnitOfWork, shield: Shield
-) -> None:
-    """Call a hook; tell the observers, where it runs, of its beginning and end."""
-    tell = own.options.tell
-    tell(HookStarted(phase, hook.name, unit=own, of=of))
-    started = time.perf_counter()
-    error: BaseException | None = None
-    try:
-        await hook.call(shield)
-    except BaseException as raised:
-        error = raised
-        raise
-    finally:
-        seconds = time.perf_counter() - started
-        tell(HookFinished(phase, hook.name, seconds, error, unit=own, of=of))
-
-
 def _unit_for_hook(unit: UnitOfWork) -> UnitOfWork:
     """Make the unit that one hook gets for itself; its parts come when it asks."""
     own = UnitOfWork()
     own.databases, own.options, own.state = unit.databases, unit.options, NEW
     own.around, own.is_hook = unit, True
     own.must_see = unit.must_see
-    own.quota = None if unit.hooks is None else unit.hooks.quota
+    own.quota = unit.hooks.quota
     if unit.is_nested:
         outer = [db for each in unit.outwards() for db in each.databases]
         own.databases = tuple(dict.fromkeys((*unit.databases, *outer)))

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
     Work: TypeAlias = Coroutine[object, object, None]
 
-MOST_BY_HOOKS = 100
-"""How many hooks the hooks of one unit of work may register."""
-
+MOST_BY_HOOKS = 100  # that the hooks of one unit of work may register
 MOST_THREADS = 40  # for the sync hooks of one event loop, and nobody else
 THREAD_SECONDS = 5.0  # for which a sync hook waits for one, before its own time
 _threads: RunVar[anyio.CapacityLimiter | None] = RunVar("asgi_uow.threads", None)
@@ -34,8 +32,6 @@ _threads: RunVar[anyio.CapacityLimiter | None] = RunVar("asgi_uow.threads", None
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Hook:
-    """One registered call."""
-
     fn: Callable[..., object]
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
@@ -116,33 +112,30 @@ class Hooks:
         """How many these hooks may still register, at any depth."""
         self.queues: dict[str, list[Hook]] = {}
 
-    def __bool__(self) -> bool:
-        return any(self.queues.values())
-
     def queue(self, phase: str) -> list[Hook]:
         """Give the queue of a phase; what is registered meanwhile is appended."""
         return self.queues.setdefault(phase, [])
 
     def take(self, phase: str) -> list[Hook]:
-        """Give, once, what was registered for a phase."""
         return self.queues.pop(phase, [])
 
     def __del__(self) -> None:
         """Warn of hooks that never ran: their unit was dropped without an end."""
-        if self:
+        if any(self.queues.values()):
             names = ", ".join(hook.name for hook in chain(*self.queues.values()))
             message = f"a unit of work was collected with hooks that never ran: {names}"
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
 
 
-def check_callable(phase: str, fn: object) -> Callable[..., object]:
-    """Give `fn` back; raises `TypeError`, with the likely mistake, if not callable."""
+NO_HOOKS = Hooks()
+
+
+def check_callable(phase: str, fn: object) -> None:
+    """Raise `TypeError`, with the likely mistake, for what is no hook."""
     if callable(fn) and not _has_flag(fn, inspect.CO_ASYNC_GENERATOR):
-        return fn
-    message = (
-        f"{phase}() takes a callable and its arguments, not {fn!r}. Did you "
-        f"call the function? Write {phase}(fn, arg), not {phase}(fn(arg))."
-    )
+        return
+    message = f"{phase}() takes a callable and its arguments, not {fn!r}. Did you "
+    message += f"call the function? Write {phase}(fn, arg), not {phase}(fn(arg))."
     if callable(fn):
         message = f"{phase}({name_of(fn)}): an async generator function has no end to"
         message += " wait for. Pass an async function that reads it."

@@ -7,7 +7,7 @@ import functools
 import time
 from typing import TYPE_CHECKING, Literal
 
-from asgi_uow._decision import WRITABLE
+from asgi_uow._decision import WRITABLE, Outcome
 from asgi_uow._reading.route import Route
 from asgi_uow._sessions.read_session import ReadSession
 from asgi_uow._sessions.session import Session
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Participant:
-    """The sessions of one database: a writer, a reader, readers of parallel tasks."""
+    """The sessions of one database; `readers` has those of parallel tasks too."""
 
     db: Engines
     shared: Shared
@@ -29,11 +29,9 @@ class Participant:
     writer: Session | None = None
     reader: ReadSession | None = None
     readers: list[ReadSession] = dataclasses.field(default_factory=list)
-    """That of the unit, and those of parallel tasks."""
     route: Route | None = None
 
     def open_writer(self) -> Session:
-        """Make the write session; it connects when it executes."""
         db = self.db
         writer = self.writer = Session(db, db.engine, db.write_options, self.shared)
         self.shared.writers.append(writer.sync_session)
@@ -54,13 +52,6 @@ class Participant:
         self.readers.append(reader)
         return reader
 
-    async def open_parallel(self) -> ReadSession:
-        """Make one more read session, for one task among several."""
-        if self.reader is not None:
-            # Requests that hold one connection and wait for a second can deadlock.
-            await self.reader.release_if_idle()
-        return self.open_reader()
-
     @property
     def has_written(self) -> bool:
         return self.writer is not None and bool(self.writer.sync_session.connections)
@@ -78,25 +69,22 @@ class Participant:
             not each.closed for each in reader.sync_session.connections
         )
 
-    def conclude(self, *, committed: bool) -> None:
+    def conclude(self, outcome: Outcome) -> None:
         """Record what the end of the write session means for reads; tell of it."""
         if self.writer is None:
             return
         journal = self.writer.journal
-        implicit = journal.implicit_commit
-        used = self.has_written and (committed or journal.committed)
-        if used or implicit is not None:
+        kept = journal.committed or outcome in {Outcome.COMMITTED, Outcome.UNKNOWN}
+        if journal.implicit_commit is not None or (kept and self.has_written):
             self.shared.committed.add(self.db)
         if self.shared.wants_details:
-            self.report_release(self.writer)
-        if implicit is not None:
-            self.shared.events.append(ImplicitCommit(implicit))
+            self.tell_release(self.writer, "write")
+        if journal.implicit_commit is not None:
+            self.shared.events.append(ImplicitCommit(journal.implicit_commit))
 
-    def report_release(self, session: Session) -> None:
+    def tell_release(self, session: Session, access: Literal["read", "write"]) -> None:
         since, held = session.sync_session.connected, session.sync_session.held
         if since is not None or held:
             seconds = held if since is None else held + time.perf_counter() - since
-            access: Literal["read", "write"]
-            access = "write" if session is self.writer else "read"
             event = ConnectionReleased(self.db.name, access, seconds)
             self.shared.events.append(event)

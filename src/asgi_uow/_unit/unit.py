@@ -15,7 +15,7 @@ from asgi_uow._databases.driver_errors import stacktrace_of
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.managed import Shared
-from asgi_uow._unit.hooks import MOST_BY_HOOKS, Hooks
+from asgi_uow._unit.hooks import MOST_BY_HOOKS, NO_HOOKS, Hooks
 from asgi_uow._unit.participant import Participant
 from asgi_uow.observers import LoggingObserver, UnitStarted, notify
 
@@ -83,19 +83,18 @@ class UnitOfWork:
     """What is raised because a commit was wanted and the work was not kept."""
 
     around: UnitOfWork | None = None
-    """The unit that was current before, if it was not decided yet or this is a hook."""
+    """The unit that was current before."""
     entered_by_hand: Engines | None = None
     is_nested: bool = False
     """Whether it is inside `around`, whose savepoints and databases it shares."""
     is_hook: bool = False
-    """Whether it serves a hook of `around`."""
 
     is_used: bool = False
     """Whether its end is more than a word: something was opened, registered or set."""
     forced: bool = False
     must_see: MustSee = MustSee()
     opened: float | None = None
-    hooks: Hooks | None = None
+    hooks: Hooks = NO_HOOKS
     quota: Iterator[int] | None = None
     """How many hooks may be registered by what runs in this unit: hooks."""
     participants: Mapping[Engines, Participant] = MappingProxyType({})
@@ -136,7 +135,6 @@ class UnitOfWork:
         participant = self.participants.get(db) or self._enlist(db)
         if participant.writer is not None:
             return participant.writer
-        # The enclosing unit cannot end before this one does: a deadlock.
         if (self.around or self.databases[1:]) and self.is_blocked_by_others(db):
             raise errors.NestedUnitOfWorkError(db)
         self.start()
@@ -180,7 +178,7 @@ class UnitOfWork:
             self._check(f"{phase}()", WRITABLE)
         if self.quota is not None and next(self.quota, None) is None:
             raise errors.TooManyHooksError(phase, MOST_BY_HOOKS)
-        if self.hooks is None:
+        if self.hooks is NO_HOOKS:
             self.hooks = Hooks(self.quota)
         savepoints = (self.shared or self.share()).savepoints
         hook.frame = savepoints.innermost if savepoints.opened else None
@@ -226,10 +224,10 @@ class UnitOfWork:
         if self.shared is not None:
             self.shared.state = state
 
-    def conclude_unused(self, *, commit: bool) -> None:
+    def conclude_unused(self, cause: Cause | None) -> None:
         """End a unit of which nothing was asked: no statement, nothing to tell."""
-        self.state, self.outcome = COMMITTED if commit else ROLLED_BACK
-        self.cause = None if commit else Cause.STATUS
+        self.state, self.outcome = COMMITTED if cause is None else ROLLED_BACK
+        self.cause = cause
 
     def _check(self, operation: str, states: frozenset[State]) -> None:
         if self.state not in states:
@@ -273,7 +271,7 @@ class UnitOfWork:
         return any(each.db.writes_to == db.writes_to for each in held)
 
     def is_blocked_by_others(self, db: Engines) -> bool:
-        """Tell whether it, or a unit around, holds the one that can write."""
+        """Tell whether it, or a unit around that ends later, holds the one writer."""
         units = (self, *self.outwards()) if db.facts.SINGLE_WRITER else ()
         return any(each.holds(db) for each in units)
 
@@ -283,11 +281,10 @@ class UnitOfWork:
 
 
 current: ContextVar[UnitOfWork | None] = ContextVar("asgi_uow.current", default=None)
-"""The unit of work of this request, block or hook.
+"""The unit of work of this request, block or hook; never one of its parts.
 
-It holds the unit itself, never its parts: a framework that runs a handler in a child
-task or a thread hands it a copy of the context, and what is changed inside the object
-still arrives, while a value bound again would not.
+A child task or a thread has a copy of the context, where what is changed inside an
+object still arrives, while a value bound again would not.
 """
 
 
