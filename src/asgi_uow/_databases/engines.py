@@ -166,9 +166,8 @@ class Engines:
     ) -> bool | None:
         """End a prepared transaction from aside; False if the server knows of none.
 
-        None if that could not be done.
-
-        A server may not know of it as long as the connection that prepared it lives.
+        None if that could not be done. A server may not know of it as long as the
+        connection that prepared it lives.
         """
 
         def end(sync: Connection) -> bool:
@@ -225,17 +224,10 @@ def derive_engine(engine: AsyncEngine) -> AsyncEngine:
 
 
 async def _dispose(engines: set[AsyncEngine]) -> None:
-    """Close pooled connections at once: each may wait for a server that is silent.
-
-    Those of SQLite one by one: who closes beside another leaves the write-ahead log.
-    """
-    closing = [
-        greenlet_spawn(each.pool.dispose)
-        for each in engines
-        if isinstance(each.pool, QueuePool)
-        and not known.database_of(each.dialect).SINGLE_WRITER
-        for _ in range(each.pool.checkedin())
-    ]
+    """Wait once for a silent server; SQLite's one by one, to leave no log behind."""
+    servers = (e for e in engines if not known.database_of(e.dialect).SINGLE_WRITER)
+    pools = [each.pool for each in servers if isinstance(each.pool, QueuePool)]
+    closing = (greenlet_spawn(p.dispose) for p in pools for _ in range(p.checkedin()))
     await asyncio.gather(*closing)
     for each in engines:
         await each.dispose()
