@@ -101,13 +101,16 @@ async def test_frozen_replica(backend: ServerBackend) -> None:
 async def test_closing_while_the_server_is_frozen(backend: ServerBackend) -> None:
     """The end of an application waits once for all connections, and not for ever."""
     async with behind_proxy(backend, pool_size=5) as (db, proxy):
+        passed_in = Database(db.engine)  # gets a read engine that is closed for it
+        engines = [db.engine, db.read_engine, passed_in.read_engine]
         async with AsyncExitStack() as used:
-            for engine in [db.engine, db.read_engine] * 5:
+            for engine in engines * 5:
                 await used.enter_async_context(engine.connect())
         before = asyncio.all_tasks()
         proxy.freeze()
 
         async with asyncio.timeout(8):
+            await passed_in.dispose_owned()
             await db.dispose()
 
         assert set() == asyncio.all_tasks() - before
