@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL, event, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import CausalReads, Database, Outcome, current_read_session
@@ -159,6 +159,40 @@ async def test_option_that_psycopg_does_not_know() -> None:
 
     assert [] == response.types
     assert response.error is not None
+
+
+@pytest.mark.parametrize("own", [None, 3])
+async def test_limit_of_connecting(backend: ServerBackend, own: int | None) -> None:
+    """Connecting has 10 seconds, unless the engine says otherwise."""
+    name = "timeout" if backend.driver == "asyncpg" else "connect_timeout"
+    given: list[object] = []
+
+    def note(_: object, __: object, ___: object, options: dict[str, object]) -> None:
+        given.append(options[name])
+
+    db = Database.from_url(backend.url, connect_args={name: own} if own else {})
+    for engine in (db.engine, db.read_engine):
+        event.listen(engine.sync_engine, "do_connect", note)
+    async with db:
+        await db.read.execute("SELECT 1")
+        await db.write.execute("SELECT 1")
+    await db.dispose()
+
+    assert [own or 10] * 2 == given
+
+
+async def test_silent_server_is_an_outage(backend: ServerBackend) -> None:
+    """A server that accepts and says nothing is waited for as long as that."""
+    short = {} if backend.driver != "asyncpg" else {"connect_args": {"timeout": 1}}
+    with socket.create_server((HOST, 0)) as silent:
+        url = make_url(backend.through(silent.getsockname()[1]))
+        if not short:
+            url = url.update_query_dict({"connect_timeout": "1"})
+        async with asyncio.timeout(8):
+            response = await ask(url, **short)
+
+    assert 503 == response.status
+    assert "1" == response.headers["retry-after"]
 
 
 # What the operator is told

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
-from sqlalchemy import JSON, Column, MetaData, Table, create_engine, make_url, select
+from sqlalchemy import (
+    JSON,
+    Column,
+    MetaData,
+    Table,
+    create_engine,
+    event,
+    make_url,
+    select,
+)
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
@@ -434,6 +446,26 @@ async def test_dispose_owned(backend: ServerBackend, owned: bool) -> None:
     await db.dispose_owned()
     await eventually(0 if owned else 1, backend.connections)
     await engine.dispose()
+
+
+async def test_dispose_of_a_file(sqlite: SQLiteBackend) -> None:
+    """SQLite's connections are closed one by one: the last empties the log."""
+    db = Database.from_url(sqlite.url)
+    closing: list[object] = []
+
+    def close(*_: object) -> None:
+        closing.append(asyncio.current_task())
+
+    for engine in (db.engine, db.read_engine):
+        event.listen(engine.sync_engine, "close", close)
+    async with db:
+        await db.write.execute("CREATE TABLE items (id INTEGER)")
+    async with AsyncExitStack() as used:
+        for engine in [db.engine, db.read_engine] * 2:
+            await used.enter_async_context(engine.connect())
+    await db.dispose()
+    assert [asyncio.current_task()] * 4 == closing
+    assert not await anyio.Path(f"{db.engine.url.database}-wal").exists()
 
 
 async def test_dispose_owned_in_memory() -> None:

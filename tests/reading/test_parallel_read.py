@@ -13,6 +13,7 @@ from asgi_uow.observers import ConnectionReleased
 from tests.support import shop
 from tests.support.asgi import BODY, START, handle, serve
 from tests.support.databases import SERVERS, checked_out, on, shop_database
+from tests.support.gate import gate_at
 from tests.support.shop import Item
 
 if TYPE_CHECKING:
@@ -210,28 +211,30 @@ async def test_in_memory() -> None:
 
 
 @on("asyncpg", "psycopg")
-async def test_cancelled_before_it_is_open(db: Database) -> None:
+async def test_cancelled_before_it_is_open(backend: ServerBackend) -> None:
     """The connection that is given back for it is not lost, whoever is in its way."""
-    waiting = asyncio.Event()
+    opening = asyncio.Event()
+    async with gate_at(backend) as (db, gate):
 
-    async def read() -> None:
-        async with db:
-            await db.read.execute("SELECT 1")
-            connection = await db.read.connection()
-            raw: Any = (await connection.get_raw_connection()).driver_connection
-            sleeping = asyncio.create_task(raw.execute("SELECT pg_sleep(0.5)"))
-            await asyncio.sleep(0)
-            waiting.set()
-            try:
-                await uow.parallel_read().__aenter__()
-            finally:
-                await asyncio.wait([sleeping])
+        async def read() -> None:
+            async with db:
+                await db.read.execute("SELECT 1")
+                connection = await db.read.connection()
+                raw: Any = (await connection.get_raw_connection()).driver_connection
+                waiting = asyncio.create_task(raw.execute(gate.select))
+                await gate.reached()
+                opening.set()
+                try:
+                    await uow.parallel_read().__aenter__()
+                finally:
+                    await asyncio.wait([waiting])
 
-    task = asyncio.create_task(read())
-    await waiting.wait()
-    await asyncio.sleep(0)
-    task.cancel()
-    await asyncio.wait([task])
+        task = asyncio.create_task(read())
+        await opening.wait()
+        await asyncio.sleep(0)
+        task.cancel()
+        await gate.open()
+        await asyncio.wait([task])
 
-    assert task.cancelled()
-    assert [0, 0] == checked_out(db)
+        assert task.cancelled()
+        assert [0, 0] == checked_out(db)

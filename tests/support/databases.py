@@ -57,7 +57,11 @@ async def behind_proxy(
     async with backend.proxy() as proxy:
         url = backend.through(proxy.port)
         async with shop_database(backend, url, **options) as db:
-            yield db, proxy
+            try:
+                yield db, proxy
+            finally:  # otherwise what waits for a frozen server keeps a failed test
+                proxy.thaw()
+                proxy.cut()
 
 
 @asynccontextmanager

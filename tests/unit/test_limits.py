@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import AsyncAdaptedQueuePool, NullPool, Pool, event
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import Database, Outcome, current_read_session, current_session
+from tests.servers import eventually
 from tests.support import shop
 from tests.support.asgi import Response, handle
 from tests.support.databases import (
     DRIVERS,
     SERVER_DRIVERS,
+    SERVERS,
     behind_proxy,
     checked_out,
     on,
@@ -95,18 +99,36 @@ async def test_frozen_replica(backend: ServerBackend) -> None:
 
 @on(*SERVER_DRIVERS)
 async def test_closing_while_the_server_is_frozen(backend: ServerBackend) -> None:
-    """The end of an application waits for connections that are closed, not for ever."""
-    async with behind_proxy(backend) as (db, proxy):
-        async with db:
-            await db.read.execute("SELECT 1")
-            await db.write.execute("SELECT 1")
+    """The end of an application waits once for all connections, and not for ever."""
+    async with behind_proxy(backend, pool_size=5) as (db, proxy):
+        passed_in = Database(db.engine)  # gets a read engine that is closed for it
+        engines = [db.engine, db.read_engine, passed_in.read_engine]
+        async with AsyncExitStack() as used:
+            for engine in engines * 5:
+                await used.enter_async_context(engine.connect())
         before = asyncio.all_tasks()
         proxy.freeze()
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(8):
+            await passed_in.dispose_owned()
             await db.dispose()
 
         assert set() == asyncio.all_tasks() - before
+
+
+@on(*SERVERS)
+@pytest.mark.parametrize("pool", [NullPool, AsyncAdaptedQueuePool])
+async def test_closing_what_was_passed_in(
+    backend: ServerBackend, pool: type[Pool]
+) -> None:
+    """It is closed whatever its pool, and serves again after that."""
+    db = Database(create_async_engine(backend.url, poolclass=pool))
+    for _ in range(2):
+        async with db:
+            await db.read.execute("SELECT 1")
+            await db.write.execute("SELECT 1")
+        await db.dispose()
+        await eventually(0, backend.connections)
 
 
 # What is no `Exception`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 from contextlib import asynccontextmanager, suppress
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import QueuePool, StaticPool
+from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import known
@@ -188,16 +190,15 @@ class Engines:
         return None
 
     async def dispose(self) -> None:
-        """Close every pooled connection of the writer and the readers."""
-        for engine in {self.engine, self.read_engine, *self._readers}:
-            await engine.dispose()
+        """Close every pooled connection of the writer and the readers, all at once."""
+        await _dispose({self.engine, self.read_engine, *self._readers})
 
     async def dispose_owned(self) -> None:
         """Close the connections of the engines that asgi-uow made."""
         if self.owns_engines:
             await self.dispose()
         elif self._read_engine is not None:
-            await self._read_engine.dispose()
+            await _dispose({self._read_engine})
 
     def __repr__(self) -> str:
         shown = "no engine" if self._engine is None else self.name
@@ -216,6 +217,16 @@ def derive_engine(engine: AsyncEngine) -> AsyncEngine:
         json_serializer=getattr(sync.dialect, "_json_serializer", None),
         json_deserializer=getattr(sync.dialect, "_json_deserializer", None),
     )
+
+
+async def _dispose(engines: set[AsyncEngine]) -> None:
+    """Wait once for a silent server; SQLite's one by one, to leave no log behind."""
+    servers = (e for e in engines if not known.database_of(e.dialect).SINGLE_WRITER)
+    pools = [each.pool for each in servers if isinstance(each.pool, QueuePool)]
+    closing = (greenlet_spawn(p.dispose) for p in pools for _ in range(p.checkedin()))
+    await asyncio.gather(*closing)
+    for each in engines:
+        await each.dispose()
 
 
 @asynccontextmanager

@@ -50,6 +50,7 @@ class Driver(_Facts):
     exclusive_streams: bool = True  # the connection can do nothing beside a stream
     cancels_on_server: bool = False  # a cancelled statement, where it can still await
     errors_hide_state: bool = False  # `in_transaction` is that of before an error
+    connect_args: tuple[tuple[str, object], ...] = ()  # unless the engine has its own
 
     def in_transaction(self, _: Any, /) -> bool:
         return True
@@ -127,8 +128,6 @@ DATABASES: Mapping[str, Database] = {  # by SQLAlchemy's name of the dialect
     "sqlite": Database(sqlite),
 }
 ALIASES = {"postgres": "postgresql"}  # which SQLAlchemy does not know
-# What connects in place of the driver; to import it needs the driver.
-CONNECTS = {"aiosqlite": "asgi_uow._databases.sqlite_connection:connect"}
 is_memory = sqlite.is_memory
 
 FACTS = tuple(dict.fromkeys(DATABASES.values()))

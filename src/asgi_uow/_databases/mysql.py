@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from contextlib import closing
 from operator import attrgetter, methodcaller
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from anyio import current_time
+from anyio import current_time, fail_after
 from sqlalchemy import exc as sa_exc
 
 if TYPE_CHECKING:
@@ -60,8 +61,15 @@ GTID = re.compile(r"([0-9]{1,10})-([0-9]{1,10})-([0-9]{1,20})")
 GTID_LIST = re.compile(rf"{GTID.pattern}(?:,{GTID.pattern})*")
 
 
+async def connect(**options: Any) -> Any:
+    """Bound the handshake too; what asyncmy bounds itself is over before."""
+    with fail_after(options["connect_timeout"]):
+        return await resolve_name("asyncmy:connect")(**options)
+
+
 class Asyncmy:
     is_known = True
+    connect_args = (("async_creator_fn", connect), ("connect_timeout", 10))
     errors_hide_state = True  # an error packet has no status
     is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
     process_id = methodcaller("thread_id")

@@ -67,8 +67,7 @@ def attach_listeners(
     # Not events of the engine: one listener there costs each statement 50 calls.
     target._connection_cls = ReaderConnection if read_only else Connection  # noqa: SLF001
     target.update_execution_options(**{POLICY: policy})
-    if target.dialect.driver in known.CONNECTS:
-        event.listen(target, "do_connect", policy.on_do_connect)
+    event.listen(target, "do_connect", policy.on_do_connect)
     event.listen(target, "connect", policy.on_connect)
     event.listen(target, "checkout", policy.on_checkout)
     event.listen(target, "reset", policy.on_reset)
@@ -100,9 +99,10 @@ class _Policy:
             self.begins_with = None if read_isolation is None else "BEGIN"
 
     def on_do_connect(self, _: Any, __: Any, ___: Any, options: dict[str, Any]) -> None:
-        """Connect in place of the driver, unless the engine has a way of its own."""
-        connect = resolve_name(known.CONNECTS[self.dialect.driver])
-        options.setdefault("async_creator_fn", connect)
+        """Bound the wait, or connect in place of the driver; the engine's own wins."""
+        options.update(dict(self.driver.connect_args) | options)
+        if isinstance(name := options.get("async_creator_fn"), str):
+            options["async_creator_fn"] = resolve_name(name)
 
     def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
         """Set up a connection; as the last listener, so nothing set before survives."""

@@ -78,6 +78,7 @@ class _Driver:
 
 
 class Asyncpg(_Driver):
+    connect_args = (("timeout", 10),)  # not 60 seconds
     in_transaction = methodcaller("is_in_transaction")
     is_dead = methodcaller("is_closed")
     process_id = methodcaller("get_server_pid")
@@ -105,6 +106,7 @@ class Asyncpg(_Driver):
 
 
 class Psycopg(_Driver):
+    connect_args = (("connect_timeout", 10),)  # for each host, not 130 seconds
     # Past `info`, which makes an object for each question.
     in_transaction = attrgetter("pgconn.transaction_status")  # 0 is IDLE
     process_id = attrgetter("info.backend_pid")

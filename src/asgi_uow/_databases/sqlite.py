@@ -32,6 +32,7 @@ CODES = {
 
 class Aiosqlite:
     is_known, exclusive_streams = True, False
+    connect_args = (("async_creator_fn", f"{__package__}.sqlite_connection:connect"),)
     in_transaction = attrgetter("in_transaction")
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
