@@ -7,7 +7,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import literal_column
+from sqlalchemy import event, literal_column
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncAttrs
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
@@ -28,7 +28,7 @@ from tests.support.databases import (
     on,
 )
 from tests.support.gate import gate_at
-from tests.support.private import State
+from tests.support.private import State, driver_of
 from tests.support.writes import driver_connection
 
 if TYPE_CHECKING:
@@ -266,11 +266,20 @@ async def test_a_reader_is_given_back(
 @ways
 @pytest.mark.parametrize("status", [200, 404])
 async def test_an_end_that_cannot_wait(backend: Backend, way: str, status: int) -> None:
-    """After `commit_timeout` the connection is thrown away, and nothing hangs."""
+    """After `commit_timeout` the connection is thrown away, and nothing hangs.
+
+    It is closed when what was in flight has failed: psycopg crashes the process else.
+    """
+    in_flight_at_close: list[bool] = []
     async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
+        driver = driver_of(db.engine.dialect)
 
         async def start() -> None:
             await WAYS[way](uow.current_session(), gate.insert)
+
+        @event.listens_for(db.engine.sync_engine, "close")
+        def look(connection: Any, _: object) -> None:
+            in_flight_at_close.append(driver.is_busy(connection._connection))
 
         async with asyncio.timeout(SECONDS):
             response, request, leaked = await end_while_in_flight(
@@ -290,6 +299,8 @@ async def test_an_end_that_cannot_wait(backend: Backend, way: str, status: int) 
         assert leaked.exception() is not None or backend.name == "sqlite"
         await gate.open()
         await works(db, backend, [])
+    assert in_flight_at_close
+    assert not any(in_flight_at_close)
 
 
 @on(*SERVER_DRIVERS)

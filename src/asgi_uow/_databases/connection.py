@@ -27,6 +27,8 @@ SETTINGS_CHANGED = "asgi_uow.settings_changed"
 # Execution options after which a connection is not what its pool made it.
 CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
 
+TURNS_TO_FAIL = 200  # of five milliseconds, for calls on a connection that was cut off
+
 raw_of = attrgetter("_connection")  # the driver's, in what every async dialect makes
 
 
@@ -157,6 +159,18 @@ def cut_off(connections: Iterable[sa.Connection]) -> None:
         if not (each.closed or each.invalidated):
             raw = raw_of(each.connection.dbapi_connection)
             known.driver_of(each.dialect).cut_off(raw)
+
+
+def end_calls(driver: known.Driver, raw: Any) -> None:
+    """Cut a connection off, and let what is in flight on it fail before it is closed.
+
+    libpq frees what a call of psycopg still reads, and the process would crash.
+    """
+    driver.cut_off(raw)
+    for _ in range(TURNS_TO_FAIL):
+        if not driver.is_busy(raw):
+            return
+        await_only(asyncio.sleep(0.005))
 
 
 def execute(connection: Any, statement: str) -> None:

@@ -23,6 +23,7 @@ from asgi_uow._databases.connection import (
     SETTINGS_CHANGED,
     Connection,
     ReaderConnection,
+    end_calls,
     execute,
     raw_of,
 )
@@ -159,6 +160,8 @@ class _Policy:
             is_open = self.driver.is_known and self.driver.in_transaction(raw)
             is_busy = lock._locked or lock._waiters or self.driver.is_busy(raw)  # noqa: SLF001
         if (is_open or is_busy) and not self.is_memory:
+            if is_busy:
+                end_calls(self.driver, raw)
             entry.invalidate()
 
     def on_close(self, dbapi: DBAPI, _: object) -> None:

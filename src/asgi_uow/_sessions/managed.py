@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event, orm
 
 from asgi_uow import errors
-from asgi_uow._databases.connection import Connection, cut_off, info_of
+from asgi_uow._databases.connection import (
+    Connection,
+    cut_off,
+    end_calls,
+    info_of,
+    raw_of,
+)
 from asgi_uow._databases.driver_errors import is_outage, means
 from asgi_uow._databases.journal import Savepoints
 from asgi_uow._databases.pool import AUTOCOMMIT, CANCEL_SQL
@@ -146,10 +152,12 @@ class ManagedSession(orm.Session):
     def discard(self) -> None:
         """Close the connections for good, also under a statement in flight."""
         self.journal.ending = asyncio.current_task()
-        self.cut_off()
         # A close() that failed may have forgotten its connections.
         for connection in self.connections:
             if not connection.closed:
+                if not connection.invalidated:
+                    raw = raw_of(connection.connection.dbapi_connection)
+                    end_calls(self.database.driver, raw)
                 connection.invalidate()
                 connection.close()
         super().close()

@@ -80,7 +80,10 @@ class Hook:
         if limiter is None:
             _threads.set(limiter := anyio.CapacityLimiter(MOST_THREADS))
         with anyio.move_on_after(THREAD_SECONDS):
-            await limiter.acquire_on_behalf_of(self)
+            try:  # cancelled where none has to wait, anyio before 4.16 keeps the thread
+                limiter.acquire_on_behalf_of_nowait(self)
+            except anyio.WouldBlock:
+                await limiter.acquire_on_behalf_of(self)
             in_loop = asyncio.get_running_loop().call_soon_threadsafe
             return functools.partial(in_loop, limiter.release_on_behalf_of, self)
         message = f"no thread was free within {THREAD_SECONDS} seconds"
