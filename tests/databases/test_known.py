@@ -367,3 +367,10 @@ async def test_a_cancelled_asyncmy_connection(mariadb: MariaDBBackend) -> None:
 def test_without_literals(statement: str, shown: str) -> None:
     """No literal and no comment is shown; what is in doubt is not shown at all."""
     assert shown == known.without_literals(statement)
+
+
+async def test_no_lock() -> None:
+    """Where cursors take no lock of SQLAlchemy, the driver alone is asked."""
+    await known.NO_LOCK.acquire()
+    assert not known.NO_LOCK.locked()
+    known.NO_LOCK.release()

@@ -60,10 +60,9 @@ class Connection(sa.Connection):
         """Wait until nobody's statement is in flight, call; none begins meanwhile."""
         # Cursors hold the lock, COMMIT and ROLLBACK do not; a driver knows its own.
         dbapi: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
-        lock: asyncio.Lock | None = getattr(dbapi, "_execute_mutex", None)
-        driver = self._execution_options[POLICY].driver
-        if lock is not None:
-            await_only(lock.acquire())
+        lock = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
+        driver = self._execution_options[DRIVER]
+        await_only(lock.acquire())
         try:
             while driver.is_busy(raw_of(dbapi)):
                 await_only(asyncio.sleep(0.005))
@@ -71,8 +70,7 @@ class Connection(sa.Connection):
                 ending.begin_commit()
             end()
         finally:
-            if lock is not None:
-                lock.release()
+            lock.release()
 
     def _rollback_impl(self) -> None:
         if self.journal is not None:

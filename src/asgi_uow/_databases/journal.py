@@ -126,7 +126,7 @@ class Journal:
         A text does not tell: a comment, a procedure, the driver's own cursor hide what
         ends it. MySQL opens one only for what reads or writes a table.
         """
-        lock: Any = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
+        lock = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
         if lock._locked or self.entries or self.commit_sent or self.xid:  # noqa: SLF001
             return
         if self._driver.in_transaction(dbapi._connection):  # noqa: SLF001

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import re
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -28,9 +27,6 @@ Meaning: TypeAlias = Literal[
     "syntax",  # not understood, so nothing was done
 ]
 Kind: TypeAlias = Literal["transaction_control", "implicit_commit"]  # of a statement
-
-# Never taken: in place of SQLAlchemy's, which 2.0 has for asyncmy and asyncpg alone.
-NO_LOCK = asyncio.Lock()
 
 
 class _Facts:
@@ -70,6 +66,23 @@ class Driver(_Facts):
 
     def cut_off(self, _: Any, /) -> None:  # what waits for the server fails at once
         return None
+
+
+class NoLock:
+    """In place of SQLAlchemy's, which 2.0 has for asyncmy and asyncpg alone."""
+
+    _locked = _waiters = False
+
+    async def acquire(self) -> None:
+        pass
+
+    def release(self) -> bool:
+        return False
+
+    locked = release
+
+
+NO_LOCK = NoLock()
 
 
 class Database(_Facts):
