@@ -109,6 +109,28 @@ async def test_binds_are_refused_every_time(backend: Backend) -> None:
     await other.dispose()
 
 
+@on(*DRIVERS)
+@pytest.mark.parametrize("options", [{}, AUTOCOMMIT])
+async def test_read_session_on_another_engine(
+    backend: Backend, options: dict[str, str]
+) -> None:
+    """A read that names an engine which can write is refused, every time."""
+    await shop.create(backend)
+    db = Database.from_url(backend.url)
+    other = create_async_engine(backend.url, **options)
+    for engine in (other, db.engine):
+        arguments = {"bind": engine.sync_engine}
+        for _ in range(2):
+            with pytest.raises(errors.ConfigurationError, match="bind_arguments"):
+                async with db:
+                    await db.read.execute(INSERT, bind_arguments=arguments)
+    assert [] == await shop.items(backend)
+    assert [0, 0] == checked_out(db)
+    assert 0 == other.sync_engine.pool.checkedout()  # type: ignore[attr-defined]
+    await db.dispose()
+    await other.dispose()
+
+
 # One engine, several databases
 
 

@@ -221,14 +221,15 @@ def _accept_connection(
         return
     info = info_of(connection)
     session.connections[connection] = info.get(CANCEL_SQL)
-    joins = isinstance(session, ReadOnlySession) and session.writer is not None
-    if session.connected is None and not joins:
+    reader = session if isinstance(session, ReadOnlySession) else None
+    host = (reader and reader.writer) or session
+    if session.connected is None and host is session:
         session.connected = time.perf_counter()
-    if isinstance(session, ReadOnlySession):
-        return
-    if not isinstance(connection, Connection):
+    if connection.engine is not host.bind:
         message = "A session works on one engine: leave `binds` and bind_arguments out."
         raise errors.ConfigurationError(message)
+    if reader is not None or not isinstance(connection, Connection):
+        return
     options = connection._execution_options  # noqa: SLF001  # also its engine's
     if info.get(AUTOCOMMIT) or (AUTOCOMMIT in info and "isolation_level" in options):
         raw = connection.connection.dbapi_connection
