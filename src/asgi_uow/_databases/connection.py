@@ -59,7 +59,7 @@ class Connection(sa.Connection):
         # Cursors hold the lock, COMMIT and ROLLBACK do not; a driver knows its own.
         dbapi: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
         lock = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
-        driver = self._execution_options[DRIVER]
+        driver = self._execution_options[POLICY].driver
         await_only(lock.acquire())
         try:
             while driver.is_busy(raw_of(dbapi)):
