@@ -76,10 +76,8 @@ class NoLock:
     async def acquire(self) -> None:
         pass
 
-    def release(self) -> bool:
-        return False
-
-    locked = release
+    def release(self) -> None:
+        pass
 
 
 NO_LOCK = NoLock()
