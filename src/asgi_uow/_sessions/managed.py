@@ -12,6 +12,7 @@ from sqlalchemy import event, orm
 from asgi_uow import errors
 from asgi_uow._databases.connection import (
     Connection,
+    ReaderConnection,
     cut_off,
     end_calls,
     info_of,
@@ -225,7 +226,9 @@ def _accept_connection(
     host = (reader and reader.writer) or session
     if session.connected is None and host is session:
         session.connected = time.perf_counter()
-    if connection.engine is not host.bind:
+    # A read may have moved to another server, or to the writer, while it connected.
+    is_read_only = isinstance(connection, ReaderConnection) and reader is not None
+    if not is_read_only and connection.engine is not host.bind:
         message = "A session works on one engine: leave `binds` and bind_arguments out."
         raise errors.ConfigurationError(message)
     if reader is not None or not isinstance(connection, Connection):
