@@ -10,7 +10,8 @@ import sqlite3
 import time
 from abc import ABC, abstractmethod
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import OperationalError
@@ -21,7 +22,7 @@ from tests.servers.process import HOST, POLL_SECONDS
 from tests.servers.proxy import RecordingProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
     from pathlib import Path
 
 Row = tuple[object, ...]
@@ -66,6 +67,8 @@ class Backend(ABC):
     name: ClassVar[str]
     driver: str
     url: str
+    options: Mapping[str, Any] = MappingProxyType({})
+    """What a `Database` at that URL needs to be told."""
     _own_url: str
 
     @abstractmethod

@@ -64,6 +64,12 @@ def _pool_class(value: object) -> type[sa.Pool]:
     raise ValueError(value)
 
 
+def _pooler(value: object) -> str:
+    if value in {"transaction", "session"}:
+        return str(value)
+    raise ValueError(value)
+
+
 _KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
     "URL": ("url", _url, "a URL"),
     "READ_URLS": ("read_urls", _urls, "a list of URLs, or URLs with commas between"),
@@ -74,6 +80,7 @@ _KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
     "POOL_PRE_PING": ("pool_pre_ping", _boolean, "a boolean"),
     "POOL_RECYCLE": ("pool_recycle", _number(int), "a whole number of seconds"),
     "POOL_TIMEOUT": ("pool_timeout", _number(float), "a number of seconds"),
+    "POOLER": ("pooler", _pooler, "'transaction' or 'session'"),
     "POOL_CLASS": ("poolclass", _pool_class, "a class name of sqlalchemy.pool"),
 }
 
