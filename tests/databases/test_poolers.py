@@ -129,6 +129,13 @@ def test_poolers_that_cannot_be(url: str, options: dict[str, Any]) -> None:
         Database.from_url(url, **options)
 
 
+def test_two_phases_behind_a_pooler() -> None:
+    """What ends a prepared transaction is in no transaction: it may go astray."""
+    engine = create_async_engine("postgresql+asyncpg://u@h/d")
+    with pytest.raises(ConfigurationError, match="twophase"):
+        Database(engine, pooler="transaction", twophase=True)
+
+
 @on("asyncpg", "psycopg", *POOLED)
 async def test_a_snapshot(backend: ServerBackend) -> None:
     """`read_isolation` gives the reads of a unit one snapshot there too."""

@@ -106,11 +106,10 @@ class Engines:
         if self.resolve_unknown and facts.TRANSACTION_ID is None:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
-        no_proxy = facts.SINGLE_WRITER or (
-            self.read_isolation and facts.BEGIN_READ_ONLY
-        )
-        if self.pooler == "transaction" and no_proxy:
-            message = "pooler: for PostgreSQL, and for MySQL without read_isolation."
+        unfit = self.read_isolation if facts.BEGIN_READ_ONLY else facts.SINGLE_WRITER
+        unfit = unfit or self.write_options.get("twophase")
+        if self.pooler == "transaction" and unfit:
+            message = "pooler: not with SQLite, twophase, or read_isolation on MySQL."
             raise ConfigurationError(message)
         self.is_memory = known.is_memory(engine.url)
         if not self.is_memory:  # there the one connection has to be writable

@@ -47,9 +47,7 @@ class Driver(_Facts):
     exclusive_streams: bool = True  # the connection can do nothing beside a stream
     errors_hide_state: bool = False  # `in_transaction` is that of before an error
     connect_args: tuple[tuple[str, object], ...] = ()  # unless the engine has its own
-    pooled_args: tuple[
-        tuple[str, object], ...
-    ] = ()  # beside them: to keep no statement
+    pooled_args: tuple[tuple[str, object], ...] = ()  # so that no statement is kept
 
     def in_transaction(self, _: Any, /) -> bool:
         return True
@@ -58,7 +56,6 @@ class Driver(_Facts):
         return False
 
     is_busy = is_dead  # is a statement in flight, whoever has sent it?
-    keeps_statements = is_dead  # prepared ones? Is asked of SQLAlchemy's connection
     reports_writable = is_dead  # does the server say it is not read-only (any more)?
 
     def aborts_transaction(self, _: Any, error: BaseException, /) -> bool:

@@ -43,13 +43,14 @@ if TYPE_CHECKING:
 ABORTING_CODES = "asgi_uow.aborting_codes"
 AUTOCOMMIT = "asgi_uow.autocommit"
 CANCEL_SQL = "asgi_uow.cancel_sql"
+KEEPS_STATEMENTS = "asgi_uow.keeps_statements"
 READ_ONLY_SESSION = "asgi_uow.read_only_session"
 IDLE_SINCE = "asgi_uow.idle_since"
 
 POOLER_FOUND = (
     "There is a pooler, such as PgBouncer, and the driver keeps prepared statements, "
     'which do not work there. Pass pooler="transaction" to Database.from_url() or '
-    'connect_args={} to your engine; pooler="session" if that is how it pools.'
+    'connect_args=dict({}) to your engine; pooler="session" if that is how it pools.'
 )
 
 PING_AFTER_IDLE = 30.0  # seconds; then a connection is pinged before it is handed out
@@ -110,45 +111,40 @@ class _Policy:
         elif use.read_only and use.pooler == "transaction":
             self.begins_with = self.database.BEGIN_READ_ONLY
 
-    def on_do_connect(self, _: Any, __: Any, ___: Any, options: dict[str, Any]) -> None:
+    def on_do_connect(self, _: Any, entry: Any, __: Any, options: Any) -> None:
         """Bound the wait, or connect in place of the driver; the engine's own wins."""
+        kept = (options.get(name, True) for name, _ in self.driver.pooled_args)
+        entry.info[KEEPS_STATEMENTS] = any(each and not callable(each) for each in kept)
         pooled = self.driver.pooled_args if self.pooler == "transaction" else ()
         options.update(dict((*self.driver.connect_args, *pooled)) | options)
         if isinstance(name := options.get("async_creator_fn"), str):
             options["async_creator_fn"] = resolve_name(name)
 
-    def on_first(self, dbapi: DBAPI, _: object) -> None:
+    def on_first(self, dbapi: DBAPI, entry: Entry) -> None:
         """Find a pooler, before anything is set that it would hand on to others."""
         if self.pooler is None and await_only(self.driver.is_pooled(raw_of(dbapi))):
-            if self.driver.keeps_statements(dbapi):
+            if entry.info[KEEPS_STATEMENTS]:
                 self.dialect.do_close(dbapi)
-                raise ConfigurationError(
-                    POOLER_FOUND.format(dict(self.driver.pooled_args))
-                )
+                raise ConfigurationError(POOLER_FOUND.format(self.driver.pooled_args))
             self.pooler = "transaction"
 
     def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
         """Set up a connection; as the last listener, so nothing set before survives."""
         info, database = entry.info, self.database
         info[ABORTING_CODES] = database.set_up(dbapi, read_only=self.read_only)
-        if self.read_only:
-            self._make_read_only(dbapi, info)
-        elif database.BEGIN_WRITE is None:
-            info[AUTOCOMMIT] = self.dialect.detect_autocommit_setting(dbapi)
-        if self.pooler is None:  # a proxy's number is a stranger's on the server
-            info[CANCEL_SQL] = self.driver.cancel_sql(raw_of(dbapi))
-
-    def _make_read_only(self, dbapi: DBAPI, info: dict[str, Any]) -> None:
-        database = self.database
-        if self.pooler != "transaction":
+        if self.read_only and self.pooler != "transaction":
             info[READ_ONLY_SESSION] = True
             self.dialect.set_isolation_level(dbapi, "AUTOCOMMIT")
             execute(dbapi, database.READ_ONLY_STATEMENT)
             if self.use.level is not None and database.BEGIN_WRITE is None:
                 self.dialect.set_isolation_level(dbapi, self.use.level)
-        elif database.BEGIN_READ_ONLY is None:  # the driver knows what it is to begin
+        elif self.read_only and database.BEGIN_READ_ONLY is None:
             self.dialect.set_readonly(dbapi, True)  # noqa: FBT003
             self.dialect.set_isolation_level(dbapi, self.use.level or "READ COMMITTED")
+        elif not self.read_only and database.BEGIN_WRITE is None:
+            info[AUTOCOMMIT] = self.dialect.detect_autocommit_setting(dbapi)
+        if self.pooler is None:  # a proxy's number is a stranger's on the server
+            info[CANCEL_SQL] = self.driver.cancel_sql(raw_of(dbapi))
 
     def on_checkout(self, dbapi: DBAPI, entry: Entry, _: object) -> None:
         """Replace a connection that is dead or silent, or that was not set up here."""

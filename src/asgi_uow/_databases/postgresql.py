@@ -99,11 +99,6 @@ class Asyncpg(_Driver):
         asked = HAS_PROCESS_ID.format(raw.get_server_pid())
         return bool(await raw.execute(asked) == "SELECT 0")
 
-    def keeps_statements(self, dbapi: Any) -> bool:
-        size = dbapi._connection._config.statement_cache_size  # noqa: SLF001
-        kept = (size, dbapi._prepared_statement_cache)  # noqa: SLF001
-        return kept != (0, None) or dbapi._prepared_statement_name_func() is None  # noqa: SLF001
-
     def is_busy(self, raw: Any) -> bool:
         # Its protocol shows nobody the future for the answer that it waits for; that
         # of a request to cancel stays undone when the connection is lost.
@@ -150,9 +145,6 @@ class Psycopg(_Driver):
         cursor = await raw.execute(HAS_PROCESS_ID.format(raw.info.backend_pid))
         await raw.set_autocommit(autocommit)
         return bool(cursor.rowcount == 0)
-
-    def keeps_statements(self, dbapi: Any) -> bool:
-        return dbapi._connection.prepare_threshold is not None  # noqa: SLF001
 
     def is_dead(self, raw: Any) -> bool:
         if raw.closed:
