@@ -67,8 +67,7 @@ class Engines:
         self.resolve_unknown = resolve_unknown
         self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
         self.pooler: Literal["transaction", "session"] | None = pooler
-        self.reads_in_transactions: bool = pooler == "transaction"
-        """Whether each read is a transaction of its own, not only with a snapshot."""
+        self.reads_in_transactions: bool = pooler == "transaction"  # each in its own
         self._readers = tuple(readers)
         for reader in self._readers:
             _check_engine(reader)
@@ -251,11 +250,7 @@ async def _aside(engine: AsyncEngine) -> AsyncGenerator[AsyncEngine]:
 
 
 async def cancel_statements(cancel_sql: list[tuple[Engine, str]]) -> None:
-    """Cancel statements in flight on their server, from other connections.
-
-    MySQL goes on with a statement that was cancelled, locks and all, although the
-    connection is gone.
-    """
+    """Cancel, from others, what a server goes on with when its connection is gone."""
     for engine, statement in cancel_sql:
         executing = bounded(_execute_aside(engine, statement), CANCEL_SECONDS)
         try:

@@ -65,12 +65,10 @@ class Driver(_Facts):
     def cancel_sql(self, _: Any, /) -> str | None:  # stops a statement, from elsewhere
         return None
 
-    def cancellations(self, _: Any, /) -> Collection[Task[None]]:
-        """Give the driver's own requests to a server to stop what was cancelled."""
+    def cancellations(self, _: Any, /) -> Collection[Task[None]]:  # its own requests
         return ()
 
-    async def is_pooled(self, _: Any, /) -> bool:
-        """Has a pooler that gives itself away answered in place of the server?"""
+    async def is_pooled(self, _: Any, /) -> bool:  # by what answers in its own name
         return False
 
     def cut_off(self, _: Any, /) -> None:  # what waits for the server fails at once

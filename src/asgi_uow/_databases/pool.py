@@ -48,11 +48,10 @@ READ_ONLY_SESSION = "asgi_uow.read_only_session"
 IDLE_SINCE = "asgi_uow.idle_since"
 
 POOLER_FOUND = (
-    "There is a pooler, such as PgBouncer, and the driver keeps prepared statements, "
-    'which do not work there. Pass pooler="transaction" to Database.from_url() or '
-    'connect_args=dict({}) to your engine; pooler="session" if that is how it pools.'
+    "A pooler such as PgBouncer loses the statements that this driver prepares. Pass "
+    'pooler="transaction" to Database.from_url(), or connect_args=dict({}) to your '
+    'engine; pooler="session" if that is how it pools.'
 )
-
 PING_AFTER_IDLE = 30.0  # seconds; then a connection is pinged before it is handed out
 CLOSE_SECONDS = 2.0  # what SQLAlchemy gives asyncpg where it terminates a connection
 PING_SECONDS = 3.0  # a new connection is made sooner than a slower answer comes
