@@ -45,6 +45,7 @@ class PgBouncer(Server):
             "auth_type": "any",
             "admin_users": "postgres",
             "max_client_conn": 400,
+            "server_login_retry": 0.05,  # seconds, once the server was away
         }
         lines = (f"{key} = {value}" for key, value in settings.items())
         databases = f"* = host={HOST} port={self._server_port} user=postgres"
