@@ -278,6 +278,7 @@ class Bank:
         proxy.cut_before(self.clock.tick)  # never cuts, sees every trip
         self.db = Database.from_url(
             mortal.backend.through(proxy.port),
+            **mortal.backend.options,
             pool_size=8,
             max_overflow=4,
             pool_timeout=POOL_TIMEOUT,

@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Self
 
 from tests.servers import MariaDB, MariaDBBackend, PostgreSQL, PostgreSQLBackend
+from tests.servers.pgbouncer import PgBouncerBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,11 +32,15 @@ def make_server(kind: str) -> Server:
 class Mortal:
     """An empty database, and the server it is on; up when entered."""
 
-    def __init__(self, server: Server, driver: str) -> None:
+    def __init__(
+        self, server: Server, driver: str, pooler: Server | None = None
+    ) -> None:
         self.server = server
         self._one_at_a_time = threading.Lock()  # also when a waiting task is cancelled
         backend = MariaDBBackend if server.name == "mariadb" else PostgreSQLBackend
         self.backend: ServerBackend = backend(server.port, driver)
+        if pooler is not None:
+            self.backend = PgBouncerBackend(server.port, pooler.port, driver)
 
     async def __aenter__(self) -> Self:
         await self.start()
