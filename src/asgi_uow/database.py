@@ -11,7 +11,7 @@ from weakref import ref
 
 from asgi_uow import errors
 from asgi_uow._databases import configuration
-from asgi_uow._databases.engines import Engines
+from asgi_uow._databases.engines import Engines, check_databases
 from asgi_uow._databases.health import check
 from asgi_uow._decision import UNDECIDED, WRITABLE, Cause, State, decide_exit, rollback
 from asgi_uow._unit.finish import end_unit
@@ -79,26 +79,30 @@ class Database(Engines):
         commit_on_exit: bool = True,
         resolve_unknown: bool = False,
         read_isolation: Literal["REPEATABLE READ"] | None = None,
-        **engine_options: Any,
+        **engine_and_session_options: Any,
     ) -> Self:
         """Create the engines with defaults that suit the database.
 
         A URL without a driver, such as `mysql://...`, gets the async one.
-        `engine_options`, for writer and readers, are those of `create_async_engine` and
-        win over the defaults. The middleware closes the engines at lifespan shutdown.
+        Other options are those of `Session`, or of `create_async_engine`, which win
+        over the defaults. The middleware closes the engines at lifespan shutdown.
 
         Raises `ConfigurationError` for a URL or option that cannot work and
         `MissingDriverError`, naming the extra, where the driver is not installed.
         """
-        create = configuration.create_engine
+        create, options = configuration.create_engine, engine_and_session_options
+        names = configuration.OF_SESSIONS & options.keys()
+        session_options = {name: options.pop(name) for name in names}
+        configuration.check({"read_urls": read_urls})
         database = cls(
             None,
-            readers=[create(each, engine_options) for each in read_urls],
+            readers=[create(each, options) for each in read_urls],
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
+            **session_options,
         )
-        database.use(create(url, engine_options), create(url, engine_options))
+        database.use(create(url, options), create(url, options))
         database.owns_engines = True
         return database
 
@@ -176,9 +180,7 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
     is_entered: bool = False
 
     def __init__(self, *databases: Engines, independent: bool = False) -> None:
-        if not databases:
-            message = "unit_of_work() needs at least one Database."
-            raise TypeError(message)
+        check_databases("unit_of_work(db)", databases)
         self.databases = databases
         self.independent = independent
 

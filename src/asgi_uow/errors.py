@@ -64,6 +64,13 @@ class EngineNotInitialisedError(AsgiUowError, RuntimeError):
     template = "No engine: create it with Database.from_url(url), or assign db.engine."
 
 
+WRONG_ORDER = (  # where there is a middleware in the process
+    "{} needs a unit of work, and UnitOfWorkMiddleware is not around this code. In a "
+    "request put it outside of what asks for one (`add_middleware`: the last one is "
+    "outermost); elsewhere use `async with db:` (once per message of a websocket)."
+)
+
+
 class NoUnitOfWorkError(AsgiUowError, LookupError):
     """There is no unit of work in this context."""
 
@@ -112,7 +119,8 @@ class ManagedTransactionError(AsgiUowError, RuntimeError):
     template = (
         "{} was called by hand inside a unit of work, which ends by itself when the "
         "response starts. Use set_rollback_only(reason) to have nothing kept, "
-        "savepoint() for a part that may fail, or flush() to send changes now."
+        "savepoint() for a part that may fail, or flush() to send changes now. "
+        "Database(..., commit_flushes=True) has a library's commit() flush."
     )
 
 

@@ -16,6 +16,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import known
+from asgi_uow._databases.configuration import OF_SESSIONS, check
 from asgi_uow._databases.health import Replica
 from asgi_uow._databases.pool import attach_listeners
 from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
 
-# Options of SQLAlchemy's `Session` that are the unit of work's to set.
-RESERVED = {"sync_session_class", "close_resets_only", "bind", "autocommit"}
 READ_OPTIONS = {
     "autoflush": False,
     "twophase": False,
@@ -54,12 +53,13 @@ class Engines:
         read_isolation: Literal["REPEATABLE READ"] | None = None,
         **session_options: Any,
     ) -> None:
-        for name in sorted(RESERVED & session_options.keys()):
-            message = f"The session option {name!r} belongs to asgi-uow; leave it out."
+        for name in sorted(session_options.keys() - OF_SESSIONS):
+            message = (
+                f"{name!r} is no option of a session, or belongs to asgi-uow. Those of "
+                "the engine go to create_async_engine() or Database.from_url()."
+            )
             raise ConfigurationError(message)
-        if read_isolation not in {None, "REPEATABLE READ"}:
-            message = f"read_isolation is 'REPEATABLE READ' or None: {read_isolation!r}"
-            raise ConfigurationError(message)
+        check(locals() | session_options)
         self.commit_on_exit = commit_on_exit
         self.resolve_unknown = resolve_unknown
         self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
@@ -259,6 +259,15 @@ async def cancel_statements(cancel_sql: list[tuple[Engine, str]]) -> None:
 async def _execute_aside(engine: Engine, statement: str) -> None:
     async with _aside(AsyncEngine(engine)) as aside, aside.connect() as connection:
         await connection.exec_driver_sql(statement)
+
+
+def check_databases(where: str, databases: Sequence[object]) -> None:
+    """Raise `TypeError` for what is no `Database`, and where there is none."""
+    for each in databases or (None,):
+        if not isinstance(each, Engines):
+            message = f"{where} needs a Database, not {type(each).__name__}: "
+            message += "make it with Database.from_url(url) or Database(engine)."
+            raise TypeError(message)
 
 
 def _check_engine(engine: object) -> None:

@@ -13,6 +13,7 @@ import sqlite3
 import weakref
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -218,9 +219,19 @@ def _take_steps(steps: list[Callable[[], T]]) -> T | None:
     return result
 
 
+def _open(database: str, **options: Any) -> sqlite3.Connection:
+    try:
+        return sqlite3.connect(database, **options)
+    except sqlite3.OperationalError as error:
+        path = database.removeprefix("file:").partition("?")[0]
+        if not (folder := Path(path).absolute().parent).is_dir():
+            error.args = (f"{error}: there is no folder {str(folder)!r}",)
+        raise
+
+
 def connect(database: str, iter_chunk_size: int = CHUNK, **options: Any) -> Connection:
     """Stand in for `aiosqlite.connect`."""
-    connection = Connection(lambda: sqlite3.connect(database, **options))
+    connection = Connection(partial(_open, database, **options))
     connection._iter_chunk_size = iter_chunk_size  # noqa: SLF001  # aiosqlite's own
     # aiosqlite before 0.22 is a thread, later ones have one.
     thread: Any = getattr(connection, "_thread", connection)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from asgi_uow import errors
 from asgi_uow._databases.driver_errors import stacktrace_of
+from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.managed import Shared
+from asgi_uow._sessions.session import Session
 from asgi_uow._unit.hooks import MOST_BY_HOOKS, NO_HOOKS, Hooks
 from asgi_uow._unit.participant import Participant
 from asgi_uow.observers import LoggingObserver, UnitStarted, notify
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._sessions.session import Session
     from asgi_uow._unit.hooks import Hook
     from asgi_uow.observers import Event, Observer
 
@@ -212,6 +213,7 @@ class UnitOfWork:
 
     def _around(self, operation: str, db: Engines) -> UnitOfWork:
         if self.around is None or not self.is_nested:
+            check_databases(operation, (db,))
             raise errors.UnknownDatabaseError(operation, db)
         return self.around
 
@@ -274,6 +276,15 @@ class UnitOfWork:
         """Tell whether it, or a unit around that ends later, holds the one writer."""
         units = (self, *self.outwards()) if db.facts.SINGLE_WRITER else ()
         return any(each.holds(db) for each in units)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            hint = (
+                ": `uow.session()` gives its session" if hasattr(Session, name) else ""
+            )
+            message = f"'UnitOfWork' object has no attribute {name!r}{hint}"
+            raise AttributeError(message, name=name, obj=self)
 
     def __repr__(self) -> str:
         names = [db.name for db in self.databases]
