@@ -63,7 +63,8 @@ class Database(Engines):
     `force_commit()` is called. `resolve_unknown=True` (PostgreSQL): one more round trip
     before each COMMIT, so that one whose answer was lost can be settled.
     `read_isolation="REPEATABLE READ"` gives the reads of a read session one snapshot,
-    at the price of a transaction. All other options are those of SQLAlchemy's
+    at the price of a transaction. `commit_flushes=True`: the `commit()` of a library
+    flushes, and the unit still decides. All other options are those of SQLAlchemy's
     `Session`; `expire_on_commit` is False unless passed.
 
     Create it at import time or at start-up; nothing connects before first use.
@@ -79,6 +80,7 @@ class Database(Engines):
         commit_on_exit: bool = True,
         resolve_unknown: bool = False,
         read_isolation: Literal["REPEATABLE READ"] | None = None,
+        commit_flushes: bool = False,
         **engine_and_session_options: Any,
     ) -> Self:
         """Create the engines with defaults that suit the database.
@@ -100,6 +102,7 @@ class Database(Engines):
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
+            commit_flushes=commit_flushes,
             **session_options,
         )
         database.use(create(url, options), create(url, options))
@@ -118,9 +121,10 @@ class Database(Engines):
         `sqlalchemy.pool`), each with the prefix. Values may be strings; one that does
         not cast raises `ConfigurationError`. Warns of a key that looks misspelt.
         """
-        config = configuration.read(mapping, prefix)
-        urls = config.read_urls
-        return cls.from_url(config.url, read_urls=urls, **config.engine_options)
+        found = configuration.read(mapping, prefix)
+        return cls.from_url(
+            found.url, read_urls=found.read_urls, **found.engine_options
+        )
 
     @property
     def write(self) -> Session:

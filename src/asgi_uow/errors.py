@@ -64,19 +64,17 @@ class EngineNotInitialisedError(AsgiUowError, RuntimeError):
     template = "No engine: create it with Database.from_url(url), or assign db.engine."
 
 
-WRONG_ORDER = (  # where there is a middleware in the process
-    "{} needs a unit of work, and UnitOfWorkMiddleware is not around this code. In a "
-    "request put it outside of what asks for one (`add_middleware`: the last one is "
-    "outermost); elsewhere use `async with db:` (once per message of a websocket)."
-)
-
-
 class NoUnitOfWorkError(AsgiUowError, LookupError):
     """There is no unit of work in this context."""
 
     template = (
         "{} needs a unit of work: add UnitOfWorkMiddleware to the application, or use "
         "`async with db:` outside a request (once per message of a websocket)."
+    )
+    wrong_order = (  # the template where the process has a middleware
+        "{} needs a unit of work, and UnitOfWorkMiddleware is not around this code. In "
+        "a request put it outside of what asks (`add_middleware`: the last is outside);"
+        " elsewhere use `async with db:` (once per message of a websocket)."
     )
 
 

@@ -105,12 +105,10 @@ async def test_unit_used_as_a_session(db: Database) -> None:
     async with db as unit:
         session: Any = unit
         for name in ("execute", "scalars", "add", "commit", "begin_nested"):
-            with pytest.raises(AttributeError, match=rf"{name}.*`uow\.session\(\)`"):
+            with pytest.raises(
+                AttributeError, match=r"its session is uow\.session\(\)"
+            ):
                 getattr(session, name)
-        with pytest.raises(
-            AttributeError, match=r"^'UnitOfWork' object has no .*'xyz'$"
-        ):
-            _ = session.xyz
         assert not hasattr(session, "execute")
 
 
@@ -124,7 +122,7 @@ async def test_outside_of_the_middleware(db: Database) -> None:
             NoUnitOfWorkError, match="is not around this code"
         ) as caught:
             uow.current_session()
-        assert "the last one is outermost" in str(caught.value)
+        assert "the last is outside" in str(caught.value)
         await inner(scope, receive, send)
 
     assert 200 == (await request(authenticate)).status

@@ -88,10 +88,8 @@ def _url(value: object) -> str | sa.URL:
     return value if isinstance(value, sa.URL) else str(value).strip()
 
 
-def _urls(value: object) -> tuple[str | sa.URL, ...]:
+def _urls(value: Any) -> tuple[str | sa.URL, ...]:
     parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)):
-        raise TypeError(parts)
     return tuple(filter(None, map(_url, parts)))
 
 

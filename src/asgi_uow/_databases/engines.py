@@ -51,17 +51,17 @@ class Engines:
         commit_on_exit: bool = True,
         resolve_unknown: bool = False,
         read_isolation: Literal["REPEATABLE READ"] | None = None,
+        commit_flushes: bool = False,
         **session_options: Any,
     ) -> None:
         for name in sorted(session_options.keys() - OF_SESSIONS):
-            message = (
-                f"{name!r} is no option of a session, or belongs to asgi-uow. Those of "
-                "the engine go to create_async_engine() or Database.from_url()."
-            )
+            message = f"{name!r} is no option of a session, or belongs to asgi-uow. "
+            message += "An engine's go to create_async_engine() or Database.from_url()."
             raise ConfigurationError(message)
         check(locals() | session_options)
         self.commit_on_exit = commit_on_exit
         self.resolve_unknown = resolve_unknown
+        self.commit_flushes = commit_flushes
         self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
         self._readers = tuple(readers)
         for reader in self._readers:

@@ -68,7 +68,7 @@ class UnitOfWorkMiddleware:
         if is_async(commit_when):
             message = "commit_when cannot be async: a handler can set_rollback_only()."
             raise TypeError(message)
-        errors.NoUnitOfWorkError.template = errors.WRONG_ORDER
+        errors.NoUnitOfWorkError.template = errors.NoUnitOfWorkError.wrong_order
         self.app = app
         self.databases = databases
         self.commit_when = commit_when

@@ -16,15 +16,16 @@ from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.managed import Shared
-from asgi_uow._sessions.session import Session
 from asgi_uow._unit.hooks import MOST_BY_HOOKS, NO_HOOKS, Hooks
 from asgi_uow._unit.participant import Participant
 from asgi_uow.observers import LoggingObserver, UnitStarted, notify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from typing import Never
 
     from asgi_uow._databases.engines import Engines
+    from asgi_uow._sessions.session import Session
     from asgi_uow._unit.hooks import Hook
     from asgi_uow.observers import Event, Observer
 
@@ -277,14 +278,15 @@ class UnitOfWork:
         units = (self, *self.outwards()) if db.facts.SINGLE_WRITER else ()
         return any(each.holds(db) for each in units)
 
-    if not TYPE_CHECKING:
+    if not TYPE_CHECKING:  # not __getattr__, which makes all attributes slow
 
-        def __getattr__(self, name: str) -> object:
-            hint = (
-                ": `uow.session()` gives its session" if hasattr(Session, name) else ""
-            )
-            message = f"'UnitOfWork' object has no attribute {name!r}{hint}"
-            raise AttributeError(message, name=name, obj=self)
+        @property
+        def execute(self) -> Never:
+            message = "This is the unit of work; its session is uow.session()."
+            raise AttributeError(message)
+
+        add = add_all = begin_nested = commit = delete = flush = get = execute
+        merge = refresh = rollback = scalar = scalars = stream = execute
 
     def __repr__(self) -> str:
         names = [db.name for db in self.databases]
