@@ -213,6 +213,14 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
             asyncio.run_coroutine_threadsafe(end, self._loop)
 
 
+def _is_no_session(_: UnitOfWork) -> None:
+    message = "`async with db` gives the unit of work; its session is uow.session()."
+    raise AttributeError(message)
+
+
+for _name in ("add", "commit", "execute", "flush", "get", "scalar", "scalars"):
+    setattr(UnitOfWork, _name, property(_is_no_session))
+
 DEFAULTS = UnitOptions()
 NOTHING: tuple[int, Callable[[], unit_of_work | None]] = 0, lambda: None
 LEAVING = "db.__aexit__() in another context (keep a unit_of_work(db) for that)"

@@ -86,26 +86,27 @@ async def test_session_options_of_from_url(backend: Backend) -> None:
     async with db:
         assert not db.write.sync_session.autoflush
         assert "from_url" == db.write.info["from"]
-        connection = await db.write.connection()
-        assert 1 == connection.sync_connection.get_execution_options()["a"]
-    assert 3 == db.engine.pool.size()
+        assert 1 == db.engine.sync_engine.get_execution_options()["a"]
+    assert "Pool size: 3" in db.engine.pool.status()
     await db.dispose()
 
 
 @pytest.mark.parametrize("option", ["bind", "sync_session_class", "close_resets_only"])
 def test_options_that_belong_to_the_unit(option: str) -> None:
     """They are refused, wherever they are given."""
-    for make in (Database, Database.from_url):
-        where: Any = URL if make == Database.from_url else create_async_engine(URL)
-        with pytest.raises(ConfigurationError, match=option):
-            make(where, **{option: None})
+    options: Any = {option: None}
+    with pytest.raises(ConfigurationError, match=option):
+        Database(create_async_engine(URL), **options)
+    with pytest.raises(ConfigurationError, match=option):
+        Database.from_url(URL, **options)
 
 
 @pytest.mark.parametrize("option", ["pool_size", "echo", "poolsize"])
 def test_engine_options_beside_an_engine(option: str) -> None:
     """`Database(engine)` takes options of sessions; the others belong to the engine."""
+    options: Any = {option: 5}
     with pytest.raises(ConfigurationError, match=f"'{option}' is no option .*from_url"):
-        Database(create_async_engine(URL), **{option: 5})
+        Database(create_async_engine(URL), **options)
 
 
 def test_one_reader_instead_of_a_list() -> None:

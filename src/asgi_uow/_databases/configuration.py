@@ -36,9 +36,9 @@ ONE_CONNECTION: Mapping[str, object] = {
     "pool_recycle": -1,
 }
 
-# Options of SQLAlchemy's `Session` but for those of engines, and the unit of work's.
-OF_SESSIONS = set(inspect.signature(orm.Session).parameters)
-OF_SESSIONS -= {"autocommit", "bind", "close_resets_only", "execution_options"}
+# Of SQLAlchemy's `Session`; not those of engines or for the unit of work to set.
+_NOT_TAKEN = {"autocommit", "bind", "close_resets_only", "execution_options"}
+OF_SESSIONS = set(inspect.signature(orm.Session).parameters) - _NOT_TAKEN
 
 _BOOLEAN = "True or False", (True, False).__contains__
 _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (

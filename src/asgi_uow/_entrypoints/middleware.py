@@ -49,7 +49,8 @@ class UnitOfWorkMiddleware:
     `commit_timeout`: seconds for COMMIT; past it the outcome is UNKNOWN.
     `hook_timeout`: seconds for each hook. None is no limit.
 
-    Raises `TypeError` if no database is given, and for an async `commit_when`.
+    Raises `TypeError` for what is no `Database` and for an async `commit_when`,
+    `ConfigurationError` for another option that cannot work.
     """
 
     def __init__(  # the public options, each of its own

@@ -22,7 +22,6 @@ from asgi_uow.observers import LoggingObserver, UnitStarted, notify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from typing import Never
 
     from asgi_uow._databases.engines import Engines
     from asgi_uow._sessions.session import Session
@@ -277,16 +276,6 @@ class UnitOfWork:
         """Tell whether it, or a unit around that ends later, holds the one writer."""
         units = (self, *self.outwards()) if db.facts.SINGLE_WRITER else ()
         return any(each.holds(db) for each in units)
-
-    if not TYPE_CHECKING:  # not __getattr__, which makes all attributes slow
-
-        @property
-        def execute(self) -> Never:
-            message = "This is the unit of work; its session is uow.session()."
-            raise AttributeError(message)
-
-        add = add_all = begin_nested = commit = delete = flush = get = execute
-        merge = refresh = rollback = scalar = scalars = stream = execute
 
     def __repr__(self) -> str:
         names = [db.name for db in self.databases]
