@@ -89,6 +89,7 @@ def test_swapped(app: Any) -> None:
         ("hook_timeout", "5", "seconds above 0, or None"),
         ("observers", print, "a list of functions"),
         ("observers", ["logging"], "a list of functions"),
+        ("causal_reads", "secret", r"CausalReads\(secret\), or None"),
         ("error_app", "app", "an ASGI application, or None"),
     ],
 )

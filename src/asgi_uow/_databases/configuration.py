@@ -40,10 +40,12 @@ ONE_CONNECTION: Mapping[str, object] = {
 _NOT_TAKEN = {"autocommit", "bind", "close_resets_only", "execution_options"}
 OF_SESSIONS = set(inspect.signature(orm.Session).parameters) - _NOT_TAKEN
 
+# Names of options, what they must be, and a function that tells whether a value is.
 _BOOLEAN = "True or False", (True, False).__contains__
 _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("app", "the application, which comes first", callable),
     ("autoflush commit_flushes commit_on_exit", *_BOOLEAN),
+    ("causal_reads", "CausalReads(secret), or None", lambda it: callable(it.positions)),
     ("commit_timeout hook_timeout", "seconds above 0, or None", lambda it: it > 0),
     ("commit_when", "a function of status and headers", callable),
     ("echo echo_pool", "a boolean or 'debug'", (0, 1, None, "debug").__contains__),
@@ -64,7 +66,7 @@ def check(options: Mapping[str, Any]) -> None:
     for names, kind, is_right in _RULES:
         for name in options.keys() & names.split():
             value = options[name]
-            with suppress(TypeError):
+            with suppress(AttributeError, TypeError):
                 if (value is None and kind.endswith("None")) or is_right(value):
                     continue
             shown = value if isinstance(value, int | float) else type(value).__name__
