@@ -43,7 +43,7 @@ def test_no_database(use: Callable[[Any], object], wrong: object, message: str) 
     with pytest.raises(TypeError) as caught:
         use(wrong)
     assert message in str(caught.value)
-    assert "needs a Database" in str(caught.value)
+    assert "needs at least one Database" in str(caught.value)
 
 
 @pytest.mark.parametrize(("wrong", "message"), NO_DATABASES[:3])

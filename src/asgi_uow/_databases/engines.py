@@ -265,8 +265,8 @@ def check_databases(where: str, databases: Sequence[object]) -> None:
     """Raise `TypeError` for what is no `Database`, and where there is none."""
     for each in databases or (None,):
         if not isinstance(each, Engines):
-            message = f"{where} needs a Database, not {type(each).__name__}: "
-            message += "make it with Database.from_url(url) or Database(engine)."
+            message = f"{where} needs at least one Database, not {type(each).__name__}"
+            message += ": make it with Database.from_url(url) or Database(engine)."
             raise TypeError(message)
 
 
