@@ -15,6 +15,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import known
+from asgi_uow._databases.configuration import OF_SESSIONS, check
 from asgi_uow._databases.health import Replica
 from asgi_uow._databases.pool import Use, attach_listeners
 from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
 
-# Options of SQLAlchemy's `Session` that are the unit of work's to set.
-RESERVED = {"sync_session_class", "close_resets_only", "bind", "autocommit"}
 READ_OPTIONS = {
     "autoflush": False,
     "twophase": False,
@@ -40,7 +39,6 @@ CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement ther
 class Engines:
     is_memory: bool = False
     owns_engines: bool = False
-    on_begin: Any = None
     _engine: AsyncEngine | None = None
     _read_engine: AsyncEngine | None = None
 
@@ -53,22 +51,19 @@ class Engines:
         resolve_unknown: bool = False,
         read_isolation: Literal["REPEATABLE READ"] | None = None,
         pooler: Literal["transaction", "session"] | None = None,
+        commit_flushes: bool = False,
         **session_options: Any,
     ) -> None:
-        for name in sorted(RESERVED & session_options.keys()):
-            message = f"The session option {name!r} belongs to asgi-uow; leave it out."
+        for name in sorted(session_options.keys() - OF_SESSIONS):
+            message = f"{name!r} is no option of a session, or belongs to asgi-uow. "
+            message += "An engine's go to create_async_engine() or Database.from_url()."
             raise ConfigurationError(message)
-        if read_isolation not in {None, "REPEATABLE READ"}:
-            message = f"read_isolation is 'REPEATABLE READ' or None: {read_isolation!r}"
-            raise ConfigurationError(message)
-        if pooler not in {None, "transaction", "session"}:
-            message = f"pooler is 'transaction', 'session' or None: {pooler!r}"
-            raise ConfigurationError(message)
+        check(locals() | session_options)
         self.commit_on_exit = commit_on_exit
         self.resolve_unknown = resolve_unknown
+        self.commit_flushes = commit_flushes
         self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
         self.pooler: Literal["transaction", "session"] | None = pooler
-        self.reads_in_transactions: bool = pooler == "transaction"  # each in its own
         self._readers = tuple(readers)
         for reader in self._readers:
             _check_engine(reader)
@@ -120,9 +115,8 @@ class Engines:
 
     def _make_readers_read_only(self) -> None:
         """At once: a connection that is in the pool already stays what it is."""
-        level = self.read_isolation or ("READ COMMITTED" if self.on_begin else None)
         for each in filter(None, (self._read_engine, *self._readers)):
-            attach_listeners(each, Use(True, level, self.pooler))  # noqa: FBT003
+            attach_listeners(each, Use(True, self.read_isolation, self.pooler))  # noqa: FBT003
 
     @property
     def read_engine(self) -> AsyncEngine:
@@ -264,6 +258,15 @@ async def cancel_statements(cancel_sql: list[tuple[Engine, str]]) -> None:
 async def _execute_aside(engine: Engine, statement: str) -> None:
     async with _aside(AsyncEngine(engine)) as aside, aside.connect() as connection:
         await connection.exec_driver_sql(statement)
+
+
+def check_databases(where: str, databases: Sequence[object]) -> None:
+    """Raise `TypeError` for what is no `Database`, and where there is none."""
+    for each in databases or (None,):
+        if not isinstance(each, Engines):
+            message = f"{where} needs at least one Database, not {type(each).__name__}"
+            message += ": make it with Database.from_url(url) or Database(engine)."
+            raise TypeError(message)
 
 
 def _check_engine(engine: object) -> None:
