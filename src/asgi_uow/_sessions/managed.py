@@ -80,6 +80,7 @@ class ManagedSession(orm.Session):
     connected: float | None = None  # since when it holds one of its own: perf_counter()
     held: float = 0.0  # for how many seconds it held those that it has given back
     driver_exposed: bool = False  # whether somebody was given the connection
+    cursors: Sequence[CursorResult[Any]] = ()  # on the server, of a read session
     follows_savepoints: bool = False
 
     def begin(self, nested: bool = False) -> orm.SessionTransaction:  # noqa: FBT001, FBT002
@@ -178,7 +179,6 @@ class ReadOnlySession(ManagedSession):
 
     sibling: ManagedSession | None = None  # the write session of the unit
     executing: int = 0  # statements: of several tasks, or one for the rows of another
-    cursors: Sequence[CursorResult[Any]] = ()  # on the server, with rows to come
 
     @property
     def writer(self) -> ManagedSession | None:

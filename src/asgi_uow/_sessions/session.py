@@ -63,6 +63,8 @@ def _guarded(method: Call) -> Call:
             raise
         finally:
             lock.release()
+        if self.sync_session.cursors:
+            await self.give_back()
         if self.shared.savepoints.due:
             await self.call_due()
         return result
