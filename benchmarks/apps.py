@@ -82,6 +82,7 @@ def by_hand(
     stack: AsyncExitStack,
     *,
     sends_commit: bool = True,
+    times: int = 1,
     **engine_options: Any,
 ) -> ASGIApp:
     """Make the code people write, on an engine with these options."""
@@ -92,7 +93,8 @@ def by_hand(
 
     async def execute(scope: Scope) -> None:  # noqa: ARG001
         async with sessions.begin() as session:
-            await session.execute(statement)
+            for _ in range(times):
+                await session.execute(statement)
 
     return handler(execute)
 
@@ -106,12 +108,19 @@ def ours(
     session: Callable[[], AsyncSession],
     url: str,
     stack: AsyncExitStack,
+    *,
+    times: int = 1,
+    holds: bool = False,
 ) -> ASGIApp:
+    """Make the same with our middleware; one that `holds` keeps its connection."""
     database = Database.from_url(url)
     stack.push_async_callback(database.dispose)
 
     async def execute(scope: Scope) -> None:  # noqa: ARG001
-        await session().execute(statement)
+        if holds:
+            await session().connection()
+        for _ in range(times):
+            await session().execute(statement)
 
     return UnitOfWorkMiddleware(handler(execute), database)
 

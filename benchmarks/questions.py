@@ -33,6 +33,13 @@ PLACES = {  # and SQLAlchemy's dialects
     "postgresql-psycopg": "postgresql+psycopg",
 }
 HOOKS = 10
+READS = 10
+ALIKE: dict[str, Any] = {
+    "isolation_level": "AUTOCOMMIT",
+    "skip_autocommit_rollback": True,
+    "pool_reset_on_return": None,
+}
+"""Options of an engine that sends what our read engines send."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,6 +96,8 @@ def _questions() -> Iterable[Question]:
     for place in PLACES:
         yield Question(f"select-{place}", _selecting(place), place)
     for place in PLACES:
+        yield Question(f"reads-{place}", _reading(), place, parts=READS)
+    for place in PLACES:
         yield Question(f"insert-{place}", _inserting(), place)
 
 
@@ -104,19 +113,25 @@ def _without_database(
 
 
 def _selecting(place: str) -> dict[str, Maker]:
-    alike: dict[str, Any] = {
-        "isolation_level": "AUTOCOMMIT",
-        "skip_autocommit_rollback": True,
-        "pool_reset_on_return": None,
-    }
     # In AUTOCOMMIT mode SQLAlchemy still commits. PostgreSQL's drivers know that
     # nothing is open; the others ask the database: a trip more than ours makes.
-    with_commit = {"with a COMMIT": partial(apps.by_hand, SELECT, **alike)}
+    with_commit = {"with a COMMIT": partial(apps.by_hand, SELECT, **ALIKE)}
     return {
-        "same trips": partial(apps.by_hand, SELECT, sends_commit=False, **alike),
+        "same trips": partial(apps.by_hand, SELECT, sends_commit=False, **ALIKE),
         **({} if place.startswith("postgresql") else with_commit),
         "as written": partial(apps.by_hand, SELECT),
         "ours": partial(apps.ours, SELECT, current_read_session),
+    }
+
+
+def _reading() -> dict[str, Maker]:
+    """Several reads of one request, on one connection or on one for each."""
+    by_hand = partial(apps.by_hand, SELECT, times=READS, sends_commit=False, **ALIKE)
+    ours = partial(apps.ours, SELECT, current_read_session, times=READS)
+    return {
+        "by hand, held": by_hand,
+        "ours, held": partial(ours, holds=True),
+        "ours, given back": ours,
     }
 
 

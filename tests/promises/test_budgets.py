@@ -176,7 +176,7 @@ async def test_two_phase_reads(backend: ServerBackend) -> None:
     ("handler", "before", "after", "released"),
     [
         (nothing, [0, 0], [0, 0], []),
-        (select, [0, 1], [0, 1], ["read"]),
+        (select, [0, 0], [0, 0], ["read"]),
         (insert, [1, 0], [0, 0], ["write"]),
         (insert_and_select, [1, 0], [0, 0], ["write"]),
     ],
@@ -188,7 +188,7 @@ async def test_connections_held(
     after: list[int],
     released: list[str],
 ) -> None:
-    """A writer's connection is back before the start leaves, a reader's at the end."""
+    """A writer's connection is back before the start leaves, a reader's at once."""
     counts = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -126,7 +126,7 @@ async def test_gather_on_the_read_session(db: Database) -> None:
             session = uow.current_read_session()
             sessions.add(session)
             answer = await session.scalar(f"SELECT {number}")
-            assert [0, 1] == checked_out(db)
+            assert checked_out(db) in ([0, 0], [0, 1])
             return int(answer)
 
         async def handler() -> None:

@@ -421,7 +421,7 @@ async def test_read_session_that_cannot_be_closed(db: Database) -> None:
         raise ZeroDivisionError
 
     async def handler() -> None:
-        await uow.current_read_session().execute("SELECT 1")
+        await uow.current_read_session().connection()
         for name in ("rollback", "invalidate"):
             event.listen(target, name, broken)
 

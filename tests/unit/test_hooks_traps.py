@@ -460,7 +460,7 @@ async def test_listener_that_breaks_giving_back(db: Database) -> None:
 
     async def handler() -> None:
         session = uow.current_read_session()
-        await session.scalar(shop.COUNT)
+        await session.connection()
         event.listen(session.sync_session, "after_transaction_end", fail, once=True)
         uow.after_commit(called.append, "hook")
 

@@ -158,7 +158,7 @@ async def test_base_exception_at_the_end(
     event.listen(target, name, stop, once=True)
 
     async def reading() -> None:
-        await current_read_session().execute("SELECT 1")
+        await current_read_session().connection()
 
     response = Response()
     status = 404 if where in {"ROLLBACK", "closing"} else 200

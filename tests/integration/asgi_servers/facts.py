@@ -111,11 +111,27 @@ async def left_in_stream(child: Child) -> None:
         client = await child.send(get(f"/streams/{number}?port={gate.port}"))
         assert 200 == await client.read_status()
         held = await gate.reached()
-        assert 1 == await child.state("checked_out")
+        assert 0 == await child.state("checked_out")
         await client.leave()
         await held.left()
     await child.check_no_leak()
     assert await child.kept(number)
+
+
+@fact
+async def idle_streams(child: Child) -> None:
+    """Streams that have read and wait hold no connection, however many they are."""
+    numbers = [next(child.numbers) for _ in range(20)]  # more than the pools have
+    async with Gate() as gate:
+        paths = [f"/streams/{number}?port={gate.port}" for number in numbers]
+        clients = [await child.send(get(path)) for path in paths]
+        held = [await gate.reached() for _ in clients]
+        assert 0 == await child.state("checked_out")
+        for each in held:
+            await each.let_go()
+        answers = [Answer.parse(await each.read_to_end()) for each in clients]
+    assert ["kept: 1."] * len(clients) == [each.text for each in answers]
+    await child.check_no_leak()
 
 
 @ending_fact
