@@ -67,6 +67,9 @@ class Driver(_Facts):
     def cut_off(self, _: Any, /) -> None:  # what waits for the server fails at once
         return None
 
+    def socket(self, _: Any, /) -> Any:  # or what has its fileno()
+        return None
+
 
 class NoLock:
     """In place of SQLAlchemy's, which 2.0 has for asyncmy and asyncpg alone."""

@@ -16,7 +16,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_uow._concurrency import bounded
 from asgi_uow._databases import driver_errors as failures
-from asgi_uow._databases import known
+from asgi_uow._databases import known, loops
 from asgi_uow._databases.connection import (
     ERROR_SEEN,
     POLICY,
@@ -65,6 +65,7 @@ def attach_listeners(
             )
             raise ConfigurationError(message)
         return
+    loops.attach(target)
     # Not events of the engine: one listener there costs each statement 50 calls.
     target._connection_cls = ReaderConnection if read_only else Connection  # noqa: SLF001
     target.update_execution_options(**{POLICY: policy})
@@ -108,6 +109,7 @@ class _Policy:
     def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
         """Set up a connection; as the last listener, so nothing set before survives."""
         info, database = entry.info, self.database
+        loops.own(raw_of(dbapi), self.driver)
         info[ABORTING_CODES] = database.set_up(dbapi, read_only=self.read_only)
         if self.read_only:
             self.dialect.set_isolation_level(dbapi, "AUTOCOMMIT")

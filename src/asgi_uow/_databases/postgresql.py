@@ -84,6 +84,9 @@ class Asyncpg(_Driver):
     process_id = methodcaller("get_server_pid")
     cut_off = methodcaller("terminate")
 
+    def socket(self, raw: Any) -> Any:
+        return raw._transport.get_extra_info("socket")  # noqa: SLF001
+
     def is_busy(self, raw: Any) -> bool:
         # Its protocol shows nobody the future for the answer that it waits for; that
         # of a request to cancel stays undone when the connection is lost.
@@ -127,6 +130,9 @@ class Psycopg(_Driver):
         if not raw.closed:
             with socket.socket(fileno=os.dup(raw.fileno())) as same:
                 same.shutdown(socket.SHUT_RDWR)
+
+    def socket(self, raw: Any) -> Any:
+        return None if raw.closed else raw
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return bool(raw.pgconn.transaction_status == PSYCOPG_IN_ERROR)
