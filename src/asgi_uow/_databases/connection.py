@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import closing, suppress
+from contextlib import closing
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +156,7 @@ def cut_off(connections: Iterable[sa.Connection]) -> None:
     for each in connections:
         if not (each.closed or each.invalidated):
             raw = raw_of(each.connection.dbapi_connection)
-            with suppress(RuntimeError):  # its loop is closed
-                known.driver_of(each.dialect).cut_off(raw)
+            known.driver_of(each.dialect).cut_off(raw)
 
 
 def end_calls(driver: known.Driver, raw: Any) -> None:

@@ -18,7 +18,7 @@ from asgi_uow._databases import known
 from asgi_uow.errors import WrongLoopError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator
 
     Loop: TypeAlias = asyncio.AbstractEventLoop
 
@@ -26,6 +26,7 @@ _engines: WeakSet[LoopEngine] = WeakSet()
 _owners: WeakKeyDictionary[object, tuple[Loop, known.Driver]] = WeakKeyDictionary()
 """Whose each driver's connection is that this process has made."""
 _inherited: list[object] = []
+"""What belongs to the process that this one was forked from."""
 
 MUTEX = "_execute_mutex"  # of SQLAlchemy's connection
 
@@ -41,14 +42,16 @@ class LoopEngine(sa.Engine):
     endings: dict[Loop, AsyncGenerator[None]]
     like: sa.Pool
     """How pools are made; they share its listeners, whenever these are attached."""
+    found: dict[Loop | None, sa.Pool]
+    """The pool that it had, with its connections: for the loop that ran then."""
     process: int
     is_memory: bool
 
     @property
     def pool(self) -> sa.Pool:
-        """That of the running loop; raises `WrongLoopError` if it cannot be there."""
+        """That of the running loop."""
         loop = _get_running_loop()
-        if loop is None:
+        if loop is None or self.is_memory:
             return self.like
         return self.pools.get(loop) or self._enter(loop)
 
@@ -61,18 +64,20 @@ class LoopEngine(sa.Engine):
         self.like, self.pools, self.endings = pool, {}, {}
 
     def raw_connection(self) -> sa.PoolProxiedConnection:
-        # In place of the original, which costs a call more here.
-        return (self.pools.get(_get_running_loop()) or self.pool).connect()
+        """Connect; raises `WrongLoopError` for what cannot be in this loop."""
+        loop = _get_running_loop()
+        if self.is_memory and loop not in self.pools and loop is not None:
+            self._move_to(loop)
+        return (self.pools.get(loop) or self.pool).connect()  # or: it costs a call
 
     def _enter(self, loop: Loop) -> sa.Pool:
-        if self.is_memory:
-            self._move_to(loop)
-            return self.like
-        _disown(lambda owner: owner.is_closed())
+        for raw in _connections():
+            if raw in _owners and _owners[raw][0].is_closed():
+                _cut_off(raw)
         for each in [each for each in tuple(self.pools) if each.is_closed()]:
             self.pools.pop(each, None)
             self.endings.pop(each, None)
-        pool = self.like.recreate()
+        pool = self.found.pop(loop, None) or self.like.recreate()
         vars(pool)["dispatch"] = self.like.dispatch
         self.pools[loop], self.endings[loop] = pool, _close_at_end(pool)
         with suppress(StopIteration):
@@ -124,8 +129,7 @@ def attach(engine: Any) -> None:
         pool, engine.__class__ = engine.pool, LoopEngine
         engine.process, engine.is_memory = os.getpid(), known.is_memory(engine.url)
         engine.like = engine.pool = pool
-        if (loop := _get_running_loop()) is not None:
-            engine.pools[loop] = pool  # with the connections that it has
+        engine.found = {_get_running_loop(): pool}
         _engines.add(engine)
 
 
@@ -140,24 +144,42 @@ def belongs_to(loop: Loop) -> WrongLoopError:
     return WrongLoopError(what, "Open a unit of work here: `async with db:`.")
 
 
-def _disown(is_foreign: Callable[[Loop], bool]) -> None:
-    """Have nothing that is done with connections from now on reach their servers."""
-    for raw in [each() for each in _owners.keyrefs()]:
-        owner = _owners.get(raw)
-        if owner is None or not is_foreign(owner[0]):
-            continue
-        _owners.pop(raw, None)
-        sock = owner[1].socket(raw)
-        if sock is not None and sock.fileno() >= 0:
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            os.dup2(nowhere, sock.fileno(), inheritable=False)
-            os.close(nowhere)
+def leave(raw: object, entry: Any) -> bool:
+    """Cut a connection off if it is of another loop, where alone it could be closed."""
+    if raw in _owners and _owners[raw][0] is _get_running_loop():
+        return False
+    if raw in _owners:
+        _cut_off(raw)
+    entry.dbapi_connection = None
+    return True
+
+
+def is_inherited(raw: object) -> bool:
+    """Tell whether it belongs to the process that this one was forked from."""
+    return raw in _inherited
+
+
+def _connections() -> list[object]:
+    # Not list(_owners): other threads connect meanwhile.
+    return [raw for each in _owners.keyrefs() if (raw := each()) is not None]
+
+
+def _cut_off(raw: object) -> None:
+    _, driver = _owners.pop(raw)
+    known.Driver.cut_off(driver, raw)
+    driver.stop(raw)
 
 
 def _begin_process() -> None:
     """Leave all connections to the process that this one was forked from."""
-    _inherited.append([each() for each in _owners.keyrefs()])
-    _disown(lambda _: True)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for raw in _connections():
+        sock = _owners.pop(raw)[1].socket(raw)
+        if sock is not None and sock.fileno() >= 0:
+            # Whoever uses or closes it in this process does not reach the server.
+            os.dup2(nowhere, sock.fileno(), inheritable=False)
+        _inherited.append(raw)
+    os.close(nowhere)
     for engine in _engines:
         _inherited.append((engine.like, engine.pools, engine.endings))
         engine.pool = engine.like.recreate()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 import select
-import socket
 from asyncio import Future
 from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
@@ -124,12 +122,6 @@ class Psycopg(_Driver):
 
     def is_busy(self, raw: Any) -> bool:
         return bool(raw.lock._locked or raw.lock._waiters)  # noqa: SLF001
-
-    def cut_off(self, raw: Any) -> None:
-        # Not close(): what waits for the socket would wait for ever.
-        if not raw.closed:
-            with socket.socket(fileno=os.dup(raw.fileno())) as same:
-                same.shutdown(socket.SHUT_RDWR)
 
     def socket(self, raw: Any) -> Any:
         return None if raw.closed else raw
