@@ -276,7 +276,7 @@ async def test_a_session_in_another_loop(db: Database, backend: Backend) -> None
         def work() -> None:
             asyncio.run(session.execute(text(shop.SELECT)))  # type: ignore[arg-type]
 
-        with pytest.raises(errors.WrongLoopError, match="Open a unit of work here"):
+        with pytest.raises(errors.WrongLoopError, match="Open another here"):
             await to_thread.run_sync(work)
         await shop.insert(2)
     assert [1, 2] == await shop.items(backend)

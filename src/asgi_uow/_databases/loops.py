@@ -141,7 +141,8 @@ def own(raw: object, driver: known.Driver) -> None:
 def belongs_to(loop: Loop) -> WrongLoopError:
     """Make the error for a session that is used in another loop than its own."""
     what = f"This session is of {loop}"
-    return WrongLoopError(what, "Open a unit of work here: `async with db:`.")
+    remedy = "Open another here: `async with unit_of_work(db, independent=True):`."
+    return WrongLoopError(what, remedy)
 
 
 def leave(raw: object, entry: Any) -> bool:
