@@ -175,10 +175,8 @@ class TaskLock:
     # Overlap is what counts: frameworks switch tasks within one request.
     __slots__ = ("_depth", "_elsewhere", "_waiting", "loop", "owner")
 
-    def __init__(
-        self, elsewhere: Callable[[AbstractEventLoop], Exception] = RuntimeError
-    ) -> None:
-        """`elsewhere` makes the error for a task of another loop than the first."""
+    def __init__(self, elsewhere: type[Exception] = RuntimeError) -> None:
+        """`elsewhere` is raised for a task of another loop than the first."""
         self.owner: AnyTask | None = None
         self.loop: AbstractEventLoop | None = None
         self._elsewhere = elsewhere
@@ -207,7 +205,7 @@ class TaskLock:
         """Wait until it is this task's turn; then the lock is taken."""
         loop = asyncio.get_running_loop()
         if self.loop is not loop and self.loop is not None:
-            raise self._elsewhere(self.loop)
+            raise self._elsewhere(repr(self.loop))
         granted = loop.create_future()
         entry = (task, granted)
         self._waiting.append(entry)

@@ -130,7 +130,11 @@ class WrongLoopError(AsgiUowError, RuntimeError):
     to the loop that uses it, and to the process that made it.
     """
 
-    template = "{}, and cannot be used in another event loop or process. {}"
+    template = (
+        "This session, or in-memory database, is of {}, and cannot be used in another "
+        "event loop or process. Open another unit of work here, `async with "
+        "unit_of_work(db, independent=True):`; use a file in place of memory."
+    )
 
 
 class TransactionGoneError(AsgiUowError, RuntimeError):

@@ -20,6 +20,7 @@ async def run(url: str, name: str) -> None:
     command = [sys.executable, "-m", "tests.databases.forks", url, name]
     done = await run_process(command, cwd=ROOT, check=False)
     assert (0, b"") == (done.returncode, done.stdout), done.stderr.decode()
+    assert b"nobody has left" not in done.stderr
 
 
 FORKS = {
@@ -27,6 +28,7 @@ FORKS = {
     "twice": [1, 2, 3],
     "while_used": [1, 2, 3, 4],
     "unit_of_parent": [1, 2],
+    "dropped_unit": [1, 2],
 }
 
 

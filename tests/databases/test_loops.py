@@ -258,7 +258,7 @@ async def test_memory_in_two_loops() -> None:
 
     async with db:
         await db.write.execute("CREATE TABLE items (id INTEGER PRIMARY KEY)")
-    with pytest.raises(errors.WrongLoopError, match=r"running=True.*database file"):
+    with pytest.raises(errors.WrongLoopError, match=r"running=True.*use a file"):
         await to_thread.run_sync(work)
     assert 1 == await insert(db, 2)
     await db.dispose()
@@ -274,9 +274,11 @@ async def test_a_session_in_another_loop(db: Database, backend: Backend) -> None
         session = uow.session()
 
         def work() -> None:
-            asyncio.run(session.execute(text(shop.SELECT)))  # type: ignore[arg-type]
+            asyncio.run(session.execute(text(shop.SELECT)))
 
-        with pytest.raises(errors.WrongLoopError, match="Open another here"):
+        with pytest.raises(
+            errors.WrongLoopError, match="Open another unit of work here"
+        ):
             await to_thread.run_sync(work)
         await shop.insert(2)
     assert [1, 2] == await shop.items(backend)

@@ -23,12 +23,10 @@ if TYPE_CHECKING:
     Loop: TypeAlias = asyncio.AbstractEventLoop
 
 _engines: WeakSet[LoopEngine] = WeakSet()
-_owners: WeakKeyDictionary[object, tuple[Loop, known.Driver]] = WeakKeyDictionary()
+owners: WeakKeyDictionary[object, tuple[Loop, known.Driver]] = WeakKeyDictionary()
 """Whose each driver's connection is that this process has made."""
-_inherited: list[object] = []
+inherited: list[object] = []
 """What belongs to the process that this one was forked from."""
-
-MUTEX = "_execute_mutex"  # of SQLAlchemy's connection
 
 
 class LoopEngine(sa.Engine):
@@ -72,7 +70,7 @@ class LoopEngine(sa.Engine):
 
     def _enter(self, loop: Loop) -> sa.Pool:
         for raw in _connections():
-            if raw in _owners and _owners[raw][0].is_closed():
+            if raw in owners and owners[raw][0].is_closed():
                 _cut_off(raw)
         for each in [each for each in tuple(self.pools) if each.is_closed()]:
             self.pools.pop(each, None)
@@ -89,14 +87,12 @@ class LoopEngine(sa.Engine):
         if self.process != os.getpid():
             owner = f"process {self.process}"
         if owner is not None:
-            what = f"This in-memory database, which is one connection, is of {owner}"
-            raise WrongLoopError(what, "Use a database file instead.")
-        if self.pools:
+            raise WrongLoopError(str(owner))
+        if self.pools:  # what somebody has waited for is of that loop
             queue: Any = self.like._pool._queue  # type: ignore[attr-defined]  # noqa: SLF001
-            entries = tuple(queue._queue)  # noqa: SLF001
-            locks = (getattr(each.dbapi_connection, MUTEX, queue) for each in entries)
-            for each in (queue, *locks):
-                each._loop = None  # noqa: SLF001  # that in which somebody has waited
+            for each in queue._queue:  # noqa: SLF001
+                getattr(each.dbapi_connection, "_execute_mutex", queue)._loop = None  # noqa: SLF001
+            queue._loop = None  # noqa: SLF001
         self.pools = {loop: self.like}
 
 
@@ -107,18 +103,13 @@ async def _close_at_end(pool: sa.Pool) -> AsyncGenerator[None]:
         await greenlet_spawn(pool.dispose)
 
 
-class SetUpLock:
+class SetUpLock(threading.Semaphore):
     """Has one connection at a time set the dialect up, whatever its loop."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        while not self._lock.acquire(blocking=False):
+    def __enter__(self, *_: Any, **__: Any) -> bool:
+        while not self.acquire(blocking=False):
             await_only(asyncio.sleep(0.005))
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        return True
 
 
 def attach(engine: Any) -> None:
@@ -133,40 +124,23 @@ def attach(engine: Any) -> None:
         _engines.add(engine)
 
 
-def own(raw: object, driver: known.Driver) -> None:
-    """Remember that a new connection belongs to the running loop."""
-    _owners[raw] = asyncio.get_running_loop(), driver
-
-
-def belongs_to(loop: Loop) -> WrongLoopError:
-    """Make the error for a session that is used in another loop than its own."""
-    what = f"This session is of {loop}"
-    remedy = "Open another here: `async with unit_of_work(db, independent=True):`."
-    return WrongLoopError(what, remedy)
-
-
 def leave(raw: object, entry: Any) -> bool:
     """Cut a connection off if it is of another loop, where alone it could be closed."""
-    if raw in _owners and _owners[raw][0] is _get_running_loop():
+    if raw in owners and owners[raw][0] is _get_running_loop():
         return False
-    if raw in _owners:
+    if raw in owners:
         _cut_off(raw)
     entry.dbapi_connection = None
     return True
 
 
-def is_inherited(raw: object) -> bool:
-    """Tell whether it belongs to the process that this one was forked from."""
-    return raw in _inherited
-
-
 def _connections() -> list[object]:
-    # Not list(_owners): other threads connect meanwhile.
-    return [raw for each in _owners.keyrefs() if (raw := each()) is not None]
+    # Not list(owners): other threads connect meanwhile.
+    return [raw for each in owners.keyrefs() if (raw := each()) is not None]
 
 
 def _cut_off(raw: object) -> None:
-    _, driver = _owners.pop(raw)
+    _, driver = owners.pop(raw)
     known.Driver.cut_off(driver, raw)
     driver.stop(raw)
 
@@ -175,18 +149,18 @@ def _begin_process() -> None:
     """Leave all connections to the process that this one was forked from."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for raw in _connections():
-        sock = _owners.pop(raw)[1].socket(raw)
+        sock = owners.pop(raw)[1].socket(raw)
         if sock is not None and sock.fileno() >= 0:
             # Whoever uses or closes it in this process does not reach the server.
             os.dup2(nowhere, sock.fileno(), inheritable=False)
-        _inherited.append(raw)
+        inherited.append(raw)
     os.close(nowhere)
     for engine in _engines:
-        _inherited.append((engine.like, engine.pools, engine.endings))
+        inherited.append((engine.like, engine.pools, engine.endings))
         engine.pool = engine.like.recreate()
     # For good: closing a file of SQLite, be it at the exit, would take its locks.
     # https://www.sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_inherited))
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
 
 
 os.register_at_fork(after_in_child=_begin_process)

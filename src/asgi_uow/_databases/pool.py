@@ -109,7 +109,7 @@ class _Policy:
     def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
         """Set up a connection; as the last listener, so nothing set before survives."""
         info, database = entry.info, self.database
-        loops.own(raw_of(dbapi), self.driver)
+        loops.owners[raw_of(dbapi)] = asyncio.get_running_loop(), self.driver
         info[ABORTING_CODES] = database.set_up(dbapi, read_only=self.read_only)
         if self.read_only:
             self.dialect.set_isolation_level(dbapi, "AUTOCOMMIT")

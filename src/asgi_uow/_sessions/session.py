@@ -15,7 +15,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
 from asgi_uow._concurrency import TaskLock
-from asgi_uow._databases import known, loops
+from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import is_of_database, is_unavailable, means
 from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.journal import Journal
@@ -99,7 +99,7 @@ class Session(StatementSession):
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
     ) -> None:
         super().__init__(bind, close_resets_only=False, **options)
-        self.own_lock: TaskLock = TaskLock(loops.belongs_to)
+        self.own_lock: TaskLock = TaskLock(errors.WrongLoopError)
         self.shared = shared
         self.streams: dict[Any, weakref.ref[Call]] = {}
         self.journal: Journal = Journal(db.facts, db.driver, shared.savepoints)
