@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
+import os
 import sys
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from anyio import CancelScope
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import Callable, Coroutine
 
     AnyTask: TypeAlias = asyncio.Task[object]
@@ -19,6 +21,9 @@ T = TypeVar("T")
 
 GRACE = 7.0  # seconds for what is late to close its connection; psycopg takes 5
 CUT_GRACE = 1.0  # seconds for noticing that its connection was cut off
+
+register_at_fork: Callable[..., object] = getattr(os, "register_at_fork", dict)
+"""Does nothing on Windows, where nothing forks."""
 
 # What never has to wait takes no turn of the loop.
 EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
@@ -172,10 +177,13 @@ class TaskLock:
     """Lets one task at a time use a session; its owner may take it again."""
 
     # Overlap is what counts: frameworks switch tasks within one request.
-    __slots__ = ("_depth", "_waiting", "owner")
+    __slots__ = ("_depth", "_elsewhere", "_waiting", "loop", "owner")
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: type[Exception] = RuntimeError) -> None:
+        """`elsewhere` is raised for a task of another loop than the first."""
         self.owner: AnyTask | None = None
+        self.loop: AbstractEventLoop | None = None
+        self._elsewhere = elsewhere
         self._depth = 0
         self._waiting: list[tuple[AnyTask, asyncio.Future[None]]] = []
 
@@ -185,8 +193,9 @@ class TaskLock:
 
     def take(self, task: AnyTask) -> bool:
         """Take the lock if it is free, or the task's own."""
-        if self.owner is None:
-            self.owner = task
+        loop = task._loop  # noqa: SLF001  # no call
+        if self.owner is None and self.loop in (None, loop):
+            self.owner, self.loop = task, loop
         elif self.owner is not task:
             return False
         self._depth += 1
@@ -194,7 +203,10 @@ class TaskLock:
 
     async def wait(self, task: AnyTask) -> None:
         """Wait until it is this task's turn; then the lock is taken."""
-        granted = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        if self.loop is not loop and self.loop is not None:
+            raise self._elsewhere(repr(self.loop))
+        granted = loop.create_future()
         entry = (task, granted)
         self._waiting.append(entry)
         try:

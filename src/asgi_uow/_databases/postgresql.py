@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 import select
-import socket
 from asyncio import Future
 from operator import attrgetter, methodcaller
 from pkgutil import resolve_name
@@ -14,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import sqlalchemy as sa
-from anyio import current_time, move_on_after, sleep
+from anyio import CancelScope, current_time, move_on_after, sleep
 from sqlalchemy import exc as sa_exc
-
-from asgi_uow._concurrency import run_to_completion
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -99,6 +95,9 @@ class Asyncpg(_Driver):
         asked = HAS_PROCESS_ID.format(raw.get_server_pid())
         return bool(await raw.execute(asked) == "SELECT 0")
 
+    def socket(self, raw: Any) -> Any:
+        return raw._transport.get_extra_info("socket")  # noqa: SLF001
+
     def is_busy(self, raw: Any) -> bool:
         # Its protocol shows nobody the future for the answer that it waits for; that
         # of a request to cancel stays undone when the connection is lost.
@@ -126,7 +125,8 @@ async def connect(conninfo: str = "", **options: Any) -> Any:
     cancel, own = type(raw).cancel_safe, ref(raw)
 
     async def cancel_safe(**options: Any) -> None:
-        await run_to_completion(cancel(own(), **options))
+        with CancelScope(shield=True):
+            await cancel(own(), **options)
 
     raw.cancel_safe = cancel_safe
     return raw
@@ -157,11 +157,8 @@ class Psycopg(_Driver):
     def is_busy(self, raw: Any) -> bool:
         return bool(raw.lock._locked or raw.lock._waiters)  # noqa: SLF001
 
-    def cut_off(self, raw: Any) -> None:
-        # Not close(): what waits for the socket would wait for ever.
-        if not raw.closed:
-            with socket.socket(fileno=os.dup(raw.fileno())) as same:
-                same.shutdown(socket.SHUT_RDWR)
+    def socket(self, raw: Any) -> Any:
+        return None if raw.closed else raw
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return bool(raw.pgconn.transaction_status == PSYCOPG_IN_ERROR)

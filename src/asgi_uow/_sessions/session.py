@@ -101,7 +101,7 @@ class Session(StatementSession):
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
     ) -> None:
         super().__init__(bind, close_resets_only=False, **options)
-        self.own_lock: TaskLock = TaskLock()
+        self.own_lock: TaskLock = TaskLock(errors.WrongLoopError)
         self.shared = shared
         self.streams: dict[Any, weakref.ref[Call]] = {}
         self.journal: Journal = Journal(db.facts, db.driver, shared.savepoints)

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from asgi_uow import errors
+from asgi_uow._concurrency import register_at_fork
 from asgi_uow._databases.driver_errors import stacktrace_of
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
@@ -285,9 +286,9 @@ class UnitOfWork:
 current: ContextVar[UnitOfWork | None] = ContextVar("asgi_uow.current", default=None)
 """The unit of work of this request, block or hook; never one of its parts.
 
-A child task or a thread has a copy of the context, where what is changed inside an
-object still arrives, while a value bound again would not.
+A child task or a thread has a copy of the context: changes inside an object arrive.
 """
+register_at_fork(after_in_child=functools.partial(current.set, None))
 
 
 def require(operation: str) -> UnitOfWork:
