@@ -143,7 +143,8 @@ async def stranger(backend: PgBouncerBackend, stack: AsyncExitStack) -> Execute:
         **options, prepare_threshold=None, autocommit=True
     )
     await stack.enter_async_context(connection)
-    return connection.execute
+    execute: Any = connection.execute
+    return execute  # type: ignore[no-any-return]
 
 
 @on(*POOLED)

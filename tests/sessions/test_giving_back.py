@@ -238,6 +238,7 @@ async def test_objects_stay(library: Database, backend: Backend) -> None:
 @on(*SERVER_DRIVERS)
 async def test_round_trips(backend: ServerBackend) -> None:
     """Three reads are three round trips; one that fails costs no ROLLBACK."""
+    count = 0
     async with behind_proxy(backend) as (db, proxy):
         for _ in range(2):  # the first connects and prepares
             proxy.clear()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy.util import await_only
 
-from asgi_uow._databases import known
+from asgi_uow._databases import known, loops
 from asgi_uow.errors import ConcurrentUseError, TransactionGoneError
 
 if TYPE_CHECKING:
@@ -170,6 +170,19 @@ def end_calls(driver: known.Driver, raw: Any) -> None:
         if not driver.is_busy(raw):
             return
         await_only(asyncio.sleep(0.005))
+
+
+def close_for_good(connections: Iterable[sa.Connection], driver: known.Driver) -> None:
+    """Close connections that a close() which failed may have forgotten."""
+    for connection in connections:
+        if not connection.closed:
+            if not connection.invalidated:
+                fairy: Any = connection.connection
+                raw = raw_of(fairy.dbapi_connection)
+                if not loops.leave(raw, fairy._connection_record):  # noqa: SLF001
+                    end_calls(driver, raw)
+            connection.invalidate()
+            connection.close()
 
 
 def execute(connection: Any, statement: str) -> None:

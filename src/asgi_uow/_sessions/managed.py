@@ -11,14 +11,12 @@ from sqlalchemy import event, orm
 from sqlalchemy.engine import CursorResult, IteratorResult
 
 from asgi_uow import errors
-from asgi_uow._databases import loops
 from asgi_uow._databases.connection import (
     Connection,
     ReaderConnection,
+    close_for_good,
     cut_off,
-    end_calls,
     info_of,
-    raw_of,
 )
 from asgi_uow._databases.driver_errors import is_outage, means
 from asgi_uow._databases.journal import Savepoints
@@ -146,16 +144,7 @@ class ManagedSession(orm.Session):
     def discard(self) -> None:
         """Close the connections for good, also under a statement in flight."""
         self.journal.ending = asyncio.current_task()
-        # A close() that failed may have forgotten its connections.
-        for connection in self.connections:
-            if not connection.closed:
-                if not connection.invalidated:
-                    fairy: Any = connection.connection
-                    raw = raw_of(fairy.dbapi_connection)
-                    if not loops.leave(raw, fairy._connection_record):  # noqa: SLF001
-                        end_calls(self.database.driver, raw)
-                connection.invalidate()
-                connection.close()
+        close_for_good(self.connections, self.database.driver)
         super().close()
 
 
