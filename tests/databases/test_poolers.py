@@ -168,7 +168,7 @@ async def stranger(backend: PgBouncerBackend, stack: AsyncExitStack) -> Execute:
         **options, prepare_threshold=None, autocommit=True
     )
     await stack.enter_async_context(connection)
-    return connection.execute
+    return lambda statement: connection.execute(statement.encode())
 
 
 @on(*POOLED)

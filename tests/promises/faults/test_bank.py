@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 RUNS = int(os.environ.get("ASGI_UOW_RUNS", "8"))
 DRIVERS = ("asyncmy", "asyncpg", "asyncmy", "psycopg")
 POOLED = ("asyncpg@4", "psycopg@4")
-CASES = [(DRIVERS[seed % len(DRIVERS)], seed) for seed in range(RUNS)]
-CASES += [(POOLED[seed % len(POOLED)], seed) for seed in range(RUNS // 4)]
+CASES = [
+    *((DRIVERS[seed % len(DRIVERS)], seed) for seed in range(RUNS)),
+    *((POOLED[seed % len(POOLED)], seed) for seed in range(RUNS // 4)),
+]
 
 
 @pytest.mark.parametrize(("driver", "seed"), sorted(CASES))
