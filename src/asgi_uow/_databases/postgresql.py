@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import sqlalchemy as sa
-from anyio import current_time, move_on_after, sleep
+from anyio import CancelScope, current_time, move_on_after, sleep
 from sqlalchemy import exc as sa_exc
-
-from asgi_uow._concurrency import run_to_completion
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -126,7 +124,8 @@ async def connect(conninfo: str = "", **options: Any) -> Any:
     cancel, own = type(raw).cancel_safe, ref(raw)
 
     async def cancel_safe(**options: Any) -> None:
-        await run_to_completion(cancel(own(), **options))
+        with CancelScope(shield=True):
+            await cancel(own(), **options)
 
     raw.cancel_safe = cancel_safe
     return raw
