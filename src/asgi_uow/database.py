@@ -64,9 +64,10 @@ class Database(Engines):
     `force_commit()` is called. `resolve_unknown=True` (PostgreSQL): one more round trip
     before each COMMIT, so that one whose answer was lost can be settled.
     `read_isolation="REPEATABLE READ"` gives the reads of a read session one snapshot,
-    at the price of a transaction. `commit_flushes=True`: the `commit()` of a library
-    flushes, and the unit still decides. All other options are those of SQLAlchemy's
-    `Session`; `expire_on_commit` is False unless passed.
+    at the price of a transaction. `pooler="transaction"`, or `"session"`, says how a
+    PgBouncer or a proxy in front of the server pools. `commit_flushes=True`: the
+    `commit()` of a library flushes, and the unit still decides. All other options are
+    those of SQLAlchemy's `Session`; `expire_on_commit` is False unless passed.
 
     Create it at import time or at start-up; nothing connects before first use.
     Raises `ConfigurationError` for an engine or option that cannot work.
@@ -120,7 +121,7 @@ class Database(Engines):
 
         Reads `DATABASE_URL`, `READ_URLS` (comma-separated or a list), `ECHO`,
         `ECHO_POOL`, `POOL_SIZE`, `MAX_OVERFLOW`, `POOL_PRE_PING`, `POOL_RECYCLE`
-        and `POOL_TIMEOUT` (seconds) and `POOL_CLASS` (a class name of
+        and `POOL_TIMEOUT` (seconds), `POOLER` and `POOL_CLASS` (a class name of
         `sqlalchemy.pool`), each with the prefix. Values may be strings; one that does
         not cast raises `ConfigurationError`. Warns of a key that looks misspelt.
         """

@@ -143,8 +143,7 @@ async def stranger(backend: PgBouncerBackend, stack: AsyncExitStack) -> Execute:
         **options, prepare_threshold=None, autocommit=True
     )
     await stack.enter_async_context(connection)
-    execute: Any = connection.execute
-    return execute  # type: ignore[no-any-return]
+    return lambda statement: connection.execute(statement.encode())
 
 
 @on(*POOLED)
