@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import event
 
 from asgi_uow import Database, current_session, errors, in_unit_of_work, unit_of_work
 from tests.support import shop
@@ -68,6 +69,20 @@ def twice() -> None:
         assert 0 == fork(lambda: asyncio.run(insert(3)))
 
     assert 0 == fork(child)
+
+
+def while_connecting() -> None:
+    """What the parent holds to set up its first connection is not held in the child."""
+    forked: list[int] = []
+
+    def fork_once(*_: object) -> None:
+        if not forked:
+            forked.append(0)
+            forked[0] = fork(lambda: asyncio.run(insert(1)))
+
+    event.listen(db.engine.sync_engine, "connect", fork_once)
+    asyncio.run(insert(2))
+    assert [0] == forked
 
 
 def while_used() -> None:
