@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import event
 
 from asgi_uow import Database, current_session, errors, in_unit_of_work, unit_of_work
 from tests.support import shop
@@ -70,6 +71,20 @@ def twice() -> None:
     assert 0 == fork(child)
 
 
+def while_connecting() -> None:
+    """What the parent holds to set up its first connection is not held in the child."""
+    forked: list[int] = []
+
+    def fork_once(*_: object) -> None:
+        if not forked:
+            forked.append(0)
+            forked[0] = fork(lambda: asyncio.run(insert(1)))
+
+    event.listen(db.engine.sync_engine, "connect", fork_once)
+    asyncio.run(insert(2))
+    assert [0] == forked
+
+
 def while_used() -> None:
     """The parent goes on with the unit and the connections that it had."""
 
@@ -117,12 +132,10 @@ def connection_of_parent() -> None:
 
     async def child(connection: AsyncConnection) -> None:
         for call in (connection.exec_driver_sql("SELECT 1"), connection.close()):
-            try:
-                await asyncio.wait_for(call, 5)
-            except TimeoutError:
-                raise
-            except Exception:  # noqa: BLE001  # whatever the driver says
-                pass
+            task = asyncio.create_task(call)
+            await asyncio.wait({task}, timeout=5)
+            assert task.done()
+            task.exception()  # whatever the driver says
         await insert(1)
 
     async def parent() -> None:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 async def run(url: str, name: str) -> None:
     """Run a function of `forks` in a process of its own."""
-    command = [sys.executable, "-m", "tests.databases.forks", url, name]
+    shown = ["-W", "always:nobody has left:ResourceWarning"]
+    command = [sys.executable, *shown, "-m", "tests.databases.forks", url, name]
     done = await run_process(command, cwd=ROOT, check=False)
     assert (0, b"") == (done.returncode, done.stdout), done.stderr.decode()
     assert b"nobody has left" not in done.stderr
@@ -26,6 +27,7 @@ async def run(url: str, name: str) -> None:
 FORKS = {
     "between_loops": [1, 2, 3],
     "twice": [1, 2, 3],
+    "while_connecting": [1, 2],
     "while_used": [1, 2, 3, 4],
     "unit_of_parent": [1, 2],
     "connection_of_parent": [1, 2],

@@ -137,12 +137,13 @@ async def test_listeners_reach_every_loop(db: Database) -> None:
     seen: list[str] = []
     await insert(db, 1)
 
-    def listen_and_use() -> None:
+    async def listen_and_use() -> None:
+        await insert(db, 2)
         event.listen(db.engine.sync_engine, "checkout", lambda *_: seen.append("out"))
-        asyncio.run(insert(db, 2))
+        await insert(db, 3)
 
-    await to_thread.run_sync(listen_and_use)
-    await insert(db, 3)
+    await to_thread.run_sync(asyncio.run, listen_and_use())
+    await insert(db, 4)
     assert ["out", "out"] == seen
 
 

@@ -77,8 +77,7 @@ class LoopEngine(sa.Engine):
             self.endings.pop(each, None)
         vars(pool)["dispatch"] = self.like.dispatch
         self.pools[loop], self.endings[loop] = pool, _close_at_end(pool)
-        with suppress(StopIteration):
-            self.endings[loop].asend(None).send(None)
+        next(anext(self.endings[loop]).__await__(), None)  # now the loop knows of it
         return pool
 
     def _move_to(self, loop: Loop) -> None:
@@ -155,7 +154,7 @@ def _begin_process() -> None:
         if sock is not None and sock.fileno() >= 0:
             # Whoever uses or closes it in this process does not reach the server.
             os.dup2(nowhere, sock.fileno(), inheritable=False)
-        with suppress(RuntimeError):  # its loop is closed
+        with suppress(Exception):  # its loop may be closed
             driver.cut_off(raw)
         inherited.append(raw)
     os.close(nowhere)
