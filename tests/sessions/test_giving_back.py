@@ -238,17 +238,17 @@ async def test_objects_stay(library: Database, backend: Backend) -> None:
 @on(*SERVER_DRIVERS)
 async def test_round_trips(backend: ServerBackend) -> None:
     """Three reads are three round trips; one that fails costs no ROLLBACK."""
-    count = 0
+    reads: list[str] = []
     async with behind_proxy(backend) as (db, proxy):
         for _ in range(2):  # the first connects and prepares
             proxy.clear()
             async with db:
                 for number in range(3):
                     await db.read.scalar(f"SELECT {number}")
-                count = len(proxy.trips)
+                reads = proxy.trips[:]
                 with pytest.raises(DBAPIError):
                     await db.read.scalar("SELECT nothing FROM nowhere")
-        assert [f"SELECT {number}" for number in range(3)] == proxy.trips[:count]
+        assert [f"SELECT {number}" for number in range(3)] == reads
         assert not [trip for trip in proxy.trips if "ROLLBACK" in trip]
 
 
@@ -544,8 +544,9 @@ async def test_idle_streams_stop_no_read(backend: Backend, tmp_path: Path) -> No
         asked += [client.request("/job"), client.request("/call")]
         requests = [asyncio.create_task(each) for each in asked]
         block = asyncio.create_task(socket())
-        for _ in range(len(asked) + 1):
-            await waiting.get()
+        async with asyncio.timeout(60):  # otherwise a failed test would wait for ever
+            for _ in range(len(asked) + 1):
+                await waiting.get()
         assert [0, 0] == checked_out(db)
 
         found = [(await client.request("/count")).chunks for _ in range(20)]

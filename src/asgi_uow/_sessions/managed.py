@@ -219,15 +219,12 @@ class ReadOnlySession(ManagedSession):
     def give_back(self, *, lend: bool = False) -> None:
         """Return the connection, unless something needs it after a call."""
         self.cursors = [each for each in self.cursors if not each._soft_closed]  # noqa: SLF001
+        kept = (each for each in self.connections if getattr(each, "is_kept", False))
         if not (self.executing or self.cursors or self._nested_transaction) and (
-            lend or not (self.database.read_isolation or self.has_kept_connection)
+            lend
+            or not (self.database.read_isolation or any(not c.closed for c in kept))
         ):
             self.release_connection()
-
-    @property
-    def has_kept_connection(self) -> bool:
-        kept = (each for each in self.connections if getattr(each, "is_kept", False))
-        return not all(each.closed for each in kept)
 
     def release_connection(self) -> None:
         """Return it whatever needs it; objects stay loaded, unlike after a rollback."""
@@ -239,9 +236,8 @@ class ReadOnlySession(ManagedSession):
                 if isinstance(each, ReaderConnection) and not each.closed:
                     each.invalidate()  # a close() that failed has forgotten it
             self.connections.clear()
-        if self.connected is not None:
-            self.held += time.perf_counter() - self.connected
-            self.connected = None
+        since, self.connected = self.connected, None
+        self.held += 0.0 if since is None else time.perf_counter() - since
 
 
 @event.listens_for(ManagedSession, "after_begin", propagate=True)

@@ -74,9 +74,8 @@ class ReadSession(Session):
         """Have the next read begin anew; name what the server has refused to write."""
         await super().failed(error, operation)
         if self.host is self:
-            held = self.sync_session.connections
-            is_lost = any(_is_lost(each, error) for each in held)
-            if is_lost or not isinstance(error, Exception):
+            lost = any(_is_lost(each, error) for each in self.sync_session.connections)
+            if lost or not isinstance(error, Exception):
                 await run_to_completion(self.release_connection())
             await self.give_back()
         if means(error, "read_only") and not isinstance(error, ReadOnlySessionError):
@@ -97,7 +96,6 @@ class ReadSession(Session):
         self.sync_session.bind = engine.sync_engine
 
     async def open_connection(self) -> AsyncConnection:
-        # Not `session.connection()`, which is held on to.
         connection = await AsyncSession.run_sync(self, orm.Session.connection)
         return AsyncConnection._retrieve_proxy_for_target(connection)  # noqa: SLF001
 

@@ -233,8 +233,7 @@ class Completion:
     async def release_reader(self, session: ReadSession) -> None:
         if session.shared.stuck:
             session.sync_session.cut_off()
-        error = await self._try(session, session.give_back(lend=True))
-        if error is not None:  # nothing depends on it
+        if error := await self._try(session, session.give_back(lend=True)):
             self.events.append(ReleaseFailed("giving a read connection back", error))
 
     async def discard(self, session: Session, error: BaseException | None) -> None:
