@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event, literal_column
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.ext.asyncio import AsyncAttrs
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
 from sqlalchemy.util import greenlet_spawn
@@ -350,6 +350,25 @@ async def test_nothing_is_in_flight_on_a_lost_connection(
         response = await handle(handler, db)
     assert isinstance(response.error, DBAPIError)
     await works(db, backend, [])
+
+
+@on(*DRIVERS, **ONE_CONNECTION)
+@pytest.mark.parametrize("status", [200, 404])
+async def test_connection_after_its_unit(
+    db: Database, backend: Backend, status: int
+) -> None:
+    """It does not connect anew: nobody would close what it then holds."""
+    kept: list[AsyncConnection] = []
+
+    async def handler() -> None:
+        await shop.insert(1)
+        kept.append(await uow.current_session().connection())
+
+    await handle(handler, db, status=status)
+    for _ in range(2):
+        with pytest.raises(StatementError, match="TransactionGoneError"):
+            await kept[0].exec_driver_sql("INSERT INTO items (id) VALUES (2)")
+    await works(db, backend, [1] if status == 200 else [])
 
 
 # In the middle

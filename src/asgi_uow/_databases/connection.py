@@ -7,6 +7,7 @@ from contextlib import closing
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import sqlalchemy as sa
 from sqlalchemy.util import await_only
 
@@ -27,7 +28,7 @@ SETTINGS_CHANGED = "asgi_uow.settings_changed"
 # Execution options after which a connection is not what its pool made it.
 CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
 
-TURNS_TO_FAIL = 200  # of five milliseconds, for calls on a connection that was cut off
+SECONDS_TO_FAIL = 1.0  # for calls on a connection that was cut off
 
 raw_of = attrgetter("_connection")  # the driver's, in what every async dialect makes
 
@@ -166,10 +167,13 @@ def end_calls(driver: known.Driver, raw: Any) -> None:
     libpq frees what a call of psycopg still reads, and the process would crash.
     """
     driver.cut_off(raw)
-    for _ in range(TURNS_TO_FAIL):
-        if not driver.is_busy(raw):
-            return
-        await_only(asyncio.sleep(0.005))
+    await_only(_until_idle(driver, raw))
+
+
+async def _until_idle(driver: known.Driver, raw: Any) -> None:
+    with anyio.move_on_after(SECONDS_TO_FAIL):
+        while driver.is_busy(raw):  # noqa: ASYNC110  # a driver has no event for it
+            await asyncio.sleep(0.005)
 
 
 def close_for_good(connections: Iterable[sa.Connection], driver: known.Driver) -> None:
