@@ -207,13 +207,16 @@ async def test_independent_unit_in_memory() -> None:
 
 
 async def test_memory_read_after_the_start_holds_the_connection() -> None:
-    """A unit that would wait for the request's own read is refused, not hung."""
+    """A unit that would wait for the request's own stream is refused, not hung."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": START, "status": 200, "headers": []})
-        await uow.current_read_session().execute("SELECT 1")
+        result = await uow.current_read_session().stream("SELECT 1")
         with pytest.raises(errors.NestedUnitOfWorkError):
             await db.__aenter__()
+        await result.close()
+        async with db:
+            assert 1 == await db.write.scalar("SELECT 1")
         await send({"type": BODY, "body": b""})
 
     async with memory_database() as db:

@@ -55,6 +55,11 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("observers", "a list of functions", lambda it: len(it) == sum(map(callable, it))),
     ("pool_size", "a whole number, not below 0", lambda it: it >= 0 == it % 1),
     ("pool_timeout", "seconds, or None", lambda it: it >= 0),
+    (
+        "pooler",
+        "'transaction', 'session' or None",
+        ("transaction", "session").__contains__,
+    ),
     ("poolclass", "a class of sqlalchemy.pool", lambda it: issubclass(it, sa.Pool)),
     ("read_isolation", "'REPEATABLE READ' or None", {"REPEATABLE READ"}.__contains__),
     ("readers read_urls", "a list", lambda it: isinstance(it, list | tuple)),
