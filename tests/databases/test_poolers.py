@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_uow import Database, after_commit, set_rollback_only
-from asgi_uow.errors import ConfigurationError, ReadOnlySessionError
+from asgi_uow.errors import (
+    ConfigurationError,
+    ReadOnlySessionError,
+    TransactionGoneError,
+)
 from tests.servers import eventually
 from tests.support import shop
 from tests.support.databases import (
@@ -121,6 +126,79 @@ async def test_a_snapshot(backend: ServerBackend) -> None:
                 assert number == await db.read.scalar(shop.COUNT)
                 await backend.execute(f"INSERT INTO items (id) VALUES ({number})")
                 assert number == await db.read.scalar(shop.COUNT)
+
+
+IN_TRANSACTIONS = ("asyncmy", "asyncpg@4", "psycopg@4")
+ENDS = {
+    "autocommit": "SET autocommit=1",
+    "commit": "COMMIT",
+    "commit and write": f"COMMIT; {INSERT}",
+    "rollback": "/* what was read */ ROLLBACK",
+    "table": "CREATE TABLE IF NOT EXISTS made (id INTEGER)",
+    "truncate": "TRUNCATE TABLE parents",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@on(*IN_TRANSACTIONS, pooler="transaction")
+async def test_the_end_of_a_read(
+    backend: ServerBackend, db: Database, end: str
+) -> None:
+    """What would end the read-only transaction is refused, and nothing is written."""
+    statements = (ENDS[end], INSERT, "COMMIT")
+    async with db:
+        for statement in statements:
+            with suppress(DBAPIError), pytest.raises(ReadOnlySessionError):
+                await db.read.execute(statement)
+        connection = await db.read.connection()
+        for statement in statements:
+            with suppress(DBAPIError), pytest.raises(ReadOnlySessionError):
+                await connection.exec_driver_sql(statement)
+    assert [] == await shop.items(backend)
+    with pytest.raises(Exception, match="made"):
+        await backend.fetch("SELECT * FROM made")
+
+
+@pytest.mark.parametrize(
+    "options", [{"isolation_level": "AUTOCOMMIT"}, {"postgresql_readonly": False}]
+)
+@on(*IN_TRANSACTIONS, pooler="transaction")
+async def test_options_that_write(db: Database, options: dict[str, Any]) -> None:
+    """A connection that would not be read-only is refused where it is asked for."""
+    async with db:
+        with pytest.raises(ReadOnlySessionError, match="AUTOCOMMIT"):
+            await db.read.connection(execution_options=options)
+        assert 0 == await db.read.scalar(shop.COUNT)
+
+
+async def test_other_options(mariadb: MariaDBBackend) -> None:
+    """Options that leave the transaction read-only are as they are elsewhere."""
+    options = {"isolation_level": "READ COMMITTED"}
+    async with shop_database(mariadb, pooler="transaction") as db, db:
+        await db.read.connection(execution_options=options)
+        with pytest.raises(ReadOnlySessionError):
+            await db.read.execute(INSERT)
+
+
+@pytest.mark.parametrize("given", [True, False])
+@on("asyncmy", "psycopg@4", pooler="transaction")
+async def test_a_hidden_end(
+    backend: ServerBackend, db: Database, *, given: bool
+) -> None:
+    """What no text shows is an error as well; the next read begins anew."""
+    end = "/*! COMMIT */" if backend.driver == "asyncmy" else "SELECT 1; COMMIT"
+    async with db:
+        ended = (await db.read.connection()) if given else None
+        with pytest.raises(TransactionGoneError):
+            await (ended or db.read).execute(text(end))
+        for each in (ended, db.read) if ended is not None else ():
+            with pytest.raises(PendingRollbackError):
+                await each.execute(text(INSERT))
+        with pytest.raises(ReadOnlySessionError):
+            await db.read.execute(INSERT)
+        rows = await db.read.stream(shop.SELECT)
+        assert [] == await rows.all()
+    assert [] == await shop.items(backend)
 
 
 # Behind PgBouncer
@@ -239,6 +317,9 @@ async def test_found(backend: PgBouncerBackend) -> None:
     nothing = dict(Database.from_url(backend.url).driver.pooled_args)
     db = Database(create_async_engine(backend.url, connect_args=nothing))
     async with db:
+        if backend.driver == "psycopg":  # which takes several statements at once
+            with pytest.raises(TransactionGoneError):
+                await db.read.execute("SELECT 1; COMMIT")
         assert 0 == await db.read.scalar(shop.COUNT)
         with pytest.raises(ReadOnlySessionError):
             await db.read.execute(INSERT)

@@ -14,6 +14,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from asgi_uow import errors
 from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known, loops
@@ -27,7 +28,6 @@ from asgi_uow._databases.connection import (
     execute,
     raw_of,
 )
-from asgi_uow.errors import AsgiUowError, ConfigurationError, ReadOnlySessionError
 
 if TYPE_CHECKING:
     from sqlalchemy import pool
@@ -68,15 +68,15 @@ class Use(NamedTuple):
 def attach_listeners(engine: AsyncEngine, use: Use) -> None:
     """Look after the connections of an engine, once; refuse another use of it."""
     target = engine.sync_engine
-    policy = _Policy(target, use)
     if issubclass(target._connection_cls, Connection):  # noqa: SLF001
         if target.get_execution_options()[POLICY].use != use:
             message = (
                 "Another Database uses this engine as a writer or a reader, or with "
                 "other options for reads: make an engine for each use."
             )
-            raise ConfigurationError(message)
+            raise errors.ConfigurationError(message)
         return
+    policy = _Policy(target, use)
     loops.attach(target)
     # Not events of the engine: one listener there costs each statement 50 calls.
     target._connection_cls = ReaderConnection if use.read_only else Connection  # noqa: SLF001
@@ -99,6 +99,7 @@ class _Policy:
     """What is done with the connections of one engine, mostly by asking the driver."""
 
     def __init__(self, engine: sa.Engine, use: Use) -> None:
+        self.engine = engine
         self.dialect: Any = engine.dialect  # of which PostgreSQL's does more
         self.database = known.database_of(engine.dialect)
         self.driver = known.driver_of(engine.dialect)
@@ -110,6 +111,7 @@ class _Policy:
             self.begins_with = use.level and "BEGIN"
         elif use.read_only and use.pooler == "transaction":
             self.begins_with = self.database.BEGIN_READ_ONLY
+            self.look_after_reads()
 
     def on_do_connect(self, _: Any, entry: Any, __: Any, options: Any) -> None:
         """Bound the wait, or connect in place of the driver; the engine's own wins."""
@@ -125,8 +127,29 @@ class _Policy:
         if self.pooler is None and await_only(self.driver.is_pooled(raw_of(dbapi))):
             if entry.info[KEEPS_STATEMENTS]:
                 self.dialect.do_close(dbapi)
-                raise ConfigurationError(POOLER_FOUND.format(self.driver.pooled_args))
+                message = POOLER_FOUND.format(self.driver.pooled_args)
+                raise errors.ConfigurationError(message)
             self.pooler = "transaction"
+            if self.read_only:
+                self.look_after_reads()
+
+    def look_after_reads(self) -> None:
+        """Keep each read in its transaction: behind a pooler only that is read-only."""
+        event.listen(self.engine, "set_connection_execution_options", _check_options)
+        event.listen(self.engine, "before_cursor_execute", self.before_read)
+        event.listen(self.engine, "after_cursor_execute", self.after_read)
+
+    def before_read(self, _: object, __: object, statement: str, *___: object) -> None:
+        kind = known.kind_of(statement)
+        if kind == "transaction_control" or (kind and self.database.IMPLICIT_COMMIT):
+            operation = "What ends a read-only transaction"
+            raise errors.ReadOnlySessionError(operation)
+
+    def after_read(self, connection: sa.Connection, *_: object) -> None:
+        # No text tells: a string of several statements, or a procedure, may commit.
+        if not self.driver.in_transaction(connection.connection.driver_connection):
+            connection.invalidate()
+            raise errors.TransactionGoneError
 
     def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
         """Set up a connection; as the last listener, so nothing set before survives."""
@@ -206,7 +229,7 @@ class _Policy:
         if self.is_memory and not isinstance(error, Exception):
             context.is_disconnect = False  # the connection is the database
         connection = context.connection
-        if isinstance(error, AsgiUowError):
+        if isinstance(error, errors.AsgiUowError):
             return  # nothing was sent
         if isinstance(connection, Connection) and not connection.invalidated:
             info, journal = connection.info, connection.journal
@@ -226,8 +249,8 @@ class _Policy:
                 aborting = info.get(ABORTING_CODES, ())
                 journal.record_error(context, raw_of(dbapi), aborting)
         if self.read_only and failures.means(error, "read_only"):
-            operation = "A statement"
-            raise ReadOnlySessionError(operation) from context.sqlalchemy_exception
+            refused = errors.ReadOnlySessionError("A statement")
+            raise refused from context.sqlalchemy_exception
 
     def _look_again(self, journal: Journal, dbapi: Any, of: Context) -> None:
         """Learn whether a statement that failed, such as CALL, has ended it all."""
@@ -246,3 +269,10 @@ def _check_statement(_: object, statement: str, *context: object) -> None:
     connection = getattr(context[-1], "root_connection", None)
     if isinstance(connection, Connection):
         connection.check_statement(statement)
+
+
+def _check_options(_: object, options: dict[str, Any]) -> None:
+    level, read_only = "isolation_level", "postgresql_readonly"
+    if options.get(level) == "AUTOCOMMIT" or not options.get(read_only, True):
+        operation = "AUTOCOMMIT, or postgresql_readonly=False,"
+        raise errors.ReadOnlySessionError(operation)
