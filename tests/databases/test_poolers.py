@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.to_thread
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -327,6 +327,25 @@ async def test_found(backend: PgBouncerBackend) -> None:
         for number in range(8):
             other = await stranger(backend, stack)
             await other(f"INSERT INTO items (id) VALUES ({number})")
+    await db.dispose()
+
+
+@on("asyncpg@4", "psycopg@4")
+async def test_found_on_connections_of_others(backend: PgBouncerBackend) -> None:
+    """PgBouncer is found too where the application connects by itself."""
+    await shop.create(backend)
+    nothing = dict(Database.from_url(backend.url).driver.pooled_args)
+    engine = create_async_engine(backend.url, connect_args=nothing)
+
+    @event.listens_for(engine.sync_engine, "do_connect")
+    def connect(dialect: Any, _: object, args: Any, options: Any) -> Any:
+        return dialect.connect(*args, **options)
+
+    db = Database(engine)
+    async with db:
+        assert 0 == await db.read.scalar(shop.COUNT)
+        with pytest.raises(ReadOnlySessionError):
+            await db.read.execute(INSERT)
     await db.dispose()
 
 

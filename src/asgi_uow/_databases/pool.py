@@ -125,7 +125,7 @@ class _Policy:
     def on_first(self, dbapi: DBAPI, entry: Entry) -> None:
         """Find a pooler, before anything is set that it would hand on to others."""
         if self.pooler is None and await_only(self.driver.is_pooled(raw_of(dbapi))):
-            if entry.info[KEEPS_STATEMENTS]:
+            if entry.info.get(KEEPS_STATEMENTS):  # not known of a creator's own
                 self.dialect.do_close(dbapi)
                 message = POOLER_FOUND.format(self.driver.pooled_args)
                 raise errors.ConfigurationError(message)
