@@ -181,4 +181,15 @@ def in_memory() -> None:
     asyncio.run(use())
 
 
+def memory_of_nobody() -> None:
+    """What was made before the fork, and used by nobody, is the child's own."""
+
+    async def use() -> None:
+        async with db:
+            await db.write.execute("CREATE TABLE items (id INTEGER PRIMARY KEY)")
+
+    assert 0 == fork(lambda: asyncio.run(use()))
+    asyncio.run(use())
+
+
 globals()[sys.argv[2]]()

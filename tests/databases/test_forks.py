@@ -44,6 +44,7 @@ async def test_a_fork_after_use(backend: Backend, name: str) -> None:
     assert FORKS[name] == await shop.items(backend)
 
 
-async def test_a_fork_of_memory() -> None:
-    """An in-memory database refuses in the child, and goes on in the parent."""
-    await run("sqlite://", "in_memory")
+@pytest.mark.parametrize("name", ["in_memory", "memory_of_nobody"])
+async def test_a_fork_of_memory(name: str) -> None:
+    """An in-memory database with contents refuses in the child, not in the parent."""
+    await run("sqlite://", name)

@@ -259,18 +259,37 @@ async def test_memory_goes_from_loop_to_loop() -> None:
 
 
 async def test_memory_in_two_loops() -> None:
-    """An in-memory database refuses a second loop beside the one that uses it."""
+    """An in-memory database refuses a second loop only while another uses it."""
     db = Database.from_url("sqlite://")
 
-    def work() -> None:
-        asyncio.run(insert(db, 1))
+    def work() -> int:
+        return asyncio.run(insert(db, 1))
 
     async with db:
         await db.write.execute("CREATE TABLE items (id INTEGER PRIMARY KEY)")
-    with pytest.raises(errors.WrongLoopError, match=r"running=True.*use a file"):
-        await to_thread.run_sync(work)
-    assert 1 == await insert(db, 2)
+    async with db.engine.connect():
+        with pytest.raises(errors.WrongLoopError, match=r"running=True.*use a file"):
+            await to_thread.run_sync(work)
+    assert 1 == await to_thread.run_sync(work)
+    assert 2 == await insert(db, 2)
     await db.dispose()
+
+
+async def test_memory_and_a_test_client() -> None:
+    """What an asynchronous test has prepared in memory is there for a `TestClient`."""
+    db = Database.from_url("sqlite://")
+    numbers = iter((1, 2, 3))
+
+    async def handler() -> None:
+        await shop.insert(next(numbers))
+
+    app = UnitOfWorkMiddleware(Starlette(routes=[Mount("/", endpoint(handler))]), db)
+    async with db:
+        await db.write.execute("CREATE TABLE items (id INTEGER PRIMARY KEY)")
+    with TestClient(app) as client:
+        answers = [client.get("/"), TestClient(app).get("/"), client.get("/")]
+        assert [200] * 3 == [response.status_code for response in answers]
+        assert 4 == await insert(db, 4)
 
 
 # Sessions and units of another loop

@@ -81,7 +81,9 @@ class LoopEngine(sa.Engine):
         return pool
 
     def _move_to(self, loop: Loop) -> None:
-        owner: object = next((each for each in self.pools if each.is_running()), None)
+        used: bool = getattr(self.like, "checkedout", int)() > 0
+        running = (each for each in self.pools if used and each.is_running())
+        owner: object = next(running, None)
         if self.process != os.getpid():
             owner = f"process {self.process}"
         if owner is not None:
@@ -159,6 +161,8 @@ def _begin_process() -> None:
         inherited.append(raw)
     os.close(nowhere)
     for engine in _engines:
+        if not (engine.pools or getattr(engine.like, "checkedin", int)()):
+            engine.process = os.getpid()  # in memory too there is nothing yet
         inherited.append((engine.like, engine.pools, engine.endings))
         engine.pool = engine.like.recreate()
     # For good: closing a file of SQLite, be it at the exit, would take its locks.
