@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import warnings
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
@@ -210,6 +211,32 @@ async def test_dispose_ends_all(db: Database, backend: ServerBackend) -> None:
     _, count = await asyncio.gather(dispose_between(), to_thread.run_sync(thread))
     assert 3 == count
     assert 4 == await insert(db, 4)
+
+
+@on(*SERVER_DRIVERS, pool_size=3)
+async def test_dispose_while_a_loop_ends(
+    db: Database, backend: ServerBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loop that ends meanwhile interrupts no close that `db.dispose()` asked for."""
+    used, disposed = threading.Event(), threading.Event()
+
+    async def use() -> None:
+        async with AsyncExitStack() as stack:
+            for _ in range(3):
+                await stack.enter_async_context(db.engine.connect())
+        used.set()
+        disposed.wait()
+        for _ in range(2):  # turns in which the loop begins to close them
+            await asyncio.sleep(0)
+
+    async def dispose() -> None:
+        await to_thread.run_sync(used.wait)
+        await db.dispose()
+        disposed.set()
+
+    await asyncio.gather(to_thread.run_sync(asyncio.run, use()), dispose())
+    await eventually(0, backend.connections)
+    assert [] == caplog.records
 
 
 async def test_first_connections_at_once(db: Database) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from anyio import to_thread
 from sqlalchemy import AsyncAdaptedQueuePool, NullPool, Pool, event
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -114,6 +116,22 @@ async def test_closing_while_the_server_is_frozen(backend: ServerBackend) -> Non
             await db.dispose()
 
         assert set() == asyncio.all_tasks() - before
+
+
+@on(*SERVER_DRIVERS)
+async def test_a_loop_ends_while_the_server_is_frozen(backend: ServerBackend) -> None:
+    """The end of `asyncio.run()` waits once for all connections as well."""
+    async with behind_proxy(backend, pool_size=5) as (db, proxy):
+
+        async def use() -> float:
+            async with AsyncExitStack() as used:
+                for _ in range(5):
+                    await used.enter_async_context(db.engine.connect())
+            proxy.freeze()
+            return time.monotonic()
+
+        used_until = await to_thread.run_sync(asyncio.run, use())
+        assert time.monotonic() - used_until < 8
 
 
 @on(*SERVERS)

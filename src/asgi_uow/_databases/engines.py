@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
@@ -10,11 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import QueuePool, StaticPool
-from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.pool import StaticPool
 
 from asgi_uow._concurrency import bounded, run_to_completion
-from asgi_uow._databases import known
+from asgi_uow._databases import known, loops
 from asgi_uow._databases.configuration import OF_SESSIONS, check
 from asgi_uow._databases.health import Replica
 from asgi_uow._databases.pool import Use, attach_listeners
@@ -226,11 +224,7 @@ def derive_engine(engine: AsyncEngine) -> AsyncEngine:
 
 
 async def _dispose(engines: set[AsyncEngine]) -> None:
-    """Wait once for a silent server; SQLite's one by one, to leave no log behind."""
-    servers = (e for e in engines if not known.database_of(e.dialect).SINGLE_WRITER)
-    pools = [each.pool for each in servers if isinstance(each.pool, QueuePool)]
-    closing = (greenlet_spawn(p.dispose) for p in pools for _ in range(p.checkedin()))
-    await asyncio.gather(*closing)
+    await loops.close(*(each.pool for each in engines))
     for each in engines:
         await each.dispose()
 

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import sqlalchemy as sa
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from asgi_uow._concurrency import register_at_fork
+from asgi_uow._concurrency import register_at_fork, run_to_completion
 from asgi_uow._databases import known
 from asgi_uow.errors import WrongLoopError
 
@@ -100,7 +100,17 @@ async def _close_at_end(pool: sa.Pool) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        await greenlet_spawn(pool.dispose)
+        await run_to_completion(close(pool))
+
+
+async def close(*pools: Any) -> None:
+    """Wait once for a silent server; SQLite's one by one, to leave no log behind."""
+    servers = (p for p in pools if not known.database_of(p._dialect).SINGLE_WRITER)  # noqa: SLF001
+    idle = (p for p in servers for _ in range(getattr(p, "checkedin", int)()))
+    closing = (run_to_completion(greenlet_spawn(each.dispose)) for each in idle)
+    await asyncio.gather(*closing, return_exceptions=True)
+    for each in pools:
+        await greenlet_spawn(each.dispose)
 
 
 class SetUpLock(threading.Semaphore):
