@@ -394,6 +394,32 @@ async def test_a_setting(db: Database, backend: Backend) -> None:
         assert value != await db.read.scalar(ask)
 
 
+KEPT: dict[str, list[tuple[str, str, object]]] = {
+    "mariadb": [
+        ("SELECT SQL_CALC_FOUND_ROWS 1 LIMIT 0", "SELECT FOUND_ROWS()", 1),
+        ("SELECT @five := 5", "SELECT @five", 5),
+        ("SELECT 6 INTO @six", "SELECT @six", 6),
+        ("SELECT GET_LOCK('k', 0)", "SELECT RELEASE_LOCK('k')", 1),
+    ],
+    "postgresql": [
+        ("SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock(7)", True),
+        ("SELECT pg_try_advisory_lock(7)", "SELECT pg_advisory_unlock(7)", True),
+        ("PREPARE seven AS SELECT 7", "EXECUTE seven", 7),
+    ],
+}
+
+
+@on(*SERVER_DRIVERS)
+async def test_what_a_connection_keeps(db: Database, backend: Backend) -> None:
+    """A lock, a variable, a count of rows: the next read of the unit finds it."""
+    for first, then, value in KEPT[backend.name]:
+        async with db:
+            await db.read.execute(first)
+            assert [0, 1] == checked_out(db), first
+            assert value == await db.read.scalar(then)
+        assert [0, 0] == checked_out(db)
+
+
 async def test_the_writers_transaction(db: Database) -> None:
     """Once the unit has written, reads use the writer's connection till the end."""
     async with db:

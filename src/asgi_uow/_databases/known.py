@@ -204,7 +204,10 @@ HARMLESS = re.compile(
     r"[^;]*;?\s*"
 )
 _NUMBER = re.compile(r"(?<![\w$])\d[\w.]*")
-_SETTINGS = re.compile(r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|set_config)\b")
+_SETTINGS = re.compile(  # or what else the next statement finds on its connection
+    r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|PREPARE|set_config|GET_LOCK|\w*FOUND_ROWS"
+    r"|pg_(?:try_)?advisory_lock(?:_shared)?)\b|@\w+\s*:=|\bINTO\s+@"
+)
 
 
 @functools.lru_cache(maxsize=1024)
