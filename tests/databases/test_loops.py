@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 from anyio import to_thread
-from sqlalchemy import event, text
+from sqlalchemy import NullPool, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from starlette.applications import Starlette
@@ -300,6 +300,23 @@ async def test_memory_in_two_loops() -> None:
     assert 1 == await to_thread.run_sync(work)
     assert 2 == await insert(db, 2)
     await db.dispose()
+
+
+async def test_memory_that_connections_share() -> None:
+    """A database in shared memory goes on as well, whatever the pool."""
+    url = "sqlite+aiosqlite:///file:shared?mode=memory&cache=shared&uri=true"
+    db = Database(create_async_engine(url, poolclass=NullPool))
+
+    async def count() -> int:
+        async with db:
+            return int(await db.read.scalar(shop.COUNT) or 0)
+
+    async with db.engine.connect() as kept:  # otherwise it would be gone
+        await kept.execute(text("CREATE TABLE items (id INTEGER PRIMARY KEY)"))
+        await kept.commit()
+        assert 1 == await insert(db, 1)
+        assert 1 == await to_thread.run_sync(asyncio.run, count())
+        assert 2 == await insert(db, 2)
 
 
 async def test_memory_and_a_test_client() -> None:

@@ -88,8 +88,8 @@ class LoopEngine(sa.Engine):
             owner = f"process {self.process}"
         if owner is not None:
             raise WrongLoopError(str(owner))
-        if self.pools:  # what somebody has waited for is of that loop
-            queue: Any = self.like._pool._queue  # type: ignore[attr-defined]  # noqa: SLF001
+        if self.pools and (waited := getattr(self.like, "_pool", None)) is not None:
+            queue: Any = waited._queue  # of that loop  # noqa: SLF001
             for each in queue._queue:  # noqa: SLF001
                 getattr(each.dbapi_connection, "_execute_mutex", queue)._loop = None  # noqa: SLF001
             queue._loop = None  # noqa: SLF001
