@@ -21,7 +21,13 @@ from asgi_uow import Database, UnitOfWorkMiddleware, errors, unit_of_work
 from tests.servers import ServerBackend, eventually
 from tests.support import shop
 from tests.support.asgi import endpoint, request
-from tests.support.databases import DRIVERS, SERVER_DRIVERS, on, shop_database
+from tests.support.databases import (
+    DRIVERS,
+    SERVER_DRIVERS,
+    checked_out,
+    on,
+    shop_database,
+)
 from tests.support.private import SetUpLock
 
 with warnings.catch_warnings():
@@ -146,6 +152,18 @@ async def test_listeners_reach_every_loop(db: Database) -> None:
     await to_thread.run_sync(asyncio.run, listen_and_use())
     await insert(db, 4)
     assert ["out", "out"] == seen
+
+
+async def test_pools_seen_from_a_thread(backend: Backend) -> None:
+    """A thread that asks the pool for its numbers is told those of the only loop."""
+
+    def make() -> Database:
+        return Database.from_url(backend.url)
+
+    db = await to_thread.run_sync(make)  # where no loop runs, as modules do
+    async with db.engine.connect():
+        assert [1, 0] == await to_thread.run_sync(checked_out, db)
+    await db.dispose()
 
 
 async def test_derived_engines(backend: Backend) -> None:

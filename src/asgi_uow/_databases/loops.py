@@ -46,10 +46,11 @@ class LoopEngine(sa.Engine):
 
     @property
     def pool(self) -> sa.Pool:
-        """That of the running loop."""
+        """That of the running loop; where none runs, of the only one that is open."""
         loop = _get_running_loop()
         if loop is None or self.is_memory:
-            return self.like
+            found = [p for each, p in [*self.pools.items()] if not each.is_closed()]
+            return found[0] if len(found) == 1 else self.like
         return self.pools.get(loop) or self.enter(loop, self.like.recreate())
 
     @pool.setter
