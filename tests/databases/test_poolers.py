@@ -356,8 +356,11 @@ async def test_found_with_prepared_statements(backend: PgBouncerBackend) -> None
     db = Database.from_url(backend.url)
     for session in ("read", "write"):
         async with db:
-            with pytest.raises(ConfigurationError, match='pooler="transaction"'):
+            with pytest.raises(ConfigurationError) as caught:
                 await getattr(db, session).execute(shop.COUNT)
+        assert 'Pass pooler="transaction"' in str(caught.value)
+        # Where that is wrong others would find their connections read-only.
+        assert 'pooler="session"' not in str(caught.value)
     await db.dispose()
 
 

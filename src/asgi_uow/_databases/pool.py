@@ -49,8 +49,7 @@ IDLE_SINCE = "asgi_uow.idle_since"
 
 POOLER_FOUND = (
     "A pooler such as PgBouncer loses the statements that this driver prepares. Pass "
-    'pooler="transaction" to Database.from_url(), or connect_args=dict({}) to your '
-    'engine; pooler="session" if that is how it pools.'
+    'pooler="transaction" to Database.from_url(), connect_args=dict({}) to an engine.'
 )
 PING_AFTER_IDLE = 30.0  # seconds; then a connection is pinged before it is handed out
 CLOSE_SECONDS = 2.0  # what SQLAlchemy gives asyncpg where it terminates a connection
