@@ -232,7 +232,7 @@ class ReadOnlySession(ManagedSession):
             if self._transaction is not None:
                 self._transaction.close()
         finally:
-            for each in self.connections:
+            for each in tuple(self.connections):
                 if isinstance(each, ReaderConnection) and not each.closed:
                     each.invalidate()  # a close() that failed has forgotten it
             self.connections.clear()

@@ -81,10 +81,16 @@ class ReadSession(Session):
         if means(error, "read_only") and not isinstance(error, ReadOnlySessionError):
             raise ReadOnlySessionError(operation) from error
 
-    async def give_back(self, *, lend: bool = False) -> None:
-        """Return the connection if nothing needs it; to others, unless it is in use."""
+    async def give_back(self) -> None:
+        """Return the connection if nothing needs it; its caller has the lock."""
         if self.sync_session.connections:
-            await greenlet_spawn(self.sync_session.give_back, lend=lend)
+            await greenlet_spawn(self.sync_session.give_back)
+
+    async def lend_connection(self) -> None:
+        """Return the connection to others, unless a call or a stream is using it."""
+        if self.sync_session.connections and self.own_lock.owner is None:
+            async with self.own_lock:
+                await greenlet_spawn(self.sync_session.give_back, lend=True)
 
     async def release_connection(self) -> None:
         """Give the connection back; the next call takes another."""

@@ -233,7 +233,7 @@ class Completion:
     async def release_reader(self, session: ReadSession) -> None:
         if session.shared.stuck:
             session.sync_session.cut_off()
-        if error := await self._try(session, session.give_back(lend=True)):
+        if error := await self._try(session, session.lend_connection()):
             self.events.append(ReleaseFailed("giving a read connection back", error))
 
     async def discard(self, session: Session, error: BaseException | None) -> None:
