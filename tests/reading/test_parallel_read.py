@@ -129,12 +129,13 @@ async def test_a_stream_that_is_being_opened_at_the_end(db: Database) -> None:
             await stopped.get()
             uow.after_commit(found.extend, "ok")
             await send({"type": START, "status": 200, "headers": []})
+            assert [0, 1] == checked_out(db)
             go_on.set()
             found.extend(await (await opening).all())
             await send({"type": BODY, "body": b""})
 
-        await serve(app, db)
-    assert ["o", "k", 0] == found
+        response = await serve(app, db)
+    assert (["o", "k", 0], None) == (found, response.error)
 
 
 async def test_streams_beside_parallel_reads(db: Database, backend: Backend) -> None:

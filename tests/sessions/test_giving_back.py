@@ -16,6 +16,7 @@ from sqlalchemy.orm import (
     relationship,
     selectinload,
 )
+from sqlalchemy.util import await_only
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, PlainTextResponse, StreamingResponse
@@ -442,6 +443,50 @@ async def test_cancelled_while_an_attribute_is_loaded(backend: Backend) -> None:
         await asyncio.wait([task])
         assert task.cancelled()
         await eventually([0, 0], lambda: counted(db))
+
+
+async def test_attributes_that_wait_for_a_connection(library: Database) -> None:
+    """Tasks that load attributes take turns, also while one of them connects."""
+    connecting, go_on = asyncio.Queue[None](), asyncio.Event()
+
+    def wait(*_: object) -> None:
+        connecting.put_nowait(None)
+        await_only(go_on.wait())
+
+    async with library:
+        authors = (await library.read.scalars(select(Author))).all()
+        event.listen(library.read_engine.sync_engine, "checkout", wait)
+        loading = [asyncio.create_task(count_books(author)) for author in authors]
+        reading = asyncio.create_task(library.read.scalar("SELECT 7"))
+        await connecting.get()
+        go_on.set()
+        assert [3, 0, 7] == await asyncio.gather(*loading, reading)
+        assert [0, 0] == checked_out(library)
+
+
+async def count_books(author: Author) -> int:
+    return len(await author.awaitable_attrs.books)
+
+
+@on(*SERVER_DRIVERS)
+async def test_cancelled_beside_others(backend: Backend) -> None:
+    """One of several tasks that load attributes can be cancelled; the others go on."""
+    async with gate_at(backend) as (db, gate):
+        async with db:
+            session = db.read.sync_session
+            task = asyncio.create_task(uncalled(session, gate.select))
+            await gate.reached()
+            others = [
+                asyncio.create_task(uncalled(session, "SELECT 1")),
+                asyncio.create_task(db.read.scalar("SELECT 7")),
+            ]
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+            assert [None, 7] == await asyncio.gather(*others)
+            assert [0, 0] == checked_out(db)
+        await gate.open()
 
 
 async def uncalled(session: SyncSession, statement: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, orm
 from sqlalchemy.engine import CursorResult, IteratorResult
+from sqlalchemy.util import await_only
 
 from asgi_uow import errors
 from asgi_uow._databases.connection import (
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     import sqlalchemy as sa
 
+    from asgi_uow._concurrency import TaskLock
     from asgi_uow._databases.engines import Engines
     from asgi_uow._databases.journal import Journal
     from asgi_uow.observers import Event
@@ -74,6 +76,7 @@ class ManagedSession(orm.Session):
     database: Engines
     shared: Shared
     journal: Journal
+    lock: TaskLock
     connections: dict[sa.Connection, str | None]
     """Those on which it has begun a transaction, and what cancels a statement there."""
     connected: float | None = None  # since when it holds one of its own: perf_counter()
@@ -199,6 +202,20 @@ class ReadOnlySession(ManagedSession):
         # Behind execute(), scalar() and scalars(), and behind what loads an attribute.
         if getattr(statement, "is_dml", False):
             raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
+        # What loads an attribute is no call of the session, and connects too.
+        task = asyncio.current_task()
+        if task is None or self.lock.owner is task:
+            return self._execute_alone(statement, *args, **kwargs)
+        await_only(self.lock.__aenter__())
+        try:
+            return self._execute_alone(statement, *args, **kwargs)
+        except BaseException:
+            self.give_back()  # no failed() comes after it
+            raise
+        finally:
+            self.lock.release()
+
+    def _execute_alone(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
         self.executing += 1
         try:
             result = super()._execute_internal(statement, *args, **kwargs)
