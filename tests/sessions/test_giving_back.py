@@ -308,6 +308,24 @@ async def test_pieces(library: Database) -> None:
             assert [0, 0] == checked_out(library)
 
 
+@on(*SERVER_DRIVERS, pooler="transaction")
+async def test_pieces_in_tasks(library: Database) -> None:
+    """Nor do other calls lose theirs where several tasks do so at once."""
+
+    def work(session: SyncSession) -> object:
+        options = {"yield_per": 2}
+        return list(session.scalars(text(BOOKS), execution_options=options))
+
+    async with library:
+        for _ in range(5):
+            calls = [library.read.run_sync(work) for _ in range(3)]
+            others = [library.read.scalar(f"SELECT {number}") for number in range(3)]
+            mixed = [call for pair in zip(calls, others, strict=True) for call in pair]
+            found = await asyncio.gather(*mixed)
+            assert [[1, 2, 3], 0, [1, 2, 3], 1, [1, 2, 3], 2] == found
+            assert [0, 0] == checked_out(library)
+
+
 @on("aiosqlite")
 async def test_pieces_beside_reads(library: Database) -> None:
     """Neither from `yield_per` in a synchronous function."""
