@@ -444,6 +444,26 @@ async def test_in_memory(backend: Backend) -> None:
             assert 2 == await db.read.scalar(shop.COUNT)
 
 
+@on("aiosqlite")
+async def test_a_read_that_fails_in_memory(backend: Backend) -> None:
+    """Nor does one that failed in a synchronous function hold it there."""
+
+    def fail(session: SyncSession) -> None:
+        with pytest.raises(DBAPIError):
+            session.scalar(text("SELECT nothing FROM nowhere"))
+
+    async with memory_database() as db:
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await PlainTextResponse("ok")(scope, receive, send)
+            await uow.current_read_session(db).run_sync(fail)
+            async with uow.unit_of_work(db, independent=True):
+                await shop.insert(1, db)
+
+        response = await request(UnitOfWorkMiddleware(app, db))
+        assert (200, None) == (response.status, response.error)
+
+
 @on("asyncpg", "psycopg")
 async def test_cancelled_while_an_attribute_is_loaded(backend: Backend) -> None:
     """It is back when the unit has ended."""
