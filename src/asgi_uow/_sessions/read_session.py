@@ -55,7 +55,7 @@ class ReadSession(Session):
             async with host.own_lock:
                 host.refuse_while_streaming(operation)
                 return await method(self, *args, **kwargs)
-        if self.route is None or method.__name__ in {"flush", "close"}:
+        if self.route is None or method.__name__ in {"flush", "close", "commit"}:
             return await method(self, *args, **kwargs)  # these need no connection
         while True:
             await self.route.connect(self)
