@@ -204,18 +204,15 @@ class ReadOnlySession(ManagedSession):
             raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
         # What loads an attribute is no call of the session, and connects too.
         task = asyncio.current_task()
-        if task is None or self.lock.owner is task:
-            return self._execute_alone(statement, *args, **kwargs)
-        await_only(self.lock.__aenter__())
-        try:
-            return self._execute_alone(statement, *args, **kwargs)
-        except BaseException:
-            self.give_back()  # no failed() comes after it
-            raise
-        finally:
-            self.lock.release()
-
-    def _execute_alone(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
+        if task is not None and self.lock.owner is not task:
+            await_only(self.lock.__aenter__())
+            try:
+                return self._execute_internal(statement, *args, **kwargs)
+            except BaseException:
+                self.give_back()  # no failed() comes after it
+                raise
+            finally:
+                self.lock.release()
         self.executing += 1
         try:
             result = super()._execute_internal(statement, *args, **kwargs)
