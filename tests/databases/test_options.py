@@ -9,7 +9,6 @@ import pytest
 from sqlalchemy import exc as sa_exc
 from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.orm import Query
 from sqlalchemy.pool import NullPool
 
 from asgi_uow import Database
@@ -40,9 +39,6 @@ URL = "sqlite+aiosqlite:///shop.db"
         ("pool_timeout", "x"),
         ("pool_timeout", -1),
         ("pool_timeout", Decimal(5)),
-        ("info", 3),
-        ("query_cls", 3),
-        ("query_cls", dict),
         ("pooler", ""),
         ("read_urls", make_url(URL)),
         ("read_urls", None),
@@ -78,7 +74,6 @@ def test_an_option_that_cannot_work(option: str, value: Any) -> None:
         {"echo": False, "echo_pool": None, "hide_parameters": False},
         {"poolclass": NullPool},
         {"poolclass": None, "pool_pre_ping": None},
-        {"info": {}, "query_cls": Query},
         {"read_urls": {URL}},
         {"read_urls": (each for each in [URL])},
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event
@@ -146,7 +146,7 @@ async def test_without_the_option(db: Database) -> None:
 
 async def test_the_read_session_with_a_replica(backend: Backend) -> None:
     """A library's commit there sends nothing, and connects to no server for it."""
-    options = {"read_urls": [backend.url], "commit_flushes": True}
+    options: Any = {"read_urls": [backend.url], "commit_flushes": True}
     async with shop_database(backend, **options) as db, db:
         connected: list[object] = []
         for reader in (db.read_engine, *db.readers):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
-from sqlalchemy import orm
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import asbool
 
@@ -37,9 +36,8 @@ ONE_CONNECTION: Mapping[str, object] = {
 }
 
 # Of SQLAlchemy's `Session`; not those of engines or for the unit of work to set.
-_NOT_TAKEN = {"autobegin", "autocommit", "bind", "binds", "close_resets_only", "future"}
-_NOT_TAKEN |= {"execution_options", "join_transaction_mode"}
-OF_SESSIONS = set(inspect.signature(orm.Session).parameters) - _NOT_TAKEN
+OF_SESSIONS = {"autoflush", "enable_baked_queries", "expire_on_commit", "info"}
+OF_SESSIONS |= {"query_cls", "twophase"}
 
 POOLERS: Mapping[Any, Any] = {it: it or None for it in ("transaction", "session", "")}
 
@@ -51,7 +49,6 @@ def _observes(it: Any) -> bool:
 
 # Names of options, what they must be, and a function that tells whether a value is.
 _BOOLEAN = "True or False", (True, False).__contains__
-_ONE = str, sa.URL
 _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("app", "the application, which comes first", callable),
     ("autoflush commit_flushes commit_on_exit", *_BOOLEAN),
@@ -61,7 +58,6 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("echo echo_pool", "a boolean or 'debug'", (0, 1, None, "debug").__contains__),
     ("error_app", "an ASGI application, or None", callable),
     ("expire_on_commit resolve_unknown twophase", *_BOOLEAN),
-    ("info", "a dictionary, or None", lambda it: it.keys),
     ("max_overflow", "a whole number from -1 on", lambda it: it + 1 >= 0 == it % 1),
     ("observers", "a list of functions", lambda it: len(it) == sum(map(_observes, it))),
     ("pool_pre_ping", "True, False or None", (True, False).__contains__),
@@ -70,9 +66,8 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("pool_timeout", "seconds, or None", lambda s: s + 0.0 >= 0),
     ("pooler", "'transaction', 'session' or None", POOLERS.get),
     ("poolclass", "a subclass of Pool, or None", lambda it: issubclass(it, sa.Pool)),
-    ("query_cls", "a subclass of Query, or None", lambda it: issubclass(it, orm.Query)),
     ("read_isolation", "'REPEATABLE READ' or None", {"REPEATABLE READ"}.__contains__),
-    ("readers read_urls", "a list", lambda it: not isinstance(it, _ONE) and iter(it)),
+    ("readers read_urls", "a list", lambda s: type(s) not in (str, sa.URL) and iter(s)),
 )
 
 

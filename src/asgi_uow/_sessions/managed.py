@@ -114,12 +114,6 @@ class ManagedSession(orm.Session):
             self.journal.look(connection.connection.dbapi_connection)
         return connection
 
-    def wait_for_others(self) -> None:
-        """Wait for statements past the session, so that the journal knows of them."""
-        for each in self.connections:
-            if isinstance(each, Connection) and not (each.closed or each.invalidated):
-                each.call_alone(bool)
-
     def detach_objects(self) -> None:
         """Leave all objects as they are loaded; a rollback would expire them."""
         innermost = self._transaction
@@ -199,10 +193,10 @@ class ReadOnlySession(ManagedSession):
         return super().get_bind(*args, **kwargs)
 
     def _execute_internal(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        # Behind execute(), scalar() and scalars(), and behind what loads an attribute.
+        # Behind execute(), scalar() and scalars(); and what loads an attribute, which
+        # is no call of the session, and connects too.
         if getattr(statement, "is_dml", False):
             raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
-        # What loads an attribute is no call of the session, and connects too.
         task = asyncio.current_task()
         if task is not None and self.lock.owner is not task:
             await_only(self.lock.__aenter__())
@@ -234,10 +228,9 @@ class ReadOnlySession(ManagedSession):
         """Return the connection, unless something needs it after a call."""
         self.cursors = [each for each in self.cursors if not each._soft_closed]  # noqa: SLF001
         kept = (each for each in self.connections if getattr(each, "is_kept", False))
-        if not (self.executing or self.cursors or self._nested_transaction) and (
-            lend
-            or not (self.database.read_isolation or any(not c.closed for c in kept))
-        ):
+        is_kept = self.database.read_isolation or any(not each.closed for each in kept)
+        is_in_use = self.executing or self.cursors or self._nested_transaction
+        if not (is_in_use or (is_kept and not lend)):
             self.release_connection()
 
     def release_connection(self) -> None:

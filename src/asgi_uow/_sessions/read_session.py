@@ -110,11 +110,10 @@ class ReadSession(Session):
         if self.host is self:
             connection = await self.open_connection()
             driver = known.driver_of(connection.dialect)
-            raw = await connection.get_raw_connection()
+            raw: Any = await connection.get_raw_connection()
             if (
                 driver.cursor_needs_begin
                 and not driver.in_transaction(raw.driver_connection)
-                and raw.dbapi_connection is not None
                 # Otherwise the driver begins one by itself.
                 and connection.dialect.detect_autocommit_setting(raw.dbapi_connection)
             ):
