@@ -104,8 +104,14 @@ async def test_session_options_of_from_url(backend: Backend) -> None:
     await db.dispose()
 
 
-OF_THE_UNIT = ["bind", "sync_session_class", "close_resets_only"]
-OF_THE_UNIT += ["autobegin", "binds", "join_transaction_mode"]
+OF_THE_UNIT = [
+    "autobegin",
+    "bind",
+    "binds",
+    "close_resets_only",
+    "join_transaction_mode",
+    "sync_session_class",
+]
 
 
 @pytest.mark.parametrize("option", OF_THE_UNIT)

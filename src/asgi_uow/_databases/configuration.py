@@ -36,8 +36,8 @@ ONE_CONNECTION: Mapping[str, object] = {
 }
 
 # Of SQLAlchemy's `Session`; not those of engines or for the unit of work to set.
-OF_SESSIONS = {"autoflush", "enable_baked_queries", "expire_on_commit", "info"}
-OF_SESSIONS |= {"query_cls", "twophase"}
+_SWITCHES = {"autoflush", "enable_baked_queries", "expire_on_commit", "twophase"}
+OF_SESSIONS = _SWITCHES | {"info", "query_cls"}
 
 POOLERS: Mapping[Any, Any] = {it: it or None for it in ("transaction", "session", "")}
 
