@@ -44,6 +44,7 @@ def options(**keys: object) -> dict[str, object]:
         ("POOL_TIMEOUT", 30, {"pool_timeout": 30.0}),
         ("POOL_CLASS", "NullPool", {"poolclass": NullPool}),
         ("POOLER", "session", {"pooler": "session"}),
+        ("POOLER", "", {"pooler": None}),
         ("POOL_CLASS", AsyncAdaptedQueuePool, {"poolclass": AsyncAdaptedQueuePool}),
     ],
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import exc as sa_exc
+from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -32,8 +34,14 @@ URL = "sqlite+aiosqlite:///shop.db"
         ("max_overflow", "x"),
         ("max_overflow", None),
         ("max_overflow", -2),
+        ("max_overflow", 2.5),
+        ("max_overflow", -0.5),
         ("pool_timeout", "x"),
         ("pool_timeout", -1),
+        ("pool_timeout", Decimal(5)),
+        ("pooler", ""),
+        ("read_urls", make_url(URL)),
+        ("read_urls", None),
         ("pool_recycle", "1h"),
         ("pool_recycle", None),
         ("pool_pre_ping", "no"),
@@ -65,6 +73,9 @@ def test_an_option_that_cannot_work(option: str, value: Any) -> None:
         {"pool_timeout": 0.5, "pool_recycle": 1800, "pool_pre_ping": True},
         {"echo": False, "echo_pool": None, "hide_parameters": False},
         {"poolclass": NullPool},
+        {"poolclass": None, "pool_pre_ping": None},
+        {"read_urls": {URL}},
+        {"read_urls": (each for each in [URL])},
     ],
 )
 def test_an_option_that_works(options: dict[str, Any]) -> None:
@@ -93,7 +104,17 @@ async def test_session_options_of_from_url(backend: Backend) -> None:
     await db.dispose()
 
 
-@pytest.mark.parametrize("option", ["bind", "sync_session_class", "close_resets_only"])
+OF_THE_UNIT = [
+    "autobegin",
+    "bind",
+    "binds",
+    "close_resets_only",
+    "join_transaction_mode",
+    "sync_session_class",
+]
+
+
+@pytest.mark.parametrize("option", OF_THE_UNIT)
 def test_options_that_belong_to_the_unit(option: str) -> None:
     """They are refused, wherever they are given."""
     options: Any = {option: None}
@@ -116,6 +137,12 @@ def test_one_reader_instead_of_a_list() -> None:
     engine: Any = create_async_engine(URL)
     with pytest.raises(ConfigurationError, match=r"^readers must be a list"):
         Database(engine, readers=engine)
+
+
+def test_readers_from_a_generator() -> None:
+    """Readers are whatever gives them one by one."""
+    engines: Any = (create_async_engine(URL) for _ in range(2))
+    assert 2 == len(Database(create_async_engine(URL), readers=engines).readers)
 
 
 @pytest.mark.parametrize("form", ["sqlite:///{}", "sqlite:///file:{}?uri=true"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 import asgi_uow as uow
 from asgi_uow import Database, UnitOfWorkMiddleware, unit_of_work
 from asgi_uow.errors import ConfigurationError, NoUnitOfWorkError
+from asgi_uow.observers import LoggingObserver
 from tests.support import shop
 from tests.support.asgi import endpoint, request
 from tests.support.databases import on
@@ -86,9 +88,12 @@ def test_swapped(app: Any) -> None:
         ("commit_timeout", "30", "seconds above 0, or None"),
         ("commit_timeout", float("nan"), "seconds above 0, or None"),
         ("hook_timeout", -0.5, "seconds above 0, or None"),
+        ("hook_timeout", Decimal(5), "seconds above 0, or None"),
         ("hook_timeout", "5", "seconds above 0, or None"),
         ("observers", print, "a list of functions"),
         ("observers", ["logging"], "a list of functions"),
+        ("observers", [APP], "a list of functions"),
+        ("observers", [LoggingObserver], "a list of functions"),
         ("causal_reads", "secret", r"CausalReads\(secret\), or None"),
         ("error_app", "app", "an ASGI application, or None"),
     ],

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.util import await_only
 
 import asgi_uow as uow
 from asgi_uow import Database, errors
@@ -17,6 +20,8 @@ from tests.support.gate import gate_at
 from tests.support.shop import Item
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from asgi_uow._asgi import Receive, Scope, Send
     from tests.servers.backend import Backend, ServerBackend, SQLiteBackend
 
@@ -76,6 +81,80 @@ async def test_stream_keeps_its_connection(db: Database, backend: Backend) -> No
         async with uow.parallel_read() as session:
             assert 2 == await session.scalar(shop.COUNT)
         assert [(1,), (2,)] == [first, await rows.fetchone()]
+
+
+@contextmanager
+def stopped_at_begin(
+    db: Database, go_on: asyncio.Event
+) -> Generator[asyncio.Queue[None]]:
+    """Have readers wait in the middle of a call, between connecting and BEGIN."""
+    stopped = asyncio.Queue[None]()
+
+    def stop(_: object, __: object, statement: str, *___: object) -> None:
+        if statement == "BEGIN":
+            stopped.put_nowait(None)
+            await_only(go_on.wait())
+
+    event.listen(db.read_engine.sync_engine, "before_cursor_execute", stop)
+    yield stopped
+    event.remove(db.read_engine.sync_engine, "before_cursor_execute", stop)
+
+
+@on("asyncpg", "psycopg")
+async def test_a_stream_that_is_being_opened(db: Database) -> None:
+    """A call in flight keeps its connection while another task reads in parallel."""
+    go_on = asyncio.Event()
+    with stopped_at_begin(db, go_on) as stopped:
+        async with db:
+            opening = asyncio.create_task(db.read.stream_scalars(shop.COUNT))
+            await stopped.get()
+            async with uow.parallel_read() as session:
+                assert 0 == await session.scalar(shop.COUNT)
+            assert [0, 1] == checked_out(db)
+            go_on.set()
+            assert [0] == await (await opening).all()
+            assert [0, 0] == checked_out(db)
+
+
+@on("asyncpg", "psycopg")
+async def test_a_stream_that_is_being_opened_at_the_end(db: Database) -> None:
+    """So it does when the hooks of its unit are run."""
+    go_on = asyncio.Event()
+    found: list[object] = []
+    with stopped_at_begin(db, go_on) as stopped:
+
+        async def app(_: Scope, __: Receive, send: Send) -> None:
+            reader = uow.current_read_session()
+            opening = asyncio.create_task(reader.stream_scalars(shop.COUNT))
+            await stopped.get()
+            uow.after_commit(found.extend, "ok")
+            await send({"type": START, "status": 200, "headers": []})
+            assert [0, 1] == checked_out(db)
+            go_on.set()
+            found.extend(await (await opening).all())
+            await send({"type": BODY, "body": b""})
+
+        response = await serve(app, db)
+    assert (["o", "k", 0], None) == (found, response.error)
+
+
+async def test_streams_beside_parallel_reads(db: Database, backend: Backend) -> None:
+    """A task that opens one stream after another goes on beside parallel reads."""
+    await backend.execute("INSERT INTO items (id) VALUES (1), (2)")
+
+    async def stream() -> None:
+        for _ in range(20):
+            rows = await uow.current_read_session().stream_scalars(shop.SELECT)
+            assert [1, 2] == await rows.all()
+
+    async def read() -> None:
+        for _ in range(30):
+            async with uow.parallel_read() as session:
+                assert 2 == await session.scalar(shop.COUNT)
+
+    async with db:
+        await asyncio.gather(stream(), read())
+        assert [0, 0] == checked_out(db)
 
 
 async def test_after_a_write(db: Database) -> None:

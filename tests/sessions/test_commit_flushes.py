@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError
 
 import asgi_uow as uow
@@ -16,7 +17,7 @@ from asgi_uow.errors import (
 )
 from tests.support import shop
 from tests.support.asgi import handle
-from tests.support.databases import DRIVERS, on
+from tests.support.databases import DRIVERS, on, shop_database
 from tests.support.shop import Item
 
 if TYPE_CHECKING:
@@ -141,3 +142,17 @@ async def test_without_the_option(db: Database) -> None:
     async with db:
         with pytest.raises(ManagedTransactionError, match="commit_flushes=True"):
             await db.write.commit()
+
+
+async def test_the_read_session_with_a_replica(backend: Backend) -> None:
+    """A library's commit there sends nothing, and connects to no server for it."""
+    options: Any = {"read_urls": [backend.url], "commit_flushes": True}
+    async with shop_database(backend, **options) as db, db:
+        connected: list[object] = []
+        for reader in (db.read_engine, *db.readers):
+            event.listen(reader.sync_engine, "checkout", lambda *_: connected.append(1))
+        await db.read.commit()
+        assert [] == connected
+        assert 0 == await db.read.scalar(shop.COUNT)
+        await db.read.commit()
+        assert [1] == connected

@@ -16,6 +16,7 @@ from sqlalchemy.orm import (
     relationship,
     selectinload,
 )
+from sqlalchemy.util import await_only
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, PlainTextResponse, StreamingResponse
@@ -307,6 +308,24 @@ async def test_pieces(library: Database) -> None:
             assert [0, 0] == checked_out(library)
 
 
+@on(*SERVER_DRIVERS, pooler="transaction")
+async def test_pieces_in_tasks(library: Database) -> None:
+    """Nor do other calls lose theirs where several tasks do so at once."""
+
+    def work(session: SyncSession) -> object:
+        options = {"yield_per": 2}
+        return list(session.scalars(text(BOOKS), execution_options=options))
+
+    async with library:
+        for _ in range(5):
+            calls = [library.read.run_sync(work) for _ in range(3)]
+            others = [library.read.scalar(f"SELECT {number}") for number in range(3)]
+            mixed = [call for pair in zip(calls, others, strict=True) for call in pair]
+            found = await asyncio.gather(*mixed)
+            assert [[1, 2, 3], 0, [1, 2, 3], 1, [1, 2, 3], 2] == found
+            assert [0, 0] == checked_out(library)
+
+
 @on("aiosqlite")
 async def test_pieces_beside_reads(library: Database) -> None:
     """Neither from `yield_per` in a synchronous function."""
@@ -451,6 +470,26 @@ async def test_in_memory(backend: Backend) -> None:
             assert 2 == await db.read.scalar(shop.COUNT)
 
 
+@on("aiosqlite")
+async def test_a_read_that_fails_in_memory(backend: Backend) -> None:
+    """Nor does one that failed in a synchronous function hold it there."""
+
+    def fail(session: SyncSession) -> None:
+        with pytest.raises(DBAPIError):
+            session.scalar(text("SELECT nothing FROM nowhere"))
+
+    async with memory_database() as db:
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await PlainTextResponse("ok")(scope, receive, send)
+            await uow.current_read_session(db).run_sync(fail)
+            async with uow.unit_of_work(db, independent=True):
+                await shop.insert(1, db)
+
+        response = await request(UnitOfWorkMiddleware(app, db))
+        assert (200, None) == (response.status, response.error)
+
+
 @on("asyncpg", "psycopg")
 async def test_cancelled_while_an_attribute_is_loaded(backend: Backend) -> None:
     """It is back when the unit has ended."""
@@ -468,6 +507,50 @@ async def test_cancelled_while_an_attribute_is_loaded(backend: Backend) -> None:
         await asyncio.wait([task])
         assert task.cancelled()
         await eventually([0, 0], lambda: counted(db))
+
+
+async def test_attributes_that_wait_for_a_connection(library: Database) -> None:
+    """Tasks that load attributes take turns, also while one of them connects."""
+    connecting, go_on = asyncio.Queue[None](), asyncio.Event()
+
+    def wait(*_: object) -> None:
+        connecting.put_nowait(None)
+        await_only(go_on.wait())
+
+    async with library:
+        authors = (await library.read.scalars(select(Author))).all()
+        event.listen(library.read_engine.sync_engine, "checkout", wait)
+        loading = [asyncio.create_task(count_books(author)) for author in authors]
+        reading = asyncio.create_task(library.read.scalar("SELECT 7"))
+        await connecting.get()
+        go_on.set()
+        assert [3, 0, 7] == await asyncio.gather(*loading, reading)
+        assert [0, 0] == checked_out(library)
+
+
+async def count_books(author: Author) -> int:
+    return len(await author.awaitable_attrs.books)
+
+
+@on(*SERVER_DRIVERS)
+async def test_cancelled_beside_others(backend: Backend) -> None:
+    """One of several tasks that load attributes can be cancelled; the others go on."""
+    async with gate_at(backend) as (db, gate):
+        async with db:
+            session = db.read.sync_session
+            task = asyncio.create_task(uncalled(session, gate.select))
+            await gate.reached()
+            others = [
+                asyncio.create_task(uncalled(session, "SELECT 1")),
+                asyncio.create_task(db.read.scalar("SELECT 7")),
+            ]
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+            assert [None, 7] == await asyncio.gather(*others)
+            assert [0, 0] == checked_out(db)
+        await gate.open()
 
 
 async def uncalled(session: SyncSession, statement: str) -> None:

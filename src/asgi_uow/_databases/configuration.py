@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
-from sqlalchemy import orm
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import asbool
 
@@ -37,8 +36,16 @@ ONE_CONNECTION: Mapping[str, object] = {
 }
 
 # Of SQLAlchemy's `Session`; not those of engines or for the unit of work to set.
-_NOT_TAKEN = {"autocommit", "bind", "close_resets_only", "execution_options"}
-OF_SESSIONS = set(inspect.signature(orm.Session).parameters) - _NOT_TAKEN
+_SWITCHES = {"autoflush", "enable_baked_queries", "expire_on_commit", "twophase"}
+OF_SESSIONS = _SWITCHES | {"info", "query_cls"}
+
+POOLERS: Mapping[Any, Any] = {it: it or None for it in ("transaction", "session", "")}
+
+
+def _observes(it: Any) -> bool:
+    is_async = any(map(inspect.iscoroutinefunction, (it, it.__call__)))
+    return not (is_async or isinstance(it, type))
+
 
 # Names of options, what they must be, and a function that tells whether a value is.
 _BOOLEAN = "True or False", (True, False).__contains__
@@ -46,23 +53,21 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("app", "the application, which comes first", callable),
     ("autoflush commit_flushes commit_on_exit", *_BOOLEAN),
     ("causal_reads", "CausalReads(secret), or None", lambda it: callable(it.positions)),
-    ("commit_timeout hook_timeout", "seconds above 0, or None", lambda it: it > 0),
+    ("commit_timeout hook_timeout", "seconds above 0, or None", lambda s: s + 0.0 > 0),
     ("commit_when", "a function of status and headers", callable),
     ("echo echo_pool", "a boolean or 'debug'", (0, 1, None, "debug").__contains__),
     ("error_app", "an ASGI application, or None", callable),
-    ("expire_on_commit pool_pre_ping resolve_unknown twophase", *_BOOLEAN),
-    ("max_overflow pool_recycle", "a number, or -1 for no limit", lambda it: it >= -1),
-    ("observers", "a list of functions", lambda it: len(it) == sum(map(callable, it))),
+    ("expire_on_commit resolve_unknown twophase", *_BOOLEAN),
+    ("max_overflow", "a whole number from -1 on", lambda it: it + 1 >= 0 == it % 1),
+    ("observers", "a list of functions", lambda it: len(it) == sum(map(_observes, it))),
+    ("pool_pre_ping", "True, False or None", (True, False).__contains__),
+    ("pool_recycle", "a number, or -1 for no limit", lambda it: it >= -1),
     ("pool_size", "a whole number, not below 0", lambda it: it >= 0 == it % 1),
-    ("pool_timeout", "seconds, or None", lambda it: it >= 0),
-    (
-        "pooler",
-        "'transaction', 'session' or None",
-        ("transaction", "session").__contains__,
-    ),
-    ("poolclass", "a class of sqlalchemy.pool", lambda it: issubclass(it, sa.Pool)),
+    ("pool_timeout", "seconds, or None", lambda s: s + 0.0 >= 0),
+    ("pooler", "'transaction', 'session' or None", POOLERS.get),
+    ("poolclass", "a subclass of Pool, or None", lambda it: issubclass(it, sa.Pool)),
     ("read_isolation", "'REPEATABLE READ' or None", {"REPEATABLE READ"}.__contains__),
-    ("readers read_urls", "a list", lambda it: isinstance(it, list | tuple)),
+    ("readers read_urls", "a list", lambda s: type(s) not in (str, sa.URL) and iter(s)),
 )
 
 
@@ -107,7 +112,6 @@ def _pool_class(value: object) -> type[sa.Pool]:
     raise ValueError(value)
 
 
-POOLERS: Mapping[object, object] = {name: name for name in ("transaction", "session")}
 _KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
     "URL": ("url", _url, "a URL"),
     "READ_URLS": ("read_urls", _urls, "a list of URLs, or URLs with commas between"),
@@ -138,10 +142,8 @@ def read(mapping: Mapping[str, object], prefix: str) -> Config:
     for name in (key[len(prefix) :] for key in mapping if key.startswith(prefix)):
         near = difflib.get_close_matches(name, _KEYS, n=1, cutoff=0.8)
         if near and name not in _KEYS:
-            message = (
-                f"{prefix}{name} is not a configuration key of asgi-uow; "
-                f"did you mean {prefix}{near[0]}?"
-            )
+            message = f"{prefix}{name} is not a configuration key of asgi-uow; "
+            message += f"did you mean {prefix}{near[0]}?"
             warnings.warn(message, stacklevel=3)
     if not mapping.get(f"{prefix}URL"):
         message = f"{prefix}URL is missing: set it to a URL such as sqlite:///app.db."
@@ -163,7 +165,7 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
     """Make an engine with defaults that suit the database; `options` win over them."""
     parsed, database = _read_url(url)
     defaults = {**DEFAULTS, **(database.ENGINE_OPTIONS if database else {})}
-    if "poolclass" not in options:
+    if options.get("poolclass") is None:
         # SQLAlchemy's 30 seconds are long: a server that is back wakes nobody.
         defaults["pool_timeout"] = 10.0
     forced = ONE_CONNECTION if known.is_memory(parsed) else {}
@@ -171,10 +173,8 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
     try:
         # Before SQLAlchemy looks for the driver: to install it would not help.
         if not parsed.get_dialect().get_async_dialect_cls(parsed).is_async:
-            message = (
-                f"{parsed.drivername!r} is not an async driver: leave the driver out "
-                "to get the usual one, or name an async one."
-            )
+            message = f"{parsed.drivername!r} is not an async driver: leave the driver "
+            message += "out to get the usual one, or name an async one."
             raise ConfigurationError(message)
         return create_async_engine(parsed, **{**defaults, **options, **forced})
     except ModuleNotFoundError as error:
@@ -193,11 +193,9 @@ def _read_url(url: str | sa.URL) -> tuple[sa.URL, known.Database | None]:
         parsed = sa.make_url(url)
     except (sa_exc.ArgumentError, ValueError):
         # Not chained: SQLAlchemy 2.0 quotes the string, password and all.
-        message = (
-            "The database URL cannot be read; it should look like "
-            "postgresql://user:password@host/name or sqlite:///app.db. A password "
-            "with special characters has to be percent-encoded."
-        )
+        message = "The database URL cannot be read; it should look like "
+        message += "postgresql://user:password@host/name or sqlite:///app.db. A "
+        message += "password with special characters has to be percent-encoded."
         raise ConfigurationError(message) from None
     name = known.ALIASES.get(parsed.drivername, parsed.drivername)
     database = known.DATABASES.get(name.partition("+")[0])

@@ -82,7 +82,7 @@ async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
     participant = unit.reading("parallel_read()", db)
     if participant.reader is not None:
         # Requests that hold one connection and wait for a second can deadlock.
-        await run_to_completion(participant.reader.give_back(lend=True))
+        await run_to_completion(participant.reader.lend_connection())
     session = participant.open_reader()
     try:
         yield session

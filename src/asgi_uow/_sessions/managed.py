@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, orm
 from sqlalchemy.engine import CursorResult, IteratorResult
+from sqlalchemy.util import await_only
 
 from asgi_uow import errors
 from asgi_uow._databases.connection import (
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     import sqlalchemy as sa
 
+    from asgi_uow._concurrency import TaskLock
     from asgi_uow._databases.engines import Engines
     from asgi_uow._databases.journal import Journal
     from asgi_uow.observers import Event
@@ -74,6 +76,7 @@ class ManagedSession(orm.Session):
     database: Engines
     shared: Shared
     journal: Journal
+    lock: TaskLock
     connections: dict[sa.Connection, str | None]
     """Those on which it has begun a transaction, and what cancels a statement there."""
     connected: float | None = None  # since when it holds one of its own: perf_counter()
@@ -110,12 +113,6 @@ class ManagedSession(orm.Session):
                 connection.exec_driver_sql(question)
             self.journal.look(connection.connection.dbapi_connection)
         return connection
-
-    def wait_for_others(self) -> None:
-        """Wait for statements past the session, so that the journal knows of them."""
-        for each in self.connections:
-            if isinstance(each, Connection) and not (each.closed or each.invalidated):
-                each.call_alone(bool)
 
     def detach_objects(self) -> None:
         """Leave all objects as they are loaded; a rollback would expire them."""
@@ -196,9 +193,20 @@ class ReadOnlySession(ManagedSession):
         return super().get_bind(*args, **kwargs)
 
     def _execute_internal(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        # Behind execute(), scalar() and scalars(), and behind what loads an attribute.
+        # Behind execute(), scalar() and scalars(); and what loads an attribute, which
+        # is no call of the session, and connects too.
         if getattr(statement, "is_dml", False):
             raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
+        task = asyncio.current_task()
+        if task is not None and self.lock.owner is not task:
+            await_only(self.lock.__aenter__())
+            try:
+                return self._execute_internal(statement, *args, **kwargs)
+            except BaseException:
+                self.give_back()  # no failed() comes after it
+                raise
+            finally:
+                self.lock.release()
         self.executing += 1
         try:
             result = super()._execute_internal(statement, *args, **kwargs)
@@ -220,10 +228,9 @@ class ReadOnlySession(ManagedSession):
         """Return the connection, unless something needs it after a call."""
         self.cursors = [each for each in self.cursors if not each._soft_closed]  # noqa: SLF001
         kept = (each for each in self.connections if getattr(each, "is_kept", False))
-        if not (self.executing or self.cursors or self._nested_transaction) and (
-            lend
-            or not (self.database.read_isolation or any(not c.closed for c in kept))
-        ):
+        is_kept = self.database.read_isolation or any(not each.closed for each in kept)
+        is_in_use = self.executing or self.cursors or self._nested_transaction
+        if not (is_in_use or (is_kept and not lend)):
             self.release_connection()
 
     def release_connection(self) -> None:
@@ -232,7 +239,7 @@ class ReadOnlySession(ManagedSession):
             if self._transaction is not None:
                 self._transaction.close()
         finally:
-            for each in self.connections:
+            for each in tuple(self.connections):
                 if isinstance(each, ReaderConnection) and not each.closed:
                     each.invalidate()  # a close() that failed has forgotten it
             self.connections.clear()

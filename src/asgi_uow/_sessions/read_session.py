@@ -55,7 +55,7 @@ class ReadSession(Session):
             async with host.own_lock:
                 host.refuse_while_streaming(operation)
                 return await method(self, *args, **kwargs)
-        if self.route is None or method.__name__ in {"flush", "close"}:
+        if self.route is None or method.__name__ in {"flush", "close", "commit"}:
             return await method(self, *args, **kwargs)  # these need no connection
         while True:
             await self.route.connect(self)
@@ -81,10 +81,16 @@ class ReadSession(Session):
         if means(error, "read_only") and not isinstance(error, ReadOnlySessionError):
             raise ReadOnlySessionError(operation) from error
 
-    async def give_back(self, *, lend: bool = False) -> None:
-        """Return the connection if nothing needs it; to others, unless it is in use."""
+    async def give_back(self) -> None:
+        """Return the connection if nothing needs it; its caller has the lock."""
         if self.sync_session.connections:
-            await greenlet_spawn(self.sync_session.give_back, lend=lend)
+            await greenlet_spawn(self.sync_session.give_back)
+
+    async def lend_connection(self) -> None:
+        """Return the connection to others, unless a call or a stream is using it."""
+        if self.sync_session.connections and self.own_lock.owner is None:
+            async with self.own_lock:
+                await greenlet_spawn(self.sync_session.give_back, lend=True)
 
     async def release_connection(self) -> None:
         """Give the connection back; the next call takes another."""
@@ -104,11 +110,10 @@ class ReadSession(Session):
         if self.host is self:
             connection = await self.open_connection()
             driver = known.driver_of(connection.dialect)
-            raw = await connection.get_raw_connection()
+            raw: Any = await connection.get_raw_connection()
             if (
                 driver.cursor_needs_begin
                 and not driver.in_transaction(raw.driver_connection)
-                and raw.dbapi_connection is not None
                 # Otherwise the driver begins one by itself.
                 and connection.dialect.detect_autocommit_setting(raw.dbapi_connection)
             ):

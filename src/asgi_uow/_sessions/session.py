@@ -58,13 +58,13 @@ def _guarded(method: Call) -> Call:
                 result = await method(self, *args, **kwargs)
             else:
                 result = await self.route_call(operation, method, args, kwargs)
+            if self.sync_session.cursors:
+                await self.give_back()
         except BaseException as error:
             await self.failed(error, operation)
             raise
         finally:
             lock.release()
-        if self.sync_session.cursors:
-            await self.give_back()
         if self.shared.savepoints.due:
             await self.call_due()
         return result
@@ -107,7 +107,7 @@ class Session(StatementSession):
         self.journal: Journal = Journal(db.facts, db.driver, shared.savepoints)
         sync = self.sync_session
         sync.database, sync.shared, sync.journal = db, shared, self.journal
-        sync.connections = {}
+        sync.connections, sync.lock = {}, self.own_lock
 
     @property
     def host(self) -> Session:

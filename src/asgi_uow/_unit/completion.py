@@ -15,7 +15,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
 from asgi_uow._concurrency import Shield
-from asgi_uow._databases.connection import raw_of
+from asgi_uow._databases.connection import Connection, raw_of
 from asgi_uow._databases.driver_errors import is_in_doubt
 from asgi_uow._databases.loops import inherited
 from asgi_uow._decision import Cause, Outcome
@@ -66,7 +66,7 @@ class Commit:
         if sync.journal.xid is not None:
             return sync
         if sync.driver_exposed:
-            sync.wait_for_others()
+            _wait_for_others(sync)
         for connection in sync.connections:
             dbapi = connection.connection.dbapi_connection
             if db.driver.is_dead(raw_of(dbapi)):
@@ -170,7 +170,8 @@ class Completion:
             sync, journal = writer.sync_session, writer.journal
             if sync.driver_exposed and not writer.shared.stuck:
                 # What is in flight may still end the transaction.
-                await self._try(writer, _in_lock(writer, sync.wait_for_others))
+                waiting = functools.partial(_wait_for_others, sync)
+                await self._try(writer, _in_lock(writer, waiting))
             is_lost = bool(writer.shared.stuck)
             for each in sync.connections:
                 if each.closed or each.invalidated:
@@ -233,7 +234,7 @@ class Completion:
     async def release_reader(self, session: ReadSession) -> None:
         if session.shared.stuck:
             session.sync_session.cut_off()
-        if error := await self._try(session, session.give_back(lend=True)):
+        if error := await self._try(session, session.lend_connection()):
             self.events.append(ReleaseFailed("giving a read connection back", error))
 
     async def discard(self, session: Session, error: BaseException | None) -> None:
@@ -255,6 +256,13 @@ class Completion:
                 self.shield.cancelled = error  # raised later
             return error
         return None
+
+
+def _wait_for_others(session: ManagedSession) -> None:
+    """Wait for statements past the session, so that the journal knows of them."""
+    for each in session.connections:
+        if isinstance(each, Connection) and not (each.closed or each.invalidated):
+            each.call_alone(bool)
 
 
 async def _in_lock(session: Session, end: Callable[[], None]) -> None:
