@@ -229,6 +229,7 @@ def test_databases_that_are_asked_for(pytester: pytest.Pytester) -> None:
     result.assert_outcomes(passed=2, skipped=1, deselected=3)
 
 
+@pytest.mark.usefixtures("postgresql_port")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_run_is_interrupted(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, number: int
