@@ -264,6 +264,7 @@ def test_databases_behind_pgbouncer(pytester: pytest.Pytester) -> None:
     result.assert_outcomes(passed=2, deselected=7)
 
 
+@pytest.mark.usefixtures("postgresql_port")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_run_is_interrupted(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, number: int
