@@ -8,6 +8,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, orm
+from sqlalchemy.ext.asyncio import async_session
+from sqlalchemy.util import await_only
 
 from asgi_uow import errors
 from asgi_uow._databases.connection import (
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     import sqlalchemy as sa
 
+    from asgi_uow._concurrency import TaskLock
     from asgi_uow._databases.engines import Engines
     from asgi_uow._databases.journal import Journal
     from asgi_uow.observers import Event
@@ -38,14 +41,11 @@ class Shared:
 
     def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
         self.state: State = State.NEW
-        self.wants_details: bool = False
-        """Whether an observer wants to know of what went well."""
-        self.outages: list[Exception] = []
-        """Errors after which it may help to try again."""
+        self.wants_details: bool = False  # does an observer ask for what went well?
+        self.outages: list[Exception] = []  # it may help to try again
         self.events: list[Event] = around.events if around and hook else []
         """What observers are told at the end; of a hook, with those of its unit."""
-        self.stuck: int = 0
-        """How often a server did not answer in time at the end."""
+        self.stuck: int = 0  # how often a server did not answer in time at the end
         self.savepoints: Savepoints
         self.savepoints = around.savepoints if around and nested else Savepoints()
         self.writers: list[ManagedSession] = around.writers if around else []
@@ -74,14 +74,12 @@ class ManagedSession(orm.Session):
     database: Engines
     shared: Shared
     journal: Journal
+    lock: TaskLock
     connections: dict[sa.Connection, str | None]
     """Those on which it has begun a transaction, and what cancels a statement there."""
-    connected: float | None = None
-    """Since when it holds a connection of its own, by `time.perf_counter()`."""
-    held: float = 0.0
-    """Seconds for which it has held those that it has given back."""
-    driver_exposed: bool = False
-    """Whether somebody was given the connection, and with it the driver's own."""
+    connected: float | None = None  # since when it holds one of its own: perf_counter()
+    held: float = 0.0  # seconds for which it has held those that it has given back
+    driver_exposed: bool = False  # has somebody been given the driver's connection?
     follows_savepoints: bool = False
 
     def begin(self, nested: bool = False) -> orm.SessionTransaction:  # noqa: FBT001, FBT002
@@ -208,10 +206,15 @@ class ReadOnlySession(ManagedSession):
         return super().get_bind(*args, **kwargs)
 
     def _execute_internal(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        # Behind execute(), scalar() and scalars().
+        # Behind execute(), scalar() and scalars(), and behind what loads an attribute.
         if getattr(statement, "is_dml", False):
             raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
-        return super()._execute_internal(statement, *args, **kwargs)
+        execute = super()._execute_internal
+        above = None if self.lock.is_mine else async_session(self)
+        if above is None:
+            return execute(statement, *args, **kwargs)
+        # An attribute takes its turn, and may be cancelled, as a call does.
+        return await_only(above.run_sync(lambda _: execute(statement, *args, **kwargs)))
 
 
 @event.listens_for(ManagedSession, "after_begin", propagate=True)

@@ -105,7 +105,7 @@ class Session(StatementSession):
         self.journal: Journal = Journal(db.facts, db.driver, shared.savepoints)
         sync = self.sync_session
         sync.database, sync.shared, sync.journal = db, shared, self.journal
-        sync.connections = {}
+        sync.connections, sync.lock = {}, self.own_lock
 
     @property
     def host(self) -> Session:
