@@ -15,6 +15,17 @@ from litestar import Litestar, get
 from litestar.di import NamedDependency, Provide
 from quart import Quart
 from sqlalchemy import exc as sa_exc
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncAttrs
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    foreign,
+    mapped_column,
+    relationship,
+    remote,
+    selectinload,
+)
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -44,6 +55,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from asgi_uow import Session
     from asgi_uow._asgi import Message, Receive, Scope, Send
     from tests.servers import Backend, ServerBackend
 
@@ -362,6 +374,49 @@ async def test_statement_beside_a_stream(numbers: Database, backend: Backend) ->
     await succeed(handler, numbers)
 
     assert 1001 + (not alone) == len(await shop.items(backend))
+    assert [0, 0] == checked_out(numbers)
+
+
+class Base(AsyncAttrs, DeclarativeBase):
+    """Mapped to the shop."""
+
+
+class Item(Base):
+    """An item that is its own twin, which has to be loaded."""
+
+    __tablename__ = "items"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    twins: Mapped[list[Item]] = relationship(
+        primaryjoin=lambda: Item.id == remote(foreign(Item.id)), viewonly=True
+    )
+
+
+@on(*DRIVERS)
+@pytest.mark.parametrize("name", ["read", "write"])
+async def test_loading_beside_a_stream(
+    numbers: Database, backend: Backend, name: str
+) -> None:
+    """What the ORM loads by itself comes in between as well, and costs no rows."""
+    items = select(Item).order_by(Item.id).execution_options(yield_per=10)
+    async with numbers:
+        session: Session = getattr(numbers, name)
+        stream = await session.stream_scalars(items)
+        item = await anext(stream)
+        if backend.name == "mariadb":
+            with pytest.raises(ConcurrentUseError, match="close"):
+                await item.awaitable_attrs.twins
+        else:
+            assert [item] == await item.awaitable_attrs.twins
+        assert 999 == len([each async for each in stream])
+
+        stream = await session.stream_scalars(items.options(selectinload(Item.twins)))
+        if backend.name == "mariadb":
+            with pytest.raises(ConcurrentUseError, match="close"):
+                await anext(stream)
+            await stream.close()
+        else:
+            assert 1000 == len([each.twins[0] async for each in stream])
+        assert 1000 == await session.scalar("SELECT count(*) FROM items")
     assert [0, 0] == checked_out(numbers)
 
 

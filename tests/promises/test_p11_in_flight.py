@@ -224,6 +224,46 @@ async def test_the_end_waits_for_attributes(backend: Backend) -> None:
         await works(db, backend, [1])
 
 
+@on(*SERVER_DRIVERS)
+@pytest.mark.parametrize("cancelled", ["call", "attribute"])
+async def test_cancelled_beside_attributes(
+    backend: ServerBackend, cancelled: str
+) -> None:
+    """One task that reads is cancelled: those beside it have their answers."""
+
+    class Base(AsyncAttrs, DeclarativeBase):
+        pass
+
+    async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
+
+        class Item(Base):
+            __tablename__ = "items"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            late: Mapped[str] = column_property(
+                literal_column(gate.expression), deferred=True
+            )
+            soon: Mapped[int] = column_property(literal_column("7"), deferred=True)
+
+        await backend.execute("INSERT INTO items (id) VALUES (1)")
+        async with asyncio.timeout(SECONDS), db:
+            item = await db.read.get_one(Item, 1)
+            waits: dict[str, Callable[[], Awaitable[object]]] = {
+                "call": lambda: db.read.scalar(gate.select),
+                "attribute": lambda: item.awaitable_attrs.late,
+            }
+            task = asyncio.ensure_future(waits[cancelled]())
+            await gate.reached()
+            others = asyncio.gather(
+                item.awaitable_attrs.soon, db.read.scalar("SELECT 8")
+            )
+            await asyncio.sleep(0)
+            task.cancel()
+            assert [7, 8] == [*await others]
+            assert task.cancelled()
+            assert 9 == await db.read.scalar("SELECT 9")
+        assert [0, 0] == checked_out(db)
+
+
 @on(*DRIVERS)
 @ways
 @pytest.mark.parametrize("hook", [False, True])

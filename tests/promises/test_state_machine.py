@@ -6,7 +6,7 @@ import asyncio
 import os
 import sqlite3
 import tempfile
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -111,10 +111,8 @@ class Life(RuleBasedStateMachine):
     @rule(row=ROWS)
     def insert(self, row: int) -> None:
         """A row that is there already is an error, which is swallowed."""
-        if row in self.rows and not self.doomed:
-            with pytest.raises(sa_exc.IntegrityError):
-                self._execute(INSERT, id=row)
-        else:
+        is_there = row in self.rows and not self.doomed
+        with pytest.raises(sa_exc.IntegrityError) if is_there else nullcontext():
             self._execute(INSERT, id=row)
         self.rows.add(row)
 
@@ -196,10 +194,8 @@ class Life(RuleBasedStateMachine):
         async def leave() -> None:
             await opened.__aexit__(type(error) if error else None, error, None)
 
-        if self.doomed:
-            with suppress(errors.TransactionGoneError, sa_exc.SQLAlchemyError):
-                self._run(leave)
-        else:
+        gone = (errors.TransactionGoneError, sa_exc.SQLAlchemyError)
+        with suppress(*gone if self.doomed else ()):
             self._run(leave)
         if fails:
             self.rows = set(before)

@@ -82,6 +82,9 @@ class Asyncmy:
         unread = raw._result is None and proto.length > proto.pos  # noqa: SLF001
         return unread or proto._read_waiter is not None  # noqa: SLF001
 
+    def is_streaming(self, raw: Any) -> bool:
+        return raw._result is not None and raw._result.unbuffered_active  # noqa: SLF001
+
     def in_transaction(self, raw: Any) -> bool:
         # It keeps the old status where a result's is 0; a stream's comes at its end.
         result = raw._result  # noqa: SLF001  # no other way

@@ -267,6 +267,7 @@ def _check_statement(_: object, statement: str, *context: object) -> None:
     # The context comes last, with parameters before it or without.
     connection = getattr(context[-1], "root_connection", None)
     if isinstance(connection, Connection):
+        connection.refuse_beside_stream()
         connection.check_statement(statement)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, orm
 from sqlalchemy.engine import CursorResult, IteratorResult
+from sqlalchemy.ext.asyncio import async_session
 from sqlalchemy.util import await_only
 
 from asgi_uow import errors
@@ -40,14 +41,11 @@ class Shared:
 
     def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
         self.state: State = State.NEW
-        self.wants_details: bool = False
-        """Whether an observer wants to know of what went well."""
-        self.outages: list[Exception] = []
-        """Errors after which it may help to try again."""
+        self.wants_details: bool = False  # does an observer ask for what went well?
+        self.outages: list[Exception] = []  # it may help to try again
         self.events: list[Event] = around.events if around and hook else []
         """What observers are told at the end; of a hook, with those of its unit."""
-        self.stuck: int = 0
-        """How often a server did not answer in time at the end."""
+        self.stuck: int = 0  # how often a server did not answer in time at the end
         self.savepoints: Savepoints
         self.savepoints = around.savepoints if around and nested else Savepoints()
         self.writers: list[ManagedSession] = around.writers if around else []
@@ -80,8 +78,8 @@ class ManagedSession(orm.Session):
     connections: dict[sa.Connection, str | None]
     """Those on which it has begun a transaction, and what cancels a statement there."""
     connected: float | None = None  # since when it holds one of its own: perf_counter()
-    held: float = 0.0  # for how many seconds it held those that it has given back
-    driver_exposed: bool = False  # whether somebody was given the connection
+    held: float = 0.0  # seconds for which it has held those that it has given back
+    driver_exposed: bool = False  # has somebody been given the driver's connection?
     cursors: Sequence[CursorResult[Any]] = ()  # on the server, of a read session
     follows_savepoints: bool = False
 
@@ -193,20 +191,15 @@ class ReadOnlySession(ManagedSession):
         return super().get_bind(*args, **kwargs)
 
     def _execute_internal(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        # Behind execute(), scalar() and scalars(); and what loads an attribute, which
-        # is no call of the session, and connects too.
+        # Behind execute(), scalar() and scalars(), and behind what loads an attribute.
         if getattr(statement, "is_dml", False):
             raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
-        task = asyncio.current_task()
-        if task is not None and self.lock.owner is not task:
-            await_only(self.lock.__aenter__())
-            try:
-                return self._execute_internal(statement, *args, **kwargs)
-            except BaseException:
-                self.give_back()  # no failed() comes after it
-                raise
-            finally:
-                self.lock.release()
+        if not self.lock.is_mine and (above := async_session(self)) is not None:
+            # An attribute takes its turn, and may be cancelled, as a call does.
+            again = functools.partial(
+                self._execute_internal, statement, *args, **kwargs
+            )
+            return await_only(above.run_sync(lambda _: again()))
         self.executing += 1
         try:
             result = super()._execute_internal(statement, *args, **kwargs)

@@ -30,8 +30,7 @@ class ReadSession(Session):
 
     sync_session_class: type[orm.Session] = ReadOnlySession
     sync_session: ReadOnlySession  # pyright: ignore[reportIncompatibleVariableOverride]
-    route: Route | None = None
-    """Finds the replica to read from, where there is a choice."""
+    route: Route | None = None  # finds the replica to read from, if there is a choice
     sibling: Session
     usable_in: frozenset[State] = frozenset(State) - {State.CLOSED}
 
