@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import os
 from contextlib import asynccontextmanager, suppress
@@ -22,9 +23,15 @@ from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
 from asgi_uow.observers import logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+    from typing import TypeAlias
 
     from sqlalchemy import Connection, Engine
+
+    from asgi_uow._databases.pool import Isolation
+
+    # It is given the session, which is defined above this room.
+    OnBegin: TypeAlias = Callable[[Any], Coroutine[Any, Any, object]]
 
 # Options of SQLAlchemy's `Session` that are the unit of work's to set.
 RESERVED = {"sync_session_class", "close_resets_only", "bind", "autocommit"}
@@ -52,6 +59,7 @@ class Engines:
         commit_on_exit: bool = True,
         resolve_unknown: bool = False,
         read_isolation: Literal["REPEATABLE READ"] | None = None,
+        on_begin: OnBegin | None = None,
         **session_options: Any,
     ) -> None:
         for name in sorted(RESERVED & session_options.keys()):
@@ -60,7 +68,14 @@ class Engines:
         if read_isolation not in {None, "REPEATABLE READ"}:
             message = f"read_isolation is 'REPEATABLE READ' or None: {read_isolation!r}"
             raise ConfigurationError(message)
+        calls = (on_begin, getattr(type(on_begin), "__call__", None))  # noqa: B004
+        if on_begin is not None and not any(map(inspect.iscoroutinefunction, calls)):
+            message = f"on_begin is an async function of the session: {on_begin!r}"
+            raise ConfigurationError(message)
         self.commit_on_exit = commit_on_exit
+        self.on_begin = on_begin
+        self.reads_in_transactions: bool = on_begin is not None
+        """Whether each read is a transaction of its own, not only with a snapshot."""
         self.resolve_unknown = resolve_unknown
         self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
         self._readers = tuple(readers)
@@ -109,8 +124,10 @@ class Engines:
 
     def _make_readers_read_only(self) -> None:
         """At once: a connection that is in the pool already stays what it is."""
+        own: Isolation = "READ COMMITTED" if self.reads_in_transactions else None
+        level = self.read_isolation or own
         for each in filter(None, (self._read_engine, *self._readers)):
-            attach_listeners(each, read_only=True, read_isolation=self.read_isolation)
+            attach_listeners(each, read_only=True, read_isolation=level)
 
     @property
     def read_engine(self) -> AsyncEngine:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from asgi_uow._databases.journal import Journal
 
-    Isolation = Literal["REPEATABLE READ"] | None
+    Isolation = Literal["READ COMMITTED", "REPEATABLE READ"] | None
     DBAPI = interfaces.DBAPIConnection
     Entry = pool.ConnectionPoolEntry
     Context = interfaces.ExceptionContext

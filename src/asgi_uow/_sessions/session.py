@@ -20,6 +20,7 @@ from asgi_uow._databases.driver_errors import is_of_database, is_unavailable, me
 from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.journal import Journal
 from asgi_uow._decision import WRITABLE
+from asgi_uow._sessions.beginning import BeginningSession
 from asgi_uow._sessions.managed import ManagedSession
 from asgi_uow._sessions.statements import StatementSession, StreamResult, adopt
 
@@ -83,6 +84,7 @@ class Session(StatementSession):
     """
 
     sync_session_class: type[orm.Session] = ManagedSession
+    beginning_class: type[orm.Session] = BeginningSession  # with `on_begin`
     # Narrower than SQLAlchemy's, which only reads it.
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -98,6 +100,8 @@ class Session(StatementSession):
     def __init__(
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
     ) -> None:
+        if db.on_begin is not None:
+            options = {**options, "sync_session_class": self.beginning_class}
         super().__init__(bind, close_resets_only=False, **options)
         self.own_lock: TaskLock = TaskLock()
         self.shared = shared
