@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import math
 import os
@@ -17,6 +18,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import known
+from asgi_uow._databases.connection import POLICY
 from asgi_uow._databases.health import Replica
 from asgi_uow._databases.pool import attach_listeners
 from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
@@ -146,6 +148,22 @@ class Engines:
     @cached_property
     def driver(self) -> known.Driver:
         return known.driver_of(self.engine.dialect)
+
+    def engine_at(self, level: str) -> AsyncEngine:
+        """Give the writer with another isolation level for its next transaction."""
+        sync = self.engine.sync_engine
+        levels = {*sync.dialect.get_isolation_level_values(None)}  # type: ignore[arg-type]
+        if level not in levels - {"AUTOCOMMIT"}:
+            message = f"isolation_level() is one of {levels}, not AUTOCOMMIT: {level!r}"
+            raise ConfigurationError(message)
+        options: dict[str, Any] = {"isolation_level": level}
+        if begins_with := self.facts.BEGIN_AT_LEVEL:
+            policy = copy.copy(sync.get_execution_options()[POLICY])
+            policy.begins_with = begins_with.format(level)
+            options = {POLICY: policy}
+        engine = self.engine.execution_options(**options)
+        engine.sync_engine._connection_cls = sync._connection_cls  # noqa: SLF001
+        return engine
 
     @cached_property
     def name(self) -> str:

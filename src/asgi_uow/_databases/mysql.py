@@ -24,6 +24,7 @@ READ_ONLY_STATEMENT = "SET SESSION TRANSACTION READ ONLY"
 IS_READ_ONLY = "SELECT @@global.read_only"
 LAG = "SHOW SLAVE STATUS"
 CANCEL_SQL = "KILL QUERY {}"
+BEGIN_AT_LEVEL = "SET TRANSACTION ISOLATION LEVEL {}"  # of the next one alone
 QUESTION_BEFORE_COMMIT = "SELECT 1"
 
 # https://mariadb.com/kb/en/mariadb-error-code-reference/

@@ -20,7 +20,7 @@ from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncResult
+    from sqlalchemy.ext.asyncio import AsyncResult
     from sqlalchemy.util.typing import TupleAny
 
     from asgi_uow._reading.route import Route
@@ -96,10 +96,6 @@ class ReadSession(Session):
         """Give the connection back; the next call takes another."""
         await self.close_streams()
         await greenlet_spawn(self.sync_session.release_connection)
-
-    def bind_to(self, engine: AsyncEngine) -> None:
-        self.bind: AsyncEngine = engine
-        self.sync_session.bind = engine.sync_engine
 
     async def open_connection(self) -> AsyncConnection:
         """Connect, for a call that is to come."""

@@ -130,6 +130,17 @@ class Session(StatementSession):
         if self.open_streams and any(exclusive):
             raise errors.ConcurrentUseError(operation, "a stream() is still being read")
 
+    def bind_to(self, engine: AsyncEngine) -> None:
+        self.bind = engine
+        self.sync_session.bind = engine.sync_engine
+
+    def set_isolation_level(self, level: str) -> None:
+        """Have the transaction begin so; raises if it has begun."""
+        if self.sync_session.connections:
+            message = "isolation_level() comes before the unit's first statement."
+            raise errors.ConfigurationError(message)
+        self.bind_to(self.sync_session.database.engine_at(level))
+
     async def failed(self, error: BaseException, operation: str) -> None:  # noqa: ARG002
         """Remember an outage; have the server stop a statement that was cancelled."""
         self.record_error(error)
