@@ -6,12 +6,14 @@ import asyncio
 import contextvars
 import math
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from anyio import CancelScope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from contextlib import AbstractContextManager
 
     AnyTask: TypeAlias = asyncio.Task[object]
 
@@ -172,11 +174,12 @@ class TaskLock:
     """Lets one task at a time use a session; its owner may take it again."""
 
     # Overlap is what counts: frameworks switch tasks within one request.
-    __slots__ = ("_depth", "_waiting", "owner")
+    __slots__ = ("_depth", "_waiting", "limit", "owner")
 
     def __init__(self) -> None:
         self.owner: AnyTask | None = None
         self._depth = 0
+        self.limit: Callable[[], AbstractContextManager[None]] = nullcontext
         self._waiting: list[tuple[AnyTask, asyncio.Future[None]]] = []
 
     @property
@@ -202,7 +205,8 @@ class TaskLock:
         entry = (task, granted)
         self._waiting.append(entry)
         try:
-            await granted
+            with self.limit():
+                await granted
         except BaseException:
             if entry in self._waiting:
                 self._waiting.remove(entry)
