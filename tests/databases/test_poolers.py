@@ -40,7 +40,7 @@ BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
 SENT = {
     "asyncmy": ["START TRANSACTION READ ONLY", shop.COUNT, "ROLLBACK"],
     "asyncpg": [BEGIN, f"PREPARE {shop.COUNT}", shop.COUNT, "ROLLBACK"],
-    "psycopg": [BEGIN, shop.COUNT, "ROLLBACK"],
+    "psycopg": [f"BEGIN READ ONLY; {shop.COUNT}; ROLLBACK"],
 }
 
 
@@ -64,7 +64,7 @@ async def test_transactions_on_a_read_only_session(backend: Backend) -> None:
     """
     await shop.create(backend)
     db = Database(None)
-    db.reads_in_transactions = True
+    db.on_begin = print
     db.use(create_async_engine(backend.url))
     for number in range(2):
         async with db:

@@ -217,7 +217,10 @@ class MariaDBBackend(ServerBackend):
         return len(open_in.intersection(await self._threads()))
 
     async def running(self, statement: str) -> int:
-        query = "SELECT count(*) FROM information_schema.processlist WHERE info = :info"
+        query = (
+            "SELECT count(*) FROM information_schema.processlist"
+            " WHERE info = :info AND db = database()"
+        )
         return int(str(await self.scalar(query, info=statement)))
 
     async def connections(self) -> int:
@@ -278,8 +281,8 @@ class PostgreSQLBackend(ServerBackend):
 
     async def running(self, statement: str) -> int:
         query = (
-            "SELECT count(*) FROM pg_stat_activity"
-            " WHERE query = :query AND state = 'active'"
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND query = :query AND state = 'active'"
         )
         return int(str(await self.scalar(query, query=statement)))
 

@@ -605,6 +605,7 @@ async def test_mysql_protocol(packets: list[bytes], expected: list[str | None]) 
             ["PREPARE SELECT 1", "SELECT 1; SELECT 1"],
         ),
         ([SYNC, TERMINATE], ["SYNC", None]),
+        ([FLUSH], [None]),
     ],
 )
 async def test_postgresql_protocol(

@@ -40,6 +40,7 @@ CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement ther
 class Engines:
     is_memory: bool = False
     owns_engines: bool = False
+    on_begin: Any = None
     _engine: AsyncEngine | None = None
     _read_engine: AsyncEngine | None = None
 
@@ -119,9 +120,9 @@ class Engines:
 
     def _make_readers_read_only(self) -> None:
         """At once: a connection that is in the pool already stays what it is."""
-        own: Any = "READ COMMITTED" if self.reads_in_transactions else None
+        level = self.read_isolation or ("READ COMMITTED" if self.on_begin else None)
         for each in filter(None, (self._read_engine, *self._readers)):
-            attach_listeners(each, Use(True, self.read_isolation or own, self.pooler))  # noqa: FBT003
+            attach_listeners(each, Use(True, level, self.pooler))  # noqa: FBT003
 
     @property
     def read_engine(self) -> AsyncEngine:

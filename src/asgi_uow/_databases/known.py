@@ -71,6 +71,9 @@ class Driver(_Facts):
     async def is_pooled(self, _: Any, /) -> bool:  # by what answers in its own name
         return False
 
+    def pipeline_reads(self, _: Any, /) -> None:  # each with its BEGIN and ROLLBACK
+        return None
+
     def cut_off(self, _: Any, /) -> None:  # what waits for the server fails at once
         return None
 

@@ -140,6 +140,8 @@ class _Policy:
         elif self.read_only and database.BEGIN_READ_ONLY is None:
             self.dialect.set_readonly(dbapi, True)  # noqa: FBT003
             self.dialect.set_isolation_level(dbapi, self.use.level or "READ COMMITTED")
+            if self.use.level is None:
+                self.driver.pipeline_reads(raw_of(dbapi))
         elif not self.read_only and database.BEGIN_WRITE is None:
             info[AUTOCOMMIT] = self.dialect.detect_autocommit_setting(dbapi)
         if self.pooler is None:  # a proxy's number is a stranger's on the server

@@ -8,6 +8,7 @@ import re
 import select
 import socket
 from asyncio import Future
+from functools import cache
 from operator import attrgetter, methodcaller
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
@@ -132,12 +133,35 @@ async def connect(conninfo: str = "", **options: Any) -> Any:
     return raw
 
 
+@cache
+def _pipelined(cursor_class: type[Any]) -> type[Any]:
+    class Cursor(cursor_class):  # type: ignore[misc]
+        async def execute(self, *args: Any, **options: Any) -> Any:
+            raw = self.connection
+            if raw.autocommit or raw.pgconn.transaction_status:
+                return await super().execute(*args, **options)
+            async with raw.pipeline():
+                raw._autocommit = True  # noqa: SLF001  # psycopg would wait for its BEGIN
+                try:
+                    await cursor_class(raw).execute("BEGIN READ ONLY")
+                    await super().execute(*args, **options)
+                    await cursor_class(raw).execute("ROLLBACK")
+                finally:
+                    raw._autocommit = False  # noqa: SLF001
+            return self
+
+    return Cursor
+
+
 class Psycopg(_Driver):
     # For each host, not 130 seconds.
     connect_args = (("async_creator_fn", connect), ("connect_timeout", 10))
     pooled_args = (("prepare_threshold", None),)
     # Past `info`, which makes an object for each question.
     in_transaction = attrgetter("pgconn.transaction_status")  # 0 is IDLE
+
+    def pipeline_reads(self, raw: Any) -> None:
+        raw.cursor_factory = _pipelined(raw.cursor_factory)
 
     async def is_pooled(self, raw: Any) -> bool:
         autocommit = raw.autocommit
