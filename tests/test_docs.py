@@ -30,6 +30,8 @@ QUEUES = [
     for name in ("celery", "pgqueuer", "procrastinate", "taskiq")
 ]
 """They need servers: `tests.integration.handoff.test_pages` runs them."""
+PGBOUNCER = ROOT / "docs" / "howto" / "pgbouncer.md"
+"""It needs one: `tests.databases.test_poolers` runs it."""
 SANIC = ROOT / "docs" / "howto" / "sanic.md"
 """Sanic rewrites itself when it starts, once per process; it has one of its own."""
 PAGES = [
@@ -107,7 +109,7 @@ def test_the_page_about_sanic_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if page not in {*QUEUES, SANIC}],
+    [page for page in PAGES if page not in {*QUEUES, PGBOUNCER, SANIC}],
     ids=lambda page: page.name,
 )
 def test_every_python_block_runs(

@@ -79,6 +79,7 @@ class Database(Engines):
         commit_on_exit: bool = True,
         resolve_unknown: bool = False,
         read_isolation: Literal["REPEATABLE READ"] | None = None,
+        pooler: Literal["transaction", "session"] | None = None,
         **engine_options: Any,
     ) -> Self:
         """Create the engines with defaults that suit the database.
@@ -97,6 +98,7 @@ class Database(Engines):
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
+            pooler=pooler,
         )
         database.use(create(url, engine_options), create(url, engine_options))
         database.owns_engines = True

@@ -162,7 +162,7 @@ async def test_pending_transaction(
     def state() -> tuple[bool, bool]:
         return connection.in_transaction, is_locked(sqlite)
 
-    connection.begin(BEGIN)
+    connection.begin_with(BEGIN)
     assert (True, False) == state()
     await connection.cursor().execute(SELECT + " LIMIT 1")
     assert (True, True) == state()
@@ -175,7 +175,7 @@ async def test_end_of_a_pending_transaction(
     connection: Connection, calls: Callable[[], int], end: str
 ) -> None:
     """A transaction that executed nothing ends without a call into the thread."""
-    connection.begin(BEGIN)
+    connection.begin_with(BEGIN)
     await getattr(connection, end)()
     assert not connection.in_transaction
     assert 0 == calls()
@@ -187,7 +187,7 @@ async def test_close_of_a_pending_transaction(
     """Closing does not begin: it works while another holds the lock."""
     with closing(sqlite3.connect(sqlite.path, isolation_level=None)) as other:
         other.execute(BEGIN)
-        connection.begin(BEGIN)
+        connection.begin_with(BEGIN)
         await connection.close()
 
 
@@ -195,7 +195,7 @@ async def test_user_statement_begins(
     connection: Connection, sqlite: SQLiteBackend
 ) -> None:
     """What is executed on the driver's connection belongs to the transaction."""
-    connection.begin(BEGIN)
+    connection.begin_with(BEGIN)
     await connection.execute(INSERT)
     await connection.rollback()
     assert 200 == await sqlite.scalar("SELECT count(*) FROM numbers")
@@ -206,12 +206,12 @@ async def test_close_of_a_cursor_does_not_begin(
 ) -> None:
     """Neither do the rows of an earlier transaction."""
     cursor = await connection.cursor().execute(SELECT)
-    connection.begin(BEGIN)
+    connection.begin_with(BEGIN)
     assert 200 == len(await cursor.fetchall())
     assert not is_locked(sqlite)
     await connection.rollback()
     cursor = await connection.cursor().execute(SELECT)
-    connection.begin(BEGIN)
+    connection.begin_with(BEGIN)
     await cursor.close()
     assert connection.in_transaction
     assert not is_locked(sqlite)
@@ -221,7 +221,7 @@ async def test_busy_begin(connection: Connection, sqlite: SQLiteBackend) -> None
     """The first statement says that the database is locked; BEGIN is still to come."""
     with closing(sqlite3.connect(sqlite.path, isolation_level=None)) as other:
         other.execute(BEGIN)
-        connection.begin(BEGIN)
+        connection.begin_with(BEGIN)
         with pytest.raises(sqlite3.OperationalError, match="locked") as raised:
             await connection.cursor().execute(INSERT)
     assert "SQLITE_BUSY" == raised.value.sqlite_errorname
@@ -229,7 +229,7 @@ async def test_busy_begin(connection: Connection, sqlite: SQLiteBackend) -> None
     await connection.cursor().execute(INSERT)
     await connection.rollback()
     assert 200 == await sqlite.scalar("SELECT count(*) FROM numbers")
-    connection.begin(BEGIN)
+    connection.begin_with(BEGIN)
     await connection.cursor().execute(INSERT)
     await connection.commit()
     assert 201 == await sqlite.scalar("SELECT count(*) FROM numbers")
@@ -646,7 +646,7 @@ async def test_cancelled_while_running(
     await connection.create_function("wake", 0, wake)
     reading = await connection.cursor().execute(SELECT)
     plain = await connection.execute(SELECT)
-    connection.begin(BEGIN)
+    connection.begin_with(BEGIN)
     cursor = connection.cursor()
     sql = f"INSERT INTO numbers SELECT 1000 + ifnull(wake(), 0) + ({ENDLESS})"
     task = asyncio.ensure_future(cursor.execute(sql))
@@ -663,7 +663,7 @@ async def test_cancelled_between_statements(
     connection: Connection, sqlite: SQLiteBackend
 ) -> None:
     """A cancelled fetch undoes the transaction too, as a cancelled statement does."""
-    connection.begin(BEGIN)
+    connection.begin_with(BEGIN)
     await connection.cursor().execute(INSERT)
     cursor = await connection.cursor().execute(SELECT)
     task = asyncio.ensure_future(cursor.fetchall())
@@ -680,7 +680,7 @@ async def test_cancelled_before_it_starts(
     traced: list[str] = []
     await connection.set_trace_callback(traced.append)
     async with busy_thread(connection) as other:
-        connection.begin(BEGIN)
+        connection.begin_with(BEGIN)
         task = asyncio.ensure_future(connection.cursor().execute(INSERT))
         await asyncio.sleep(0)
         task.cancel()
@@ -707,7 +707,7 @@ async def test_cancelled_while_begin_waits(
     await connection.set_trace_callback(note)
     with closing(sqlite3.connect(sqlite.path, isolation_level=None)) as other:
         other.execute(BEGIN)
-        connection.begin(BEGIN)
+        connection.begin_with(BEGIN)
         task = asyncio.ensure_future(connection.cursor().execute(INSERT))
         await waiting.wait()
         task.cancel()
@@ -730,7 +730,7 @@ async def test_cancelled_while_being_prepared(
         return sqlite3.SQLITE_OK
 
     await connection.call(partial(connection._conn.set_authorizer, authorize))
-    connection.begin(BEGIN)
+    connection.begin_with(BEGIN)
     free.set()
     await connection.cursor().execute(INSERT)
     free.clear()

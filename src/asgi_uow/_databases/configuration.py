@@ -64,6 +64,7 @@ def _pool_class(value: object) -> type[sa.Pool]:
     raise ValueError(value)
 
 
+POOLERS: Mapping[object, object] = {name: name for name in ("transaction", "session")}
 _KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
     "URL": ("url", _url, "a URL"),
     "READ_URLS": ("read_urls", _urls, "a list of URLs, or URLs with commas between"),
@@ -74,6 +75,7 @@ _KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
     "POOL_PRE_PING": ("pool_pre_ping", _boolean, "a boolean"),
     "POOL_RECYCLE": ("pool_recycle", _number(int), "a whole number of seconds"),
     "POOL_TIMEOUT": ("pool_timeout", _number(float), "a number of seconds"),
+    "POOLER": ("pooler", POOLERS.__getitem__, "'transaction' or 'session'"),
     "POOL_CLASS": ("poolclass", _pool_class, "a class name of sqlalchemy.pool"),
 }
 
@@ -108,7 +110,7 @@ def read(mapping: Mapping[str, object], prefix: str) -> Config:
             continue
         try:
             found[option] = cast(value)
-        except (TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):
             message = f"{key} must be {kind}; what it is set to cannot be read as that."
             raise ConfigurationError(message) from None
     return Config(found.pop("url"), found.pop("read_urls", ()), found)

@@ -40,7 +40,7 @@ class Connection(sa.Connection):
         statement = self._execution_options[POLICY].begins_with
         if statement is None:
             return
-        begin = getattr(self.connection.driver_connection, "begin", None)
+        begin = getattr(self.connection.driver_connection, "begin_with", None)
         if begin is not None:
             begin(statement)  # sent with the first statement
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
@@ -17,7 +16,7 @@ from sqlalchemy.util import greenlet_spawn
 from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import known
 from asgi_uow._databases.health import Replica
-from asgi_uow._databases.pool import attach_listeners
+from asgi_uow._databases.pool import Use, attach_listeners
 from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
 from asgi_uow.observers import logger
 
@@ -41,6 +40,7 @@ CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement ther
 class Engines:
     is_memory: bool = False
     owns_engines: bool = False
+    on_begin: Any = None
     _engine: AsyncEngine | None = None
     _read_engine: AsyncEngine | None = None
 
@@ -52,6 +52,7 @@ class Engines:
         commit_on_exit: bool = True,
         resolve_unknown: bool = False,
         read_isolation: Literal["REPEATABLE READ"] | None = None,
+        pooler: Literal["transaction", "session"] | None = None,
         **session_options: Any,
     ) -> None:
         for name in sorted(RESERVED & session_options.keys()):
@@ -60,9 +61,14 @@ class Engines:
         if read_isolation not in {None, "REPEATABLE READ"}:
             message = f"read_isolation is 'REPEATABLE READ' or None: {read_isolation!r}"
             raise ConfigurationError(message)
+        if pooler not in {None, "transaction", "session"}:
+            message = f"pooler is 'transaction', 'session' or None: {pooler!r}"
+            raise ConfigurationError(message)
         self.commit_on_exit = commit_on_exit
         self.resolve_unknown = resolve_unknown
         self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
+        self.pooler: Literal["transaction", "session"] | None = pooler
+        self.reads_in_transactions: bool = pooler == "transaction"  # each in its own
         self._readers = tuple(readers)
         for reader in self._readers:
             _check_engine(reader)
@@ -96,21 +102,27 @@ class Engines:
         if any(each.sync_engine.pool is pool for each in self._readers):
             message = "A reader cannot be the writer: it is made read-only."
             raise ConfigurationError(message)
-        asks = known.database_of(engine.dialect).TRANSACTION_ID
-        if self.resolve_unknown and asks is None:
+        facts = known.database_of(engine.dialect)
+        if self.resolve_unknown and facts.TRANSACTION_ID is None:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
+            raise ConfigurationError(message)
+        unfit = self.read_isolation if facts.BEGIN_READ_ONLY else facts.SINGLE_WRITER
+        unfit = unfit or self.write_options.get("twophase")
+        if self.pooler == "transaction" and unfit:
+            message = "pooler: not with SQLite, twophase, or read_isolation on MySQL."
             raise ConfigurationError(message)
         self.is_memory = known.is_memory(engine.url)
         if not self.is_memory:  # there the one connection has to be writable
             self._read_engine = read_engine or derive_engine(engine)
-        attach_listeners(engine, read_only=False)
+        attach_listeners(engine, Use(read_only=False, pooler=self.pooler))
         self._make_readers_read_only()
         self._engine = engine
 
     def _make_readers_read_only(self) -> None:
         """At once: a connection that is in the pool already stays what it is."""
+        level = self.read_isolation or ("READ COMMITTED" if self.on_begin else None)
         for each in filter(None, (self._read_engine, *self._readers)):
-            attach_listeners(each, read_only=True, read_isolation=self.read_isolation)
+            attach_listeners(each, Use(True, level, self.pooler))  # noqa: FBT003
 
     @property
     def read_engine(self) -> AsyncEngine:
@@ -239,21 +251,14 @@ async def _aside(engine: AsyncEngine) -> AsyncGenerator[AsyncEngine]:
 
 
 async def cancel_statements(cancel_sql: list[tuple[Engine, str]]) -> None:
-    """Cancel statements in flight on their server, from other connections.
-
-    MySQL goes on with a statement that was cancelled, locks and all, although the
-    connection is gone. So does PostgreSQL if an anyio scope was cancelled: its drivers
-    send a cancel request, but need an await for it, which the scope cancels too.
-    """
-    in_cancelled_scope = anyio.current_effective_deadline() == -math.inf
+    """Cancel, from others, what a server goes on with when its connection is gone."""
     for engine, statement in cancel_sql:
-        if in_cancelled_scope or not known.driver_of(engine.dialect).cancels_on_server:
-            executing = bounded(_execute_aside(engine, statement), CANCEL_SECONDS)
-            try:
-                await run_to_completion(executing)
-            except Exception:  # noqa: BLE001  # the cancellation goes on
-                # It ended by itself, or the server is gone and its locks with it.
-                logger.debug("%s was not run", statement, exc_info=True)
+        executing = bounded(_execute_aside(engine, statement), CANCEL_SECONDS)
+        try:
+            await run_to_completion(executing)
+        except Exception:  # noqa: BLE001  # the cancellation goes on
+            # It ended by itself, or the server is gone and its locks with it.
+            logger.debug("%s was not run", statement, exc_info=True)
 
 
 async def _execute_aside(engine: Engine, statement: str) -> None:

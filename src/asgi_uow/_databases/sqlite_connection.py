@@ -127,7 +127,7 @@ class Connection(aiosqlite.Connection):
         self._stopped: asyncio.Future[None] | None = None
         self._is_beginning = False
 
-    def begin(self, statement: str) -> None:
+    def begin_with(self, statement: str) -> None:
         self._begin = statement  # executed just before the next statement
 
     def _take_begin(self) -> str | None:

@@ -146,11 +146,12 @@ class Route:
         with anyio.fail_after(seconds + ANSWER_SECONDS):
             facts = known.database_of(connection.dialect)
             reached = await facts.wait_for(connection, self._position, seconds)
-            # Ends the snapshot of `read_isolation`, which is too old.
+            # Its snapshot is too old; and how a transaction begins is the engine's.
             raw = await connection.get_raw_connection()
             driver = known.driver_of(connection.dialect)
             if driver.in_transaction(raw.driver_connection):
-                await connection.run_sync(lambda sync: sync.connection.rollback())
+                await reader.release_connection()
+                await reader.open_connection()
         return reached
 
     def _report_failed(self, replica: Replica, error: Exception) -> None:
