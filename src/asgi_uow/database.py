@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import URL
 
+    from asgi_uow._databases.engines import OnBegin
     from asgi_uow._databases.health import Health
     from asgi_uow._sessions.session import Session
 
@@ -63,8 +64,9 @@ class Database(Engines):
     `force_commit()` is called. `resolve_unknown=True` (PostgreSQL): one more round trip
     before each COMMIT, so that one whose answer was lost can be settled.
     `read_isolation="REPEATABLE READ"` gives the reads of a read session one snapshot,
-    at the price of a transaction. All other options are those of SQLAlchemy's
-    `Session`; `expire_on_commit` is False unless passed.
+    at the price of a transaction. `on_begin`: an async function that is given the
+    session as the first thing in each transaction, of reads too. All other options are
+    those of SQLAlchemy's `Session`; `expire_on_commit` is False unless passed.
 
     Create it at import time or at start-up; nothing connects before first use.
     Raises `ConfigurationError` for an engine or option that cannot work.
@@ -80,6 +82,7 @@ class Database(Engines):
         resolve_unknown: bool = False,
         read_isolation: Literal["REPEATABLE READ"] | None = None,
         pooler: Literal["transaction", "session"] | None = None,
+        on_begin: OnBegin | None = None,
         **engine_options: Any,
     ) -> Self:
         """Create the engines with defaults that suit the database.
@@ -99,6 +102,7 @@ class Database(Engines):
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
             pooler=pooler,
+            on_begin=on_begin,
         )
         database.use(create(url, engine_options), create(url, engine_options))
         database.owns_engines = True

@@ -34,6 +34,7 @@ raw_of = attrgetter("_connection")  # the driver's, in what every async dialect 
 
 class Connection(sa.Connection):
     journal: Journal | None = None  # only a writer's has one
+    is_beginning: bool = False  # its settings are set anew in each transaction
 
     def _begin_impl(self, transaction: RootTransaction) -> None:
         super()._begin_impl(transaction)
@@ -141,7 +142,7 @@ class ReaderConnection(Connection):
 
     def check_statement(self, statement: str) -> None:
         # One of them may be what makes the connection read-only.
-        if known.changes_settings(statement):
+        if known.changes_settings(statement) and not self.is_beginning:
             self.info[SETTINGS_CHANGED] = True
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import inspect
 import os
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
@@ -15,15 +17,20 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import known
+from asgi_uow._databases.connection import POLICY
 from asgi_uow._databases.health import Replica
 from asgi_uow._databases.pool import Use, attach_listeners
 from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
 from asgi_uow.observers import logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+    from typing import TypeAlias
 
     from sqlalchemy import Connection, Engine
+
+    # It is given the session, which is defined above this room.
+    OnBegin: TypeAlias = Callable[[Any], Coroutine[Any, Any, object]]
 
 # Options of SQLAlchemy's `Session` that are the unit of work's to set.
 RESERVED = {"sync_session_class", "close_resets_only", "bind", "autocommit"}
@@ -53,6 +60,7 @@ class Engines:
         resolve_unknown: bool = False,
         read_isolation: Literal["REPEATABLE READ"] | None = None,
         pooler: Literal["transaction", "session"] | None = None,
+        on_begin: OnBegin | None = None,
         **session_options: Any,
     ) -> None:
         for name in sorted(RESERVED & session_options.keys()):
@@ -64,11 +72,15 @@ class Engines:
         if pooler not in {None, "transaction", "session"}:
             message = f"pooler is 'transaction', 'session' or None: {pooler!r}"
             raise ConfigurationError(message)
+        calls = (on_begin, getattr(type(on_begin), "__call__", None))  # noqa: B004
+        if on_begin is not None and not any(map(inspect.iscoroutinefunction, calls)):
+            message = f"on_begin is an async function of the session: {on_begin!r}"
+            raise ConfigurationError(message)
         self.commit_on_exit = commit_on_exit
+        self.on_begin = on_begin
         self.resolve_unknown = resolve_unknown
         self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
         self.pooler: Literal["transaction", "session"] | None = pooler
-        self.reads_in_transactions: bool = pooler == "transaction"  # each in its own
         self._readers = tuple(readers)
         for reader in self._readers:
             _check_engine(reader)
@@ -141,6 +153,22 @@ class Engines:
     @cached_property
     def driver(self) -> known.Driver:
         return known.driver_of(self.engine.dialect)
+
+    def engine_at(self, level: str) -> AsyncEngine:
+        """Give the writer with another isolation level for its next transaction."""
+        sync = self.engine.sync_engine
+        levels = {*sync.dialect.get_isolation_level_values(None)}  # type: ignore[arg-type]
+        if level not in levels - {"AUTOCOMMIT"}:
+            message = f"isolation_level() is one of {levels}, not AUTOCOMMIT: {level!r}"
+            raise ConfigurationError(message)
+        options: dict[str, Any] = {"isolation_level": level}
+        if begins_with := self.facts.BEGIN_AT_LEVEL:
+            policy = copy.copy(sync.get_execution_options()[POLICY])
+            policy.begins_with = begins_with.format(level)
+            options = {POLICY: policy}
+        engine = self.engine.execution_options(**options)
+        engine.sync_engine._connection_cls = sync._connection_cls  # noqa: SLF001
+        return engine
 
     @cached_property
     def name(self) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import orm
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow._concurrency import run_to_completion
 from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import causes, means
 from asgi_uow._decision import State
+from asgi_uow._sessions.beginning import BeginningReadSession
 from asgi_uow._sessions.managed import ReadOnlySession
 from asgi_uow._sessions.session import READS, Savepoint, Session
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
-    from sqlalchemy import orm
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncResult
+    from sqlalchemy.ext.asyncio import AsyncResult
     from sqlalchemy.util.typing import TupleAny
 
     from asgi_uow._reading.route import Route
@@ -29,6 +31,7 @@ class ReadSession(Session):
     """Reads from a replica or from the writer's server, or in its transaction."""
 
     sync_session_class: type[orm.Session] = ReadOnlySession
+    beginning_class: type[orm.Session] = BeginningReadSession
     sync_session: ReadOnlySession  # pyright: ignore[reportIncompatibleVariableOverride]
     route: Route | None = None
     """Finds the replica to read from, where there is a choice."""
@@ -94,12 +97,11 @@ class ReadSession(Session):
         await self.close_streams()
         await greenlet_spawn(self.sync_session.release_connection)
 
-    def bind_to(self, engine: AsyncEngine) -> None:
-        self.bind: AsyncEngine = engine
-        self.sync_session.bind = engine.sync_engine
-
     async def open_connection(self) -> AsyncConnection:
-        return await AsyncSession.connection(self)
+        """Connect, for a call that is to come."""
+        connect = functools.partial(orm.Session.connection, self.sync_session)
+        connection = await greenlet_spawn(connect)
+        return AsyncConnection._retrieve_proxy_for_target(connection)  # noqa: SLF001
 
     async def open_stream(self, execute: Execute) -> AsyncResult[*TupleAny]:
         """Begin a transaction for the cursor, if the driver needs one."""

@@ -20,6 +20,7 @@ from asgi_uow._databases.driver_errors import is_of_database, is_unavailable, me
 from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.journal import Journal
 from asgi_uow._decision import WRITABLE
+from asgi_uow._sessions.beginning import BeginningSession
 from asgi_uow._sessions.managed import ManagedSession
 from asgi_uow._sessions.statements import StatementSession, StreamResult, adopt
 
@@ -83,6 +84,7 @@ class Session(StatementSession):
     """
 
     sync_session_class: type[orm.Session] = ManagedSession
+    beginning_class: type[orm.Session] = BeginningSession  # with `on_begin`
     # Narrower than SQLAlchemy's, which only reads it.
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -98,6 +100,8 @@ class Session(StatementSession):
     def __init__(
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
     ) -> None:
+        if db.on_begin is not None:
+            options = {**options, "sync_session_class": self.beginning_class}
         super().__init__(bind, close_resets_only=False, **options)
         self.own_lock: TaskLock = TaskLock()
         self.shared = shared
@@ -125,6 +129,17 @@ class Session(StatementSession):
         exclusive = (known.driver_of(each.dialect).exclusive_streams for each in held)
         if self.open_streams and any(exclusive):
             raise errors.ConcurrentUseError(operation, "a stream() is still being read")
+
+    def bind_to(self, engine: AsyncEngine) -> None:
+        self.bind = engine
+        self.sync_session.bind = engine.sync_engine
+
+    def set_isolation_level(self, level: str) -> None:
+        """Have the transaction begin so; raises if it has begun."""
+        if self.sync_session.connections:
+            message = "isolation_level() comes before the unit's first statement."
+            raise errors.ConfigurationError(message)
+        self.bind_to(self.sync_session.database.engine_at(level))
 
     async def failed(self, error: BaseException, operation: str) -> None:  # noqa: ARG002
         """Remember an outage; have the server stop a statement that was cancelled."""
