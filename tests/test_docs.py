@@ -85,10 +85,15 @@ def answers(app: ASGIApp, *requests: str, json: object = None) -> list[Response]
 
 
 def run_blocks(page: Path, **names: object) -> None:
-    """Blocks of a page share a namespace; `names` are for the invisible ones."""
+    """Blocks of a page share a namespace; `names` are for the invisible ones.
+
+    So is `blocks`, what they say: a page can write one into a file.
+    """
     document = Sybil([PythonCodeBlockParser()]).parse(page)
-    document.namespace.update(names, answers=answers)
-    for example in document.examples():
+    examples = list(document.examples())
+    blocks = [str(example.parsed) for example in examples]
+    document.namespace.update(names, answers=answers, blocks=blocks)
+    for example in examples:
         example.evaluate()
 
 

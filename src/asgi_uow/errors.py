@@ -71,6 +71,11 @@ class NoUnitOfWorkError(AsgiUowError, LookupError):
         "{} needs a unit of work: add UnitOfWorkMiddleware to the application, or use "
         "`async with db:` outside a request (once per message of a websocket)."
     )
+    wrong_order = (  # the template where the process has a middleware
+        "{} needs a unit of work, and UnitOfWorkMiddleware is not around this code. In "
+        "a request put it outside of what asks (`add_middleware`: the last is outside);"
+        " elsewhere use `async with db:` (once per message of a websocket)."
+    )
 
 
 class UnknownDatabaseError(NoUnitOfWorkError):
@@ -112,7 +117,8 @@ class ManagedTransactionError(AsgiUowError, RuntimeError):
     template = (
         "{} was called by hand inside a unit of work, which ends by itself when the "
         "response starts. Use set_rollback_only(reason) to have nothing kept, "
-        "savepoint() for a part that may fail, or flush() to send changes now."
+        "savepoint() for a part that may fail, or flush() to send changes now. "
+        "Database(..., commit_flushes=True) has a library's commit() flush."
     )
 
 

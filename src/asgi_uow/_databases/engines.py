@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import inspect
 import os
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
@@ -17,6 +16,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import known
+from asgi_uow._databases.configuration import OF_SESSIONS, check
 from asgi_uow._databases.connection import POLICY
 from asgi_uow._databases.health import Replica
 from asgi_uow._databases.pool import Use, attach_listeners
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     # It is given the session, which is defined above this room.
     OnBegin: TypeAlias = Callable[[Any], Coroutine[Any, Any, object]]
 
-# Options of SQLAlchemy's `Session` that are the unit of work's to set.
-RESERVED = {"sync_session_class", "close_resets_only", "bind", "autocommit"}
 READ_OPTIONS = {
     "autoflush": False,
     "twophase": False,
@@ -61,24 +59,18 @@ class Engines:
         read_isolation: Literal["REPEATABLE READ"] | None = None,
         pooler: Literal["transaction", "session"] | None = None,
         on_begin: OnBegin | None = None,
+        commit_flushes: bool = False,
         **session_options: Any,
     ) -> None:
-        for name in sorted(RESERVED & session_options.keys()):
-            message = f"The session option {name!r} belongs to asgi-uow; leave it out."
+        for name in sorted(session_options.keys() - OF_SESSIONS):
+            message = f"{name!r} is no option of a session, or belongs to asgi-uow. "
+            message += "An engine's go to create_async_engine() or Database.from_url()."
             raise ConfigurationError(message)
-        if read_isolation not in {None, "REPEATABLE READ"}:
-            message = f"read_isolation is 'REPEATABLE READ' or None: {read_isolation!r}"
-            raise ConfigurationError(message)
-        if pooler not in {None, "transaction", "session"}:
-            message = f"pooler is 'transaction', 'session' or None: {pooler!r}"
-            raise ConfigurationError(message)
-        calls = (on_begin, getattr(type(on_begin), "__call__", None))  # noqa: B004
-        if on_begin is not None and not any(map(inspect.iscoroutinefunction, calls)):
-            message = f"on_begin is an async function of the session: {on_begin!r}"
-            raise ConfigurationError(message)
+        check(locals() | session_options)
         self.commit_on_exit = commit_on_exit
         self.on_begin = on_begin
         self.resolve_unknown = resolve_unknown
+        self.commit_flushes = commit_flushes
         self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
         self.pooler: Literal["transaction", "session"] | None = pooler
         self._readers = tuple(readers)
@@ -292,6 +284,15 @@ async def cancel_statements(cancel_sql: list[tuple[Engine, str]]) -> None:
 async def _execute_aside(engine: Engine, statement: str) -> None:
     async with _aside(AsyncEngine(engine)) as aside, aside.connect() as connection:
         await connection.exec_driver_sql(statement)
+
+
+def check_databases(where: str, databases: Sequence[object]) -> None:
+    """Raise `TypeError` for what is no `Database`, and where there is none."""
+    for each in databases or (None,):
+        if not isinstance(each, Engines):
+            message = f"{where} needs a Database, not {type(each).__name__}: "
+            message += "make it with Database.from_url(url) or Database(engine)."
+            raise TypeError(message)
 
 
 def _check_engine(engine: object) -> None:

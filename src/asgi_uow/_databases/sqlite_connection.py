@@ -13,6 +13,7 @@ import sqlite3
 import weakref
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -120,8 +121,9 @@ class Cursor(aiosqlite.Cursor):
 class Connection(aiosqlite.Connection):
     """Stops and undoes what was cancelled before anybody hears of it."""
 
-    def __init__(self, connector: Callable[[], sqlite3.Connection]) -> None:
-        super().__init__(connector, CHUNK)
+    def __init__(self, database: str, options: dict[str, Any]) -> None:
+        super().__init__(lambda: sqlite3.connect(database, **options), CHUNK)
+        self.file = Path(database.removeprefix("file:").partition("?")[0]).absolute()
         self.cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
         self._begin: str | None = None
         self._stopped: asyncio.Future[None] | None = None
@@ -162,7 +164,9 @@ class Connection(aiosqlite.Connection):
     async def _connect(self) -> Connection:
         try:
             await run_to_completion(super()._connect())
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, sqlite3.OperationalError):  # SQLite names no file
+                error.args = (f"{error}: {self.file}; is there such a folder?",)
             await run_to_completion(self.close())
             await (self._stopped or asyncio.sleep(0))  # the thread answers to this loop
             raise
@@ -220,7 +224,7 @@ def _take_steps(steps: list[Callable[[], T]]) -> T | None:
 
 def connect(database: str, iter_chunk_size: int = CHUNK, **options: Any) -> Connection:
     """Stand in for `aiosqlite.connect`."""
-    connection = Connection(lambda: sqlite3.connect(database, **options))
+    connection = Connection(database, options)
     connection._iter_chunk_size = iter_chunk_size  # noqa: SLF001  # aiosqlite's own
     # aiosqlite before 0.22 is a thread, later ones have one.
     thread: Any = getattr(connection, "_thread", connection)

@@ -171,9 +171,12 @@ def _only_the_unit(name: str) -> Callable[[ManagedSession], None]:
 
     @functools.wraps(method)
     def call(self: ManagedSession) -> None:
-        if self.journal.ending is None:
+        if self.journal.ending is not None:
+            method(self)
+        elif name == "commit" and self.database.commit_flushes:
+            self.flush()
+        else:
             raise errors.ManagedTransactionError(operation)
-        method(self)
 
     return call
 

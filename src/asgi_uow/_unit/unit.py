@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from asgi_uow import errors
 from asgi_uow._databases.driver_errors import stacktrace_of
+from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.managed import Shared
@@ -212,6 +213,7 @@ class UnitOfWork:
 
     def _around(self, operation: str, db: Engines) -> UnitOfWork:
         if self.around is None or not self.is_nested:
+            check_databases(operation, (db,))
             raise errors.UnknownDatabaseError(operation, db)
         return self.around
 
