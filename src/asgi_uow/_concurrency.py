@@ -180,10 +180,6 @@ class TaskLock:
         self._waiting: list[tuple[AnyTask, asyncio.Future[None]]] = []
 
     @property
-    def is_free(self) -> bool:
-        return self.owner is None
-
-    @property
     def is_mine(self) -> bool:
         return self.owner is asyncio.current_task()
 

@@ -216,6 +216,9 @@ class Session(StatementSession):
         self._check_add("session.add_all()")
         super().add_all(instances)
 
+    async def give_back(self) -> None:
+        """Keep the connection; a read session returns one that it needs no more."""
+
     async def open_stream(self, execute: Execute) -> AsyncResult[*TupleAny]:
         """Have the fetches of a stream wait for other calls too."""
         stream = await execute()
@@ -231,6 +234,9 @@ class Session(StatementSession):
                     if isinstance(error, DBAPIError):  # no more rows are on their way
                         await greenlet_spawn(result.close)
                     raise
+                finally:
+                    if result._soft_closed:  # noqa: SLF001
+                        await self.give_back()
 
         still_open = {each: host.streams[each] for each in host.open_streams}
         host.streams = {**still_open, result: weakref.ref(serialize)}

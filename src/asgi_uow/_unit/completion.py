@@ -210,8 +210,11 @@ class Completion:
 
     async def close_reader(self, of: Participant, reader: ReadSession) -> None:
         """Give the connection of a read session back, or throw it away."""
-        end = functools.partial(orm.Session.close, reader.sync_session)
-        await self._close(reader, end)
+        sync = reader.sync_session
+        if sync.in_transaction() or reader.own_lock.owner:
+            await self._close(reader, functools.partial(orm.Session.close, sync))
+        else:
+            orm.Session.close(sync)  # nothing to wait for
         if of.shared.wants_details:
             of.tell_release(reader, "read")
 
@@ -227,7 +230,7 @@ class Completion:
     async def release_reader(self, session: ReadSession) -> None:
         if session.shared.stuck:
             session.sync_session.cut_off()
-        error = await self._try(session, session.release_if_idle())
+        error = await self._try(session, session.give_back(lend=True))
         if error is not None:  # nothing depends on it
             self.events.append(ReleaseFailed("giving a read connection back", error))
 

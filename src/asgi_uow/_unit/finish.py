@@ -97,8 +97,8 @@ async def _run_hooks(unit: UnitOfWork, completion: Completion) -> None:
     hooks, shield = unit.hooks, completion.shield
     for participant in unit.participants.values():
         # A hook that reads must not wait for the connection of its own request.
-        if participant.reader is not None:
-            await completion.release_reader(participant.reader)
+        if (reader := participant.reader) and reader.sync_session.connections:
+            await completion.release_reader(reader)
     undone = hooks.take("after_rollback")[::-1]
     if unit.outcome is Outcome.COMMITTED:
         undone = [hook for hook in undone if hook.is_dropped]
