@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 import warnings
@@ -199,7 +200,8 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         if self.is_entered:
             raise errors.BlockReusedError
         self.unit = _open(self.databases, independent=self.independent)
-        self.is_entered, self._loop = True, asyncio.get_running_loop()
+        self.is_entered, self._process = True, os.getpid()
+        self._loop = asyncio.get_running_loop()
         return self.unit
 
     async def __aexit__(
@@ -212,6 +214,8 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         """Roll back what nobody can leave any more."""
         if not self.is_entered or self.unit.state not in UNDECIDED:
             return
+        if self._process != os.getpid():
+            return  # that of the process that this one was forked from
         message = f"nobody has left the block of {self.unit!r}: it is rolled back"
         warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
         if self._loop.is_running():

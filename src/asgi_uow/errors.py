@@ -12,6 +12,7 @@ AsgiUowError
 ├── UnitOfWorkClosedError         the unit of work has ended
 ├── ManagedTransactionError       commit(), rollback() or close() by hand
 ├── ReadOnlySessionError          a write on the read session
+├── WrongLoopError                used in another event loop or process (RuntimeError)
 ├── TransactionGoneError          the database has ended the transaction by itself
 ├── ConcurrentUseError            a call while the session is busy with another
 ├── TooManyHooksError             hooks register hooks without an end
@@ -126,6 +127,20 @@ class ReadOnlySessionError(AsgiUowError, RuntimeError):
     """Something was written on the read session; nothing was changed."""
 
     template = "{} was refused: read-only. Write with current_session() (or db.write)."
+
+
+class WrongLoopError(AsgiUowError, RuntimeError):
+    """What belongs to one event loop, or one process, was used in another.
+
+    A session and its unit belong to the loop of the first call; an in-memory database
+    to the loop that uses it, and to the process that made it.
+    """
+
+    template = (
+        "This session, or in-memory database, is of {}, and cannot be used in another "
+        "event loop or process. Open another unit of work here, `async with "
+        "unit_of_work(db, independent=True):`; use a file in place of memory."
+    )
 
 
 class TransactionGoneError(AsgiUowError, RuntimeError):

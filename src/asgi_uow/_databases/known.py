@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from asgi_uow._databases import mysql, postgresql, sqlite
@@ -74,7 +77,18 @@ class Driver(_Facts):
     def pipeline_reads(self, _: Any, /) -> None:  # each with its BEGIN and ROLLBACK
         return None
 
-    def cut_off(self, _: Any, /) -> None:  # what waits for the server fails at once
+    def cut_off(self, raw: Any, /) -> None:
+        """Have what waits for the server fail at once; this way, from any thread."""
+        # Not close(): what waits for the socket would wait for ever.
+        own = self.socket(raw)
+        if own is not None and own.fileno() >= 0:
+            with socket.socket(fileno=os.dup(own.fileno())) as same, suppress(OSError):
+                same.shutdown(socket.SHUT_RDWR)
+
+    def socket(self, _: Any, /) -> Any:  # or what has its fileno()
+        return None
+
+    def stop(self, _: Any, /) -> None:  # its thread, if it has one
         return None
 
 

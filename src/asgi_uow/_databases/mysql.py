@@ -91,6 +91,9 @@ class Asyncmy:
         )
         return bool(is_open and raw.get_transaction_status())
 
+    def socket(self, raw: Any) -> Any:
+        return raw._transport and raw._transport.get_extra_info("socket")  # noqa: SLF001
+
     def cut_off(self, raw: Any) -> None:
         if raw._transport is not None:  # noqa: SLF001  # close() would wait
             raw._transport.abort()  # noqa: SLF001

@@ -16,7 +16,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import driver_errors as failures
-from asgi_uow._databases import known
+from asgi_uow._databases import known, loops
 from asgi_uow._databases.connection import (
     ERROR_SEEN,
     POLICY,
@@ -77,6 +77,7 @@ def attach_listeners(engine: AsyncEngine, use: Use) -> None:
             )
             raise ConfigurationError(message)
         return
+    loops.attach(target)
     # Not events of the engine: one listener there costs each statement 50 calls.
     target._connection_cls = ReaderConnection if use.read_only else Connection  # noqa: SLF001
     target.update_execution_options(**{POLICY: policy})
@@ -130,6 +131,7 @@ class _Policy:
     def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
         """Set up a connection; as the last listener, so nothing set before survives."""
         info, database = entry.info, self.database
+        loops.owners[raw_of(dbapi)] = asyncio.get_running_loop(), self.driver
         info[ABORTING_CODES] = database.set_up(dbapi, read_only=self.read_only)
         if self.read_only and self.pooler != "transaction":
             info[READ_ONLY_SESSION] = True

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 import select
-import socket
 from asyncio import Future
 from functools import cache
 from operator import attrgetter, methodcaller
@@ -100,6 +98,9 @@ class Asyncpg(_Driver):
         asked = HAS_PROCESS_ID.format(raw.get_server_pid())
         return bool(await raw.execute(asked) == "SELECT 0")
 
+    def socket(self, raw: Any) -> Any:
+        return raw._transport.get_extra_info("socket")  # noqa: SLF001
+
     def is_busy(self, raw: Any) -> bool:
         # Its protocol shows nobody the future for the answer that it waits for; that
         # of a request to cancel stays undone when the connection is lost.
@@ -181,11 +182,8 @@ class Psycopg(_Driver):
     def is_busy(self, raw: Any) -> bool:
         return bool(raw.lock._locked or raw.lock._waiters)  # noqa: SLF001
 
-    def cut_off(self, raw: Any) -> None:
-        # Not close(): what waits for the socket would wait for ever.
-        if not raw.closed:
-            with socket.socket(fileno=os.dup(raw.fileno())) as same:
-                same.shutdown(socket.SHUT_RDWR)
+    def socket(self, raw: Any) -> Any:
+        return None if raw.closed else raw
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return bool(raw.pgconn.transaction_status == PSYCOPG_IN_ERROR)

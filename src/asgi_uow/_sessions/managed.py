@@ -11,6 +11,7 @@ from sqlalchemy import event, orm
 from sqlalchemy.engine import CursorResult, IteratorResult
 
 from asgi_uow import errors
+from asgi_uow._databases import loops
 from asgi_uow._databases.connection import (
     Connection,
     ReaderConnection,
@@ -148,8 +149,10 @@ class ManagedSession(orm.Session):
         for connection in self.connections:
             if not connection.closed:
                 if not connection.invalidated:
-                    raw = raw_of(connection.connection.dbapi_connection)
-                    end_calls(self.database.driver, raw)
+                    fairy: Any = connection.connection
+                    raw = raw_of(fairy.dbapi_connection)
+                    if not loops.leave(raw, fairy._connection_record):  # noqa: SLF001
+                        end_calls(self.database.driver, raw)
                 connection.invalidate()
                 connection.close()
         super().close()

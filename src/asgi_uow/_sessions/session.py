@@ -103,7 +103,7 @@ class Session(StatementSession):
         if db.on_begin is not None:
             options = {**options, "sync_session_class": self.beginning_class}
         super().__init__(bind, close_resets_only=False, **options)
-        self.own_lock: TaskLock = TaskLock()
+        self.own_lock: TaskLock = TaskLock(errors.WrongLoopError)
         self.shared = shared
         self.streams: dict[Any, weakref.ref[Call]] = {}
         self.journal: Journal = Journal(db.facts, db.driver, shared.savepoints)

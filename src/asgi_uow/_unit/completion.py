@@ -17,6 +17,7 @@ from asgi_uow import errors
 from asgi_uow._concurrency import Shield
 from asgi_uow._databases.connection import raw_of
 from asgi_uow._databases.driver_errors import is_in_doubt
+from asgi_uow._databases.loops import inherited
 from asgi_uow._decision import Cause, Outcome
 from asgi_uow._unit.ended import COMMITTED, Ended
 from asgi_uow.observers import ReleaseFailed
@@ -175,8 +176,10 @@ class Completion:
                 if each.closed or each.invalidated:
                     continue
                 dbapi = each.connection.dbapi_connection
+                if (raw := raw_of(dbapi)) in inherited:
+                    journal.ended_unseen = True  # what becomes of it is not seen here
                 try:
-                    is_dead = sync.database.driver.is_dead(raw_of(dbapi))
+                    is_dead = sync.database.driver.is_dead(raw)
                     if not is_dead:
                         journal.look(dbapi)
                 except Exception:  # noqa: BLE001  # closed so that it cannot be asked

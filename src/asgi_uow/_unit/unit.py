@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import os
 import time
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -288,6 +289,7 @@ current: ContextVar[UnitOfWork | None] = ContextVar("asgi_uow.current", default=
 A child task or a thread has a copy of the context, where what is changed inside an
 object still arrives, while a value bound again would not.
 """
+os.register_at_fork(after_in_child=functools.partial(current.set, None))
 
 
 def require(operation: str) -> UnitOfWork:
