@@ -43,7 +43,7 @@ class BeginningSession(ManagedSession):
         self.beginning, connection.is_beginning = asyncio.current_task(), True
         try:
             with self.no_autoflush:
-                await_only(self.database.on_begin(session))  # type: ignore[misc]
+                await_only(self.database.on_begin(session))
             self.begun = self.get_transaction()
         finally:
             self.beginning, connection.is_beginning = None, False
