@@ -252,7 +252,7 @@ async def test_lock_goes_on_to_the_next(first: str) -> None:
     await asyncio.wait([cancelled, last])
     assert cancelled.cancelled()
     assert ["last"] == order
-    assert lock.is_free
+    assert lock.owner is None
 
 
 async def test_one_task() -> None:

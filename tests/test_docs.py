@@ -30,6 +30,8 @@ QUEUES = [
     for name in ("celery", "pgqueuer", "procrastinate", "taskiq")
 ]
 """They need servers: `tests.integration.handoff.test_pages` runs them."""
+PGBOUNCER = ROOT / "docs" / "howto" / "pgbouncer.md"
+"""It needs one: `tests.databases.test_poolers` runs it."""
 SANIC = ROOT / "docs" / "howto" / "sanic.md"
 """Sanic rewrites itself when it starts, once per process; it has one of its own."""
 PAGES = [
@@ -83,10 +85,15 @@ def answers(app: ASGIApp, *requests: str, json: object = None) -> list[Response]
 
 
 def run_blocks(page: Path, **names: object) -> None:
-    """Blocks of a page share a namespace; `names` are for the invisible ones."""
+    """Blocks of a page share a namespace; `names` are for the invisible ones.
+
+    So is `blocks`, what they say: a page can write one into a file.
+    """
     document = Sybil([PythonCodeBlockParser()]).parse(page)
-    document.namespace.update(names, answers=answers)
-    for example in document.examples():
+    examples = list(document.examples())
+    blocks = [str(example.parsed) for example in examples]
+    document.namespace.update(names, answers=answers, blocks=blocks)
+    for example in examples:
         example.evaluate()
 
 
@@ -107,7 +114,7 @@ def test_the_page_about_sanic_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if page not in {*QUEUES, SANIC}],
+    [page for page in PAGES if page not in {*QUEUES, PGBOUNCER, SANIC}],
     ids=lambda page: page.name,
 )
 def test_every_python_block_runs(

@@ -31,6 +31,7 @@ REMEDIES: list[tuple[errors.AsgiUowError, str]] = [
     (errors.ManagedTransactionError("session.commit()"), "set_rollback_only(reason)"),
     (errors.ManagedTransactionError("session.commit()"), "savepoint()"),
     (errors.ReadOnlySessionError("A flush"), "current_session()"),
+    (errors.WrongLoopError("process 7"), "independent=True"),
     (errors.TransactionGoneError(), "leave the handler"),
     (
         errors.ConcurrentUseError("session.execute()", "a stream() is being read"),

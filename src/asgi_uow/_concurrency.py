@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from anyio import CancelScope
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import Callable, Coroutine
     from contextlib import AbstractContextManager
 
@@ -174,17 +175,16 @@ class TaskLock:
     """Lets one task at a time use a session; its owner may take it again."""
 
     # Overlap is what counts: frameworks switch tasks within one request.
-    __slots__ = ("_depth", "_waiting", "limit", "owner")
+    __slots__ = ("_depth", "_elsewhere", "_waiting", "limit", "loop", "owner")
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: type[Exception] = RuntimeError) -> None:
+        """`elsewhere` is raised for a task of another loop than the first."""
         self.owner: AnyTask | None = None
+        self.loop: AbstractEventLoop | None = None
+        self._elsewhere = elsewhere
         self._depth = 0
         self.limit: Callable[[], AbstractContextManager[None]] = nullcontext
         self._waiting: list[tuple[AnyTask, asyncio.Future[None]]] = []
-
-    @property
-    def is_free(self) -> bool:
-        return self.owner is None
 
     @property
     def is_mine(self) -> bool:
@@ -192,8 +192,9 @@ class TaskLock:
 
     def take(self, task: AnyTask) -> bool:
         """Take the lock if it is free, or the task's own."""
-        if self.owner is None:
-            self.owner = task
+        loop = task._loop  # noqa: SLF001  # no call
+        if self.owner is None and self.loop in (None, loop):
+            self.owner, self.loop = task, loop
         elif self.owner is not task:
             return False
         self._depth += 1
@@ -201,7 +202,10 @@ class TaskLock:
 
     async def wait(self, task: AnyTask) -> None:
         """Wait until it is this task's turn; then the lock is taken."""
-        granted = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        if self.loop is not loop and self.loop is not None:
+            raise self._elsewhere(repr(self.loop))
+        granted = loop.create_future()
         entry = (task, granted)
         self._waiting.append(entry)
         try:

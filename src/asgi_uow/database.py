@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 import warnings
@@ -11,10 +12,10 @@ from weakref import ref
 
 from asgi_uow import errors
 from asgi_uow._databases import configuration
-from asgi_uow._databases.engines import Engines
+from asgi_uow._databases.engines import Engines, check_databases
 from asgi_uow._databases.health import check
 from asgi_uow._decision import UNDECIDED, WRITABLE, Cause, State, decide_exit, rollback
-from asgi_uow._sessions.deadline import check_seconds, earlier
+from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.finish import end_unit
 from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current, require
 
@@ -66,8 +67,9 @@ class Database(Engines):
     before each COMMIT, so that one whose answer was lost can be settled.
     `read_isolation="REPEATABLE READ"` gives the reads of a read session one snapshot,
     at the price of a transaction. `on_begin`: an async function that is given the
-    session as the first thing in each transaction, of reads too. All other options are
-    those of SQLAlchemy's `Session`; `expire_on_commit` is False unless passed.
+    session as the first thing in each transaction, of reads too. `commit_flushes=True`:
+    the `commit()` of a library flushes, and the unit still decides. All other options
+    are those of SQLAlchemy's `Session`; `expire_on_commit` is False unless passed.
 
     Create it at import time or at start-up; nothing connects before first use.
     Raises `ConfigurationError` for an engine or option that cannot work.
@@ -82,28 +84,36 @@ class Database(Engines):
         commit_on_exit: bool = True,
         resolve_unknown: bool = False,
         read_isolation: Literal["REPEATABLE READ"] | None = None,
+        pooler: Literal["transaction", "session"] | None = None,
         on_begin: OnBegin | None = None,
-        **engine_options: Any,
+        commit_flushes: bool = False,
+        **engine_and_session_options: Any,
     ) -> Self:
         """Create the engines with defaults that suit the database.
 
         A URL without a driver, such as `mysql://...`, gets the async one.
-        `engine_options`, for writer and readers, are those of `create_async_engine` and
-        win over the defaults. The middleware closes the engines at lifespan shutdown.
+        Other options are those of `Session`, or of `create_async_engine`, which win
+        over the defaults. The middleware closes the engines at lifespan shutdown.
 
         Raises `ConfigurationError` for a URL or option that cannot work and
         `MissingDriverError`, naming the extra, where the driver is not installed.
         """
-        create = configuration.create_engine
+        create, options = configuration.create_engine, engine_and_session_options
+        names = configuration.OF_SESSIONS & options.keys()
+        session_options = {name: options.pop(name) for name in names}
+        configuration.check({"read_urls": read_urls})
         database = cls(
             None,
-            readers=[create(each, engine_options) for each in read_urls],
+            readers=[create(each, options) for each in read_urls],
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
+            pooler=pooler,
             on_begin=on_begin,
+            commit_flushes=commit_flushes,
+            **session_options,
         )
-        database.use(create(url, engine_options), create(url, engine_options))
+        database.use(create(url, options), create(url, options))
         database.owns_engines = True
         return database
 
@@ -119,9 +129,10 @@ class Database(Engines):
         `sqlalchemy.pool`), each with the prefix. Values may be strings; one that does
         not cast raises `ConfigurationError`. Warns of a key that looks misspelt.
         """
-        config = configuration.read(mapping, prefix)
-        urls = config.read_urls
-        return cls.from_url(config.url, read_urls=urls, **config.engine_options)
+        found = configuration.read(mapping, prefix)
+        return cls.from_url(
+            found.url, read_urls=found.read_urls, **found.engine_options
+        )
 
     @property
     def write(self) -> Session:
@@ -189,10 +200,8 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         independent: bool = False,
         deadline: float | None = None,
     ) -> None:
-        if not databases:
-            message = "unit_of_work() needs at least one Database."
-            raise TypeError(message)
-        check_seconds(deadline)
+        check_databases("unit_of_work(db)", databases)
+        configuration.check({"deadline": deadline})
         self.deadline = deadline
         self.databases = databases
         self.independent = independent
@@ -203,7 +212,8 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
             raise errors.BlockReusedError
         self.unit = _open(self.databases, independent=self.independent)
         self.unit.until = earlier(self.unit.until, self.deadline)
-        self.is_entered, self._loop = True, asyncio.get_running_loop()
+        self.is_entered, self._process = True, os.getpid()
+        self._loop = asyncio.get_running_loop()
         return self.unit
 
     async def __aexit__(
@@ -216,12 +226,22 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         """Roll back what nobody can leave any more."""
         if not self.is_entered or self.unit.state not in UNDECIDED:
             return
+        if self._process != os.getpid():
+            return  # that of the process that this one was forked from
         message = f"nobody has left the block of {self.unit!r}: it is rolled back"
         warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
         if self._loop.is_running():
             end = end_unit(self.unit, rollback(Cause.ABANDONED))
             asyncio.run_coroutine_threadsafe(end, self._loop)
 
+
+def _is_no_session(_: UnitOfWork) -> None:
+    message = "`async with db` gives the unit of work; its session is uow.session()."
+    raise AttributeError(message)
+
+
+for _name in ("add", "commit", "execute", "flush", "get", "scalar", "scalars"):
+    setattr(UnitOfWork, _name, property(_is_no_session))
 
 DEFAULTS = UnitOptions()
 NOTHING: tuple[int, Callable[[], unit_of_work | None]] = 0, lambda: None

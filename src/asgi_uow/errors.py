@@ -12,6 +12,7 @@ AsgiUowError
 ├── UnitOfWorkClosedError         the unit of work has ended
 ├── ManagedTransactionError       commit(), rollback() or close() by hand
 ├── ReadOnlySessionError          a write on the read session
+├── WrongLoopError                used in another event loop or process (RuntimeError)
 ├── TransactionGoneError          the database has ended the transaction by itself
 ├── ConcurrentUseError            a call while the session is busy with another
 ├── DeadlineExceededError         a call after the unit's deadline (TimeoutError)
@@ -72,6 +73,11 @@ class NoUnitOfWorkError(AsgiUowError, LookupError):
         "{} needs a unit of work: add UnitOfWorkMiddleware to the application, or use "
         "`async with db:` outside a request (once per message of a websocket)."
     )
+    wrong_order = (  # the template where the process has a middleware
+        "{} needs a unit of work, and UnitOfWorkMiddleware is not around this code. In "
+        "a request put it outside of what asks (`add_middleware`: the last is outside);"
+        " elsewhere use `async with db:` (once per message of a websocket)."
+    )
 
 
 class UnknownDatabaseError(NoUnitOfWorkError):
@@ -113,7 +119,8 @@ class ManagedTransactionError(AsgiUowError, RuntimeError):
     template = (
         "{} was called by hand inside a unit of work, which ends by itself when the "
         "response starts. Use set_rollback_only(reason) to have nothing kept, "
-        "savepoint() for a part that may fail, or flush() to send changes now."
+        "savepoint() for a part that may fail, or flush() to send changes now. "
+        "Database(..., commit_flushes=True) has a library's commit() flush."
     )
 
 
@@ -121,6 +128,20 @@ class ReadOnlySessionError(AsgiUowError, RuntimeError):
     """Something was written on the read session; nothing was changed."""
 
     template = "{} was refused: read-only. Write with current_session() (or db.write)."
+
+
+class WrongLoopError(AsgiUowError, RuntimeError):
+    """What belongs to one event loop, or one process, was used in another.
+
+    A session and its unit belong to the loop of the first call; an in-memory database
+    to the loop that uses it, and to the process that made it.
+    """
+
+    template = (
+        "This session, or in-memory database, is of {}, and cannot be used in another "
+        "event loop or process. Open another unit of work here, `async with "
+        "unit_of_work(db, independent=True):`; use a file in place of memory."
+    )
 
 
 class TransactionGoneError(AsgiUowError, RuntimeError):

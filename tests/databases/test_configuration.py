@@ -43,6 +43,7 @@ def options(**keys: object) -> dict[str, object]:
         ("POOL_TIMEOUT", "2.5", {"pool_timeout": 2.5}),
         ("POOL_TIMEOUT", 30, {"pool_timeout": 30.0}),
         ("POOL_CLASS", "NullPool", {"poolclass": NullPool}),
+        ("POOLER", "session", {"pooler": "session"}),
         ("POOL_CLASS", AsyncAdaptedQueuePool, {"poolclass": AsyncAdaptedQueuePool}),
     ],
 )
@@ -67,6 +68,7 @@ def test_casts(key: str, value: object, expected: dict[str, object]) -> None:
         ("POOL_CLASS", "S3cretPool", "a class name of sqlalchemy.pool"),
         ("POOL_CLASS", "event", "a class name of sqlalchemy.pool"),
         ("POOL_CLASS", dict, "a class name of sqlalchemy.pool"),
+        ("POOLER", "statement", "'transaction' or 'session'"),
         ("POOL_CLASS", 3, "a class name of sqlalchemy.pool"),
         ("READ_URLS", 3, "a list of URLs, or URLs with commas between"),
     ],

@@ -212,7 +212,8 @@ def test_reserved_session_options(option: str) -> None:
     """A session option that would undo a promise is refused."""
     options: dict[str, Any] = {option: None}
     with pytest.raises(
-        errors.ConfigurationError, match=f"'{option}' belongs to asgi-uow"
+        errors.ConfigurationError,
+        match=f"'{option}' is no option of a session, or belongs",
     ):
         Database(None, **options)
 

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 )
 def test_outside_a_unit(use: Callable[[], object]) -> None:
     """Without a unit of work everything says what is missing and what to do."""
-    with pytest.raises(NoUnitOfWorkError, match="add UnitOfWorkMiddleware"):
+    with pytest.raises(
+        NoUnitOfWorkError, match=r"needs a unit of work.* UnitOfWorkMiddleware"
+    ):
         use()
 
 

@@ -290,6 +290,7 @@ async def test_conflict_in_a_task_group_is_answered_503(
     assert isinstance(response.error, ExceptionGroup)
 
 
+@pytest.mark.direct
 @on(*SERVERS)
 async def test_writer_that_takes_no_writes_is_replaced(
     db: Database, backend: ServerBackend

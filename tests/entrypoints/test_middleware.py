@@ -40,7 +40,7 @@ async def nothing() -> None:
 
 def test_needs_a_database() -> None:
     """The middleware without a database says what is missing."""
-    with pytest.raises(TypeError, match="pass at least one Database"):
+    with pytest.raises(TypeError, match="needs a Database, not NoneType"):
         uow.UnitOfWorkMiddleware(endpoint(nothing))
 
 

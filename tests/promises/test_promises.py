@@ -513,6 +513,7 @@ INSERT = "INSERT INTO items (id) VALUES (1)"
 SELECT = "SELECT id FROM items"
 
 
+@pytest.mark.direct
 @on(*SERVERS)
 @pytest.mark.parametrize("statement", [INSERT, SELECT], ids=["INSERT", "SELECT"])
 async def test_budget(backend: ServerBackend, statement: str) -> None:

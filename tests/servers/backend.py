@@ -10,7 +10,8 @@ import sqlite3
 import time
 from abc import ABC, abstractmethod
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import OperationalError
@@ -21,7 +22,7 @@ from tests.servers.process import HOST, POLL_SECONDS
 from tests.servers.proxy import RecordingProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
     from pathlib import Path
 
 Row = tuple[object, ...]
@@ -66,6 +67,8 @@ class Backend(ABC):
     name: ClassVar[str]
     driver: str
     url: str
+    options: Mapping[str, Any] = MappingProxyType({})
+    """What a `Database` at that URL needs to be told."""
     _own_url: str
 
     @abstractmethod
@@ -214,7 +217,10 @@ class MariaDBBackend(ServerBackend):
         return len(open_in.intersection(await self._threads()))
 
     async def running(self, statement: str) -> int:
-        query = "SELECT count(*) FROM information_schema.processlist WHERE info = :info"
+        query = (
+            "SELECT count(*) FROM information_schema.processlist"
+            " WHERE info = :info AND db = database()"
+        )
         return int(str(await self.scalar(query, info=statement)))
 
     async def connections(self) -> int:
@@ -275,8 +281,8 @@ class PostgreSQLBackend(ServerBackend):
 
     async def running(self, statement: str) -> int:
         query = (
-            "SELECT count(*) FROM pg_stat_activity"
-            " WHERE query = :query AND state = 'active'"
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND query = :query AND state = 'active'"
         )
         return int(str(await self.scalar(query, query=statement)))
 

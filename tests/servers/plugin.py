@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.servers.backend import MariaDBBackend, PostgreSQLBackend, SQLiteBackend
+from tests.servers.pgbouncer import OnePgBouncer, PgBouncer, PgBouncerBackend
 from tests.servers.process import MariaDB, PostgreSQL, Server, is_root
 from tests.servers.redis import Redis
 
@@ -34,6 +35,8 @@ KINDS: dict[str, type[Server]] = {
     "mariadb": MariaDB,
     "postgresql": PostgreSQL,
     "redis": Redis,
+    "pgbouncer": PgBouncer,
+    "pgbouncer-1": OnePgBouncer,
 }
 DATABASES = ("aiosqlite", "asyncmy", "asyncpg")
 FIXTURES = {
@@ -82,7 +85,9 @@ class RunningServers:
 
     def ports(self) -> dict[str, int | None]:
         """Return the ports of all kinds, started side by side."""
+        first = (kind for kind in self._kinds if self._kinds[kind].behind is None)
         with ThreadPoolExecutor() as pool:
+            list(pool.map(self.port, first))
             ports = pool.map(self.port, self._kinds)
             return dict(zip(self._kinds, ports, strict=True))
 
@@ -95,7 +100,10 @@ class RunningServers:
             self._install(kind)
         if not kind.is_installed():
             return None
-        server = kind()
+        behind = () if kind.behind is None else (self.port(kind.behind),)
+        if None in behind:
+            return None
+        server = kind(*map(str, behind))
         self._servers.append(server)
         server.start()
         return server.port
@@ -112,8 +120,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "on(*drivers, **options): see tests.support")
+    config.addinivalue_line("markers", "direct: counts what a pooler changes")
     workerinput = getattr(config, "workerinput", {})
-    kinds = {kind: KINDS[kind] for kind in KINDS if kind in wanted(config)}
+    behind = {KINDS[kind].behind for kind in wanted(config) if kind in KINDS}
+    kinds = {kind: KINDS[kind] for kind in KINDS if kind in wanted(config) | behind}
     config.stash[SERVERS] = RunningServers(workerinput.get(WORKER_KEY, {}), kinds)
     if not workerinput:  # being terminated is being interrupted: servers stop
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -132,6 +142,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         marks = metafunc.definition.iter_markers("on")
         drivers = next((mark.args for mark in marks if mark.args), DATABASES)
+        if "pgbouncer" in (metafunc.config.getoption("--db") or ()):
+            drivers = tuple(behind_pgbouncer(driver) for driver in drivers)
         metafunc.parametrize("backend", drivers, indirect=True)
 
 
@@ -149,7 +161,9 @@ def needs(item: pytest.Item) -> set[str]:
     assert isinstance(item, pytest.Function)
     kinds = {FIXTURES[name] for name in item.fixturenames if name in FIXTURES}
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    return kinds | ({kind_of(str(params["backend"]))} if "backend" in params else set())
+    kinds |= {kind_of(str(params["backend"]))} if "backend" in params else set()
+    is_pooled = item.get_closest_marker("direct") and "pgbouncer" in kinds
+    return kinds | {"no pooler"} if is_pooled else kinds
 
 
 def wanted(config: pytest.Config) -> set[str]:
@@ -157,7 +171,13 @@ def wanted(config: pytest.Config) -> set[str]:
 
 
 def kind_of(driver: str) -> str:
-    return {"aiosqlite": "sqlite", "asyncmy": "mariadb"}.get(driver, "postgresql")
+    kinds = {"aiosqlite": "sqlite", "asyncmy": "mariadb"}
+    behind = {"": "postgresql", "1": "pgbouncer-1", "4": "pgbouncer"}
+    return kinds.get(driver) or behind[driver.partition("@")[2]]
+
+
+def behind_pgbouncer(driver: str) -> str:
+    return f"{driver}@4" if kind_of(driver) == "postgresql" else driver
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -187,7 +207,11 @@ def make_backend(request: pytest.FixtureRequest, driver: str) -> Backend:
     port = server_port(request.config, kind)
     if kind == "mariadb":
         return MariaDBBackend(port)
-    return PostgreSQLBackend(port, driver)
+    if kind == "postgresql":
+        return PostgreSQLBackend(port, driver)
+    server = request.config.stash[SERVERS].port("postgresql")
+    assert server is not None
+    return PgBouncerBackend(server, port, driver.partition("@")[0])
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,8 @@ class Server(ABC):
     package: ClassVar[str]
     stop_signal: ClassVar[signal.Signals]
     account: ClassVar[str | None]
+    behind: ClassVar[str | None] = None
+    """The name of the server that it stands in front of."""
     boot_seconds = 60.0
     stop_seconds = 30.0
 

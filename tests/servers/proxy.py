@@ -286,7 +286,9 @@ async def postgresql_chunks(reader: asyncio.StreamReader) -> AsyncIterator[Chunk
                 yield batch, name_of(body)
                 batch = b""
             case b"S" | b"H":  # Sync, Flush
-                yield batch, "; ".join(bound or parsed) or "SYNC"
+                # A Flush of nothing is not answered.
+                idle = "SYNC" if head[:1] == b"S" else None
+                yield batch, "; ".join(bound or parsed) or idle
                 batch, parsed, bound = b"", [], []
             case _:  # passwords, copied data, goodbye
                 yield batch, None

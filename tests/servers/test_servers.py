@@ -26,6 +26,7 @@ from tests.servers import (
     ServerError,
     eventually,
 )
+from tests.servers.pgbouncer import PgBouncer
 from tests.servers.plugin import RunningServers, server_port
 from tests.servers.process import free_port, is_free
 from tests.servers.proxy import mysql_chunks, postgresql_chunks
@@ -155,12 +156,25 @@ class NotInstalled(MariaDB):
     binaries: ClassVar[tuple[str, ...]] = ("no-such-database-server",)
 
 
+class BehindNothing(PgBouncer):
+    binaries: ClassVar[tuple[str, ...]] = ()
+    behind = "mariadb"
+
+
 def test_installation_is_tried() -> None:
     """A server that is not installed, and cannot be, has no port."""
     asked: list[type[Server]] = []
     servers = RunningServers({}, {"mariadb": NotInstalled}, asked.append)
     assert {"mariadb": None} == servers.ports()
     assert [NotInstalled] == asked
+
+
+def test_pooler_without_its_server() -> None:
+    """A pooler that has no server to stand in front of has no port."""
+    kinds: dict[str, type[Server]] = {"mariadb": NotInstalled, "pooler": BehindNothing}
+    asked: list[type[Server]] = []
+    servers = RunningServers({}, kinds, asked.append)
+    assert {"mariadb": None, "pooler": None} == servers.ports()
 
 
 def test_one_server_per_run(postgresql_port: int) -> None:
@@ -227,6 +241,27 @@ def test_databases_that_are_asked_for(pytester: pytest.Pytester) -> None:
     )
     result = pytester.runpytest_inprocess("-o", "anyio_mode=auto", "--db", "sqlite")
     result.assert_outcomes(passed=2, skipped=1, deselected=3)
+
+
+def test_databases_behind_pgbouncer(pytester: pytest.Pytester) -> None:
+    """`--db pgbouncer` has what runs on PostgreSQL run behind PgBouncer."""
+    pytester.makeconftest("pytest_plugins = ['tests.servers.plugin']")
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.on("aiosqlite", "asyncmy", "asyncpg", "psycopg", "asyncpg@1")
+        async def test_each(backend):
+            assert "transaction" == backend.options["pooler"]
+            assert 1 == await backend.scalar("SELECT 1")
+
+        @pytest.mark.direct
+        async def test_direct(backend): pass
+        async def test_one(postgresql): pass
+        """
+    )
+    result = pytester.runpytest_inprocess("-o", "anyio_mode=auto", "--db", "pgbouncer")
+    result.assert_outcomes(passed=2, deselected=7)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -570,6 +605,7 @@ async def test_mysql_protocol(packets: list[bytes], expected: list[str | None]) 
             ["PREPARE SELECT 1", "SELECT 1; SELECT 1"],
         ),
         ([SYNC, TERMINATE], ["SYNC", None]),
+        ([FLUSH], [None]),
     ],
 )
 async def test_postgresql_protocol(

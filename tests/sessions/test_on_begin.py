@@ -528,7 +528,7 @@ async def test_an_object_that_is_called(backend: Backend) -> None:
 @pytest.mark.parametrize("wrong", ["SET ROLE x", print, lambda _: None, Begin])
 def test_no_async_function(wrong: Any) -> None:
     """What is no async function is refused when the database is made."""
-    with pytest.raises(errors.ConfigurationError, match="on_begin is an async"):
+    with pytest.raises(errors.ConfigurationError, match="on_begin must be an async"):
         Database.from_url("sqlite:///app.db", on_begin=wrong)
-    with pytest.raises(errors.ConfigurationError, match="on_begin is an async"):
+    with pytest.raises(errors.ConfigurationError, match="on_begin must be an async"):
         Database(create_async_engine("sqlite+aiosqlite:///app.db"), on_begin=wrong)

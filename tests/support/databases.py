@@ -25,6 +25,8 @@ DATABASES = ("aiosqlite", *SERVERS)
 """One driver for each database, for a test that says nothing else."""
 DRIVERS = (*DATABASES, "psycopg")
 SERVER_DRIVERS = (*SERVERS, "psycopg")
+POOLED = ("asyncpg@1", "asyncpg@4", "psycopg@1", "psycopg@4")
+"""PostgreSQL behind PgBouncer, which has so many connections to it."""
 
 
 def on(*drivers: str, **options: Any) -> pytest.MarkDecorator:
@@ -42,7 +44,7 @@ async def shop_database(
 ) -> AsyncGenerator[Database]:
     """A database with an empty shop; connect to it through another URL if need be."""
     await shop.create(backend)
-    db = Database.from_url(url or backend.url, **options)
+    db = Database.from_url(url or backend.url, **{**backend.options, **options})
     try:
         yield db
     finally:

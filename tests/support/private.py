@@ -11,6 +11,7 @@ from asgi_uow._databases.configuration import read as read_configuration
 from asgi_uow._databases.driver_errors import code_of, means
 from asgi_uow._databases.health import LONGEST_PAUSE, Replica, by_free_connections
 from asgi_uow._databases.known import driver_of
+from asgi_uow._databases.loops import SetUpLock
 from asgi_uow._databases.pool import IDLE_SINCE
 from asgi_uow._decision import (
     COMMIT,
@@ -64,6 +65,7 @@ __all__ = [
     "ReadSession",
     "Replica",
     "Savepoint",
+    "SetUpLock",
     "Shield",
     "State",
     "TaskLock",

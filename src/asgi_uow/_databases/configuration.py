@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
+from sqlalchemy import orm
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import asbool
 
@@ -33,6 +36,59 @@ ONE_CONNECTION: Mapping[str, object] = {
     "pool_recycle": -1,
 }
 
+# Of SQLAlchemy's `Session`; not those of engines or for the unit of work to set.
+_NOT_TAKEN = {"autocommit", "bind", "close_resets_only", "execution_options"}
+OF_SESSIONS = set(inspect.signature(orm.Session).parameters) - _NOT_TAKEN
+
+# Names of options, what they must be, and a function that tells whether a value is.
+_BOOLEAN = "True or False", (True, False).__contains__
+
+
+def _is_async(it: Any) -> bool:
+    return any(map(inspect.iscoroutinefunction, (it, type(it).__call__)))
+
+
+_RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
+    ("app", "the application, which comes first", callable),
+    ("autoflush commit_flushes commit_on_exit", *_BOOLEAN),
+    ("causal_reads", "CausalReads(secret), or None", lambda it: callable(it.positions)),
+    (
+        "commit_timeout deadline hook_timeout",
+        "seconds above 0, or None",
+        lambda it: it > 0,
+    ),
+    ("commit_when", "a function of status and headers", callable),
+    ("echo echo_pool", "a boolean or 'debug'", (0, 1, None, "debug").__contains__),
+    ("error_app", "an ASGI application, or None", callable),
+    ("expire_on_commit pool_pre_ping resolve_unknown twophase", *_BOOLEAN),
+    ("max_overflow pool_recycle", "a number, or -1 for no limit", lambda it: it >= -1),
+    ("observers", "a list of functions", lambda it: len(it) == sum(map(callable, it))),
+    ("on_begin", "an async function of the session, or None", _is_async),
+    ("pool_size", "a whole number, not below 0", lambda it: it >= 0 == it % 1),
+    ("pool_timeout", "seconds, or None", lambda it: it >= 0),
+    (
+        "pooler",
+        "'transaction', 'session' or None",
+        {"transaction", "session"}.__contains__,
+    ),
+    ("poolclass", "a class of sqlalchemy.pool", lambda it: issubclass(it, sa.Pool)),
+    ("read_isolation", "'REPEATABLE READ' or None", {"REPEATABLE READ"}.__contains__),
+    ("readers read_urls", "a list", lambda it: isinstance(it, list | tuple)),
+)
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Raise `ConfigurationError` for an option that cannot work; shows no text."""
+    for names, kind, is_right in _RULES:
+        for name in options.keys() & names.split():
+            value = options[name]
+            with suppress(AttributeError, TypeError):
+                if (value is None and kind.endswith("None")) or is_right(value):
+                    continue
+            shown = value if isinstance(value, int | float) else type(value).__name__
+            message = f"{name} must be {kind}; it is {shown}."
+            raise ConfigurationError(message)
+
 
 def _boolean(value: object) -> bool:
     return asbool(str(value).strip() or "false")
@@ -50,10 +106,8 @@ def _url(value: object) -> str | sa.URL:
     return value if isinstance(value, sa.URL) else str(value).strip()
 
 
-def _urls(value: object) -> tuple[str | sa.URL, ...]:
+def _urls(value: Any) -> tuple[str | sa.URL, ...]:
     parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)):
-        raise TypeError(parts)
     return tuple(filter(None, map(_url, parts)))
 
 
@@ -64,6 +118,7 @@ def _pool_class(value: object) -> type[sa.Pool]:
     raise ValueError(value)
 
 
+POOLERS: Mapping[object, object] = {name: name for name in ("transaction", "session")}
 _KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
     "URL": ("url", _url, "a URL"),
     "READ_URLS": ("read_urls", _urls, "a list of URLs, or URLs with commas between"),
@@ -74,6 +129,7 @@ _KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
     "POOL_PRE_PING": ("pool_pre_ping", _boolean, "a boolean"),
     "POOL_RECYCLE": ("pool_recycle", _number(int), "a whole number of seconds"),
     "POOL_TIMEOUT": ("pool_timeout", _number(float), "a number of seconds"),
+    "POOLER": ("pooler", POOLERS.__getitem__, "'transaction' or 'session'"),
     "POOL_CLASS": ("poolclass", _pool_class, "a class name of sqlalchemy.pool"),
 }
 
@@ -108,7 +164,7 @@ def read(mapping: Mapping[str, object], prefix: str) -> Config:
             continue
         try:
             found[option] = cast(value)
-        except (TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):
             message = f"{key} must be {kind}; what it is set to cannot be read as that."
             raise ConfigurationError(message) from None
     return Config(found.pop("url"), found.pop("read_urls", ()), found)
@@ -122,6 +178,7 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         # SQLAlchemy's 30 seconds are long: a server that is back wakes nobody.
         defaults["pool_timeout"] = 10.0
     forced = ONE_CONNECTION if known.is_memory(parsed) else {}
+    check(options)
     try:
         # Before SQLAlchemy looks for the driver: to install it would not help.
         if not parsed.get_dialect().get_async_dialect_cls(parsed).is_async:

@@ -36,6 +36,7 @@ class Connection(sa.Connection):
     journal: Journal | None = None  # only a writer's has one
     deadline: Any = None  # until its unit ends, if that has one
     is_beginning: bool = False  # its settings are set anew in each transaction
+    is_kept = False  # for later calls: somebody was given it, or has changed it
 
     def _begin_impl(self, transaction: RootTransaction) -> None:
         super()._begin_impl(transaction)
@@ -138,13 +139,13 @@ class ReaderConnection(Connection):
 
     def execution_options(self, **options: Any) -> Any:
         if not CHANGING_OPTIONS.isdisjoint(options):
-            self.info[SETTINGS_CHANGED] = True
+            self.info[SETTINGS_CHANGED] = self.is_kept = True
         return super().execution_options(**options)
 
     def check_statement(self, statement: str) -> None:
         # One of them may be what makes the connection read-only.
         if known.changes_settings(statement) and not self.is_beginning:
-            self.info[SETTINGS_CHANGED] = True
+            self.info[SETTINGS_CHANGED] = self.is_kept = True
 
 
 def info_of(connection: sa.Connection) -> dict[Any, Any]:

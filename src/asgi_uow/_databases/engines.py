@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import inspect
-import math
 import os
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
@@ -18,9 +16,10 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import known
+from asgi_uow._databases.configuration import OF_SESSIONS, check
 from asgi_uow._databases.connection import POLICY
 from asgi_uow._databases.health import Replica
-from asgi_uow._databases.pool import attach_listeners
+from asgi_uow._databases.pool import Use, attach_listeners
 from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
 from asgi_uow.observers import logger
 
@@ -30,13 +29,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
 
-    from asgi_uow._databases.pool import Isolation
-
     # It is given the session, which is defined above this room.
     OnBegin: TypeAlias = Callable[[Any], Coroutine[Any, Any, object]]
 
-# Options of SQLAlchemy's `Session` that are the unit of work's to set.
-RESERVED = {"sync_session_class", "close_resets_only", "bind", "autocommit"}
 READ_OPTIONS = {
     "autoflush": False,
     "twophase": False,
@@ -50,6 +45,7 @@ CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement ther
 class Engines:
     is_memory: bool = False
     owns_engines: bool = False
+    on_begin: Any = None
     _engine: AsyncEngine | None = None
     _read_engine: AsyncEngine | None = None
 
@@ -61,25 +57,22 @@ class Engines:
         commit_on_exit: bool = True,
         resolve_unknown: bool = False,
         read_isolation: Literal["REPEATABLE READ"] | None = None,
+        pooler: Literal["transaction", "session"] | None = None,
         on_begin: OnBegin | None = None,
+        commit_flushes: bool = False,
         **session_options: Any,
     ) -> None:
-        for name in sorted(RESERVED & session_options.keys()):
-            message = f"The session option {name!r} belongs to asgi-uow; leave it out."
+        for name in sorted(session_options.keys() - OF_SESSIONS):
+            message = f"{name!r} is no option of a session, or belongs to asgi-uow. "
+            message += "An engine's go to create_async_engine() or Database.from_url()."
             raise ConfigurationError(message)
-        if read_isolation not in {None, "REPEATABLE READ"}:
-            message = f"read_isolation is 'REPEATABLE READ' or None: {read_isolation!r}"
-            raise ConfigurationError(message)
-        calls = (on_begin, getattr(type(on_begin), "__call__", None))  # noqa: B004
-        if on_begin is not None and not any(map(inspect.iscoroutinefunction, calls)):
-            message = f"on_begin is an async function of the session: {on_begin!r}"
-            raise ConfigurationError(message)
+        check(locals() | session_options)
         self.commit_on_exit = commit_on_exit
         self.on_begin = on_begin
-        self.reads_in_transactions: bool = on_begin is not None
-        """Whether each read is a transaction of its own, not only with a snapshot."""
         self.resolve_unknown = resolve_unknown
+        self.commit_flushes = commit_flushes
         self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
+        self.pooler: Literal["transaction", "session"] | None = pooler
         self._readers = tuple(readers)
         for reader in self._readers:
             _check_engine(reader)
@@ -113,23 +106,27 @@ class Engines:
         if any(each.sync_engine.pool is pool for each in self._readers):
             message = "A reader cannot be the writer: it is made read-only."
             raise ConfigurationError(message)
-        asks = known.database_of(engine.dialect).TRANSACTION_ID
-        if self.resolve_unknown and asks is None:
+        facts = known.database_of(engine.dialect)
+        if self.resolve_unknown and facts.TRANSACTION_ID is None:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
+            raise ConfigurationError(message)
+        unfit = self.read_isolation if facts.BEGIN_READ_ONLY else facts.SINGLE_WRITER
+        unfit = unfit or self.write_options.get("twophase")
+        if self.pooler == "transaction" and unfit:
+            message = "pooler: not with SQLite, twophase, or read_isolation on MySQL."
             raise ConfigurationError(message)
         self.is_memory = known.is_memory(engine.url)
         if not self.is_memory:  # there the one connection has to be writable
             self._read_engine = read_engine or derive_engine(engine)
-        attach_listeners(engine, read_only=False)
+        attach_listeners(engine, Use(read_only=False, pooler=self.pooler))
         self._make_readers_read_only()
         self._engine = engine
 
     def _make_readers_read_only(self) -> None:
         """At once: a connection that is in the pool already stays what it is."""
-        own: Isolation = "READ COMMITTED" if self.reads_in_transactions else None
-        level = self.read_isolation or own
+        level = self.read_isolation or ("READ COMMITTED" if self.on_begin else None)
         for each in filter(None, (self._read_engine, *self._readers)):
-            attach_listeners(each, read_only=True, read_isolation=level)
+            attach_listeners(each, Use(True, level, self.pooler))  # noqa: FBT003
 
     @property
     def read_engine(self) -> AsyncEngine:
@@ -274,26 +271,28 @@ async def _aside(engine: AsyncEngine) -> AsyncGenerator[AsyncEngine]:
 
 
 async def cancel_statements(cancel_sql: list[tuple[Engine, str]]) -> None:
-    """Cancel statements in flight on their server, from other connections.
-
-    MySQL goes on with a statement that was cancelled, locks and all, although the
-    connection is gone. So does PostgreSQL if an anyio scope was cancelled: its drivers
-    send a cancel request, but need an await for it, which the scope cancels too.
-    """
-    in_cancelled_scope = anyio.current_effective_deadline() == -math.inf
+    """Cancel, from others, what a server goes on with when its connection is gone."""
     for engine, statement in cancel_sql:
-        if in_cancelled_scope or not known.driver_of(engine.dialect).cancels_on_server:
-            executing = bounded(_execute_aside(engine, statement), CANCEL_SECONDS)
-            try:
-                await run_to_completion(executing)
-            except Exception:  # noqa: BLE001  # the cancellation goes on
-                # It ended by itself, or the server is gone and its locks with it.
-                logger.debug("%s was not run", statement, exc_info=True)
+        executing = bounded(_execute_aside(engine, statement), CANCEL_SECONDS)
+        try:
+            await run_to_completion(executing)
+        except Exception:  # noqa: BLE001  # the cancellation goes on
+            # It ended by itself, or the server is gone and its locks with it.
+            logger.debug("%s was not run", statement, exc_info=True)
 
 
 async def _execute_aside(engine: Engine, statement: str) -> None:
     async with _aside(AsyncEngine(engine)) as aside, aside.connect() as connection:
         await connection.exec_driver_sql(statement)
+
+
+def check_databases(where: str, databases: Sequence[object]) -> None:
+    """Raise `TypeError` for what is no `Database`, and where there is none."""
+    for each in databases or (None,):
+        if not isinstance(each, Engines):
+            message = f"{where} needs a Database, not {type(each).__name__}: "
+            message += "make it with Database.from_url(url) or Database(engine)."
+            raise TypeError(message)
 
 
 def _check_engine(engine: object) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from asgi_uow._databases import mysql, postgresql, sqlite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from asyncio import Task
+    from collections.abc import Callable, Collection, Mapping
 
     from sqlalchemy import URL, Dialect
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -44,9 +48,9 @@ class Driver(_Facts):
     savepoints_survive: bool = False  # an error aborts at most the innermost of them
     cursor_needs_begin: bool = False  # a cursor exists only inside a transaction
     exclusive_streams: bool = True  # the connection can do nothing beside a stream
-    cancels_on_server: bool = False  # a cancelled statement, where it can still await
     errors_hide_state: bool = False  # `in_transaction` is that of before an error
     connect_args: tuple[tuple[str, object], ...] = ()  # unless the engine has its own
+    pooled_args: tuple[tuple[str, object], ...] = ()  # so that no statement is kept
 
     def in_transaction(self, _: Any, /) -> bool:
         return True
@@ -61,10 +65,30 @@ class Driver(_Facts):
         """Has the server rolled back more than the statement that failed?"""
         return any(each.code_of(error) in codes("aborting") for each in FACTS)
 
-    def process_id(self, _: Any, /) -> int | None:
+    def cancel_sql(self, _: Any, /) -> str | None:  # stops a statement, from elsewhere
         return None
 
-    def cut_off(self, _: Any, /) -> None:  # what waits for the server fails at once
+    def cancellations(self, _: Any, /) -> Collection[Task[None]]:  # its own requests
+        return ()
+
+    async def is_pooled(self, _: Any, /) -> bool:  # by what answers in its own name
+        return False
+
+    def pipeline_reads(self, _: Any, /) -> None:  # each with its BEGIN and ROLLBACK
+        return None
+
+    def cut_off(self, raw: Any, /) -> None:
+        """Have what waits for the server fail at once; this way, from any thread."""
+        # Not close(): what waits for the socket would wait for ever.
+        own = self.socket(raw)
+        if own is not None and own.fileno() >= 0:
+            with socket.socket(fileno=os.dup(own.fileno())) as same, suppress(OSError):
+                same.shutdown(socket.SHUT_RDWR)
+
+    def socket(self, _: Any, /) -> Any:  # or what has its fileno()
+        return None
+
+    def stop(self, _: Any, /) -> None:  # its thread, if it has one
         return None
 
 
@@ -92,9 +116,9 @@ class Database(_Facts):
     ENGINE_OPTIONS: Mapping[str, object] = {}
     SINGLE_WRITER: bool = False  # only one transaction can write at a time
     READ_ONLY_STATEMENT: str  # makes a connection read-only, for as long as it lives
+    BEGIN_READ_ONLY: str | None = None  # sent by asgi-uow where no driver does
     IS_READ_ONLY: str = "SELECT 0"  # is the server (now) a replica, without writes?
     LAG: str = "SELECT NULL AS Seconds_Behind_Master"
-    CANCEL_SQL: str | None = None  # stops a process's statement, from elsewhere
     # Fails if it was aborted unseen, or has the driver know its state.
     QUESTION_BEFORE_COMMIT: str | None = None
     # Sent by asgi-uow, since the driver sends none: it is always in autocommit mode, so

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import closing
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ URL_QUERY = {"charset": "utf8mb4"}
 # The server closes a connection that is idle for wait_timeout, 28800 seconds.
 ENGINE_OPTIONS = {"pool_recycle": 1800}
 READ_ONLY_STATEMENT = "SET SESSION TRANSACTION READ ONLY"
+BEGIN_READ_ONLY = "START TRANSACTION READ ONLY"
 IS_READ_ONLY = "SELECT @@global.read_only"
 LAG = "SHOW SLAVE STATUS"
-CANCEL_SQL = "KILL QUERY {}"
 BEGIN_AT_LEVEL = "SET TRANSACTION ISOLATION LEVEL {}"  # of the next one alone
 QUESTION_BEFORE_COMMIT = "SELECT 1"
 
@@ -73,7 +73,9 @@ class Asyncmy:
     connect_args = (("async_creator_fn", connect), ("connect_timeout", 10))
     errors_hide_state = True  # an error packet has no status
     is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
-    process_id = methodcaller("thread_id")
+
+    def cancel_sql(self, raw: Any) -> str:
+        return f"KILL QUERY {raw.thread_id()}"
 
     def is_busy(self, raw: Any) -> bool:
         # What has come of an answer and is not read yet is in the buffer.
@@ -88,6 +90,9 @@ class Asyncmy:
             result.server_status & IN_TRANSACTION or result.unbuffered_active
         )
         return bool(is_open and raw.get_transaction_status())
+
+    def socket(self, raw: Any) -> Any:
+        return raw._transport and raw._transport.get_extra_info("socket")  # noqa: SLF001
 
     def cut_off(self, raw: Any) -> None:
         if raw._transport is not None:  # noqa: SLF001  # close() would wait

@@ -7,7 +7,7 @@ import functools
 import time
 from contextlib import suppress
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -15,9 +15,9 @@ from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from asgi_uow._concurrency import bounded
+from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import driver_errors as failures
-from asgi_uow._databases import known
+from asgi_uow._databases import known, loops
 from asgi_uow._databases.connection import (
     ERROR_SEEN,
     POLICY,
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
     from asgi_uow._databases.journal import Journal
 
-    Isolation = Literal["READ COMMITTED", "REPEATABLE READ"] | None
     DBAPI = interfaces.DBAPIConnection
     Entry = pool.ConnectionPoolEntry
     Context = interfaces.ExceptionContext
@@ -50,31 +49,46 @@ if TYPE_CHECKING:
 ABORTING_CODES = "asgi_uow.aborting_codes"
 AUTOCOMMIT = "asgi_uow.autocommit"
 CANCEL_SQL = "asgi_uow.cancel_sql"
+KEEPS_STATEMENTS = "asgi_uow.keeps_statements"
+READ_ONLY_SESSION = "asgi_uow.read_only_session"
 IDLE_SINCE = "asgi_uow.idle_since"
 
+POOLER_FOUND = (
+    "A pooler such as PgBouncer loses the statements that this driver prepares. Pass "
+    'pooler="transaction" to Database.from_url(), or connect_args=dict({}) to your '
+    'engine; pooler="session" if that is how it pools.'
+)
 PING_AFTER_IDLE = 30.0  # seconds; then a connection is pinged before it is handed out
 CLOSE_SECONDS = 2.0  # what SQLAlchemy gives asyncpg where it terminates a connection
 PING_SECONDS = 3.0  # a new connection is made sooner than a slower answer comes
 
 
-def attach_listeners(
-    engine: AsyncEngine, *, read_only: bool, read_isolation: Isolation = None
-) -> None:
+class Use(NamedTuple):
+    """What an engine is used for."""
+
+    read_only: bool
+    level: Literal["READ COMMITTED", "REPEATABLE READ"] | None = None  # in transactions
+    pooler: Literal["transaction", "session"] | None = None
+
+
+def attach_listeners(engine: AsyncEngine, use: Use) -> None:
     """Look after the connections of an engine, once; refuse another use of it."""
     target = engine.sync_engine
-    policy = _Policy(target, read_only=read_only, read_isolation=read_isolation)
+    policy = _Policy(target, use)
     if issubclass(target._connection_cls, Connection):  # noqa: SLF001
-        if target.get_execution_options()[POLICY].used_for != policy.used_for:
+        if target.get_execution_options()[POLICY].use != use:
             message = (
                 "Another Database uses this engine as a writer or a reader, or with "
-                "another read_isolation: make an engine for each use."
+                "other options for reads: make an engine for each use."
             )
             raise ConfigurationError(message)
         return
+    loops.attach(target)
     # Not events of the engine: one listener there costs each statement 50 calls.
-    target._connection_cls = ReaderConnection if read_only else Connection  # noqa: SLF001
+    target._connection_cls = ReaderConnection if use.read_only else Connection  # noqa: SLF001
     target.update_execution_options(**{POLICY: policy})
     event.listen(target, "do_connect", policy.on_do_connect)
+    event.listen(target, "connect", policy.on_first, insert=True)
     event.listen(target, "connect", policy.on_connect)
     event.listen(target, "checkout", policy.on_checkout)
     event.listen(target, "reset", policy.on_reset)
@@ -82,7 +96,7 @@ def attach_listeners(
     event.listen(target, "handle_error", policy.on_error)
     for name in ("do_execute", "do_executemany", "do_execute_no_params"):
         event.listen(target, name, _check_statement)
-    if read_only:
+    if use.read_only:
         # In AUTOCOMMIT there is nothing to roll back when a connection is closed.
         target.dialect.skip_autocommit_rollback = True
 
@@ -90,41 +104,56 @@ def attach_listeners(
 class _Policy:
     """What is done with the connections of one engine, mostly by asking the driver."""
 
-    def __init__(
-        self, engine: sa.Engine, *, read_only: bool, read_isolation: Isolation
-    ) -> None:
-        self.dialect = engine.dialect
+    def __init__(self, engine: sa.Engine, use: Use) -> None:
+        self.dialect: Any = engine.dialect  # of which PostgreSQL's does more
         self.database = known.database_of(engine.dialect)
         self.driver = known.driver_of(engine.dialect)
         self.is_memory = known.is_memory(engine.url)
-        self.read_only = read_only
-        self.read_isolation: Isolation = read_isolation
-        self.used_for = (read_only, read_isolation)
+        self.use, self.read_only, self.pooler = use, use.read_only, use.pooler
         self.begins_with = self.database.BEGIN_WRITE
-        if read_only and self.begins_with is not None:
+        if use.read_only and self.begins_with is not None:
             # A snapshot of what the first read finds; in WAL that stops no writer.
-            self.begins_with = None if read_isolation is None else "BEGIN"
+            self.begins_with = use.level and "BEGIN"
+        elif use.read_only and use.pooler == "transaction":
+            self.begins_with = self.database.BEGIN_READ_ONLY
 
-    def on_do_connect(self, _: Any, __: Any, ___: Any, options: dict[str, Any]) -> None:
+    def on_do_connect(self, _: Any, entry: Any, __: Any, options: Any) -> None:
         """Bound the wait, or connect in place of the driver; the engine's own wins."""
-        options.update(dict(self.driver.connect_args) | options)
+        kept = (options.get(name, True) for name, _ in self.driver.pooled_args)
+        entry.info[KEEPS_STATEMENTS] = any(each and not callable(each) for each in kept)
+        pooled = self.driver.pooled_args if self.pooler == "transaction" else ()
+        options.update(dict((*self.driver.connect_args, *pooled)) | options)
         if isinstance(name := options.get("async_creator_fn"), str):
             options["async_creator_fn"] = resolve_name(name)
+
+    def on_first(self, dbapi: DBAPI, entry: Entry) -> None:
+        """Find a pooler, before anything is set that it would hand on to others."""
+        if self.pooler is None and await_only(self.driver.is_pooled(raw_of(dbapi))):
+            if entry.info[KEEPS_STATEMENTS]:
+                self.dialect.do_close(dbapi)
+                raise ConfigurationError(POOLER_FOUND.format(self.driver.pooled_args))
+            self.pooler = "transaction"
 
     def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
         """Set up a connection; as the last listener, so nothing set before survives."""
         info, database = entry.info, self.database
+        loops.owners[raw_of(dbapi)] = asyncio.get_running_loop(), self.driver
         info[ABORTING_CODES] = database.set_up(dbapi, read_only=self.read_only)
-        if self.read_only:
+        if self.read_only and self.pooler != "transaction":
+            info[READ_ONLY_SESSION] = True
             self.dialect.set_isolation_level(dbapi, "AUTOCOMMIT")
             execute(dbapi, database.READ_ONLY_STATEMENT)
-            if self.read_isolation is not None and database.BEGIN_WRITE is None:
-                self.dialect.set_isolation_level(dbapi, self.read_isolation)
-        elif database.BEGIN_WRITE is None:
+            if self.use.level is not None and database.BEGIN_WRITE is None:
+                self.dialect.set_isolation_level(dbapi, self.use.level)
+        elif self.read_only and database.BEGIN_READ_ONLY is None:
+            self.dialect.set_readonly(dbapi, True)  # noqa: FBT003
+            self.dialect.set_isolation_level(dbapi, self.use.level or "READ COMMITTED")
+            if self.use.level is None:
+                self.driver.pipeline_reads(raw_of(dbapi))
+        elif not self.read_only and database.BEGIN_WRITE is None:
             info[AUTOCOMMIT] = self.dialect.detect_autocommit_setting(dbapi)
-        process = self.driver.process_id(raw_of(dbapi))
-        if database.CANCEL_SQL is not None and process is not None:
-            info[CANCEL_SQL] = database.CANCEL_SQL.format(process)
+        if self.pooler is None:  # a proxy's number is a stranger's on the server
+            info[CANCEL_SQL] = self.driver.cancel_sql(raw_of(dbapi))
 
     def on_checkout(self, dbapi: DBAPI, entry: Entry, _: object) -> None:
         """Replace a connection that is dead or silent, or that was not set up here."""
@@ -149,7 +178,7 @@ class _Policy:
         info = entry.info
         info[IDLE_SINCE] = time.monotonic()
         raw = raw_of(dbapi)
-        writable = self.read_only and self.driver.reports_writable(raw)
+        writable = READ_ONLY_SESSION in info and self.driver.reports_writable(raw)
         if info.pop(SETTINGS_CHANGED, False) or writable:
             entry.invalidate(soft=True)  # replaced before anybody else gets it
         if state.terminate_only or not state.asyncio_safe:
@@ -179,10 +208,10 @@ class _Policy:
     def on_error(self, context: Context) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
         error = context.original_exception
-        if is_late := isinstance(error, DeadlineExceededError) and error.__cause__:
-            context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
+        is_late = isinstance(error, DeadlineExceededError) and bool(error.__cause__)
+        context.invalidate_pool_on_disconnect &= not is_late
         demoted = not self.read_only and failures.means(error, "demoted")
-        if demoted or failures.means(error, "disconnect"):
+        if is_late or demoted or failures.means(error, "disconnect"):
             context.is_disconnect = True
         if self.is_memory and (is_late or not isinstance(error, Exception)):
             context.is_disconnect = False  # the connection is the database
@@ -191,6 +220,10 @@ class _Policy:
             return  # nothing was sent
         if isinstance(connection, Connection) and not connection.invalidated:
             info, journal = connection.info, connection.journal
+            raw = connection.connection.driver_connection
+            if requests := self.driver.cancellations(raw):  # SQLAlchemy cuts them off
+                stopping = asyncio.wait(requests, timeout=CLOSE_SECONDS)
+                await_only(run_to_completion(stopping))
             info[ERROR_SEEN] = True
             foreign = not isinstance(error, self.dialect.loaded_dbapi.Error)
             if foreign and context.execution_context is not None:
@@ -221,16 +254,14 @@ class _Policy:
 def _check_statement(cursor: Any, statement: str, *rest: Any) -> bool | None:
     # The context comes last, with parameters before it or without.
     connection = getattr(rest[-1], "root_connection", None)
-    if not isinstance(connection, Connection):
-        return None
-    connection.check_statement(statement)
-    if connection.deadline is None:
-        return None
-    name = "do_execute" if rest[1:] else "do_execute_no_params"
-    if rest[-1].execute_style is ExecuteStyle.EXECUTEMANY:
-        name = "do_executemany"
-    method = getattr(connection.dialect, name)
-    connection.deadline.execute(
-        connection, functools.partial(method, cursor, statement, *rest)
-    )
-    return True  # SQLAlchemy has nothing left to do
+    if isinstance(connection, Connection):
+        connection.check_statement(statement)
+        if connection.deadline is not None:
+            execute = rest[-1].dialect.do_execute
+            if rest[-1].execute_style is ExecuteStyle.EXECUTEMANY:
+                execute = rest[-1].dialect.do_executemany
+            elif not rest[1:]:
+                execute = rest[-1].dialect.do_execute_no_params
+            connection.deadline.execute(connection, execute, cursor, statement, *rest)
+            return True  # SQLAlchemy has nothing left to do
+    return None

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 import select
-import socket
 from asyncio import Future
+from functools import cache
 from operator import attrgetter, methodcaller
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import sqlalchemy as sa
 from anyio import current_time, move_on_after, sleep
 from sqlalchemy import exc as sa_exc
+
+from asgi_uow._concurrency import run_to_completion
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -29,7 +32,8 @@ LAG = (
     " ELSE EXTRACT(EPOCH FROM clock_timestamp() - pg_last_xact_replay_timestamp())"
     ' END AS "Seconds_Behind_Master"'
 )
-CANCEL_SQL = "SELECT pg_cancel_backend({})"
+# As a simple query; its answer tells of the number of rows.
+HAS_PROCESS_ID = "SELECT FROM pg_backend_pid() AS id WHERE id = {}"
 # Asked where the driver was used past SQLAlchemy: an error aborts the transaction.
 QUESTION_BEFORE_COMMIT = "SELECT 1"
 
@@ -73,16 +77,29 @@ PSYCOPG_IN_ERROR = 3  # pq.TransactionStatus.INERROR: only ROLLBACK is accepted
 
 
 class _Driver:
-    is_known = savepoints_survive = cursor_needs_begin = cancels_on_server = True
+    is_known = savepoints_survive = cursor_needs_begin = True
     exclusive_streams = False
 
 
 class Asyncpg(_Driver):
     connect_args = (("timeout", 10),)  # not 60 seconds
+    pooled_args = (
+        ("statement_cache_size", 0),
+        ("prepared_statement_cache_size", 0),
+        ("prepared_statement_name_func", str),  # the name is ""
+    )
     in_transaction = methodcaller("is_in_transaction")
     is_dead = methodcaller("is_closed")
-    process_id = methodcaller("get_server_pid")
     cut_off = methodcaller("terminate")
+    cancellations = attrgetter("_cancellations")
+
+    async def is_pooled(self, raw: Any) -> bool:
+        # A pooler gives numbers of its own, with which it finds whom to cancel.
+        asked = HAS_PROCESS_ID.format(raw.get_server_pid())
+        return bool(await raw.execute(asked) == "SELECT 0")
+
+    def socket(self, raw: Any) -> Any:
+        return raw._transport.get_extra_info("socket")  # noqa: SLF001
 
     def is_busy(self, raw: Any) -> bool:
         # Its protocol shows nobody the future for the answer that it waits for; that
@@ -105,11 +122,54 @@ class Asyncpg(_Driver):
         return getattr(settings, "default_transaction_read_only", "on") == "off"
 
 
+async def connect(conninfo: str = "", **options: Any) -> Any:
+    """Shield what psycopg does for a cancellation from that of an anyio scope."""
+    raw = await resolve_name("psycopg:AsyncConnection.connect")(conninfo, **options)
+    cancel, own = type(raw).cancel_safe, ref(raw)
+
+    async def cancel_safe(**options: Any) -> None:
+        await run_to_completion(cancel(own(), **options))
+
+    raw.cancel_safe = cancel_safe
+    return raw
+
+
+@cache
+def _pipelined(cursor_class: type[Any]) -> type[Any]:
+    class Cursor(cursor_class):  # type: ignore[misc]
+        async def execute(self, *args: Any, **options: Any) -> Any:
+            raw = self.connection
+            if raw.autocommit or raw.pgconn.transaction_status:
+                return await super().execute(*args, **options)
+            async with raw.pipeline():
+                raw._autocommit = True  # noqa: SLF001  # psycopg would wait for its BEGIN
+                try:
+                    await cursor_class(raw).execute("BEGIN READ ONLY")
+                    await super().execute(*args, **options)
+                    await cursor_class(raw).execute("ROLLBACK")
+                finally:
+                    raw._autocommit = False  # noqa: SLF001
+            return self
+
+    return Cursor
+
+
 class Psycopg(_Driver):
-    connect_args = (("connect_timeout", 10),)  # for each host, not 130 seconds
+    # For each host, not 130 seconds.
+    connect_args = (("async_creator_fn", connect), ("connect_timeout", 10))
+    pooled_args = (("prepare_threshold", None),)
     # Past `info`, which makes an object for each question.
     in_transaction = attrgetter("pgconn.transaction_status")  # 0 is IDLE
-    process_id = attrgetter("info.backend_pid")
+
+    def pipeline_reads(self, raw: Any) -> None:
+        raw.cursor_factory = _pipelined(raw.cursor_factory)
+
+    async def is_pooled(self, raw: Any) -> bool:
+        autocommit = raw.autocommit
+        await raw.set_autocommit(True)
+        cursor = await raw.execute(HAS_PROCESS_ID.format(raw.info.backend_pid))
+        await raw.set_autocommit(autocommit)
+        return bool(cursor.rowcount == 0)
 
     def is_dead(self, raw: Any) -> bool:
         if raw.closed:
@@ -122,11 +182,8 @@ class Psycopg(_Driver):
     def is_busy(self, raw: Any) -> bool:
         return bool(raw.lock._locked or raw.lock._waiters)  # noqa: SLF001
 
-    def cut_off(self, raw: Any) -> None:
-        # Not close(): what waits for the socket would wait for ever.
-        if not raw.closed:
-            with socket.socket(fileno=os.dup(raw.fileno())) as same:
-                same.shutdown(socket.SHUT_RDWR)
+    def socket(self, raw: Any) -> Any:
+        return None if raw.closed else raw
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return bool(raw.pgconn.transaction_status == PSYCOPG_IN_ERROR)

@@ -35,6 +35,9 @@ class Aiosqlite:
     connect_args = (("async_creator_fn", f"{__package__}.sqlite_connection:connect"),)
     in_transaction = attrgetter("in_transaction")
 
+    def stop(self, raw: Any) -> None:
+        (getattr(raw, "_stop_running", None) or raw.stop)()  # aiosqlite before 0.22
+
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return not raw.in_transaction  # SQLite says so when asked
 

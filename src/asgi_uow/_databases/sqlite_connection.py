@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 import weakref
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PIECE = 50  # milliseconds
 CHUNK = 64  # rows fetched ahead; aiosqlite's own default
 
 
@@ -120,8 +123,9 @@ class Cursor(aiosqlite.Cursor):
 class Connection(aiosqlite.Connection):
     """Stops and undoes what was cancelled before anybody hears of it."""
 
-    def __init__(self, connector: Callable[[], sqlite3.Connection]) -> None:
-        super().__init__(connector, CHUNK)
+    def __init__(self, database: str, options: dict[str, Any]) -> None:
+        super().__init__(lambda: sqlite3.connect(database, **options), CHUNK)
+        self.file = Path(database.removeprefix("file:").partition("?")[0]).absolute()
         self.cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
         self._begin: str | None = None
         self._stopped: asyncio.Future[None] | None = None
@@ -162,7 +166,9 @@ class Connection(aiosqlite.Connection):
     async def _connect(self) -> Connection:
         try:
             await run_to_completion(super()._connect())
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, sqlite3.OperationalError):  # SQLite names no file
+                error.args = (f"{error}: {self.file}; is there such a folder?",)
             await run_to_completion(self.close())
             await (self._stopped or asyncio.sleep(0))  # the thread answers to this loop
             raise
@@ -177,7 +183,9 @@ class Connection(aiosqlite.Connection):
     async def call(self, fn: Callable[[], T], begin: str | None = None) -> T:
         """Run `fn` in the thread; when cancelled, interrupt, clean up, then go on."""
         raw = self._conn  # raises if it is closed
-        steps = [fn] if begin is None else [fn, partial(raw.execute, begin)]
+        steps = [fn]
+        if begin is not None:
+            steps.append(partial(_begin, raw, begin, steps))
         self._is_beginning = self._is_beginning or begin is not None
         try:
             result: T = await super()._execute(_take_steps, steps)  # type: ignore[no-untyped-call]
@@ -211,6 +219,23 @@ class Connection(aiosqlite.Connection):
         self._conn.rollback()
 
 
+def _begin(raw: sqlite3.Connection, statement: str, later: list[Any]) -> Any:
+    """Wait for the lock in pieces, between which a cancellation is heard."""
+    [timeout] = raw.execute("PRAGMA busy_timeout").fetchone()
+    until = time.monotonic() + timeout / 1000
+    raw.execute(f"PRAGMA busy_timeout = {min(timeout, PIECE)}")
+    try:
+        while True:
+            try:
+                return raw.execute(statement)
+            except sqlite3.OperationalError as error:
+                is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not (is_busy and later and time.monotonic() < until):
+                    raise
+    finally:
+        raw.execute(f"PRAGMA busy_timeout = {timeout}")
+
+
 def _take_steps(steps: list[Callable[[], T]]) -> T | None:
     result = None
     while steps:  # emptied, as the thread refers to the list until its next call
@@ -220,7 +245,7 @@ def _take_steps(steps: list[Callable[[], T]]) -> T | None:
 
 def connect(database: str, iter_chunk_size: int = CHUNK, **options: Any) -> Connection:
     """Stand in for `aiosqlite.connect`."""
-    connection = Connection(lambda: sqlite3.connect(database, **options))
+    connection = Connection(database, options)
     connection._iter_chunk_size = iter_chunk_size  # noqa: SLF001  # aiosqlite's own
     # aiosqlite before 0.22 is a thread, later ones have one.
     thread: Any = getattr(connection, "_thread", connection)

@@ -6,6 +6,7 @@ import functools
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ParamSpec, overload
 
+from asgi_uow._concurrency import run_to_completion
 from asgi_uow._decision import State
 from asgi_uow._unit.finish import completion_of, register
 from asgi_uow._unit.hooks import Hook, is_async, name_of
@@ -81,7 +82,7 @@ async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
     participant = unit.reading("parallel_read()", db)
     if participant.reader is not None:
         # Requests that hold one connection and wait for a second can deadlock.
-        await participant.reader.release_if_idle()
+        await run_to_completion(participant.reader.give_back(lend=True))
     session = participant.open_reader()
     try:
         yield session

@@ -7,13 +7,15 @@ import enum
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from asgi_uow import _decision
+from asgi_uow import _decision, errors
 from asgi_uow._concurrency import run_to_completion
+from asgi_uow._databases.configuration import check
+from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import ERROR_STATUS, SETTLED, UNDECIDED, Cause, Outcome, State
 from asgi_uow._entrypoints.problem import FAILURE, START, problem_details
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._reading.route import written_position
-from asgi_uow._sessions.deadline import check_seconds, earlier
+from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.finish import finish, refuse_streams, release
 from asgi_uow._unit.hooks import is_async
 from asgi_uow._unit.unit import CLOSED, COMMITTED, NEW, UnitOfWork, UnitOptions, current
@@ -49,7 +51,8 @@ class UnitOfWorkMiddleware:
     `commit_timeout`: seconds for COMMIT; past it the outcome is UNKNOWN.
     `hook_timeout`: seconds for each hook. None is no limit.
 
-    Raises `TypeError` if no database is given, and for an async `commit_when`.
+    Raises `TypeError` for what is no `Database` and for an async `commit_when`,
+    `ConfigurationError` for another option that cannot work.
     """
 
     def __init__(  # the public options, each of its own
@@ -64,13 +67,12 @@ class UnitOfWorkMiddleware:
         commit_timeout: float | None = 30.0,
         hook_timeout: float | None = 5.0,
     ) -> None:
-        if not databases:
-            message = "UnitOfWorkMiddleware(app, db): pass at least one Database."
-            raise TypeError(message)
+        check(locals())
+        check_databases("UnitOfWorkMiddleware(app, db)", databases)
         if is_async(commit_when):
             message = "commit_when cannot be async: a handler can set_rollback_only()."
             raise TypeError(message)
-        check_seconds(deadline)
+        errors.NoUnitOfWorkError.template = errors.NoUnitOfWorkError.wrong_order
         self.app = app
         self.deadline = deadline
         self.databases = databases

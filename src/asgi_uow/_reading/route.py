@@ -61,11 +61,13 @@ class Route:
         self._barred: list[Replica] = []
         self.has_read = False  # once something was, no other server will do
 
-    async def connect(self, reader: Reader, *, is_connected: bool) -> None:
-        """Bind a session where it has to read from, and connect it unless it is."""
+    async def connect(self, reader: Reader) -> None:
+        """Bind a session where it has to read from, the first time connected to it."""
         if self._wrote():  # the unit, or one around it: replicas may be behind
             reader.bind_to(self._fallback)
-        elif not is_connected:
+        elif self.has_read and self._choice is not None:
+            reader.bind_to(self._choice.engine)
+        else:
             async with self._choosing:  # one choice for all tasks of the unit
                 await self._choose(reader)
 
@@ -130,7 +132,6 @@ class Route:
         finally:
             replica.half_open = False
         if not reached:
-            await reader.release_connection()
             self._events.append(ReaderBehind(replica.name, self._seconds))
         elif replica.failures and replica.is_healthy:
             replica.failures = 0
@@ -150,10 +151,7 @@ class Route:
             facts = known.database_of(connection.dialect)
             reached = await facts.wait_for(connection, self._position, seconds)
             # Ends the snapshot of `read_isolation`, which is too old.
-            raw = await connection.get_raw_connection()
-            driver = known.driver_of(connection.dialect)
-            if driver.in_transaction(raw.driver_connection):
-                await connection.run_sync(lambda sync: sync.connection.rollback())
+            await reader.release_connection()
         return reached
 
     def _report_failed(self, replica: Replica, error: Exception) -> None:

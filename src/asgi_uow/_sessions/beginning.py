@@ -81,6 +81,10 @@ class BeginningReadSession(ReadOnlySession, BeginningSession):
 
     def begin_first(self) -> None:
         host = self.writer
-        BeginningSession.begin_first(
-            host if isinstance(host, BeginningSession) else self
-        )
+        self.executing += 1  # so that the connection is not given back in between
+        try:
+            BeginningSession.begin_first(
+                host if isinstance(host, BeginningSession) else self
+            )
+        finally:
+            self.executing -= 1

@@ -11,10 +11,10 @@ from sqlalchemy.util import await_only
 from asgi_uow._databases.connection import info_of
 from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.pool import CANCEL_SQL
-from asgi_uow.errors import ConfigurationError, DeadlineExceededError
+from asgi_uow.errors import DeadlineExceededError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterable
 
     import sqlalchemy as sa
 
@@ -54,11 +54,13 @@ class Deadline:
             if is_over:
                 task.uncancel()
 
-    def execute(self, connection: sa.Connection, execute: Callable[[], object]) -> None:
+    def execute(
+        self, connection: sa.Connection, execute: Callable[..., object], *args: object
+    ) -> None:
         """Execute a statement, which its server stops at the deadline."""
         try:
             with self.limit():
-                execute()
+                execute(*args)
         except DeadlineExceededError as error:
             statement = info_of(connection).get(CANCEL_SQL)
             if error.__cause__ is not None and statement is not None:
@@ -70,16 +72,17 @@ def limited(deadline: Deadline | None) -> AbstractContextManager[None]:
     return nullcontext() if deadline is None else deadline.limit()
 
 
+def lift(connections: Iterable[Any]) -> None:
+    """Leave COMMIT the time that it takes; raises if the deadline is over."""
+    for connection in connections:
+        if connection.deadline is not None:
+            connection.deadline.check()
+            connection.deadline = None
+
+
 def earlier(until: float | None, seconds: float | None) -> float | None:
     """Give the earlier end of two: a moment, and so many seconds from now on."""
     if seconds is None:
         return until
     end = asyncio.get_running_loop().time() + seconds
     return end if until is None else min(end, until)
-
-
-def check_seconds(deadline: float | None) -> None:
-    is_number = isinstance(deadline, int | float) and not isinstance(deadline, bool)
-    if deadline is not None and not (is_number and deadline > 0):
-        message = f"deadline is a number of seconds above 0, or None: {deadline!r}"
-        raise ConfigurationError(message)

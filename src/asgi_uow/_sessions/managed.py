@@ -8,10 +8,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, orm
+from sqlalchemy.engine import CursorResult, IteratorResult
 
 from asgi_uow import errors
+from asgi_uow._databases import loops
 from asgi_uow._databases.connection import (
     Connection,
+    ReaderConnection,
     cut_off,
     end_calls,
     info_of,
@@ -21,28 +24,22 @@ from asgi_uow._databases.driver_errors import is_outage, means
 from asgi_uow._databases.journal import Savepoints
 from asgi_uow._databases.pool import AUTOCOMMIT, CANCEL_SQL
 from asgi_uow._decision import WRITABLE, State
-from asgi_uow._sessions.deadline import Deadline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import sqlalchemy as sa
 
     from asgi_uow._databases.engines import Engines
     from asgi_uow._databases.journal import Journal
+    from asgi_uow._sessions.deadline import Deadline
     from asgi_uow.observers import Event
 
 
 class Shared:
     """What the sessions of a unit of work have in common, also with units around it."""
 
-    def __init__(
-        self,
-        around: Shared | None,
-        nested: bool,  # noqa: FBT001
-        hook: bool,  # noqa: FBT001
-        until: float | None,
-    ) -> None:
+    def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
         self.state: State = State.NEW
         self.wants_details: bool = False
         """Whether an observer wants to know of what went well."""
@@ -50,7 +47,7 @@ class Shared:
         """Errors after which it may help to try again."""
         self.events: list[Event] = around.events if around and hook else []
         """What observers are told at the end; of a hook, with those of its unit."""
-        self.deadline = None if until is None else Deadline(until, self.outages)
+        self.deadline: Deadline | None = None
         self.stuck: int = 0
         """How often a server did not answer in time at the end."""
         self.savepoints: Savepoints
@@ -83,12 +80,9 @@ class ManagedSession(orm.Session):
     journal: Journal
     connections: dict[sa.Connection, str | None]
     """Those on which it has begun a transaction, and what cancels a statement there."""
-    connected: float | None = None
-    """Since when it holds a connection of its own, by `time.perf_counter()`."""
-    held: float = 0.0
-    """Seconds for which it has held those that it has given back."""
-    driver_exposed: bool = False
-    """Whether somebody was given the connection, and with it the driver's own."""
+    connected: float | None = None  # since when it holds one of its own: perf_counter()
+    held: float = 0.0  # for how many seconds it held those that it has given back
+    driver_exposed: bool = False  # whether somebody was given the connection
     follows_savepoints: bool = False
 
     def begin(self, nested: bool = False) -> orm.SessionTransaction:  # noqa: FBT001, FBT002
@@ -108,6 +102,8 @@ class ManagedSession(orm.Session):
     def connection(self, *args: Any, **kwargs: Any) -> sa.Connection:
         self.driver_exposed = True
         connection = super().connection(*args, **kwargs)
+        if isinstance(connection, Connection):
+            connection.is_kept = True
         if connection.get_transaction() and not isinstance(self, ReadOnlySession):
             # What follows past the session is seen by nobody, and asyncpg's BEGIN comes
             # with the first statement of SQLAlchemy alone.
@@ -124,13 +120,6 @@ class ManagedSession(orm.Session):
             if isinstance(each, Connection) and not (each.closed or each.invalidated):
                 each.call_alone(bool)
 
-    def lift_deadline(self) -> None:
-        """Have COMMIT take its own time; raises if the deadline is over."""
-        for connection in self.connections:
-            if isinstance(connection, Connection) and connection.deadline is not None:
-                connection.deadline.check()
-                connection.deadline = None
-
     def detach_objects(self) -> None:
         """Leave all objects as they are loaded; a rollback would expire them."""
         innermost = self._transaction
@@ -140,15 +129,6 @@ class ManagedSession(orm.Session):
             each._deleted.clear()  # noqa: SLF001
             each._key_switches.clear()  # noqa: SLF001
         self.expunge_all()
-
-    def release_connection(self) -> None:
-        """Give the connection back; objects stay loaded, unlike after a rollback."""
-        if (transaction := self.get_transaction()) is not None:
-            transaction.close()
-        self.connections.clear()
-        if self.connected is not None:
-            self.held += time.perf_counter() - self.connected
-            self.connected = None
 
     def take_cancel_sql(self) -> list[tuple[sa.Engine, str]]:
         """Give, once, what cancels statements in flight on the connections held."""
@@ -171,8 +151,10 @@ class ManagedSession(orm.Session):
         for connection in self.connections:
             if not connection.closed:
                 if not connection.invalidated:
-                    raw = raw_of(connection.connection.dbapi_connection)
-                    end_calls(self.database.driver, raw)
+                    fairy: Any = connection.connection
+                    raw = raw_of(fairy.dbapi_connection)
+                    if not loops.leave(raw, fairy._connection_record):  # noqa: SLF001
+                        end_calls(self.database.driver, raw)
                 connection.invalidate()
                 connection.close()
         super().close()
@@ -185,9 +167,12 @@ def _only_the_unit(name: str) -> Callable[[ManagedSession], None]:
 
     @functools.wraps(method)
     def call(self: ManagedSession) -> None:
-        if self.journal.ending is None:
+        if self.journal.ending is not None:
+            method(self)
+        elif name == "commit" and self.database.commit_flushes:
+            self.flush()
+        else:
             raise errors.ManagedTransactionError(operation)
-        method(self)
 
     return call
 
@@ -200,6 +185,8 @@ class ReadOnlySession(ManagedSession):
     """Refuses to flush and to run DML; text that writes is the database's to refuse."""
 
     sibling: ManagedSession | None = None  # the write session of the unit
+    executing: int = 0  # statements: of several tasks, or one for the rows of another
+    cursors: Sequence[CursorResult[Any]] = ()  # on the server, with rows to come
 
     @property
     def writer(self) -> ManagedSession | None:
@@ -222,10 +209,52 @@ class ReadOnlySession(ManagedSession):
         return super().get_bind(*args, **kwargs)
 
     def _execute_internal(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        # Behind execute(), scalar() and scalars().
+        # Behind execute(), scalar() and scalars(), and behind what loads an attribute.
         if getattr(statement, "is_dml", False):
             raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
-        return super()._execute_internal(statement, *args, **kwargs)
+        self.executing += 1
+        try:
+            result = super()._execute_internal(statement, *args, **kwargs)
+        except BaseException as error:
+            self.executing -= 1
+            if isinstance(error, Exception):  # one that was cancelled is in flight
+                used = dict(self.connections)
+                self.give_back()
+                self.connections |= used  # failed() asks whether it was connecting
+            raise
+        self.executing -= 1
+        cursor = result.raw if isinstance(result, IteratorResult) else result
+        if isinstance(cursor, CursorResult) and cursor.context._is_server_side:  # noqa: SLF001  # no other way
+            self.cursors = [*self.cursors, cursor]
+        self.give_back()
+        return result
+
+    def give_back(self, *, lend: bool = False) -> None:
+        """Return the connection, unless something needs it after a call."""
+        self.cursors = [each for each in self.cursors if not each._soft_closed]  # noqa: SLF001
+        if not (self.executing or self.cursors or self._nested_transaction) and (
+            lend or not (self.database.read_isolation or self.has_kept_connection)
+        ):
+            self.release_connection()
+
+    @property
+    def has_kept_connection(self) -> bool:
+        kept = (each for each in self.connections if getattr(each, "is_kept", False))
+        return not all(each.closed for each in kept)
+
+    def release_connection(self) -> None:
+        """Return it whatever needs it; objects stay loaded, unlike after a rollback."""
+        try:
+            if self._transaction is not None:
+                self._transaction.close()
+        finally:
+            for each in self.connections:
+                if isinstance(each, ReaderConnection) and not each.closed:
+                    each.invalidate()  # a close() that failed has forgotten it
+            self.connections.clear()
+        if self.connected is not None:
+            self.held += time.perf_counter() - self.connected
+            self.connected = None
 
 
 @event.listens_for(ManagedSession, "after_begin", propagate=True)
@@ -242,7 +271,9 @@ def _accept_connection(
     host = (reader and reader.writer) or session
     if session.connected is None and host is session:
         session.connected = time.perf_counter()
-    if connection.engine is not host.bind:
+    # A read may have moved to another server, or to the writer, while it connected.
+    is_read_only = isinstance(connection, ReaderConnection) and reader is not None
+    if not is_read_only and connection.engine is not host.bind:
         message = "A session works on one engine: leave `binds` and bind_arguments out."
         raise errors.ConfigurationError(message)
     if reader is not None or not isinstance(connection, Connection):

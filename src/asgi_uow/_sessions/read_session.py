@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import orm
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow._concurrency import run_to_completion
@@ -62,9 +61,7 @@ class ReadSession(Session):
         if self.route is None or method.__name__ in {"flush", "close"}:
             return await method(self, *args, **kwargs)  # these need no connection
         while True:
-            bound, held = self.sync_session.bind, self.sync_session.connections
-            is_connected = any(each.engine is bound for each in held)
-            await self.route.connect(self, is_connected=is_connected)
+            await self.route.connect(self)
             try:
                 result = await method(self, *args, **kwargs)
             except Exception as error:
@@ -72,26 +69,26 @@ class ReadSession(Session):
                 if not (reads and await self.route.fail_over(self, error)):
                     raise
             else:
-                if self.sync_session.connections:
-                    self.route.has_read = True
+                self.route.has_read = True
+                await self.give_back()  # it may have executed nothing
                 return result
 
     async def failed(self, error: BaseException, operation: str) -> None:
         """Have the next read begin anew; name what the server has refused to write."""
         await super().failed(error, operation)
-        if self.host is self and (
-            not isinstance(error, Exception)
-            or any(_is_lost(each, error) for each in self.sync_session.connections)
-        ):
-            await run_to_completion(self.release_connection())
+        if self.host is self:
+            held = self.sync_session.connections
+            is_lost = any(_is_lost(each, error) for each in held)
+            if is_lost or not isinstance(error, Exception):
+                await run_to_completion(self.release_connection())
+            await self.give_back()
         if means(error, "read_only") and not isinstance(error, ReadOnlySessionError):
             raise ReadOnlySessionError(operation) from error
 
-    async def release_if_idle(self) -> None:
-        """Return the connection to the pool if no call or stream is using it."""
-        if self.host is self and self.own_lock.is_free and not self.open_streams:
-            async with self.own_lock:
-                await run_to_completion(self.release_connection())
+    async def give_back(self, *, lend: bool = False) -> None:
+        """Return the connection if nothing needs it; to others, unless it is in use."""
+        if self.sync_session.connections:
+            await greenlet_spawn(self.sync_session.give_back, lend=lend)
 
     async def release_connection(self) -> None:
         """Give the connection back; the next call takes another."""
@@ -99,16 +96,15 @@ class ReadSession(Session):
         await greenlet_spawn(self.sync_session.release_connection)
 
     async def open_connection(self) -> AsyncConnection:
-        """Connect, for a call that is to come."""
-        connect = functools.partial(orm.Session.connection, self.sync_session)
+        # Not `session.connection()`, which is held on to.
         with limited(self.shared.deadline):
-            connection = await greenlet_spawn(connect)
+            connection = await AsyncSession.run_sync(self, orm.Session.connection)
         return AsyncConnection._retrieve_proxy_for_target(connection)  # noqa: SLF001
 
     async def open_stream(self, execute: Execute) -> AsyncResult[*TupleAny]:
         """Begin a transaction for the cursor, if the driver needs one."""
         if self.host is self:
-            connection = await self.connection()
+            connection = await self.open_connection()
             driver = known.driver_of(connection.dialect)
             raw = await connection.get_raw_connection()
             if (

@@ -104,7 +104,7 @@ class Session(StatementSession):
         if db.on_begin is not None or shared.deadline is not None:
             options = {**options, "sync_session_class": self.beginning_class}
         super().__init__(bind, close_resets_only=False, **options)
-        self.own_lock: TaskLock = TaskLock()
+        self.own_lock: TaskLock = TaskLock(errors.WrongLoopError)
         if shared.deadline is not None:
             self.own_lock.limit = shared.deadline.limit
         self.shared = shared
@@ -219,6 +219,9 @@ class Session(StatementSession):
         self._check_add("session.add_all()")
         super().add_all(instances)
 
+    async def give_back(self) -> None:
+        """Keep the connection; a read session returns one that it needs no more."""
+
     async def open_stream(self, execute: Execute) -> AsyncResult[*TupleAny]:
         """Have the fetches of a stream wait for other calls too."""
         stream = await execute()
@@ -235,6 +238,9 @@ class Session(StatementSession):
                     if isinstance(error, DBAPIError):  # no more rows are on their way
                         await greenlet_spawn(result.close)
                     raise
+                finally:
+                    if result._soft_closed:  # noqa: SLF001
+                        await self.give_back()
 
         still_open = {each: host.streams[each] for each in host.open_streams}
         host.streams = {**still_open, result: weakref.ref(serialize)}

@@ -18,6 +18,7 @@ from asgi_uow import errors
 from asgi_uow._concurrency import Shield
 from asgi_uow._databases.connection import raw_of
 from asgi_uow._databases.driver_errors import is_in_doubt
+from asgi_uow._databases.loops import inherited
 from asgi_uow._decision import Cause, Outcome
 from asgi_uow._unit.ended import COMMITTED, Ended
 from asgi_uow.observers import ReleaseFailed
@@ -176,8 +177,10 @@ class Completion:
                 if each.closed or each.invalidated:
                     continue
                 dbapi = each.connection.dbapi_connection
+                if (raw := raw_of(dbapi)) in inherited:
+                    journal.ended_unseen = True  # what becomes of it is not seen here
                 try:
-                    is_dead = sync.database.driver.is_dead(raw_of(dbapi))
+                    is_dead = sync.database.driver.is_dead(raw)
                     if not is_dead:
                         journal.look(dbapi)
                 except Exception:  # noqa: BLE001  # closed so that it cannot be asked
@@ -211,8 +214,11 @@ class Completion:
 
     async def close_reader(self, of: Participant, reader: ReadSession) -> None:
         """Give the connection of a read session back, or throw it away."""
-        end = functools.partial(orm.Session.close, reader.sync_session)
-        await self._close(reader, end)
+        sync = reader.sync_session
+        if sync.in_transaction() or reader.own_lock.owner:
+            await self._close(reader, functools.partial(orm.Session.close, sync))
+        else:
+            orm.Session.close(sync)  # nothing to wait for
         if of.shared.wants_details:
             of.tell_release(reader, "read")
 
@@ -228,7 +234,7 @@ class Completion:
     async def release_reader(self, session: ReadSession) -> None:
         if session.shared.stuck:
             session.sync_session.cut_off()
-        error = await self._try(session, session.release_if_idle())
+        error = await self._try(session, session.give_back(lend=True))
         if error is not None:  # nothing depends on it
             self.events.append(ReleaseFailed("giving a read connection back", error))
 

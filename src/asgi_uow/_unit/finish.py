@@ -16,6 +16,7 @@ from asgi_uow import errors
 from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._decision import STATE_OF, Cause, Outcome, State, rollback
+from asgi_uow._sessions.deadline import lift
 from asgi_uow._unit.completion import Completion
 from asgi_uow._unit.ended import COMMITTED, ROLLED_BACK, Ended, stopped_by
 from asgi_uow._unit.hook_units import HookRun
@@ -97,8 +98,8 @@ async def _run_hooks(unit: UnitOfWork, completion: Completion) -> None:
     hooks, shield = unit.hooks, completion.shield
     for participant in unit.participants.values():
         # A hook that reads must not wait for the connection of its own request.
-        if participant.reader is not None:
-            await completion.release_reader(participant.reader)
+        if (reader := participant.reader) and reader.sync_session.connections:
+            await completion.release_reader(reader)
     undone = hooks.take("after_rollback")[::-1]
     if unit.outcome is Outcome.COMMITTED:
         undone = [hook for hook in undone if hook.is_dropped]
@@ -170,7 +171,7 @@ async def prepare(unit: UnitOfWork) -> Ended:
             more = unit.hooks.queues.get("before_commit")
             if participants is unit.participants and not more:
                 for writer in unit.writers:
-                    writer.sync_session.lift_deadline()
+                    lift(writer.sync_session.connections)
                 return ROLLED_BACK
     except BaseException as error:  # noqa: BLE001  # raised by finish()
         return stopped_by(error)

@@ -65,9 +65,7 @@ class Participant:
         if self.has_written and self.shared.state in WRITABLE:
             return True
         reader = self.reader if self.db.is_memory else None
-        return reader is not None and any(
-            not each.closed for each in reader.sync_session.connections
-        )
+        return reader is not None and bool(reader.sync_session.connections)
 
     def conclude(self, outcome: Outcome) -> None:
         """Record what the end of the write session means for reads; tell of it."""

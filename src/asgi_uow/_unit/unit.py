@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import os
 import time
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING
 
 from asgi_uow import errors
 from asgi_uow._databases.driver_errors import stacktrace_of
+from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import MustSee
+from asgi_uow._sessions.deadline import Deadline
 from asgi_uow._sessions.managed import Shared
 from asgi_uow._unit.hooks import MOST_BY_HOOKS, NO_HOOKS, Hooks
 from asgi_uow._unit.participant import Participant
@@ -193,8 +196,10 @@ class UnitOfWork:
         if self.shared is None:
             self.is_used = True
             around = None if self.around is None else self.around.share()
-            self.shared = Shared(around, self.is_nested, self.is_hook, self.until)
+            self.shared = Shared(around, nested=self.is_nested, hook=self.is_hook)
             self.shared.state = self.state
+            if self.until is not None:
+                self.shared.deadline = Deadline(self.until, self.shared.outages)
             self.shared.wants_details = self.options.wants_details
         return self.shared
 
@@ -214,6 +219,7 @@ class UnitOfWork:
 
     def _around(self, operation: str, db: Engines) -> UnitOfWork:
         if self.around is None or not self.is_nested:
+            check_databases(operation, (db,))
             raise errors.UnknownDatabaseError(operation, db)
         return self.around
 
@@ -288,6 +294,7 @@ current: ContextVar[UnitOfWork | None] = ContextVar("asgi_uow.current", default=
 A child task or a thread has a copy of the context, where what is changed inside an
 object still arrives, while a value bound again would not.
 """
+os.register_at_fork(after_in_child=functools.partial(current.set, None))
 
 
 def require(operation: str) -> UnitOfWork:

@@ -39,11 +39,8 @@ class Client:
         self, cluster: Cluster, causal_reads: uow.CausalReads | None, **options: Any
     ) -> None:
         replicas = [cluster.at(server) for server in cluster.replicas]
-        self.db = Database.from_url(
-            cluster.backend.url,
-            read_urls=[replica.url for replica in replicas],
-            **options,
-        )
+        options = {"read_urls": [replica.url for replica in replicas], **options}
+        self.db = Database.from_url(cluster.backend.url, **options)
         self.events: list[Event] = []
         self.found: list[object] = []
         self.cookie = b""
@@ -367,3 +364,19 @@ async def test_frozen_replica(postgresql_cluster: Cluster) -> None:
 def children_of(pid: int) -> list[int]:
     tasks = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in tasks.split()]
+
+
+async def test_read_only_behind_a_proxy(mariadb_cluster: Cluster) -> None:
+    """Behind a pooler the read after the wait is in a read-only transaction too."""
+    await shop.create(mariadb_cluster.backend)
+    await mariadb_cluster.wait_until_applied()
+    replica = mariadb_cluster.at(mariadb_cluster.replicas[0])
+    async with replica.proxy() as proxy:
+        url = replica.through(proxy.port)
+        options = {"read_urls": [url], "pooler": "transaction"}
+        client = Client(mariadb_cluster, uow.CausalReads(SECRET, wait=30), **options)
+        assert 1 == await client.pairs(range(1, 2))
+        read = "SELECT count(*) FROM items WHERE id = 1"
+        assert ["START TRANSACTION READ ONLY", read, "ROLLBACK"] == proxy.trips[-3:]
+        assert 2 == proxy.trips.count("START TRANSACTION READ ONLY")
+        await client.db.dispose()

@@ -1,0 +1,166 @@
+"""A pool for each event loop: a connection never changes its loop, or its process."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import threading
+from asyncio import _get_running_loop
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary, WeakSet
+
+import sqlalchemy as sa
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from asgi_uow._databases import known
+from asgi_uow.errors import WrongLoopError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    Loop: TypeAlias = asyncio.AbstractEventLoop
+
+_engines: WeakSet[LoopEngine] = WeakSet()
+owners: WeakKeyDictionary[object, tuple[Loop, known.Driver]] = WeakKeyDictionary()
+"""Whose each driver's connection is that this process has made."""
+inherited: list[object] = []
+"""What belongs to the process that this one was forked from."""
+
+
+class LoopEngine(sa.Engine):
+    """Has a pool for each loop; that of an in-memory database goes from loop to loop.
+
+    Each pool has a generator that closes it: at the end of `asyncio.run()`, or when
+    nobody refers to the generator any more; both are done by its own loop.
+    """
+
+    pools: dict[Any, sa.Pool]  # by loop
+    endings: dict[Loop, AsyncGenerator[None]]
+    like: sa.Pool
+    """How pools are made; they share its listeners, whenever these are attached."""
+    found: dict[Loop | None, sa.Pool]
+    """The pool that it had, with its connections: for the loop that ran then."""
+    process: int
+    is_memory: bool
+
+    @property
+    def pool(self) -> sa.Pool:
+        """That of the running loop."""
+        loop = _get_running_loop()
+        if loop is None or self.is_memory:
+            return self.like
+        return self.pools.get(loop) or self._enter(loop)
+
+    @pool.setter
+    def pool(self, pool: sa.Pool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Begin anew, as dispose() does."""
+        events: Any = self.like.dispatch
+        vars(pool)["dispatch"] = events
+        events.connect.for_modify(events)._exec_once_mutex = SetUpLock()  # noqa: SLF001
+        self.like, self.pools, self.endings = pool, {}, {}
+
+    def raw_connection(self) -> sa.PoolProxiedConnection:
+        """Connect; raises `WrongLoopError` for what cannot be in this loop."""
+        loop = _get_running_loop()
+        if self.is_memory and loop not in self.pools and loop is not None:
+            self._move_to(loop)
+        return (self.pools.get(loop) or self.pool).connect()  # or: it costs a call
+
+    def _enter(self, loop: Loop) -> sa.Pool:
+        for raw in _connections():
+            if raw in owners and owners[raw][0].is_closed():
+                _cut_off(raw)
+        for each in [each for each in tuple(self.pools) if each.is_closed()]:
+            self.pools.pop(each, None)
+            self.endings.pop(each, None)
+        pool = self.found.pop(loop, None) or self.like.recreate()
+        vars(pool)["dispatch"] = self.like.dispatch
+        self.pools[loop], self.endings[loop] = pool, _close_at_end(pool)
+        with suppress(StopIteration):
+            self.endings[loop].asend(None).send(None)
+        return pool
+
+    def _move_to(self, loop: Loop) -> None:
+        owner: object = next((each for each in self.pools if each.is_running()), None)
+        if self.process != os.getpid():
+            owner = f"process {self.process}"
+        if owner is not None:
+            raise WrongLoopError(str(owner))
+        if self.pools:  # what somebody has waited for is of that loop
+            queue: Any = self.like._pool._queue  # type: ignore[attr-defined]  # noqa: SLF001
+            for each in queue._queue:  # noqa: SLF001
+                getattr(each.dbapi_connection, "_execute_mutex", queue)._loop = None  # noqa: SLF001
+            queue._loop = None  # noqa: SLF001
+        self.pools = {loop: self.like}
+
+
+async def _close_at_end(pool: sa.Pool) -> AsyncGenerator[None]:
+    try:
+        yield
+    finally:
+        await greenlet_spawn(pool.dispose)
+
+
+class SetUpLock(threading.Semaphore):
+    """Has one connection at a time set the dialect up, whatever its loop."""
+
+    def __enter__(self, *_: Any, **__: Any) -> bool:
+        while not self.acquire(blocking=False):
+            await_only(asyncio.sleep(0.005))
+        return True
+
+
+def attach(engine: Any) -> None:
+    """Have an engine keep the connections of each loop apart."""
+    while (original := getattr(engine, "_proxied", None)) is not None:
+        engine = original
+    if not isinstance(engine, LoopEngine):
+        pool, engine.__class__ = engine.pool, LoopEngine
+        engine.process, engine.is_memory = os.getpid(), known.is_memory(engine.url)
+        engine.like = engine.pool = pool
+        engine.found = {_get_running_loop(): pool}
+        _engines.add(engine)
+
+
+def leave(raw: object, entry: Any) -> bool:
+    """Cut a connection off if it is of another loop, where alone it could be closed."""
+    if raw in owners and owners[raw][0] is _get_running_loop():
+        return False
+    if raw in owners:
+        _cut_off(raw)
+    entry.dbapi_connection = None
+    return True
+
+
+def _connections() -> list[object]:
+    # Not list(owners): other threads connect meanwhile.
+    return [raw for each in owners.keyrefs() if (raw := each()) is not None]
+
+
+def _cut_off(raw: object) -> None:
+    _, driver = owners.pop(raw)
+    known.Driver.cut_off(driver, raw)
+    driver.stop(raw)
+
+
+def _begin_process() -> None:
+    """Leave all connections to the process that this one was forked from."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for raw in _connections():
+        sock = owners.pop(raw)[1].socket(raw)
+        if sock is not None and sock.fileno() >= 0:
+            # Whoever uses or closes it in this process does not reach the server.
+            os.dup2(nowhere, sock.fileno(), inheritable=False)
+        inherited.append(raw)
+    os.close(nowhere)
+    for engine in _engines:
+        inherited.append((engine.like, engine.pools, engine.endings))
+        engine.pool = engine.like.recreate()
+    # For good: closing a file of SQLite, be it at the exit, would take its locks.
+    # https://www.sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
+
+
+os.register_at_fork(after_in_child=_begin_process)

@@ -1,0 +1,46 @@
+"""Processes that fork after they have used a `Database`: see `forks`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from anyio import run_process
+
+from tests.support import ROOT, shop
+from tests.support.databases import DRIVERS, on
+
+if TYPE_CHECKING:
+    from tests.servers import Backend
+
+
+async def run(url: str, name: str) -> None:
+    """Run a function of `forks` in a process of its own."""
+    command = [sys.executable, "-m", "tests.databases.forks", url, name]
+    done = await run_process(command, cwd=ROOT, check=False)
+    assert (0, b"") == (done.returncode, done.stdout), done.stderr.decode()
+    assert b"nobody has left" not in done.stderr
+
+
+FORKS = {
+    "between_loops": [1, 2, 3],
+    "twice": [1, 2, 3],
+    "while_used": [1, 2, 3, 4],
+    "unit_of_parent": [1, 2],
+    "dropped_unit": [1, 2],
+}
+
+
+@on(*DRIVERS)
+@pytest.mark.parametrize("name", FORKS)
+async def test_a_fork_after_use(backend: Backend, name: str) -> None:
+    """Parent and child work on; neither uses a connection or a unit of the other."""
+    await shop.create(backend)
+    await run(backend.url, name)
+    assert FORKS[name] == await shop.items(backend)
+
+
+async def test_a_fork_of_memory() -> None:
+    """An in-memory database refuses in the child, and goes on in the parent."""
+    await run("sqlite://", "in_memory")
