@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import anyio.to_thread
 import pytest
 from sqlalchemy import ForeignKey, event, select
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession, create_async_engine
@@ -19,6 +21,7 @@ from tests.support import shop
 from tests.support.asgi import handle
 from tests.support.databases import (
     DRIVERS,
+    POOLED,
     SERVERS,
     checked_out,
     login,
@@ -28,6 +31,7 @@ from tests.support.databases import (
 )
 from tests.support.shop import Item
 from tests.support.site import down, site_with
+from tests.test_docs import TENANTS, run_blocks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
@@ -128,6 +132,7 @@ WAYS = [
 ]
 
 
+@on(*DRIVERS, *POOLED[1::2])  # a read and a write at once need two connections
 @pytest.mark.parametrize("way", WAYS)
 async def test_two_tenants_on_one_connection(
     backend: Backend, way: Callable[[Database, str], Coroutine[Any, Any, list[object]]]
@@ -432,19 +437,21 @@ FLATS = (
 async def flats(backend: ServerBackend) -> AsyncGenerator[Database]:
     """Flats of which PostgreSQL shows a tenant no others."""
     await backend.execute(*FLATS)
-
-    async def on_begin(session: uow.Session) -> None:
-        number = str(tenant.get())
-        await session.execute("SELECT set_config('app.tenant', :id, true)", id=number)
-
     async with login(backend) as url:
-        db = Database.from_url(url, on_begin=on_begin, **POOL_OF_ONE)
+
+        async def on_begin(session: uow.Session) -> None:
+            number = str(tenant.get())
+            await session.execute(f"SET LOCAL ROLE {url.username}")  # no superuser
+            await session.execute(f"SELECT set_config('app.tenant', '{number}', true)")
+
+        options = {**POOL_OF_ONE, **backend.options, "on_begin": on_begin}
+        db = Database.from_url(backend.url, **options)
         yield db
         assert [0, 0] == checked_out(db)
         await db.dispose()
 
 
-@on("asyncpg", "psycopg")
+@on("asyncpg", "psycopg", *POOLED)
 async def test_row_level_security(backend: ServerBackend) -> None:
     """Two tenants take turns on one connection, and see their own rows alone."""
     async with flats(backend) as db:
@@ -470,7 +477,7 @@ async def test_row_level_security(backend: ServerBackend) -> None:
         await asyncio.gather(*(visit(number) for number in (1, 2, 1, 2)))
 
 
-@on("asyncpg", "psycopg")
+@on("asyncpg", "psycopg", *POOLED)
 async def test_nobodys_rows(backend: ServerBackend) -> None:
     """A write in the name of another tenant is refused by the database."""
     async with flats(backend) as db:
@@ -506,6 +513,17 @@ async def test_search_path(backend: ServerBackend) -> None:
             await shop.insert(10 * number)
             assert number == await db.read.scalar(shop.SELECT)
     await db.dispose()
+
+
+@on("asyncpg", "psycopg")
+async def test_page(backend: ServerBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the page shows does what the page says."""
+    [sql] = re.findall(r"```sql\n(.*?)```", TENANTS.read_text("utf-8"), re.DOTALL)
+    await backend.execute(*sql.strip().split(";\n"))
+    async with login(backend) as url:
+        shown = url.render_as_string(hide_password=False)
+        monkeypatch.setenv("DATABASE_URL", shown)
+        await anyio.to_thread.run_sync(run_blocks, TENANTS)
 
 
 # What is refused
