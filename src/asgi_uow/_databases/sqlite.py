@@ -36,7 +36,7 @@ class Aiosqlite:
     in_transaction = attrgetter("in_transaction")
 
     def stop(self, raw: Any) -> None:
-        getattr(raw, "_stop_running", raw.stop)()  # aiosqlite before 0.22, and later
+        (getattr(raw, "_stop_running", None) or raw.stop)()  # aiosqlite before 0.22
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return not raw.in_transaction  # SQLite says so when asked
