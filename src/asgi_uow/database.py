@@ -15,6 +15,7 @@ from asgi_uow._databases import configuration
 from asgi_uow._databases.engines import Engines, check_databases
 from asgi_uow._databases.health import check
 from asgi_uow._decision import UNDECIDED, WRITABLE, Cause, State, decide_exit, rollback
+from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.finish import end_unit
 from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current, require
 
@@ -180,7 +181,9 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
     """A unit of work outside a request: `async with unit_of_work(db) as uow:`.
 
     For several databases or, with `independent=True`, with connection and outcome of
-    its own inside another unit of the same database.
+    its own inside another unit of the same database. `deadline`: seconds from now on;
+    a database call that has no answer then raises `DeadlineExceededError`, and nothing
+    is committed any more.
 
     Leaving the block commits; an exception rolls back and goes on. Raises
     `NestedUnitOfWorkError` inside an undecided unit of the same database.
@@ -188,10 +191,18 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
 
     unit: UnitOfWork
     independent: bool = False
+    deadline: float | None = None
     is_entered: bool = False
 
-    def __init__(self, *databases: Engines, independent: bool = False) -> None:
+    def __init__(
+        self,
+        *databases: Engines,
+        independent: bool = False,
+        deadline: float | None = None,
+    ) -> None:
         check_databases("unit_of_work(db)", databases)
+        configuration.check({"deadline": deadline})
+        self.deadline = deadline
         self.databases = databases
         self.independent = independent
 
@@ -200,6 +211,7 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         if self.is_entered:
             raise errors.BlockReusedError
         self.unit = _open(self.databases, independent=self.independent)
+        self.unit.until = earlier(self.unit.until, self.deadline)
         self.is_entered, self._process = True, os.getpid()
         self._loop = asyncio.get_running_loop()
         return self.unit
@@ -244,6 +256,8 @@ def _open(databases: tuple[Engines, ...], *, independent: bool = False) -> UnitO
         unit.around, unit.options = around, around.options
         unit.must_see = around.must_see
         unit.is_nested = around.state in WRITABLE and not around.is_hook
+        if unit.is_nested:
+            unit.until = around.until
         # Otherwise a hook that registers itself in such a block never ends.
         unit.quota = around.quota
         for db in databases:

@@ -34,6 +34,7 @@ raw_of = attrgetter("_connection")  # the driver's, in what every async dialect 
 
 class Connection(sa.Connection):
     journal: Journal | None = None  # only a writer's has one
+    deadline: Any = None  # until its unit ends, if that has one
     is_beginning: bool = False  # its settings are set anew in each transaction
     is_kept = False  # for later calls: somebody was given it, or has changed it
 

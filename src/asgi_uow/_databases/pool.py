@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.util import await_only, greenlet_spawn
 
@@ -27,7 +28,12 @@ from asgi_uow._databases.connection import (
     execute,
     raw_of,
 )
-from asgi_uow.errors import AsgiUowError, ConfigurationError, ReadOnlySessionError
+from asgi_uow.errors import (
+    AsgiUowError,
+    ConfigurationError,
+    DeadlineExceededError,
+    ReadOnlySessionError,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy import pool
@@ -202,13 +208,15 @@ class _Policy:
     def on_error(self, context: Context) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
         error = context.original_exception
+        if is_late := isinstance(error, DeadlineExceededError) and error.__cause__:
+            context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
         demoted = not self.read_only and failures.means(error, "demoted")
         if demoted or failures.means(error, "disconnect"):
             context.is_disconnect = True
-        if self.is_memory and not isinstance(error, Exception):
+        if self.is_memory and (is_late or not isinstance(error, Exception)):
             context.is_disconnect = False  # the connection is the database
         connection = context.connection
-        if isinstance(error, AsgiUowError):
+        if isinstance(error, AsgiUowError) and not is_late:
             return  # nothing was sent
         if isinstance(connection, Connection) and not connection.invalidated:
             info, journal = connection.info, connection.journal
@@ -243,8 +251,19 @@ class _Policy:
             journal.look(dbapi)
 
 
-def _check_statement(_: object, statement: str, *context: object) -> None:
+def _check_statement(cursor: Any, statement: str, *rest: Any) -> bool | None:
     # The context comes last, with parameters before it or without.
-    connection = getattr(context[-1], "root_connection", None)
-    if isinstance(connection, Connection):
-        connection.check_statement(statement)
+    connection = getattr(rest[-1], "root_connection", None)
+    if not isinstance(connection, Connection):
+        return None
+    connection.check_statement(statement)
+    if connection.deadline is None:
+        return None
+    name = "do_execute" if rest[1:] else "do_execute_no_params"
+    if rest[-1].execute_style is ExecuteStyle.EXECUTEMANY:
+        name = "do_executemany"
+    method = getattr(connection.dialect, name)
+    connection.deadline.execute(
+        connection, functools.partial(method, cursor, statement, *rest)
+    )
+    return True  # SQLAlchemy has nothing left to do

@@ -1,4 +1,4 @@
-"""What comes first in each transaction: `on_begin` of the database."""
+"""What comes first in each transaction: a connection in time, and `on_begin`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sqlalchemy import orm
 from sqlalchemy.ext.asyncio import async_session
 from sqlalchemy.util import await_only
 
+from asgi_uow._sessions.deadline import limited
 from asgi_uow._sessions.managed import ManagedSession, ReadOnlySession
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class BeginningSession(ManagedSession):
-    """Awaits `on_begin` before the first statement, whoever causes that.
+    """Connects before its deadline and awaits `on_begin`, whatever executes first.
 
     Before, not in an event: SQLAlchemy lets nobody use a session that is connecting.
     """
@@ -33,7 +34,8 @@ class BeginningSession(ManagedSession):
         session: Any = async_session(self)
         await_only(session.own_lock.__aenter__())  # an attribute is loaded without it
         try:
-            connection: Any = orm.Session.connection(self)
+            with limited(self.shared.deadline):
+                connection: Any = orm.Session.connection(self)
             if self.begun is not self.get_transaction():
                 self._await_on_begin(session, connection)
         finally:
@@ -42,8 +44,9 @@ class BeginningSession(ManagedSession):
     def _await_on_begin(self, session: Any, connection: Any) -> None:
         self.beginning, connection.is_beginning = asyncio.current_task(), True
         try:
-            with self.no_autoflush:
-                await_only(self.database.on_begin(session))
+            if self.database.on_begin is not None:
+                with self.no_autoflush:
+                    await_only(self.database.on_begin(session))
             self.begun = self.get_transaction()
         finally:
             self.beginning, connection.is_beginning = None, False

@@ -24,6 +24,7 @@ from asgi_uow._databases.driver_errors import is_outage, means
 from asgi_uow._databases.journal import Savepoints
 from asgi_uow._databases.pool import AUTOCOMMIT, CANCEL_SQL
 from asgi_uow._decision import WRITABLE, State
+from asgi_uow._sessions.deadline import Deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +39,13 @@ if TYPE_CHECKING:
 class Shared:
     """What the sessions of a unit of work have in common, also with units around it."""
 
-    def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
+    def __init__(
+        self,
+        around: Shared | None,
+        nested: bool,  # noqa: FBT001
+        hook: bool,  # noqa: FBT001
+        until: float | None,
+    ) -> None:
         self.state: State = State.NEW
         self.wants_details: bool = False
         """Whether an observer wants to know of what went well."""
@@ -46,6 +53,7 @@ class Shared:
         """Errors after which it may help to try again."""
         self.events: list[Event] = around.events if around and hook else []
         """What observers are told at the end; of a hook, with those of its unit."""
+        self.deadline = None if until is None else Deadline(until, self.outages)
         self.stuck: int = 0
         """How often a server did not answer in time at the end."""
         self.savepoints: Savepoints
@@ -117,6 +125,13 @@ class ManagedSession(orm.Session):
         for each in self.connections:
             if isinstance(each, Connection) and not (each.closed or each.invalidated):
                 each.call_alone(bool)
+
+    def lift_deadline(self) -> None:
+        """Have COMMIT take its own time; raises if the deadline is over."""
+        for connection in self.connections:
+            if isinstance(connection, Connection) and connection.deadline is not None:
+                connection.deadline.check()
+                connection.deadline = None
 
     def detach_objects(self) -> None:
         """Leave all objects as they are loaded; a rollback would expire them."""
@@ -263,6 +278,8 @@ def _accept_connection(
         return
     info = info_of(connection)
     session.connections[connection] = info.get(CANCEL_SQL)
+    if (deadline := session.shared.deadline) is not None:
+        connection.deadline = deadline  # type: ignore[attr-defined]
     reader = session if isinstance(session, ReadOnlySession) else None
     host = (reader and reader.writer) or session
     if session.connected is None and host is session:

@@ -13,6 +13,7 @@ from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import causes, means
 from asgi_uow._decision import State
 from asgi_uow._sessions.beginning import BeginningReadSession
+from asgi_uow._sessions.deadline import limited
 from asgi_uow._sessions.managed import ReadOnlySession
 from asgi_uow._sessions.session import READS, Savepoint, Session
 from asgi_uow.errors import ReadOnlySessionError
@@ -96,7 +97,8 @@ class ReadSession(Session):
 
     async def open_connection(self) -> AsyncConnection:
         # Not `session.connection()`, which is held on to.
-        connection = await AsyncSession.run_sync(self, orm.Session.connection)
+        with limited(self.shared.deadline):
+            connection = await AsyncSession.run_sync(self, orm.Session.connection)
         return AsyncConnection._retrieve_proxy_for_target(connection)  # noqa: SLF001
 
     async def open_stream(self, execute: Execute) -> AsyncResult[*TupleAny]:

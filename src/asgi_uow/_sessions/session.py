@@ -21,6 +21,7 @@ from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.journal import Journal
 from asgi_uow._decision import WRITABLE
 from asgi_uow._sessions.beginning import BeginningSession
+from asgi_uow._sessions.deadline import limited
 from asgi_uow._sessions.managed import ManagedSession
 from asgi_uow._sessions.statements import StatementSession, StreamResult, adopt
 
@@ -84,7 +85,7 @@ class Session(StatementSession):
     """
 
     sync_session_class: type[orm.Session] = ManagedSession
-    beginning_class: type[orm.Session] = BeginningSession  # with `on_begin`
+    beginning_class: type[orm.Session] = BeginningSession  # with what it is named for
     # Narrower than SQLAlchemy's, which only reads it.
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -100,10 +101,12 @@ class Session(StatementSession):
     def __init__(
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
     ) -> None:
-        if db.on_begin is not None:
+        if db.on_begin is not None or shared.deadline is not None:
             options = {**options, "sync_session_class": self.beginning_class}
         super().__init__(bind, close_resets_only=False, **options)
         self.own_lock: TaskLock = TaskLock(errors.WrongLoopError)
+        if shared.deadline is not None:
+            self.own_lock.limit = shared.deadline.limit
         self.shared = shared
         self.streams: dict[Any, weakref.ref[Call]] = {}
         self.journal: Journal = Journal(db.facts, db.driver, shared.savepoints)
@@ -228,7 +231,8 @@ class Session(StatementSession):
         async def serialize(fetch: Call) -> object:
             async with host.own_lock:
                 try:
-                    return await fetch()
+                    with limited(self.shared.deadline):
+                        return await fetch()
                 except BaseException as error:
                     await self.failed(error, "a fetch")
                     if isinstance(error, DBAPIError):  # no more rows are on their way

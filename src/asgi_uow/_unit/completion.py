@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from sqlalchemy import orm, text
@@ -261,6 +262,7 @@ class Completion:
 async def _in_lock(session: Session, end: Callable[[], None]) -> None:
     """End a session in a greenlet, once no call is in flight."""
     lock, task = session.own_lock, asyncio.current_task()
+    lock.limit = nullcontext
     if task is not None and not lock.take(task):
         await lock.wait(task)
     session.journal.ending = task

@@ -150,9 +150,8 @@ async def prepare(unit: UnitOfWork) -> Ended:
     decided. Gives what stopped it, which is raised later.
     """
     try:
-        for participant in unit.participants.values():
-            for reader in participant.readers:
-                reader.refuse_changes()
+        for reader in [r for p in unit.participants.values() for r in p.readers]:
+            reader.refuse_changes()
         while True:
             if unit.hooks is not NO_HOOKS:
                 unit.quota = unit.hooks.quota
@@ -170,6 +169,8 @@ async def prepare(unit: UnitOfWork) -> Ended:
                         await writer.flush()
             more = unit.hooks.queues.get("before_commit")
             if participants is unit.participants and not more:
+                for writer in unit.writers:
+                    writer.sync_session.lift_deadline()
                 return ROLLED_BACK
     except BaseException as error:  # noqa: BLE001  # raised by finish()
         return stopped_by(error)

@@ -84,6 +84,8 @@ class UnitOfWork:
     failure: errors.UnitOfWorkFailedError | None = None
     """What is raised because a commit was wanted and the work was not kept."""
 
+    until: float | None = None
+    """Its deadline, by the event loop's clock."""
     around: UnitOfWork | None = None
     """The unit that was current before."""
     entered_by_hand: Engines | None = None
@@ -193,7 +195,7 @@ class UnitOfWork:
         if self.shared is None:
             self.is_used = True
             around = None if self.around is None else self.around.share()
-            self.shared = Shared(around, nested=self.is_nested, hook=self.is_hook)
+            self.shared = Shared(around, self.is_nested, self.is_hook, self.until)
             self.shared.state = self.state
             self.shared.wants_details = self.options.wants_details
         return self.shared
