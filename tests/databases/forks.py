@@ -17,6 +17,8 @@ from tests.support import shop
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
 LIMIT_SECONDS = 20
 SERVER_PROCESS = {"mariadb": "connection_id()", "postgresql": "pg_backend_pid()"}
 
@@ -110,6 +112,30 @@ def unit_of_parent() -> None:
     asyncio.run(parent())
 
 
+def connection_of_parent() -> None:
+    """A connection of the parent fails in the child, at once."""
+
+    async def child(connection: AsyncConnection) -> None:
+        for call in (connection.exec_driver_sql("SELECT 1"), connection.close()):
+            try:
+                await asyncio.wait_for(call, 5)
+            except TimeoutError:
+                raise
+            except Exception:  # noqa: BLE001  # whatever the driver says
+                pass
+        await insert(1)
+
+    async def parent() -> None:
+        async with db.engine.connect() as connection:
+            await connection.exec_driver_sql("SELECT 1")
+            await connection.rollback()
+            assert 0 == fork(lambda: asyncio.run(child(connection)))
+            await connection.exec_driver_sql("SELECT 1")
+        await insert(2)
+
+    asyncio.run(parent())
+
+
 def dropped_unit() -> None:
     """The parent's unit is not the child's to roll back, when nobody refers to it."""
     blocks: list[unit_of_work] = []
@@ -142,5 +168,4 @@ def in_memory() -> None:
     asyncio.run(use())
 
 
-if __name__ == "__main__":
-    globals()[sys.argv[2]]()
+globals()[sys.argv[2]]()

@@ -28,6 +28,7 @@ FORKS = {
     "twice": [1, 2, 3],
     "while_used": [1, 2, 3, 4],
     "unit_of_parent": [1, 2],
+    "connection_of_parent": [1, 2],
     "dropped_unit": [1, 2],
 }
 

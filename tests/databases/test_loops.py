@@ -19,7 +19,7 @@ from starlette.routing import Mount
 from asgi_uow import Database, UnitOfWorkMiddleware, errors, unit_of_work
 from tests.servers import ServerBackend, eventually
 from tests.support import shop
-from tests.support.asgi import endpoint
+from tests.support.asgi import endpoint, request
 from tests.support.databases import DRIVERS, SERVER_DRIVERS, on, shop_database
 from tests.support.private import SetUpLock
 
@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     from starlette.testclient import TestClient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Coroutine, Iterator
 
     from tests.servers import Backend
 
@@ -58,11 +58,6 @@ def garbage() -> Iterator[None]:
     """Collected while drivers may warn of what their loop has not closed."""
     yield
     gc.collect()
-
-
-async def in_threads(*calls: Callable[[], object]) -> None:
-    """Call each in a thread of its own, all at once."""
-    await asyncio.gather(*map(to_thread.run_sync, calls))
 
 
 # One loop after the other
@@ -151,8 +146,21 @@ async def test_listeners_reach_every_loop(db: Database) -> None:
     assert ["out", "out"] == seen
 
 
-async def test_derived_engines(db: Database) -> None:
-    """`engine.execution_options()` connects in every loop too."""
+async def test_derived_engines(backend: Backend) -> None:
+    """`engine.execution_options()` has the pools of its original, in every loop."""
+    await shop.create(backend)
+    original = create_async_engine(backend.url, pool_size=1, max_overflow=0)
+    db = Database(original.execution_options(some="option"))
+    assert 1 == await insert(db, 1)
+    assert 2 == await to_thread.run_sync(asyncio.run, insert(db, 2))
+    again = Database(original)
+    assert db.engine.pool is again.engine.pool
+    for each in (db, again):
+        await each.dispose()
+
+
+async def test_options_of_an_engine(db: Database) -> None:
+    """What connects with options of its own does so in the pool of its loop."""
     derived = db.engine.execution_options(isolation_level="AUTOCOMMIT")
 
     async def select() -> object:
@@ -304,6 +312,22 @@ async def test_a_unit_kept_over_a_loop(db: Database, backend: Backend) -> None:
         assert isinstance(caught.value.__cause__, errors.WrongLoopError)
 
     await to_thread.run_sync(work)
+    assert 1 == await insert(db, 2)
+    assert [2] == await shop.items(backend)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.usefixtures("garbage")
+async def test_a_request_that_used_another_loop(db: Database, backend: Backend) -> None:
+    """A request whose session belongs to a loop that has ended commits nothing."""
+
+    async def handler() -> None:
+        await to_thread.run_sync(lambda: asyncio.run(shop.insert(1)))
+
+    answer = await request(UnitOfWorkMiddleware(endpoint(handler), db, observers=()))
+    assert 500 == answer.status
+    cause = answer.error and answer.error.__cause__
+    assert isinstance(cause, errors.WrongLoopError)
     assert 1 == await insert(db, 2)
     assert [2] == await shop.items(backend)
 

@@ -769,3 +769,14 @@ async def test_cancelled_close(connection: Connection) -> None:
     for call in (connection.commit(), connection.cursor().execute(SELECT)):
         with pytest.raises(ValueError, match="no active connection"):
             await call
+
+
+async def test_cancelled_while_it_opens(sqlite: SQLiteBackend) -> None:
+    """A connection that nobody waits for any more is closed before one hears of it."""
+    opening = connect(str(sqlite.path))
+    task: asyncio.Future[Any] = asyncio.ensure_future(opening)
+    await asyncio.sleep(0)
+    task.cancel()
+    assert not (await ended(task)).args
+    with pytest.raises(ValueError, match="no active connection"):
+        await opening.commit()

@@ -478,7 +478,7 @@ async def test_in_memory() -> None:
             assert 1 == await db.read.scalar(shop.COUNT)
 
 
-@pytest.mark.parametrize("wrong", [0, -1, "5", float("nan")])
+@pytest.mark.parametrize("wrong", [0, -1, "5", True, float("nan")])
 @on("aiosqlite")
 def test_no_deadline(wrong: Any) -> None:
     """What is no number of seconds is refused where it is given."""

@@ -44,6 +44,10 @@ OF_SESSIONS = set(inspect.signature(orm.Session).parameters) - _NOT_TAKEN
 _BOOLEAN = "True or False", (True, False).__contains__
 
 
+def _is_above_0(it: Any) -> bool:
+    return it is not True and it > 0
+
+
 def _is_async(it: Any) -> bool:
     return any(map(inspect.iscoroutinefunction, (it, type(it).__call__)))
 
@@ -52,11 +56,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("app", "the application, which comes first", callable),
     ("autoflush commit_flushes commit_on_exit", *_BOOLEAN),
     ("causal_reads", "CausalReads(secret), or None", lambda it: callable(it.positions)),
-    (
-        "commit_timeout deadline hook_timeout",
-        "seconds above 0, or None",
-        lambda it: it > 0,
-    ),
+    ("commit_timeout deadline hook_timeout", "seconds above 0, or None", _is_above_0),
     ("commit_when", "a function of status and headers", callable),
     ("echo echo_pool", "a boolean or 'debug'", (0, 1, None, "debug").__contains__),
     ("error_app", "an ASGI application, or None", callable),

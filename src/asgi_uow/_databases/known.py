@@ -82,7 +82,7 @@ class Driver(_Facts):
         # Not close(): what waits for the socket would wait for ever.
         own = self.socket(raw)
         if own is not None and own.fileno() >= 0:
-            with socket.socket(fileno=os.dup(own.fileno())) as same, suppress(OSError):
+            with suppress(OSError), socket.socket(fileno=os.dup(own.fileno())) as same:
                 same.shutdown(socket.SHUT_RDWR)
 
     def socket(self, _: Any, /) -> Any:  # or what has its fileno()

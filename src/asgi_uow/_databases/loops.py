@@ -40,8 +40,6 @@ class LoopEngine(sa.Engine):
     endings: dict[Loop, AsyncGenerator[None]]
     like: sa.Pool
     """How pools are made; they share its listeners, whenever these are attached."""
-    found: dict[Loop | None, sa.Pool]
-    """The pool that it had, with its connections: for the loop that ran then."""
     process: int
     is_memory: bool
 
@@ -51,7 +49,7 @@ class LoopEngine(sa.Engine):
         loop = _get_running_loop()
         if loop is None or self.is_memory:
             return self.like
-        return self.pools.get(loop) or self._enter(loop)
+        return self.pools.get(loop) or self.enter(loop, self.like.recreate())
 
     @pool.setter
     def pool(self, pool: sa.Pool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -68,14 +66,14 @@ class LoopEngine(sa.Engine):
             self._move_to(loop)
         return (self.pools.get(loop) or self.pool).connect()  # or: it costs a call
 
-    def _enter(self, loop: Loop) -> sa.Pool:
+    def enter(self, loop: Loop, pool: sa.Pool) -> sa.Pool:
+        """Have the running loop use a pool until its end."""
         for raw in _connections():
             if raw in owners and owners[raw][0].is_closed():
                 _cut_off(raw)
         for each in [each for each in tuple(self.pools) if each.is_closed()]:
             self.pools.pop(each, None)
             self.endings.pop(each, None)
-        pool = self.found.pop(loop, None) or self.like.recreate()
         vars(pool)["dispatch"] = self.like.dispatch
         self.pools[loop], self.endings[loop] = pool, _close_at_end(pool)
         with suppress(StopIteration):
@@ -120,8 +118,9 @@ def attach(engine: Any) -> None:
         pool, engine.__class__ = engine.pool, LoopEngine
         engine.process, engine.is_memory = os.getpid(), known.is_memory(engine.url)
         engine.like = engine.pool = pool
-        engine.found = {_get_running_loop(): pool}
         _engines.add(engine)
+        if (loop := _get_running_loop()) is not None and not engine.is_memory:
+            engine.enter(loop, pool)  # with the connections that it has
 
 
 def leave(raw: object, entry: Any) -> bool:
@@ -149,10 +148,14 @@ def _begin_process() -> None:
     """Leave all connections to the process that this one was forked from."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for raw in _connections():
-        sock = owners.pop(raw)[1].socket(raw)
+        _, driver = owners.pop(raw)
+        driver.stop(raw)
+        sock = driver.socket(raw)
         if sock is not None and sock.fileno() >= 0:
             # Whoever uses or closes it in this process does not reach the server.
             os.dup2(nowhere, sock.fileno(), inheritable=False)
+        with suppress(RuntimeError):  # its loop is closed
+            driver.cut_off(raw)
         inherited.append(raw)
     os.close(nowhere)
     for engine in _engines:

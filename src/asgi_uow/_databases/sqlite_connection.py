@@ -160,7 +160,11 @@ class Connection(aiosqlite.Connection):
 
     def stop(self) -> asyncio.Future[None] | None:
         """Stop the thread, once: a second request would wait for its answer forever."""
-        self._stopped = self._stopped or super().stop()
+        self._running = False
+        # aiosqlite before 0.22 is a thread; a forked process does not have it.
+        thread: Any = getattr(self, "_thread", self)
+        if self._stopped is None and thread.is_alive():
+            self._stopped = super().stop()
         return self._stopped
 
     async def _connect(self) -> Connection:
