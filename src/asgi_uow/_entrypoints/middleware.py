@@ -85,25 +85,22 @@ class UnitOfWorkMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._serve_other(scope, receive, send)
-            return
+            return await self._serve_other(scope, receive, send)
         unit = UnitOfWork()
         unit.databases, unit.options, unit.state = self.databases, self.options, NEW
         outer: UnitOfWork | None = scope.get(UNIT)
         if outer is not None and outer.state in UNDECIDED:
             if all(map(outer.serves, self.databases)):
-                await self.app(scope, receive, send)
-                return
+                return await self.app(scope, receive, send)
             unit.around, unit.is_nested, unit.until = outer, True, outer.until
         if self.deadline is not None:
             unit.until = earlier(unit.until, self.deadline)
         exchange = _Exchange()
         exchange.unit, exchange.forward, exchange.middleware = unit, send, self
         exchange.stage = OPEN
-        if self.causal_reads is not None:
-            reads = self.causal_reads
-            positions = reads.positions(scope.get("headers", ()))
-            unit.must_see = MustSee(positions, reads.wait, reads.names)
+        if (reads := self.causal_reads) is not None:
+            seen = reads.positions(scope.get("headers", ()))
+            unit.must_see = MustSee(seen, reads.wait, reads.names)
             exchange.is_secure = scope.get("scheme") == "https"
         scope[UNIT] = unit
         # A request never trusts what it finds: servers start a pipelined request in
