@@ -199,10 +199,10 @@ async def test_once_and_first(backend: Backend, first: str) -> None:
 
 async def test_autoflush_comes_later(backend: Backend) -> None:
     """An object that waits to be flushed is flushed after it, and not by it."""
-    async with house(backend) as (db, question, executed):
+    async with house(backend) as (db, _, executed):
         async with db:
             db.write.add(Item(id=1))
-            await db.write.execute(question)
+            await db.write.execute(select(Item))
 
         setting, insert, *_ = executed
         assert SETTINGS[backend.driver][0].format(1) == setting
