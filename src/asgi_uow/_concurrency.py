@@ -7,6 +7,7 @@ import contextvars
 import math
 import os
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from anyio import CancelScope
@@ -14,6 +15,7 @@ from anyio import CancelScope
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable, Coroutine
+    from contextlib import AbstractContextManager
 
     AnyTask: TypeAlias = asyncio.Task[object]
 
@@ -177,7 +179,7 @@ class TaskLock:
     """Lets one task at a time use a session; its owner may take it again."""
 
     # Overlap is what counts: frameworks switch tasks within one request.
-    __slots__ = ("_depth", "_elsewhere", "_waiting", "loop", "owner")
+    __slots__ = ("_depth", "_elsewhere", "_waiting", "limit", "loop", "owner")
 
     def __init__(self, elsewhere: type[Exception] = RuntimeError) -> None:
         """`elsewhere` is raised for a task of another loop than the first."""
@@ -185,6 +187,7 @@ class TaskLock:
         self.loop: AbstractEventLoop | None = None
         self._elsewhere = elsewhere
         self._depth = 0
+        self.limit: Callable[[], AbstractContextManager[None]] = nullcontext
         self._waiting: list[tuple[AnyTask, asyncio.Future[None]]] = []
 
     @property
@@ -210,7 +213,8 @@ class TaskLock:
         entry = (task, granted)
         self._waiting.append(entry)
         try:
-            await granted
+            with self.limit():
+                await granted
         except BaseException:
             if entry in self._waiting:
                 self._waiting.remove(entry)

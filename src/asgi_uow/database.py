@@ -15,6 +15,7 @@ from asgi_uow._databases import configuration
 from asgi_uow._databases.engines import Engines, check_databases
 from asgi_uow._databases.health import check
 from asgi_uow._decision import UNDECIDED, WRITABLE, Cause, State, decide_exit, rollback
+from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.finish import end_unit
 from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current, require
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import URL
 
+    from asgi_uow._databases.engines import OnBegin
     from asgi_uow._databases.health import Health
     from asgi_uow._sessions.session import Session
 
@@ -65,9 +67,11 @@ class Database(Engines):
     before each COMMIT, so that one whose answer was lost can be settled.
     `read_isolation="REPEATABLE READ"` gives the reads of a read session one snapshot,
     at the price of a transaction. `pooler="transaction"`, or `"session"`, says how a
-    PgBouncer or a proxy in front of the server pools. `commit_flushes=True`: the
-    `commit()` of a library flushes, and the unit still decides. All other options are
-    those of SQLAlchemy's `Session`; `expire_on_commit` is False unless passed.
+    PgBouncer or a proxy in front of the server pools. `on_begin`: an async function
+    that is given the session as the first thing in each transaction, of reads too.
+    `commit_flushes=True`: the `commit()` of a library flushes, and the unit still
+    decides. All other options are those of SQLAlchemy's `Session`; `expire_on_commit`
+    is False unless passed.
 
     Create it at import time or at start-up; nothing connects before first use.
     Raises `ConfigurationError` for an engine or option that cannot work.
@@ -83,6 +87,7 @@ class Database(Engines):
         resolve_unknown: bool = False,
         read_isolation: Literal["REPEATABLE READ"] | None = None,
         pooler: Literal["transaction", "session"] | None = None,
+        on_begin: OnBegin | None = None,
         commit_flushes: bool = False,
         **engine_and_session_options: Any,
     ) -> Self:
@@ -106,6 +111,7 @@ class Database(Engines):
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
             pooler=pooler,
+            on_begin=on_begin,
             commit_flushes=commit_flushes,
             **session_options,
         )
@@ -177,7 +183,9 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
     """A unit of work outside a request: `async with unit_of_work(db) as uow:`.
 
     For several databases or, with `independent=True`, with connection and outcome of
-    its own inside another unit of the same database.
+    its own inside another unit of the same database. `deadline`: seconds from now on;
+    a database call that has no answer then raises `DeadlineExceededError`, and nothing
+    is committed any more.
 
     Leaving the block commits; an exception rolls back and goes on. Raises
     `NestedUnitOfWorkError` inside an undecided unit of the same database.
@@ -185,10 +193,18 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
 
     unit: UnitOfWork
     independent: bool = False
+    deadline: float | None = None
     is_entered: bool = False
 
-    def __init__(self, *databases: Engines, independent: bool = False) -> None:
+    def __init__(
+        self,
+        *databases: Engines,
+        independent: bool = False,
+        deadline: float | None = None,
+    ) -> None:
         check_databases("unit_of_work(db)", databases)
+        configuration.check({"deadline": deadline})
+        self.deadline = deadline
         self.databases = databases
         self.independent = independent
 
@@ -197,6 +213,7 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         if self.is_entered:
             raise errors.BlockReusedError
         self.unit = _open(self.databases, independent=self.independent)
+        self.unit.until = earlier(self.unit.until, self.deadline)
         self.is_entered, self._process = True, os.getpid()
         self._loop = asyncio.get_running_loop()
         return self.unit
@@ -241,6 +258,8 @@ def _open(databases: tuple[Engines, ...], *, independent: bool = False) -> UnitO
         unit.around, unit.options = around, around.options
         unit.must_see = around.must_see
         unit.is_nested = around.state in WRITABLE and not around.is_hook
+        if unit.is_nested:
+            unit.until = around.until
         # Otherwise a hook that registers itself in such a block never ends.
         unit.quota = around.quota
         for db in databases:

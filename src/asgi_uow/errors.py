@@ -15,6 +15,7 @@ AsgiUowError
 ├── WrongLoopError                used in another event loop or process (RuntimeError)
 ├── TransactionGoneError          the database has ended the transaction by itself
 ├── ConcurrentUseError            a call while the session is busy with another
+├── DeadlineExceededError         a call after the unit's deadline (TimeoutError)
 ├── TooManyHooksError             hooks register hooks without an end
 └── UnitOfWorkFailedError         a commit was wanted and the work was not kept
     ├── BeforeCommitError         a before_commit hook raised
@@ -24,8 +25,8 @@ AsgiUowError
     └── PartialCommitError        one database committed, another did not
 ```
 
-All but the root are also of the builtin type that fits. None is an `OSError`:
-frameworks mistake one that is raised out of `send` for a client that went away.
+All but the root are also of the builtin type that fits. None that is raised out of
+`send` is an `OSError`: frameworks mistake that for a client that went away.
 """
 
 from __future__ import annotations
@@ -157,6 +158,12 @@ class ConcurrentUseError(AsgiUowError, RuntimeError):
         "when it is read to its end, or with `await result.close()`. For a response, "
         "stream from current_read_session() before writing, or inside `async with db:`."
     )
+
+
+class DeadlineExceededError(AsgiUowError, TimeoutError):
+    """A call had no answer when the deadline of the unit of work was over."""
+
+    template = "The unit reached its `deadline`: do less in it, or give it more time."
 
 
 class TooManyHooksError(AsgiUowError, RuntimeError):

@@ -43,6 +43,7 @@ def setup(
     commit_when: CommitWhen = commit_below_400,
     observers: Sequence[Observer] = (LoggingObserver(),),
     causal_reads: CausalReads | None = None,
+    deadline: float | None = None,
     commit_timeout: float | None = 30.0,
     hook_timeout: float | None = 5.0,
 ) -> Database:
@@ -73,6 +74,7 @@ def setup(
         observers=observers,
         causal_reads=causal_reads,
         error_app=None,
+        deadline=deadline,
         commit_timeout=commit_timeout,
         hook_timeout=hook_timeout,
     )

@@ -49,17 +49,28 @@ def _observes(it: Any) -> bool:
 
 # Names of options, what they must be, and a function that tells whether a value is.
 _BOOLEAN = "True or False", (True, False).__contains__
+
+
+def _is_above_0(it: Any) -> bool:
+    return it is not True and it > 0
+
+
+def _is_async(it: Any) -> bool:
+    return any(map(inspect.iscoroutinefunction, (it, type(it).__call__)))
+
+
 _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("app", "the application, which comes first", callable),
     ("autoflush commit_flushes commit_on_exit", *_BOOLEAN),
     ("causal_reads", "CausalReads(secret), or None", lambda it: callable(it.positions)),
-    ("commit_timeout hook_timeout", "seconds above 0, or None", lambda s: s + 0.0 > 0),
+    ("commit_timeout deadline hook_timeout", "seconds above 0, or None", _is_above_0),
     ("commit_when", "a function of status and headers", callable),
     ("echo echo_pool", "a boolean or 'debug'", (0, 1, None, "debug").__contains__),
     ("error_app", "an ASGI application, or None", callable),
     ("expire_on_commit resolve_unknown twophase", *_BOOLEAN),
     ("max_overflow", "a whole number from -1 on", lambda it: it + 1 >= 0 == it % 1),
     ("observers", "a list of functions", lambda it: len(it) == sum(map(_observes, it))),
+    ("on_begin", "an async function of the session, or None", _is_async),
     ("pool_pre_ping", "True, False or None", (True, False).__contains__),
     ("pool_recycle", "a number, or -1 for no limit", lambda it: it >= -1),
     ("pool_size", "a whole number, not below 0", lambda it: it >= 0 == it % 1),

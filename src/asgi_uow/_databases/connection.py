@@ -35,6 +35,8 @@ raw_of = attrgetter("_connection")  # the driver's, in what every async dialect 
 
 class Connection(sa.Connection):
     journal: Journal | None = None  # only a writer's has one
+    deadline: Any = None  # until its unit ends, if that has one
+    is_beginning: bool = False  # its settings are set anew in each transaction
     is_kept = False  # for later calls: somebody was given it, or has changed it
 
     def _begin_impl(self, transaction: RootTransaction) -> None:
@@ -150,7 +152,7 @@ class ReaderConnection(Connection):
 
     def check_statement(self, statement: str) -> None:
         # One of them may be what makes the connection read-only.
-        if known.changes_settings(statement):
+        if known.changes_settings(statement) and not self.is_beginning:
             self.info[SETTINGS_CHANGED] = self.is_kept = True
 
 

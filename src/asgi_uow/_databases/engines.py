@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
@@ -14,15 +15,20 @@ from sqlalchemy.pool import StaticPool
 from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import known, loops
 from asgi_uow._databases.configuration import OF_SESSIONS, check
+from asgi_uow._databases.connection import POLICY
 from asgi_uow._databases.health import Replica
 from asgi_uow._databases.pool import Use, attach_listeners
 from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
 from asgi_uow.observers import logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+    from typing import TypeAlias
 
     from sqlalchemy import Connection, Engine
+
+    # It is given the session, which is defined above this room.
+    OnBegin: TypeAlias = Callable[[Any], Coroutine[Any, Any, object]]
 
 READ_OPTIONS = {
     "autoflush": False,
@@ -37,6 +43,7 @@ CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement ther
 class Engines:
     is_memory: bool = False
     owns_engines: bool = False
+    on_begin: Any = None
     _engine: AsyncEngine | None = None
     _read_engine: AsyncEngine | None = None
 
@@ -49,6 +56,7 @@ class Engines:
         resolve_unknown: bool = False,
         read_isolation: Literal["REPEATABLE READ"] | None = None,
         pooler: Literal["transaction", "session"] | None = None,
+        on_begin: OnBegin | None = None,
         commit_flushes: bool = False,
         **session_options: Any,
     ) -> None:
@@ -58,6 +66,7 @@ class Engines:
             raise ConfigurationError(message)
         check(locals() | session_options)
         self.commit_on_exit = commit_on_exit
+        self.on_begin = on_begin
         self.resolve_unknown = resolve_unknown
         self.commit_flushes = commit_flushes
         self.read_isolation: Literal["REPEATABLE READ"] | None = read_isolation
@@ -113,8 +122,9 @@ class Engines:
 
     def _make_readers_read_only(self) -> None:
         """At once: a connection that is in the pool already stays what it is."""
+        level = self.read_isolation or ("READ COMMITTED" if self.on_begin else None)
         for each in filter(None, (self._read_engine, *self._readers)):
-            attach_listeners(each, Use(True, self.read_isolation, self.pooler))  # noqa: FBT003
+            attach_listeners(each, Use(True, level, self.pooler))  # noqa: FBT003
 
     @property
     def read_engine(self) -> AsyncEngine:
@@ -133,6 +143,22 @@ class Engines:
     @cached_property
     def driver(self) -> known.Driver:
         return known.driver_of(self.engine.dialect)
+
+    def engine_at(self, level: str) -> AsyncEngine:
+        """Give the writer with another isolation level for its next transaction."""
+        sync = self.engine.sync_engine
+        levels = {*sync.dialect.get_isolation_level_values(None)}  # type: ignore[arg-type]
+        if level not in levels - {"AUTOCOMMIT"}:
+            message = f"isolation_level() is one of {levels}, not AUTOCOMMIT: {level!r}"
+            raise ConfigurationError(message)
+        options: dict[str, Any] = {"isolation_level": level}
+        if begins_with := self.facts.BEGIN_AT_LEVEL:
+            policy = copy.copy(sync.get_execution_options()[POLICY])
+            policy.begins_with = begins_with.format(level)
+            options = {POLICY: policy}
+        engine = self.engine.execution_options(**options)
+        engine.sync_engine._connection_cls = sync._connection_cls  # noqa: SLF001
+        return engine
 
     @cached_property
     def name(self) -> str:

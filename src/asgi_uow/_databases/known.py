@@ -122,6 +122,8 @@ class Database(_Facts):
     # Sent by asgi-uow, since the driver sends none: it is always in autocommit mode, so
     # what follows an error that ended the transaction is committed at once.
     BEGIN_WRITE: str | None = None
+    # Sent likewise for another isolation level, where the driver's would stay.
+    BEGIN_AT_LEVEL: str | None = None
     TRANSACTION_ID: str | None = None  # asked before COMMIT, for `was_committed`
     CODES: Mapping[str, frozenset[int | str]]  # by `Meaning`; "57P" is a class
     TRANSACTION_CONTROL: str | None = None  # regular expression, beside `_USUAL`

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.util import await_only, greenlet_spawn
 
@@ -222,13 +223,17 @@ class _Policy:
     def on_error(self, context: Context) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
         error = context.original_exception
+        is_late = isinstance(error, errors.DeadlineExceededError) and bool(
+            error.__cause__
+        )
+        context.invalidate_pool_on_disconnect &= not is_late
         demoted = not self.read_only and failures.means(error, "demoted")
-        if demoted or failures.means(error, "disconnect"):
+        if is_late or demoted or failures.means(error, "disconnect"):
             context.is_disconnect = True
-        if self.is_memory and not isinstance(error, Exception):
+        if self.is_memory and (is_late or not isinstance(error, Exception)):
             context.is_disconnect = False  # the connection is the database
         connection = context.connection
-        if isinstance(error, errors.AsgiUowError):
+        if isinstance(error, errors.AsgiUowError) and not is_late:
             return  # nothing was sent
         if isinstance(connection, Connection) and not connection.invalidated:
             info, journal = connection.info, connection.journal
@@ -263,12 +268,21 @@ class _Policy:
             journal.look(dbapi)
 
 
-def _check_statement(_: object, statement: str, *context: object) -> None:
+def _check_statement(cursor: Any, statement: str, *rest: Any) -> bool | None:
     # The context comes last, with parameters before it or without.
-    connection = getattr(context[-1], "root_connection", None)
+    connection = getattr(rest[-1], "root_connection", None)
     if isinstance(connection, Connection):
         connection.refuse_beside_stream()
         connection.check_statement(statement)
+        if connection.deadline is not None:
+            execute = rest[-1].dialect.do_execute
+            if rest[-1].execute_style is ExecuteStyle.EXECUTEMANY:
+                execute = rest[-1].dialect.do_executemany
+            elif not rest[1:]:
+                execute = rest[-1].dialect.do_execute_no_params
+            connection.deadline.execute(connection, execute, cursor, statement, *rest)
+            return True  # SQLAlchemy has nothing left to do
+    return None
 
 
 def _check_options(_: object, options: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ READ_ONLY_STATEMENT = "PRAGMA query_only = ON"
 # The write lock at once: an upgrade later can fail without waiting. A SAVEPOINT opened
 # before any DML needs the explicit BEGIN too, or its RELEASE commits.
 # https://www.sqlite.org/lang_savepoint.html
-BEGIN_WRITE = "BEGIN IMMEDIATE"
+BEGIN_WRITE = BEGIN_AT_LEVEL = "BEGIN IMMEDIATE"  # which is serializable
 
 BUSY_TIMEOUT = 5000  # milliseconds a statement waits for a lock
 WAL_PAUSE = 50  # between two attempts to have a file keep a write-ahead log

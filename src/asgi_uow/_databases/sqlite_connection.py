@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 import weakref
 from contextlib import suppress
 from functools import partial
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PIECE = 50  # milliseconds
 CHUNK = 64  # rows fetched ahead; aiosqlite's own default
 
 
@@ -185,7 +187,9 @@ class Connection(aiosqlite.Connection):
     async def call(self, fn: Callable[[], T], begin: str | None = None) -> T:
         """Run `fn` in the thread; when cancelled, interrupt, clean up, then go on."""
         raw = self._conn  # raises if it is closed
-        steps = [fn] if begin is None else [fn, partial(raw.execute, begin)]
+        steps = [fn]
+        if begin is not None:
+            steps.append(partial(_begin, raw, begin, steps))
         self._is_beginning = self._is_beginning or begin is not None
         try:
             result: T = await super()._execute(_take_steps, steps)  # type: ignore[no-untyped-call]
@@ -217,6 +221,23 @@ class Connection(aiosqlite.Connection):
         for cursor in list(self.cursors):
             cursor.close()
         self._conn.rollback()
+
+
+def _begin(raw: sqlite3.Connection, statement: str, later: list[Any]) -> Any:
+    """Wait for the lock in pieces, between which a cancellation is heard."""
+    [timeout] = raw.execute("PRAGMA busy_timeout").fetchone()
+    until = time.monotonic() + timeout / 1000
+    raw.execute(f"PRAGMA busy_timeout = {min(timeout, PIECE)}")
+    try:
+        while True:
+            try:
+                return raw.execute(statement)
+            except sqlite3.OperationalError as error:
+                is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not (is_busy and later and time.monotonic() < until):
+                    raise
+    finally:
+        raw.execute(f"PRAGMA busy_timeout = {timeout}")
 
 
 def _take_steps(steps: list[Callable[[], T]]) -> T | None:

@@ -102,6 +102,16 @@ def savepoint(db: Engines | None = None) -> Savepoint:
     return require("savepoint()").session(db).begin_nested()
 
 
+def isolation_level(level: str, db: Engines | None = None) -> None:
+    """Have the write session's transaction in this unit use another isolation level.
+
+    `isolation_level("SERIALIZABLE")`, before the first statement; the next unit has
+    the default again. Raises `ConfigurationError` for AUTOCOMMIT, for what the database
+    does not know, and once the write session has executed a statement.
+    """
+    require("isolation_level()").session(db).set_isolation_level(level)
+
+
 def set_rollback_only(reason: str) -> None:
     """Have the current unit of work rolled back; the response stays as it is.
 

@@ -15,6 +15,7 @@ from asgi_uow._decision import ERROR_STATUS, SETTLED, UNDECIDED, Cause, Outcome,
 from asgi_uow._entrypoints.problem import FAILURE, START, problem_details
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._reading.route import written_position
+from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.finish import finish, refuse_streams, release
 from asgi_uow._unit.hooks import is_async
 from asgi_uow._unit.unit import CLOSED, COMMITTED, NEW, UnitOfWork, UnitOptions, current
@@ -46,6 +47,7 @@ class UnitOfWorkMiddleware:
     `causal_reads=CausalReads(secret)`: clients see what they wrote, on replicas too.
     `error_app`: the ASGI app that answers when the work was not kept; it finds the
     failure in `scope["asgi_uow.failure"]`. None leaves the answer to what is around.
+    `deadline`: seconds for each request's database calls; past it nothing is committed.
     `commit_timeout`: seconds for COMMIT; past it the outcome is UNKNOWN.
     `hook_timeout`: seconds for each hook. None is no limit.
 
@@ -61,6 +63,7 @@ class UnitOfWorkMiddleware:
         observers: Sequence[Observer] = (LoggingObserver(),),
         causal_reads: CausalReads | None = None,
         error_app: ASGIApp | None = problem_details,
+        deadline: float | None = None,
         commit_timeout: float | None = 30.0,
         hook_timeout: float | None = 5.0,
     ) -> None:
@@ -71,6 +74,7 @@ class UnitOfWorkMiddleware:
             raise TypeError(message)
         errors.NoUnitOfWorkError.template = errors.NoUnitOfWorkError.wrong_order
         self.app = app
+        self.deadline = deadline
         self.databases = databases
         self.commit_when = commit_when
         self.causal_reads = causal_reads
@@ -81,23 +85,22 @@ class UnitOfWorkMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._serve_other(scope, receive, send)
-            return
+            return await self._serve_other(scope, receive, send)
         unit = UnitOfWork()
         unit.databases, unit.options, unit.state = self.databases, self.options, NEW
         outer: UnitOfWork | None = scope.get(UNIT)
         if outer is not None and outer.state in UNDECIDED:
             if all(map(outer.serves, self.databases)):
-                await self.app(scope, receive, send)
-                return
-            unit.around, unit.is_nested = outer, True
+                return await self.app(scope, receive, send)
+            unit.around, unit.is_nested, unit.until = outer, True, outer.until
+        if self.deadline is not None:
+            unit.until = earlier(unit.until, self.deadline)
         exchange = _Exchange()
         exchange.unit, exchange.forward, exchange.middleware = unit, send, self
         exchange.stage = OPEN
-        if self.causal_reads is not None:
-            reads = self.causal_reads
-            positions = reads.positions(scope.get("headers", ()))
-            unit.must_see = MustSee(positions, reads.wait, reads.names)
+        if (reads := self.causal_reads) is not None:
+            seen = reads.positions(scope.get("headers", ()))
+            unit.must_see = MustSee(seen, reads.wait, reads.names)
             exchange.is_secure = scope.get("scheme") == "https"
         scope[UNIT] = unit
         # A request never trusts what it finds: servers start a pipelined request in

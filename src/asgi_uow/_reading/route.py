@@ -14,6 +14,7 @@ from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
 from asgi_uow._databases.health import by_free_connections
 from asgi_uow._reading.causal import READ_FROM_WRITER
+from asgi_uow.errors import DeadlineExceededError
 from asgi_uow.observers import ReaderBehind, ReaderFailed, ReaderRestored, logger
 
 if TYPE_CHECKING:
@@ -119,6 +120,8 @@ class Route:
             await run_to_completion(reader.release_connection())
             if self.has_read or not isinstance(error, Exception):
                 raise
+            if isinstance(error, DeadlineExceededError):
+                raise  # says nothing about the server
             absent = isinstance(error, TimeoutError) or failures.means(error, "absent")
             if not (absent or failures.is_unavailable(error)):
                 raise

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from asgi_uow._concurrency import TaskLock
     from asgi_uow._databases.engines import Engines
     from asgi_uow._databases.journal import Journal
+    from asgi_uow._sessions.deadline import Deadline
     from asgi_uow.observers import Event
 
 
@@ -45,6 +46,7 @@ class Shared:
         self.outages: list[Exception] = []  # it may help to try again
         self.events: list[Event] = around.events if around and hook else []
         """What observers are told at the end; of a hook, with those of its unit."""
+        self.deadline: Deadline | None = None
         self.stuck: int = 0  # how often a server did not answer in time at the end
         self.savepoints: Savepoints
         self.savepoints = around.savepoints if around and nested else Savepoints()
@@ -248,6 +250,8 @@ def _accept_connection(
         return
     info = info_of(connection)
     session.connections[connection] = info.get(CANCEL_SQL)
+    if (deadline := session.shared.deadline) is not None:
+        connection.deadline = deadline  # type: ignore[attr-defined]
     reader = session if isinstance(session, ReadOnlySession) else None
     host = (reader and reader.writer) or session
     if session.connected is None and host is session:

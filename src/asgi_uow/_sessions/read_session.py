@@ -12,13 +12,15 @@ from asgi_uow._concurrency import run_to_completion
 from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import causes, means
 from asgi_uow._decision import State
+from asgi_uow._sessions.beginning import BeginningReadSession
+from asgi_uow._sessions.deadline import limited
 from asgi_uow._sessions.managed import ReadOnlySession
 from asgi_uow._sessions.session import READS, Savepoint, Session
 from asgi_uow.errors import ReadOnlySessionError
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncResult
+    from sqlalchemy.ext.asyncio import AsyncResult
     from sqlalchemy.util.typing import TupleAny
 
     from asgi_uow._reading.route import Route
@@ -29,6 +31,7 @@ class ReadSession(Session):
     """Reads from a replica or from the writer's server, or in its transaction."""
 
     sync_session_class: type[orm.Session] = ReadOnlySession
+    beginning_class: type[orm.Session] = BeginningReadSession
     sync_session: ReadOnlySession  # pyright: ignore[reportIncompatibleVariableOverride]
     route: Route | None = None  # finds the replica to read from, if there is a choice
     sibling: Session
@@ -96,12 +99,9 @@ class ReadSession(Session):
         await self.close_streams()
         await greenlet_spawn(self.sync_session.release_connection)
 
-    def bind_to(self, engine: AsyncEngine) -> None:
-        self.bind: AsyncEngine = engine
-        self.sync_session.bind = engine.sync_engine
-
     async def open_connection(self) -> AsyncConnection:
-        connection = await AsyncSession.run_sync(self, orm.Session.connection)
+        with limited(self.shared.deadline):
+            connection = await AsyncSession.run_sync(self, orm.Session.connection)
         return AsyncConnection._retrieve_proxy_for_target(connection)  # noqa: SLF001
 
     async def open_stream(self, execute: Execute) -> AsyncResult[*TupleAny]:

@@ -20,6 +20,8 @@ from asgi_uow._databases.driver_errors import is_of_database, is_unavailable, me
 from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.journal import Journal
 from asgi_uow._decision import WRITABLE
+from asgi_uow._sessions.beginning import BeginningSession
+from asgi_uow._sessions.deadline import limited
 from asgi_uow._sessions.managed import ManagedSession
 from asgi_uow._sessions.statements import StatementSession, StreamResult, adopt
 
@@ -85,6 +87,7 @@ class Session(StatementSession):
     """
 
     sync_session_class: type[orm.Session] = ManagedSession
+    beginning_class: type[orm.Session] = BeginningSession  # with what it is named for
     # Narrower than SQLAlchemy's, which only reads it.
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -100,8 +103,12 @@ class Session(StatementSession):
     def __init__(
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
     ) -> None:
+        if db.on_begin is not None or shared.deadline is not None:
+            options = {**options, "sync_session_class": self.beginning_class}
         super().__init__(bind, close_resets_only=False, **options)
         self.own_lock: TaskLock = TaskLock(errors.WrongLoopError)
+        if shared.deadline is not None:
+            self.own_lock.limit = shared.deadline.limit
         self.shared = shared
         self.streams: dict[Any, weakref.ref[Call]] = {}
         self.journal: Journal = Journal(db.facts, db.driver, shared.savepoints)
@@ -127,6 +134,17 @@ class Session(StatementSession):
         exclusive = (known.driver_of(each.dialect).exclusive_streams for each in held)
         if self.open_streams and any(exclusive):
             raise errors.ConcurrentUseError(operation, "a stream() is still being read")
+
+    def bind_to(self, engine: AsyncEngine) -> None:
+        self.bind = engine
+        self.sync_session.bind = engine.sync_engine
+
+    def set_isolation_level(self, level: str) -> None:
+        """Have the transaction begin so; raises if it has begun."""
+        if self.sync_session.connections:
+            message = "isolation_level() comes before the unit's first statement."
+            raise errors.ConfigurationError(message)
+        self.bind_to(self.sync_session.database.engine_at(level))
 
     async def failed(self, error: BaseException, operation: str) -> None:  # noqa: ARG002
         """Remember an outage; have the server stop a statement that was cancelled."""
@@ -215,7 +233,8 @@ class Session(StatementSession):
         async def serialize(fetch: Call) -> object:
             async with host.own_lock:
                 try:
-                    return await fetch()
+                    with limited(self.shared.deadline):
+                        return await fetch()
                 except BaseException as error:
                     await self.failed(error, "a fetch")
                     if isinstance(error, DBAPIError):  # no more rows are on their way

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from sqlalchemy import orm, text
@@ -268,6 +269,7 @@ def _wait_for_others(session: ManagedSession) -> None:
 async def _in_lock(session: Session, end: Callable[[], None]) -> None:
     """End a session in a greenlet, once no call is in flight."""
     lock, task = session.own_lock, asyncio.current_task()
+    lock.limit = nullcontext
     if task is not None and not lock.take(task):
         await lock.wait(task)
     session.journal.ending = task

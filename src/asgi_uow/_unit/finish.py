@@ -16,6 +16,7 @@ from asgi_uow import errors
 from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._decision import STATE_OF, Cause, Outcome, State, rollback
+from asgi_uow._sessions.deadline import lift
 from asgi_uow._unit.completion import Completion
 from asgi_uow._unit.ended import COMMITTED, ROLLED_BACK, Ended, stopped_by
 from asgi_uow._unit.hook_units import HookRun
@@ -150,9 +151,8 @@ async def prepare(unit: UnitOfWork) -> Ended:
     decided. Gives what stopped it, which is raised later.
     """
     try:
-        for participant in unit.participants.values():
-            for reader in participant.readers:
-                reader.refuse_changes()
+        for reader in [r for p in unit.participants.values() for r in p.readers]:
+            reader.refuse_changes()
         while True:
             if unit.hooks is not NO_HOOKS:
                 unit.quota = unit.hooks.quota
@@ -170,6 +170,8 @@ async def prepare(unit: UnitOfWork) -> Ended:
                         await writer.flush()
             more = unit.hooks.queues.get("before_commit")
             if participants is unit.participants and not more:
+                for writer in unit.writers:
+                    lift(writer.sync_session.connections)
                 return ROLLED_BACK
     except BaseException as error:  # noqa: BLE001  # raised by finish()
         return stopped_by(error)

@@ -16,6 +16,7 @@ from asgi_uow._databases.driver_errors import stacktrace_of
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import MustSee
+from asgi_uow._sessions.deadline import Deadline
 from asgi_uow._sessions.managed import Shared
 from asgi_uow._unit.hooks import MOST_BY_HOOKS, NO_HOOKS, Hooks
 from asgi_uow._unit.participant import Participant
@@ -84,6 +85,8 @@ class UnitOfWork:
     failure: errors.UnitOfWorkFailedError | None = None
     """What is raised because a commit was wanted and the work was not kept."""
 
+    until: float | None = None
+    """Its deadline, by the event loop's clock."""
     around: UnitOfWork | None = None
     """The unit that was current before."""
     entered_by_hand: Engines | None = None
@@ -195,6 +198,8 @@ class UnitOfWork:
             around = None if self.around is None else self.around.share()
             self.shared = Shared(around, nested=self.is_nested, hook=self.is_hook)
             self.shared.state = self.state
+            if self.until is not None:
+                self.shared.deadline = Deadline(self.until, self.shared.outages)
             self.shared.wants_details = self.options.wants_details
         return self.shared
 

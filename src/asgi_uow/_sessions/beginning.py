@@ -1,0 +1,90 @@
+"""What comes first in each transaction: a connection in time, and `on_begin`."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import orm
+from sqlalchemy.ext.asyncio import async_session
+from sqlalchemy.util import await_only
+
+from asgi_uow._sessions.deadline import limited
+from asgi_uow._sessions.managed import ManagedSession, ReadOnlySession
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+
+class BeginningSession(ManagedSession):
+    """Connects before its deadline and awaits `on_begin`, whatever executes first.
+
+    Before, not in an event: SQLAlchemy lets nobody use a session that is connecting.
+    """
+
+    begun: orm.SessionTransaction | None = None  # the one for which that was done
+    beginning: asyncio.Task[object] | None = None  # in which it is being done
+
+    def begin_first(self) -> None:
+        """Await `on_begin`, unless this is its own call, or the transaction has it."""
+        transaction, task = self.get_transaction(), asyncio.current_task()
+        if (transaction and self.begun is transaction) or self.beginning is task:
+            return
+        session: Any = async_session(self)
+        await_only(session.own_lock.__aenter__())  # an attribute is loaded without it
+        try:
+            with limited(self.shared.deadline):
+                connection: Any = orm.Session.connection(self)
+            if self.begun is not self.get_transaction():
+                self._await_on_begin(session, connection)
+        finally:
+            session.own_lock.release()
+
+    def _await_on_begin(self, session: Any, connection: Any) -> None:
+        self.beginning, connection.is_beginning = asyncio.current_task(), True
+        try:
+            if self.database.on_begin is not None:
+                with self.no_autoflush:
+                    await_only(self.database.on_begin(session))
+            self.begun = self.get_transaction()
+        finally:
+            self.beginning, connection.is_beginning = None, False
+
+    def connection(
+        self, bind_arguments: Any = None, execution_options: Any = None
+    ) -> sa.Connection:
+        if execution_options is not None:  # they are for the moment of connecting
+            orm.Session.connection(self, bind_arguments, execution_options)
+        self.begin_first()
+        return super().connection(bind_arguments)
+
+
+def _begin_before(name: str) -> None:
+    method = getattr(ManagedSession, name)
+
+    @functools.wraps(method)
+    def call(self: BeginningSession, *args: Any, **kwargs: Any) -> Any:
+        self.begin_first()
+        return method(self, *args, **kwargs)
+
+    setattr(BeginningSession, name, call)
+
+
+# What it sets is not to go with a savepoint. `_flush`: there is something to flush.
+for _name in ("_execute_internal", "_flush", "_bulk_save_mappings", "begin"):
+    _begin_before(_name)
+
+
+class BeginningReadSession(ReadOnlySession, BeginningSession):
+    """Leaves it to the write session to begin while it reads in its transaction."""
+
+    def begin_first(self) -> None:
+        host = self.writer
+        self.executing += 1  # so that the connection is not given back in between
+        try:
+            BeginningSession.begin_first(
+                host if isinstance(host, BeginningSession) else self
+            )
+        finally:
+            self.executing -= 1

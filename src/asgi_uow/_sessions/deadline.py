@@ -1,0 +1,88 @@
+"""The deadline of a unit of work: nothing that waits for a database outlives it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.util import await_only
+
+from asgi_uow._databases.connection import info_of
+from asgi_uow._databases.engines import cancel_statements
+from asgi_uow._databases.pool import CANCEL_SQL
+from asgi_uow.errors import DeadlineExceededError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+
+    import sqlalchemy as sa
+
+
+class Deadline:
+    """Cancels what still waits `until` then, by the clock of the event loop."""
+
+    def __init__(self, until: float, outages: list[Exception]) -> None:
+        self.until, self._outages = until, outages
+
+    def check(self, cause: BaseException | None = None) -> None:
+        """Raise `DeadlineExceededError` if it is over."""
+        if cause is not None or asyncio.get_running_loop().time() >= self.until:
+            self._outages.append(error := DeadlineExceededError())
+            raise error from cause
+
+    @contextmanager
+    def limit(self) -> Generator[None]:
+        """Do what `asyncio.timeout` does, also inside a greenlet."""
+        self.check()
+        task: Any = asyncio.current_task()
+        others, is_over = task.cancelling(), False
+
+        def end() -> None:
+            nonlocal is_over
+            is_over = task.cancel()
+
+        timer = asyncio.get_running_loop().call_at(self.until, end)
+        try:
+            yield
+        except asyncio.CancelledError as error:
+            if is_over and task.cancelling() == others + 1:
+                self.check(error)
+            raise
+        finally:
+            timer.cancel()
+            if is_over:
+                task.uncancel()
+
+    def execute(
+        self, connection: sa.Connection, execute: Callable[..., object], *args: object
+    ) -> None:
+        """Execute a statement, which its server stops at the deadline."""
+        try:
+            with self.limit():
+                execute(*args)
+        except DeadlineExceededError as error:
+            statement = info_of(connection).get(CANCEL_SQL)
+            if error.__cause__ is not None and statement is not None:
+                await_only(cancel_statements([(connection.engine, statement)]))
+            raise
+
+
+def limited(deadline: Deadline | None) -> AbstractContextManager[None]:
+    return nullcontext() if deadline is None else deadline.limit()
+
+
+def lift(connections: Iterable[Any]) -> None:
+    """Leave COMMIT the time that it takes; raises if the deadline is over."""
+    for connection in connections:
+        if connection.deadline is not None:
+            connection.deadline.check()
+            connection.deadline = None
+
+
+def earlier(until: float | None, seconds: float | None) -> float | None:
+    """Give the earlier end of two: a moment, and so many seconds from now on."""
+    if seconds is None:
+        return until
+    end = asyncio.get_running_loop().time() + seconds
+    return end if until is None else min(end, until)
