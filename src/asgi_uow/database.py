@@ -13,6 +13,7 @@ from asgi_uow import errors
 from asgi_uow._databases import configuration
 from asgi_uow._databases.engines import Engines
 from asgi_uow._databases.health import check
+from asgi_uow._databases.pool import derive_engine
 from asgi_uow._decision import UNDECIDED, WRITABLE, Cause, State, decide_exit, rollback
 from asgi_uow._unit.finish import end_unit
 from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current, require
@@ -90,15 +91,15 @@ class Database(Engines):
         Raises `ConfigurationError` for a URL or option that cannot work and
         `MissingDriverError`, naming the extra, where the driver is not installed.
         """
-        create = configuration.create_engine
+        engine = configuration.create_engine(url, engine_options)
+        readers = (configuration.create_engine(u, engine_options) for u in read_urls)
         database = cls(
-            None,
-            readers=[create(each, engine_options) for each in read_urls],
+            engine,
+            readers=[derive_engine(engine, each) for each in readers],
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
         )
-        database.use(create(url, engine_options), create(url, engine_options))
         database.owns_engines = True
         return database
 

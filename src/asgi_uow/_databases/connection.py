@@ -77,9 +77,12 @@ class Connection(sa.Connection):
             self.journal.record_rollback()
         fairy = self._dbapi_connection
         if fairy is not None and fairy.dbapi_connection is not None:
-            self.call_alone(super()._rollback_impl)
+            self.call_alone(self._send_rollback)
         if fairy is not None and fairy is self._dbapi_connection:
             fairy.info.pop(ERROR_SEEN, None)
+
+    def _send_rollback(self) -> None:
+        super()._rollback_impl()
 
     def check_statement(self, statement: str) -> None:
         """Have the journal look at what came before, and at one that is not plain."""
@@ -133,6 +136,13 @@ class Connection(sa.Connection):
 
 class ReaderConnection(Connection):
     """Remembers what makes a connection of a read engine another."""
+
+    def _send_rollback(self) -> None:
+        raw: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
+        if not self.dialect.detect_autocommit_setting(raw):
+            super()._send_rollback()
+        elif self.engine._has_events:  # noqa: SLF001  # otherwise there is nothing to do
+            self.dispatch.rollback(self)
 
     def execution_options(self, **options: Any) -> Any:
         if not CHANGING_OPTIONS.isdisjoint(options):

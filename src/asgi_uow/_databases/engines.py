@@ -10,14 +10,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool, StaticPool
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow._concurrency import bounded, run_to_completion
 from asgi_uow._databases import known
 from asgi_uow._databases.health import Replica
-from asgi_uow._databases.pool import attach_listeners
+from asgi_uow._databases.pool import attach_listeners, derive_engine
 from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
 from asgi_uow.observers import logger
 
@@ -86,8 +86,8 @@ class Engines:
     def engine(self, engine: AsyncEngine) -> None:
         self.use(engine)
 
-    def use(self, engine: AsyncEngine, read_engine: AsyncEngine | None = None) -> None:
-        """Take the writer, and the read engine, or one made like the writer."""
+    def use(self, engine: AsyncEngine) -> None:
+        """Take the writer, and make the read engine."""
         if self._engine is not None:
             message = "This Database has an engine already; make another Database."
             raise ConfigurationError(message)
@@ -101,9 +101,9 @@ class Engines:
             message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
             raise ConfigurationError(message)
         self.is_memory = known.is_memory(engine.url)
-        if not self.is_memory:  # there the one connection has to be writable
-            self._read_engine = read_engine or derive_engine(engine)
         attach_listeners(engine, read_only=False)
+        if not self.is_memory:  # there the one connection has to be writable
+            self._read_engine = derive_engine(engine)
         self._make_readers_read_only()
         self._engine = engine
 
@@ -189,9 +189,14 @@ class Engines:
                 return False
         return None
 
+    @property
+    def engines(self) -> tuple[AsyncEngine, ...]:
+        """All engines, each once: the writer, its read engine, the replicas."""
+        return tuple({self.engine: 0, self.read_engine: 0}) + self._readers
+
     async def dispose(self) -> None:
         """Close every pooled connection of the writer and the readers, all at once."""
-        await _dispose({self.engine, self.read_engine, *self._readers})
+        await _dispose(set(self.engines))
 
     async def dispose_owned(self) -> None:
         """Close the connections of the engines that asgi-uow made."""
@@ -203,20 +208,6 @@ class Engines:
     def __repr__(self) -> str:
         shown = "no engine" if self._engine is None else self.name
         return f"{type(self).__name__}({shown})"
-
-
-def derive_engine(engine: AsyncEngine) -> AsyncEngine:
-    """Make an engine with a pool of its own that connects just as `engine` does."""
-    sync = engine.sync_engine
-    return create_async_engine(
-        engine.url,
-        pool=sync.pool.recreate(),
-        echo=sync.echo,
-        hide_parameters=sync.hide_parameters,
-        execution_options=sync.get_execution_options(),
-        json_serializer=getattr(sync.dialect, "_json_serializer", None),
-        json_deserializer=getattr(sync.dialect, "_json_deserializer", None),
-    )
 
 
 async def _dispose(engines: set[AsyncEngine]) -> None:

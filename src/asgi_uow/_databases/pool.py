@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_uow._concurrency import bounded
@@ -32,7 +34,6 @@ from asgi_uow.errors import AsgiUowError, ConfigurationError, ReadOnlySessionErr
 if TYPE_CHECKING:
     from sqlalchemy import pool
     from sqlalchemy.engine import interfaces
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from asgi_uow._databases.journal import Journal
 
@@ -68,25 +69,65 @@ def attach_listeners(
     # Not events of the engine: one listener there costs each statement 50 calls.
     target._connection_cls = ReaderConnection if read_only else Connection  # noqa: SLF001
     target.update_execution_options(**{POLICY: policy})
+    target.pool._creator = policy.connect  # noqa: SLF001  # outlives its pool
+    if read_only:
+        # In AUTOCOMMIT there is nothing to roll back; a listener looks if there is.
+        target.pool._reset_on_return = sa.pool.reset_none  # noqa: SLF001
+    if _check_statement in target.dialect.dispatch.do_execute:
+        return  # they are those of the engine that this one is derived from
     event.listen(target, "do_connect", policy.on_do_connect)
-    event.listen(target, "connect", policy.on_connect)
     event.listen(target, "checkout", policy.on_checkout)
     event.listen(target, "reset", policy.on_reset)
     event.listen(target, "close", policy.on_close)
     event.listen(target, "handle_error", policy.on_error)
     for name in ("do_execute", "do_executemany", "do_execute_no_params"):
         event.listen(target, name, _check_statement)
-    if read_only:
-        # In AUTOCOMMIT there is nothing to roll back when a connection is closed.
-        target.dialect.skip_autocommit_rollback = True
+
+
+def derive_engine(engine: AsyncEngine, place: AsyncEngine | None = None) -> AsyncEngine:
+    """Make an engine that does all as `engine`, in the place of another if named."""
+    place = place or engine
+    if type(place.dialect) is not type(engine.dialect):
+        message = "read_urls have to name the database and driver of the writer's URL."
+        raise ConfigurationError(message)
+    return AsyncEngine(_Derived(engine.sync_engine, place.sync_engine))
+
+
+class _Derived(OptionEngine):
+    """An engine with a pool of its own; all else is that of the one it is made from.
+
+    The dialect is, which is initialised once, and so are all listeners, later ones too.
+    """
+
+    # In SQLAlchemy's class properties, which give those of the other engine.
+    pool: sa.Pool = None  # type: ignore[assignment]
+    _has_events = False
+
+    def __init__(self, source: sa.Engine, place: sa.Engine) -> None:
+        super().__init__(source, {})
+        self.url, self.pool = place.url, place.pool.recreate()
+        dialect, pool = place.dialect, self.pool  # whose creator has that dialect
+        dialect.dispatch, dialect._has_events = source.dialect.dispatch, True  # noqa: SLF001
+        pool.dispatch, pool._dialect = source.pool.dispatch, source.dialect  # noqa: SLF001
+
+    def raw_connection(self) -> sa.PoolProxiedConnection:
+        source, pool = self._proxied, self.pool
+        pool.dispatch = source.pool.dispatch  # another since the last `dispose()`
+        self._has_events = self._has_events or source._has_events  # noqa: SLF001
+        return pool.connect()
 
 
 class _Policy:
-    """What is done with the connections of one engine, mostly by asking the driver."""
+    """What is done with the connections of one engine, mostly by asking the driver.
+
+    Its listeners are those of all engines that share a dialect. What differs between
+    them is in the policy of the engine that a connection is of.
+    """
 
     def __init__(
         self, engine: sa.Engine, *, read_only: bool, read_isolation: Isolation
     ) -> None:
+        self.creator = engine.pool._invoke_creator  # noqa: SLF001
         self.dialect = engine.dialect
         self.database = known.database_of(engine.dialect)
         self.driver = known.driver_of(engine.dialect)
@@ -105,9 +146,17 @@ class _Policy:
         if isinstance(name := options.get("async_creator_fn"), str):
             options["async_creator_fn"] = resolve_name(name)
 
-    def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
-        """Set up a connection; as the last listener, so nothing set before survives."""
-        info, database = entry.info, self.database
+    def connect(self, rec: Entry) -> DBAPI:  # as SQLAlchemy names it
+        """Connect, and say whose connection it is."""
+        dbapi = self.creator(rec)
+        rec.info[POLICY] = self
+        return dbapi
+
+    def set_up(self, dbapi: DBAPI, info: dict[Any, Any]) -> None:
+        """Set up a connection, after all listeners: nothing set by them survives."""
+        database = self.database
+        if self.driver.in_transaction(raw_of(dbapi)):
+            dbapi.commit()  # what a listener has set in it is to last
         info[ABORTING_CODES] = database.set_up(dbapi, read_only=self.read_only)
         if self.read_only:
             self.dialect.set_isolation_level(dbapi, "AUTOCOMMIT")
@@ -121,13 +170,16 @@ class _Policy:
             info[CANCEL_SQL] = database.CANCEL_SQL.format(process)
 
     def on_checkout(self, dbapi: DBAPI, entry: Entry, _: object) -> None:
-        """Replace a connection that is dead or silent, or that was not set up here."""
-        idle_since: float | None = entry.info.pop(IDLE_SINCE, None)
-        raw = raw_of(dbapi)
-        is_foreign = ABORTING_CODES not in entry.info and not self.is_memory
+        """Set up a new connection; replace a dead, silent or foreign one."""
+        info, raw = entry.info, raw_of(dbapi)
+        idle_since: float | None = info.pop(IDLE_SINCE, None)
+        is_foreign = POLICY not in info and not self.is_memory
         if is_foreign or self.driver.is_dead(raw):
-            message = "the connection was closed while it was idle, or not set up here"
+            message = "the connection was closed while it was idle, or not made here"
             raise DisconnectionError(message)
+        if ABORTING_CODES not in info:
+            policy: _Policy = info.setdefault(POLICY, self)
+            policy.set_up(dbapi, info)
         if idle_since is None or time.monotonic() - idle_since < PING_AFTER_IDLE:
             return
         try:
@@ -140,10 +192,10 @@ class _Policy:
 
     def on_reset(self, dbapi: DBAPI, entry: Entry, state: pool.PoolResetState) -> None:
         """Send ROLLBACK where needed; SQLAlchemy does not after a failed COMMIT."""
-        info = entry.info
+        info, raw = entry.info, raw_of(dbapi)
         info[IDLE_SINCE] = time.monotonic()
-        raw = raw_of(dbapi)
-        writable = self.read_only and self.driver.reports_writable(raw)
+        read_only = (info[POLICY] if POLICY in info else self).read_only  # noqa: SIM401
+        writable = read_only and self.driver.reports_writable(raw)
         if info.pop(SETTINGS_CHANGED, False) or writable:
             entry.invalidate(soft=True)  # replaced before anybody else gets it
         if state.terminate_only or not state.asyncio_safe:
@@ -154,7 +206,7 @@ class _Policy:
         is_busy = lock._locked or lock._waiters or self.driver.is_busy(raw)  # noqa: SLF001
         if is_open and not is_busy:
             dbapi.rollback()
-            if self.read_only and self.driver.in_transaction(raw):
+            if read_only and self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
                 execute(dbapi, "ROLLBACK")
             is_open = self.driver.is_known and self.driver.in_transaction(raw)
@@ -172,8 +224,10 @@ class _Policy:
 
     def on_error(self, context: Context) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
-        error = context.original_exception
-        demoted = not self.read_only and failures.means(error, "demoted")
+        error, engine = context.original_exception, context.engine
+        options = {} if engine is None else engine.get_execution_options()
+        read_only = options.get(POLICY, self).read_only
+        demoted = not read_only and failures.means(error, "demoted")
         if demoted or failures.means(error, "disconnect"):
             context.is_disconnect = True
         if self.is_memory and not isinstance(error, Exception):
@@ -194,7 +248,7 @@ class _Policy:
                     self._look_again(journal, dbapi, context)
                 aborting = info.get(ABORTING_CODES, ())
                 journal.record_error(context, raw_of(dbapi), aborting)
-        if self.read_only and failures.means(error, "read_only"):
+        if read_only and failures.means(error, "read_only"):
             operation = "A statement"
             raise ReadOnlySessionError(operation) from context.sqlalchemy_exception
 
