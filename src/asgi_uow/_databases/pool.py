@@ -156,7 +156,7 @@ class _Policy:
         """Set up a connection, after all listeners: nothing set by them survives."""
         database = self.database
         if self.driver.in_transaction(raw_of(dbapi)):
-            dbapi.commit()  # what a listener has set in it is to last
+            self.dialect.do_commit(dbapi)  # what a listener has set in it is to last
         info[ABORTING_CODES] = database.set_up(dbapi, read_only=self.read_only)
         if self.read_only:
             self.dialect.set_isolation_level(dbapi, "AUTOCOMMIT")
