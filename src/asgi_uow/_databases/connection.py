@@ -34,6 +34,7 @@ raw_of = attrgetter("_connection")  # the driver's, in what every async dialect 
 
 class Connection(sa.Connection):
     journal: Journal | None = None  # only a writer's has one
+    _send_rollback = sa.Connection._rollback_impl  # noqa: SLF001
 
     def _begin_impl(self, transaction: RootTransaction) -> None:
         super()._begin_impl(transaction)
@@ -81,19 +82,21 @@ class Connection(sa.Connection):
         if fairy is not None and fairy is self._dbapi_connection:
             fairy.info.pop(ERROR_SEEN, None)
 
-    def _send_rollback(self) -> None:
-        super()._rollback_impl()
-
-    def check_statement(self, statement: str) -> None:
+    def check_statement(self, statement: str, parameters: object) -> None:
         """Have the journal look at what came before, and at one that is not plain."""
-        journal = self.journal
+        journal, kind = self.journal, known.kind_of(statement)
+        if kind in {"setting", "local_setting"}:
+            policy = self._execution_options[POLICY]
+            lasts = policy.database.SET_LOCAL_LASTS or "False" in repr(parameters)
+            if kind == "setting" or lasts:
+                self.info[SETTINGS_CHANGED] = not policy.is_memory
         if journal is None:
             return
         dbapi = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
         if journal.ending is None:
             if journal.executed:
                 journal.look(dbapi)
-            if known.kind_of(statement) or journal.entries or journal.commits_last:
+            if kind or journal.entries or journal.commits_last:
                 journal.check_statement(statement, raw_of(dbapi))
         elif journal.ending is not asyncio.current_task():
             operation = "A statement"
@@ -149,7 +152,7 @@ class ReaderConnection(Connection):
             self.info[SETTINGS_CHANGED] = True
         return super().execution_options(**options)
 
-    def check_statement(self, statement: str) -> None:
+    def check_statement(self, statement: str, _: object) -> None:
         # One of them may be what makes the connection read-only.
         if known.changes_settings(statement):
             self.info[SETTINGS_CHANGED] = True

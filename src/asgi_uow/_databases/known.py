@@ -26,7 +26,9 @@ Meaning: TypeAlias = Literal[
     "aborting",  # the whole transaction is rolled back, whatever the savepoints
     "syntax",  # not understood, so nothing was done
 ]
-Kind: TypeAlias = Literal["transaction_control", "implicit_commit"]  # of a statement
+Kind: TypeAlias = Literal[  # of a statement
+    "transaction_control", "implicit_commit", "setting", "local_setting"
+]
 
 
 class _Facts:
@@ -47,6 +49,8 @@ class Driver(_Facts):
     cancels_on_server: bool = False  # a cancelled statement, where it can still await
     errors_hide_state: bool = False  # `in_transaction` is that of before an error
     connect_args: tuple[tuple[str, object], ...] = ()  # unless the engine has its own
+
+    connects_with: str | None = None  # if its signature names all that it takes
 
     def in_transaction(self, _: Any, /) -> bool:
         return True
@@ -88,7 +92,6 @@ class Database(_Facts):
 
     EXTRAS: Mapping[str, str]  # by the driver they install; the first is the default
     PACKAGES: frozenset[str]  # where drivers, sync ones too, define their errors
-    URL_QUERY: Mapping[str, str] = {}  # added to the URL, unless it says otherwise
     ENGINE_OPTIONS: Mapping[str, object] = {}
     SINGLE_WRITER: bool = False  # only one transaction can write at a time
     READ_ONLY_STATEMENT: str  # makes a connection read-only, for as long as it lives
@@ -102,11 +105,16 @@ class Database(_Facts):
     BEGIN_WRITE: str | None = None
     TRANSACTION_ID: str | None = None  # asked before COMMIT, for `was_committed`
     CODES: Mapping[str, frozenset[int | str]]  # by `Meaning`; "57P" is a class
+    SET_LOCAL_LASTS: bool = False  # longer than the transaction
     TRANSACTION_CONTROL: str | None = None  # regular expression, beside `_USUAL`
     IMPLICIT_COMMIT: str | None = None  # likewise: what commits what came before
     DRIVERS: Mapping[str, Any]  # by SQLAlchemy's name; see `Driver`
     # Finds the code in a driver's error, or in SQLAlchemy's around it.
     code_of: Callable[[BaseException], int | str | None]
+
+    # What a URL asks for, as the driver wants it; raises ValueError where it cannot.
+    def url_query(self, query: Mapping[str, Any], _driver: str, /) -> dict[str, Any]:
+        return dict(query)
 
     # Prepares a new connection; gives codes that are "aborting" there, beside CODES.
     def set_up(self, _raw: Any, /, *, read_only: bool) -> frozenset[int | str]:  # noqa: ARG002
@@ -160,10 +168,12 @@ def codes(meaning: Meaning) -> frozenset[int | str]:
     return frozenset().union(*(each.CODES.get(meaning, ()) for each in FACTS))
 
 
+_COMMENTS = r"(?:\s|/\*.*?\*/|--[^\n]*\n|\#[^\n]*\n)*"
+
+
 def _pattern(*statements: str | None) -> re.Pattern[str]:
-    comments = r"(?:\s|/\*.*?\*/|--[^\n]*\n|\#[^\n]*\n)*"
     alternatives = "|".join(filter(None, statements))
-    return re.compile(f"(?is){comments}(?:{alternatives})")
+    return re.compile(f"(?is){_COMMENTS}(?:{alternatives})")
 
 
 _USUAL = (
@@ -183,15 +193,25 @@ HARMLESS = re.compile(
     r"[^;]*;?\s*"
 )
 _NUMBER = re.compile(r"(?<![\w$])\d[\w.]*")
+_LOCAL = re.compile(rf"(?is)\bset_config\b|{_COMMENTS}SET\s+LOCAL\b")
+_SETTING = re.compile(  # where SET is not that of UPDATE
+    rf"(?is)\bset_config\b.*\bfalse\b|(?:^|;){_COMMENTS}(?:/\*M?!\d*\s*)?(?:RESET\b|"
+    r"SET\b(?!\s+(?:LOCAL|TRANSACTION|STATEMENT|CONSTRAINTS)\b)|"
+    r"DISCARD\b|USE\b|PRAGMA\b[^;]*[=(])"
+)
 _SETTINGS = re.compile(r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|set_config)\b")
 
 
 @functools.lru_cache(maxsize=1024)
 def kind_of(statement: str) -> Kind | None:
-    """Tell what begins or ends a transaction, or commits it on some databases."""
+    """Tell what ends a transaction, commits it on some databases, or sets something."""
     if _CONTROL.match(statement):
         return "transaction_control"
-    return "implicit_commit" if _COMMITS.match(statement) else None
+    if _COMMITS.match(statement):
+        return "implicit_commit"
+    if _SETTING.search(statement):
+        return "setting"
+    return "local_setting" if _LOCAL.search(statement) else None
 
 
 def without_literals(statement: str) -> str:

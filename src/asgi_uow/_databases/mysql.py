@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 EXTRAS = {"asyncmy": "mysql"}
 PACKAGES = frozenset({"asyncmy", "aiomysql", "pymysql", "MySQLdb"})
-URL_QUERY = {"charset": "utf8mb4"}
 # The server closes a connection that is idle for wait_timeout, 28800 seconds.
 ENGINE_OPTIONS = {"pool_recycle": 1800}
 READ_ONLY_STATEMENT = "SET SESSION TRANSACTION READ ONLY"
@@ -45,6 +44,7 @@ CODES = {
     "syntax": frozenset({1064}),
 }
 
+SET_LOCAL_LASTS = True  # it is SET SESSION
 TRANSACTION_CONTROL = (
     r"(?:UN)?LOCK\s+TABLES?\b|"
     r"SET\s+(?:SESSION\s+|GLOBAL\s+|@@(?:\w+\.)?)?AUTOCOMMIT\b"
@@ -56,6 +56,13 @@ IMPLICIT_COMMIT = (
     r"FLUSH\b|INSTALL\b|UNINSTALL\b|CACHE\s+INDEX\b|LOAD\s+INDEX\b|SET\s+PASSWORD\b"
 )
 
+SSL = re.compile("ssl(?:[-_]?mode)?")
+SSL_MODES = {  # and whether the name of the host is checked
+    "TRUE": "false",
+    "REQUIRED": "false",
+    "VERIFY_CA": "false",
+    "VERIFY_IDENTITY": "true",
+}
 IN_TRANSACTION = 1  # SERVER_STATUS_IN_TRANS
 GTID = re.compile(r"([0-9]{1,10})-([0-9]{1,10})-([0-9]{1,20})")
 GTID_LIST = re.compile(rf"{GTID.pattern}(?:,{GTID.pattern})*")
@@ -73,6 +80,7 @@ class Asyncmy:
     errors_hide_state = True  # an error packet has no status
     is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
     process_id = methodcaller("thread_id")
+    connects_with = "asyncmy:connect"
 
     def is_busy(self, raw: Any) -> bool:
         # What has come of an answer and is not read yet is in the buffer.
@@ -94,6 +102,18 @@ class Asyncmy:
 
 
 DRIVERS = {"asyncmy": Asyncmy()}
+
+
+def url_query(query: Any, _: str) -> dict[str, Any]:
+    kept = {"charset": "utf8mb4"}
+    kept |= {key: query[key] for key in query if not SSL.fullmatch(key)}
+    for key in query.keys() - kept.keys():
+        kept["ssl_check_hostname"] = SSL_MODES.get(mode := query[key].upper(), "")
+        # Without a certificate the driver would verify nothing.
+        if mode not in SSL_MODES or (mode[0] == "V" and "ssl_ca" not in kept):
+            message = "ssl_mode is REQUIRED, or VERIFY_CA or VERIFY_IDENTITY beside "
+            raise ValueError(message + "ssl_ca=/path/of/certificates.pem.")
+    return kept
 
 
 def code_of(error: BaseException) -> int | None:

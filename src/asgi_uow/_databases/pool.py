@@ -128,7 +128,7 @@ class _Policy:
         self, engine: sa.Engine, *, read_only: bool, read_isolation: Isolation
     ) -> None:
         self.creator = engine.pool._invoke_creator  # noqa: SLF001
-        self.dialect = engine.dialect
+        self.dialect: Any = engine.dialect  # of one of many databases
         self.database = known.database_of(engine.dialect)
         self.driver = known.driver_of(engine.dialect)
         self.is_memory = known.is_memory(engine.url)
@@ -268,4 +268,4 @@ def _check_statement(_: object, statement: str, *context: object) -> None:
     # The context comes last, with parameters before it or without.
     connection = getattr(context[-1], "root_connection", None)
     if isinstance(connection, Connection):
-        connection.check_statement(statement)
+        connection.check_statement(statement, context[0])

@@ -10,6 +10,7 @@ import socket
 from asyncio import Future
 from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 import sqlalchemy as sa
 from anyio import current_time, move_on_after, sleep
@@ -69,6 +70,7 @@ TRANSACTION_ID = (  # NULL if nothing was written
 STATUS = f"SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8)), {EPOCH}"
 # 22023: the server has not given the id to anybody (since it crashed).
 ANSWERS: dict[object, bool] = {"committed": True, "aborted": False, "22023": False}
+LIBPQ = re.compile("ssl(?!password).+|application_name|options")
 PSYCOPG_IN_ERROR = 3  # pq.TransactionStatus.INERROR: only ROLLBACK is accepted
 
 
@@ -83,6 +85,7 @@ class Asyncpg(_Driver):
     is_dead = methodcaller("is_closed")
     process_id = methodcaller("get_server_pid")
     cut_off = methodcaller("terminate")
+    connects_with = "asyncpg:connect"
 
     def is_busy(self, raw: Any) -> bool:
         # Its protocol shows nobody the future for the answer that it waits for; that
@@ -137,6 +140,18 @@ class Psycopg(_Driver):
 
 
 DRIVERS = {"asyncpg": Asyncpg(), "psycopg": Psycopg()}
+
+
+def url_query(query: Any, driver: str) -> dict[str, Any]:
+    said = {"sslmode" if key == "ssl" else key: query[key] for key in query}
+    if said.get("sslmode") in {"true", "1"}:
+        said["sslmode"] = "require"
+    # asyncpg takes libpq's words for TLS, and settings, in a DSN alone.
+    moved = {key: said[key] for key in said if LIBPQ.fullmatch(key)}
+    if driver != "asyncpg" or not moved:
+        return said
+    kept = {key: said[key] for key in said if key not in moved}
+    return {**kept, "dsn": f"postgresql://?{urlencode(moved)}"}
 
 
 def code_of(error: BaseException) -> str | None:
