@@ -145,6 +145,21 @@ async def test_function(backend: SQLiteBackend, made: str) -> None:
         assert {7} == set(await ask_everybody(db, "SELECT seven()"))
 
 
+@on("aiosqlite")
+@made
+async def test_function_after_dispose(backend: SQLiteBackend, made: str) -> None:
+    """So can one that is registered while the engine begins with another pool."""
+    async with listening(backend.url, made) as db:
+        await ask_everybody(db, "SELECT 6")
+        await db.dispose()
+
+        @event.listens_for(db.engine.sync_engine, "connect")
+        def register(dbapi: Any, _: object) -> None:
+            dbapi.create_function("seven", 0, lambda: 7)
+
+        assert {7} == set(await ask_everybody(db, "SELECT seven()"))
+
+
 @on("asyncpg")
 @made
 async def test_type_codec(backend: PostgreSQLBackend, made: str) -> None:

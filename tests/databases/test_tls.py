@@ -28,7 +28,7 @@ def with_certificate(server: Server) -> Iterator[str]:
     folder = server.folder
     words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=shop"
     names = ["-addext", f"subjectAltName=IP:{HOST}"]
-    files = ["-keyout", folder / "key.pem", "-out", folder / "cert.pem"]
+    files = ["-keyout", f"{folder}/key.pem", "-out", f"{folder}/cert.pem"]
     command = ["openssl", *words.split(), *names, *files]
     subprocess.run(command, check=True, capture_output=True)
     if server._run_as is not None:

@@ -85,7 +85,7 @@ class Connection(sa.Connection):
     def check_statement(self, statement: str, parameters: object) -> None:
         """Have the journal look at what came before, and at one that is not plain."""
         journal, kind = self.journal, known.kind_of(statement)
-        if kind in {"setting", "local_setting"}:
+        if kind in {"setting", "local"}:
             policy = self._execution_options[POLICY]
             lasts = policy.database.SET_LOCAL_LASTS or "False" in repr(parameters)
             if kind == "setting" or lasts:

@@ -26,9 +26,7 @@ Meaning: TypeAlias = Literal[
     "aborting",  # the whole transaction is rolled back, whatever the savepoints
     "syntax",  # not understood, so nothing was done
 ]
-Kind: TypeAlias = Literal[  # of a statement
-    "transaction_control", "implicit_commit", "setting", "local_setting"
-]
+Kind: TypeAlias = Literal["transaction_control", "implicit_commit", "setting", "local"]
 
 
 class _Facts:
@@ -209,9 +207,8 @@ def kind_of(statement: str) -> Kind | None:
         return "transaction_control"
     if _COMMITS.match(statement):
         return "implicit_commit"
-    if _SETTING.search(statement):
-        return "setting"
-    return "local_setting" if _LOCAL.search(statement) else None
+    local: Kind | None = "local" if _LOCAL.search(statement) else None
+    return "setting" if _SETTING.search(statement) else local
 
 
 def without_literals(statement: str) -> str:

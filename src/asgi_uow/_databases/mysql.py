@@ -57,12 +57,7 @@ IMPLICIT_COMMIT = (
 )
 
 SSL = re.compile("ssl(?:[-_]?mode)?")
-SSL_MODES = {  # and whether the name of the host is checked
-    "TRUE": "false",
-    "REQUIRED": "false",
-    "VERIFY_CA": "false",
-    "VERIFY_IDENTITY": "true",
-}
+SSL_MODES = {"TRUE", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY"}
 IN_TRANSACTION = 1  # SERVER_STATUS_IN_TRANS
 GTID = re.compile(r"([0-9]{1,10})-([0-9]{1,10})-([0-9]{1,20})")
 GTID_LIST = re.compile(rf"{GTID.pattern}(?:,{GTID.pattern})*")
@@ -108,11 +103,14 @@ def url_query(query: Any, _: str) -> dict[str, Any]:
     kept = {"charset": "utf8mb4"}
     kept |= {key: query[key] for key in query if not SSL.fullmatch(key)}
     for key in query.keys() - kept.keys():
-        kept["ssl_check_hostname"] = SSL_MODES.get(mode := query[key].upper(), "")
+        mode = query[key].upper()
         # Without a certificate the driver would verify nothing.
-        if mode not in SSL_MODES or (mode[0] == "V" and "ssl_ca" not in kept):
-            message = "ssl_mode is REQUIRED, or VERIFY_CA or VERIFY_IDENTITY beside "
-            raise ValueError(message + "ssl_ca=/path/of/certificates.pem.")
+        if mode not in SSL_MODES or (mode[0] == "V" and "ssl_ca" not in query):
+            message = (
+                "ssl_mode is REQUIRED, or VERIFY_CA or VERIFY_IDENTITY with ssl_ca."
+            )
+            raise ValueError(message)
+        kept["ssl_check_hostname"] = str(mode == "VERIFY_IDENTITY")
     return kept
 
 

@@ -94,13 +94,9 @@ def derive_engine(engine: AsyncEngine, place: AsyncEngine | None = None) -> Asyn
 
 
 class _Derived(OptionEngine):
-    """An engine with a pool of its own; all else is that of the one it is made from.
+    """Has its own pool; its dialect and listeners, later ones too, are another's."""
 
-    The dialect is, which is initialised once, and so are all listeners, later ones too.
-    """
-
-    # In SQLAlchemy's class properties, which give those of the other engine.
-    pool: sa.Pool = None  # type: ignore[assignment]
+    pool: sa.Pool = None  # type: ignore[assignment]  # SQLAlchemy has properties here
     _has_events = False
 
     def __init__(self, source: sa.Engine, place: sa.Engine) -> None:
@@ -120,8 +116,7 @@ class _Derived(OptionEngine):
 class _Policy:
     """What is done with the connections of one engine, mostly by asking the driver.
 
-    Its listeners are those of all engines that share a dialect. What differs between
-    them is in the policy of the engine that a connection is of.
+    Engines with one dialect share listeners; a connection's `info` has its own policy.
     """
 
     def __init__(
