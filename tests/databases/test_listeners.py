@@ -227,7 +227,11 @@ async def test_listening_later(backend: Backend) -> None:
         await ask_everybody(db, "SELECT 6")
         target = db.engine.sync_engine
         for name in ("checkout", "do_execute", "before_cursor_execute"):
-            event.listen(target, name, lambda *_, name=name: seen.append(name))
+
+            def note(*_: object, name: str = name) -> None:
+                seen.append(name)
+
+            event.listen(target, name, note)
         answers = await ask_everybody(db, "SELECT 6")
     expected = ["checkout", "before_cursor_execute", "do_execute"]
     assert expected * len(answers) == seen

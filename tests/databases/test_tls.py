@@ -15,7 +15,7 @@ from tests.servers.process import HOST, MariaDB, PostgreSQL, Server
 from tests.support.databases import on
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from tests.servers import MariaDBBackend, PostgreSQLBackend
 
@@ -23,7 +23,7 @@ FILES = {"key": "../key.pem", "cert": "../cert.pem"}  # seen from the server's d
 
 
 @contextmanager
-def with_certificate(server: Server) -> Iterator[str]:
+def with_certificate(server: Server) -> Generator[str]:
     """A server with a certificate for its address; gives the path of that."""
     folder = server.folder
     words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=shop"

@@ -103,12 +103,13 @@ class _Derived(OptionEngine):
         super().__init__(source, {})
         self.url, self.pool = place.url, place.pool.recreate()
         dialect, pool = place.dialect, self.pool  # whose creator has that dialect
-        dialect.dispatch, dialect._has_events = source.dialect.dispatch, True  # noqa: SLF001
-        pool.dispatch, pool._dialect = source.pool.dispatch, source.dialect  # noqa: SLF001
+        vars(dialect).update(dispatch=source.dialect.dispatch, _has_events=True)
+        vars(pool).update(dispatch=source.pool.dispatch, _dialect=source.dialect)
 
     def raw_connection(self) -> sa.PoolProxiedConnection:
         source, pool = self._proxied, self.pool
-        pool.dispatch = source.pool.dispatch  # another since the last `dispose()`
+        events: Any = source.pool.dispatch  # another since the last `dispose()`
+        pool.dispatch = events
         self._has_events = self._has_events or source._has_events  # noqa: SLF001
         return pool.connect()
 
