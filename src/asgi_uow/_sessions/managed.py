@@ -225,7 +225,7 @@ def _accept_connection(
     host = (reader and reader.writer) or session
     if session.connected is None and host is session:
         session.connected = time.perf_counter()
-    if connection.engine is not host.bind:
+    if connection.engine not in {host.bind, session.bind}:  # its own: begun before
         message = "A session works on one engine: leave `binds` and bind_arguments out."
         raise errors.ConfigurationError(message)
     if reader is not None or not isinstance(connection, Connection):
