@@ -14,6 +14,7 @@ from asgi_uow import errors
 from asgi_uow._databases import configuration
 from asgi_uow._databases.engines import Engines, check_databases
 from asgi_uow._databases.health import check
+from asgi_uow._databases.loops import derive_engine
 from asgi_uow._decision import UNDECIDED, WRITABLE, Cause, State, decide_exit, rollback
 from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.finish import end_unit
@@ -104,9 +105,12 @@ class Database(Engines):
         names = configuration.OF_SESSIONS & options.keys()
         session_options = {name: options.pop(name) for name in names}
         configuration.check({"read_urls": read_urls})
+        engine = create(url, options)
         database = cls(
-            None,
-            readers=[create(each, options) for each in read_urls],
+            engine,
+            readers=[
+                derive_engine(engine, create(each, options)) for each in read_urls
+            ],
             commit_on_exit=commit_on_exit,
             resolve_unknown=resolve_unknown,
             read_isolation=read_isolation,
@@ -115,7 +119,6 @@ class Database(Engines):
             commit_flushes=commit_flushes,
             **session_options,
         )
-        database.use(create(url, options), create(url, options))
         database.owns_engines = True
         return database
 

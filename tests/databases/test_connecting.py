@@ -171,8 +171,7 @@ async def test_limit_of_connecting(backend: ServerBackend, own: int | None) -> N
         given.append(options[name])
 
     db = Database.from_url(backend.url, connect_args={name: own} if own else {})
-    for engine in (db.engine, db.read_engine):
-        event.listen(engine.sync_engine, "do_connect", note)
+    event.listen(db.engine.sync_engine, "do_connect", note)
     async with db:
         await db.read.execute("SELECT 1")
         await db.write.execute("SELECT 1")

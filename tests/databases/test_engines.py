@@ -457,8 +457,7 @@ async def test_dispose_of_a_file(sqlite: SQLiteBackend) -> None:
     def close(*_: object) -> None:
         closing.append(asyncio.current_task())
 
-    for engine in (db.engine, db.read_engine):
-        event.listen(engine.sync_engine, "close", close)
+    event.listen(db.engine.sync_engine, "close", close)
     async with db:
         await db.write.execute("CREATE TABLE items (id INTEGER)")
     async with AsyncExitStack() as used:

@@ -455,7 +455,8 @@ async def test_position_that_cannot_be_learnt(
         def refuse(*_: object) -> None:
             raise ConnectionRefusedError
 
-        event.listen(engine, "do_connect", refuse)
+        async with site.db.engine.connect():  # the writer has a connection already
+            event.listen(engine, "do_connect", refuse)
         token = (await site.send(insert_one)).cookie
         event.remove(engine, "do_connect", refuse)
         assert 200 == (await site.send(site.read, cookie=token)).status

@@ -74,8 +74,7 @@ async def house(
 
     options = {**POOL_OF_ONE, "on_begin": on_begin, **options}
     async with shop_database(backend, url, **options) as db:
-        for engine in (db.engine, db.read_engine):
-            event.listen(engine.sync_engine, "before_cursor_execute", record)
+        event.listen(db.engine.sync_engine, "before_cursor_execute", record)
         yield db, question, executed
         assert [0, 0] == checked_out(db)
 

@@ -7,6 +7,7 @@ import difflib
 import inspect
 import warnings
 from contextlib import suppress
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -27,6 +28,8 @@ DEFAULTS: Mapping[str, object] = {
     # Errors go to logs and error trackers, parameters are people's data.
     "hide_parameters": True,
 }
+# SQLAlchemy takes these out of what a URL says.
+SQLALCHEMYS = ("prepared_statement_cache_size", "async_fallback")
 # An in-memory database is its connection: one, for one unit at a time, for good.
 ONE_CONNECTION: Mapping[str, object] = {
     "poolclass": sa.AsyncAdaptedQueuePool,
@@ -187,7 +190,8 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
             message = f"{parsed.drivername!r} is not an async driver: leave the driver "
             message += "out to get the usual one, or name an async one."
             raise ConfigurationError(message)
-        return create_async_engine(parsed, **{**defaults, **options, **forced})
+        engine = create_async_engine(parsed, **{**defaults, **options, **forced})
+        _check_arguments(engine.dialect, parsed)
     except ModuleNotFoundError as error:
         driver = parsed.get_driver_name()
         extra = database.EXTRAS.get(driver) if database else None
@@ -197,6 +201,16 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         raise ConfigurationError(message) from error
     except (TypeError, sa_exc.ArgumentError) as error:
         raise ConfigurationError(str(error)) from error
+    return engine
+
+
+def _check_arguments(dialect: sa.Dialect, url: sa.URL) -> None:
+    """Refuse at once what the driver would refuse when it connects."""
+    if (name := known.driver_of(dialect).connects_with) is not None:
+        taken = {*inspect.signature(resolve_name(name)).parameters, *SQLALCHEMYS}
+        for key in dialect.create_connect_args(url)[1].keys() - taken:
+            message = f"The driver {dialect.driver} takes no {key!r}: leave it out."
+            raise ConfigurationError(message)
 
 
 def _read_url(url: str | sa.URL) -> tuple[sa.URL, known.Database | None]:
@@ -214,5 +228,8 @@ def _read_url(url: str | sa.URL) -> tuple[sa.URL, known.Database | None]:
         return parsed, None
     if "+" not in name:
         name = f"{name}+{next(iter(database.EXTRAS))}"
-    parsed = parsed.set(drivername=name)
-    return parsed.update_query_dict({**database.URL_QUERY, **parsed.query}), database
+    try:
+        query = database.url_query(parsed.query, name.partition("+")[2])
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+    return parsed.set(drivername=name, query=query), database

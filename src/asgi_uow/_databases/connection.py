@@ -38,6 +38,7 @@ class Connection(sa.Connection):
     deadline: Any = None  # until its unit ends, if that has one
     is_beginning: bool = False  # its settings are set anew in each transaction
     is_kept = False  # for later calls: somebody was given it, or has changed it
+    _send_rollback = sa.Connection._rollback_impl  # noqa: SLF001
 
     def _begin_impl(self, transaction: RootTransaction) -> None:
         super()._begin_impl(transaction)
@@ -81,27 +82,25 @@ class Connection(sa.Connection):
             self.journal.record_rollback()
         fairy = self._dbapi_connection
         if fairy is not None and fairy.dbapi_connection is not None:
-            self.call_alone(super()._rollback_impl)
+            self.call_alone(self._send_rollback)
         if fairy is not None and fairy is self._dbapi_connection:
             fairy.info.pop(ERROR_SEEN, None)
 
-    def refuse_beside_stream(self) -> None:
-        """Raise `ConcurrentUseError`, also for what the ORM loads by itself."""
-        driver, dbapi = self._execution_options[POLICY].driver, self.connection
-        if driver.exclusive_streams and driver.is_streaming(dbapi.driver_connection):
-            operation = "A statement"
-            raise ConcurrentUseError(operation, "a stream() is still being read")
-
-    def check_statement(self, statement: str) -> None:
+    def check_statement(self, statement: str, parameters: object) -> None:
         """Have the journal look at what came before, and at one that is not plain."""
-        journal = self.journal
+        journal, kind = self.journal, known.kind_of(statement)
+        if kind in {"setting", "local"} and not self.is_beginning:
+            policy = self._execution_options[POLICY]
+            lasts = policy.database.SET_LOCAL_LASTS or "False" in repr(parameters)
+            if kind == "setting" or lasts:
+                self.info[SETTINGS_CHANGED] = not policy.is_memory
         if journal is None:
             return
         dbapi = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
         if journal.ending is None:
             if journal.executed:
                 journal.look(dbapi)
-            if known.kind_of(statement) or journal.entries or journal.commits_last:
+            if kind or journal.entries or journal.commits_last:
                 journal.check_statement(statement, raw_of(dbapi))
         elif journal.ending is not asyncio.current_task():
             operation = "A statement"
@@ -145,12 +144,19 @@ class Connection(sa.Connection):
 class ReaderConnection(Connection):
     """Remembers what makes a connection of a read engine another."""
 
+    def _send_rollback(self) -> None:
+        raw: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
+        if not self.dialect.detect_autocommit_setting(raw):
+            super()._send_rollback()
+        elif self.engine._has_events:  # noqa: SLF001  # otherwise there is nothing to do
+            self.dispatch.rollback(self)
+
     def execution_options(self, **options: Any) -> Any:
         if not CHANGING_OPTIONS.isdisjoint(options):
             self.info[SETTINGS_CHANGED] = self.is_kept = True
         return super().execution_options(**options)
 
-    def check_statement(self, statement: str) -> None:
+    def check_statement(self, statement: str, _: object) -> None:
         # One of them may be what makes the connection read-only.
         if known.changes_settings(statement) and not self.is_beginning:
             self.info[SETTINGS_CHANGED] = self.is_kept = True

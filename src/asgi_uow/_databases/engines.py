@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import StaticPool
 
 from asgi_uow._concurrency import bounded, run_to_completion
@@ -94,8 +94,8 @@ class Engines:
     def engine(self, engine: AsyncEngine) -> None:
         self.use(engine)
 
-    def use(self, engine: AsyncEngine, read_engine: AsyncEngine | None = None) -> None:
-        """Take the writer, and the read engine, or one made like the writer."""
+    def use(self, engine: AsyncEngine) -> None:
+        """Take the writer, and make the read engine."""
         if self._engine is not None:
             message = "This Database has an engine already; make another Database."
             raise ConfigurationError(message)
@@ -114,9 +114,9 @@ class Engines:
             message = "pooler: not with SQLite, twophase, or read_isolation on MySQL."
             raise ConfigurationError(message)
         self.is_memory = known.is_memory(engine.url)
-        if not self.is_memory:  # there the one connection has to be writable
-            self._read_engine = read_engine or derive_engine(engine)
         attach_listeners(engine, Use(read_only=False, pooler=self.pooler))
+        if not self.is_memory:  # there the one connection has to be writable
+            self._read_engine = loops.derive_engine(engine)
         self._make_readers_read_only()
         self._engine = engine
 
@@ -219,9 +219,14 @@ class Engines:
                 return False
         return None
 
+    @property
+    def engines(self) -> tuple[AsyncEngine, ...]:
+        """All engines, each once: the writer, its read engine, the replicas."""
+        return tuple({self.engine: 0, self.read_engine: 0}) + self._readers
+
     async def dispose(self) -> None:
         """Close every pooled connection of the writer and the readers, all at once."""
-        await _dispose({self.engine, self.read_engine, *self._readers})
+        await _dispose(set(self.engines))
 
     async def dispose_owned(self) -> None:
         """Close the connections of the engines that asgi-uow made."""
@@ -235,20 +240,6 @@ class Engines:
         return f"{type(self).__name__}({shown})"
 
 
-def derive_engine(engine: AsyncEngine) -> AsyncEngine:
-    """Make an engine with a pool of its own that connects just as `engine` does."""
-    sync = engine.sync_engine
-    return create_async_engine(
-        engine.url,
-        pool=sync.pool.recreate(),
-        echo=sync.echo,
-        hide_parameters=sync.hide_parameters,
-        execution_options=sync.get_execution_options(),
-        json_serializer=getattr(sync.dialect, "_json_serializer", None),
-        json_deserializer=getattr(sync.dialect, "_json_deserializer", None),
-    )
-
-
 async def _dispose(engines: set[AsyncEngine]) -> None:
     await loops.close(*(each.pool for each in engines))
     for each in engines:
@@ -257,7 +248,7 @@ async def _dispose(engines: set[AsyncEngine]) -> None:
 
 @asynccontextmanager
 async def _aside(engine: AsyncEngine) -> AsyncGenerator[AsyncEngine]:
-    aside = derive_engine(engine)
+    aside = loops.derive_engine(engine)
     try:
         yield aside
     finally:

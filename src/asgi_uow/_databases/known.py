@@ -30,7 +30,7 @@ Meaning: TypeAlias = Literal[
     "aborting",  # the whole transaction is rolled back, whatever the savepoints
     "syntax",  # not understood, so nothing was done
 ]
-Kind: TypeAlias = Literal["transaction_control", "implicit_commit"]  # of a statement
+Kind: TypeAlias = Literal["transaction_control", "implicit_commit", "setting", "local"]
 
 
 class _Facts:
@@ -52,6 +52,8 @@ class Driver(_Facts):
     connect_args: tuple[tuple[str, object], ...] = ()  # unless the engine has its own
     pooled_args: tuple[tuple[str, object], ...] = ()  # so that no statement is kept
 
+    connects_with: str | None = None  # if its signature names all that it takes
+
     def in_transaction(self, _: Any, /) -> bool:
         return True
 
@@ -59,7 +61,7 @@ class Driver(_Facts):
         return False
 
     is_busy = is_dead  # is a statement in flight, whoever has sent it?
-    is_streaming = is_dead  # would a statement drop rows that are still to be read?
+    last_result = is_dead  # which may be `unbuffered_active`: has rows still to be read
     reports_writable = is_dead  # does the server say it is not read-only (any more)?
 
     def aborts_transaction(self, _: Any, error: BaseException, /) -> bool:
@@ -110,7 +112,6 @@ class Database(_Facts):
 
     EXTRAS: Mapping[str, str]  # by the driver they install; the first is the default
     PACKAGES: frozenset[str]  # where drivers, sync ones too, define their errors
-    URL_QUERY: Mapping[str, str] = {}  # added to the URL, unless it says otherwise
     ENGINE_OPTIONS: Mapping[str, object] = {}
     SINGLE_WRITER: bool = False  # only one transaction can write at a time
     READ_ONLY_STATEMENT: str  # makes a connection read-only, for as long as it lives
@@ -126,11 +127,16 @@ class Database(_Facts):
     BEGIN_AT_LEVEL: str | None = None
     TRANSACTION_ID: str | None = None  # asked before COMMIT, for `was_committed`
     CODES: Mapping[str, frozenset[int | str]]  # by `Meaning`; "57P" is a class
+    SET_LOCAL_LASTS: bool = False  # longer than the transaction
     TRANSACTION_CONTROL: str | None = None  # regular expression, beside `_USUAL`
     IMPLICIT_COMMIT: str | None = None  # likewise: what commits what came before
     DRIVERS: Mapping[str, Any]  # by SQLAlchemy's name; see `Driver`
     # Finds the code in a driver's error, or in SQLAlchemy's around it.
     code_of: Callable[[BaseException], int | str | None]
+
+    # What a URL asks for, as the driver wants it; raises ValueError where it cannot.
+    def url_query(self, query: Mapping[str, Any], _driver: str, /) -> dict[str, Any]:
+        return dict(query)
 
     # Prepares a new connection; gives codes that are "aborting" there, beside CODES.
     def set_up(self, _raw: Any, /, *, read_only: bool) -> frozenset[int | str]:  # noqa: ARG002
@@ -184,10 +190,12 @@ def codes(meaning: Meaning) -> frozenset[int | str]:
     return frozenset().union(*(each.CODES.get(meaning, ()) for each in FACTS))
 
 
+_COMMENTS = r"(?:\s|/\*.*?\*/|--[^\n]*\n|\#[^\n]*\n)*"
+
+
 def _pattern(*statements: str | None) -> re.Pattern[str]:
-    comments = r"(?:\s|/\*.*?\*/|--[^\n]*\n|\#[^\n]*\n)*"
     alternatives = "|".join(filter(None, statements))
-    return re.compile(f"(?is){comments}(?:{alternatives})")
+    return re.compile(f"(?is){_COMMENTS}(?:{alternatives})")
 
 
 _USUAL = (
@@ -211,14 +219,23 @@ _SETTINGS = re.compile(  # or what else the next statement finds on its connecti
     r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|PREPARE|set_config|GET_LOCK|\w*FOUND_ROWS"
     r"|pg_(?:try_)?advisory_lock(?:_shared)?)\b|@\w+\s*:=|\bINTO\s+@"
 )
+_LOCAL = re.compile(rf"(?is)\bset_config\b|{_COMMENTS}SET\s+LOCAL\b")
+_SETTING = re.compile(  # where SET is not that of UPDATE
+    rf"(?is)\bset_config\b.*\bfalse\b|(?:^|;){_COMMENTS}(?:/\*M?!\d*\s*)?(?:RESET\b|"
+    r"SET\b(?!\s+(?:LOCAL|TRANSACTION|STATEMENT|CONSTRAINTS)\b)|"
+    r"DISCARD\b|USE\b|PRAGMA\b[^;]*[=(])"
+)
 
 
 @functools.lru_cache(maxsize=1024)
 def kind_of(statement: str) -> Kind | None:
-    """Tell what begins or ends a transaction, or commits it on some databases."""
+    """Tell what ends a transaction, commits it on some databases, or sets something."""
     if _CONTROL.match(statement):
         return "transaction_control"
-    return "implicit_commit" if _COMMITS.match(statement) else None
+    if _COMMITS.match(statement):
+        return "implicit_commit"
+    local: Kind | None = "local" if _LOCAL.search(statement) else None
+    return "setting" if _SETTING.search(statement) else local
 
 
 def without_literals(statement: str) -> str:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
 import sqlalchemy as sa
+from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_uow._concurrency import register_at_fork, run_to_completion
 from asgi_uow._databases import known
-from asgi_uow.errors import WrongLoopError
+from asgi_uow.errors import ConfigurationError, WrongLoopError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -123,10 +125,33 @@ class SetUpLock(threading.Semaphore):
         return True
 
 
-def attach(engine: Any) -> None:
-    """Have an engine keep the connections of each loop apart."""
-    while (original := getattr(engine, "_proxied", None)) is not None:
-        engine = original
+class DerivedEngine(LoopEngine, OptionEngine):
+    """Has its own pools; its dialect and listeners, later ones too, are another's."""
+
+    def __init__(self, source: Any, place: Any) -> None:
+        OptionEngine.__init__(self, source, {})
+        self.url, self.process, self.is_memory = place.url, os.getpid(), False
+        # The place's creator knows its own dialect alone.
+        vars(place.dialect).update(dispatch=source.dialect.dispatch, _has_events=True)
+        self.like, pool = attach(source).like, place.pool.recreate()
+        vars(pool)["_dialect"] = source.dialect
+        self.pool = pool
+        _engines.add(self)
+
+
+def derive_engine(engine: AsyncEngine, place: AsyncEngine | None = None) -> AsyncEngine:
+    """Make an engine that does all as `engine`, in the place of another if named."""
+    place = place or engine
+    if type(place.dialect) is not type(engine.dialect):
+        message = "read_urls have to name the database and driver of the writer's URL."
+        raise ConfigurationError(message)
+    return AsyncEngine(DerivedEngine(engine.sync_engine, place.sync_engine))
+
+
+def attach(engine: Any) -> LoopEngine:
+    """Have an engine, which is returned, keep the connections of each loop apart."""
+    while isinstance(engine, OptionEngine) and not isinstance(engine, LoopEngine):
+        engine = engine._proxied  # noqa: SLF001
     if not isinstance(engine, LoopEngine):
         pool, engine.__class__ = engine.pool, LoopEngine
         engine.process, engine.is_memory = os.getpid(), known.is_memory(engine.url)
@@ -134,6 +159,8 @@ def attach(engine: Any) -> None:
         _engines.add(engine)
         if (loop := _get_running_loop()) is not None and not engine.is_memory:
             engine.enter(loop, pool)  # with the connections that it has
+    attached: LoopEngine = engine
+    return attached
 
 
 def leave(raw: object, entry: Any) -> bool:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 EXTRAS = {"asyncmy": "mysql"}
 PACKAGES = frozenset({"asyncmy", "aiomysql", "pymysql", "MySQLdb"})
-URL_QUERY = {"charset": "utf8mb4"}
 # The server closes a connection that is idle for wait_timeout, 28800 seconds.
 ENGINE_OPTIONS = {"pool_recycle": 1800}
 READ_ONLY_STATEMENT = "SET SESSION TRANSACTION READ ONLY"
@@ -46,6 +45,7 @@ CODES = {
     "syntax": frozenset({1064}),
 }
 
+SET_LOCAL_LASTS = True  # it is SET SESSION
 TRANSACTION_CONTROL = (
     r"(?:UN)?LOCK\s+TABLES?\b|"
     r"SET\s+(?:SESSION\s+|GLOBAL\s+|@@(?:\w+\.)?)?AUTOCOMMIT\b"
@@ -57,6 +57,8 @@ IMPLICIT_COMMIT = (
     r"FLUSH\b|INSTALL\b|UNINSTALL\b|CACHE\s+INDEX\b|LOAD\s+INDEX\b|SET\s+PASSWORD\b"
 )
 
+SSL = re.compile("ssl(?:[-_]?mode)?")
+SSL_MODES = {"TRUE", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY"}
 IN_TRANSACTION = 1  # SERVER_STATUS_IN_TRANS
 GTID = re.compile(r"([0-9]{1,10})-([0-9]{1,10})-([0-9]{1,20})")
 GTID_LIST = re.compile(rf"{GTID.pattern}(?:,{GTID.pattern})*")
@@ -73,6 +75,8 @@ class Asyncmy:
     connect_args = (("async_creator_fn", connect), ("connect_timeout", 10))
     errors_hide_state = True  # an error packet has no status
     is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
+    connects_with = "asyncmy:connect"
+    last_result = attrgetter("_result")
 
     def cancel_sql(self, raw: Any) -> str:
         return f"KILL QUERY {raw.thread_id()}"
@@ -82,9 +86,6 @@ class Asyncmy:
         proto = raw._proto  # noqa: SLF001
         unread = raw._result is None and proto.length > proto.pos  # noqa: SLF001
         return unread or proto._read_waiter is not None  # noqa: SLF001
-
-    def is_streaming(self, raw: Any) -> bool:
-        return raw._result is not None and raw._result.unbuffered_active  # noqa: SLF001
 
     def in_transaction(self, raw: Any) -> bool:
         # It keeps the old status where a result's is 0; a stream's comes at its end.
@@ -103,6 +104,21 @@ class Asyncmy:
 
 
 DRIVERS = {"asyncmy": Asyncmy()}
+
+
+def url_query(query: Any, _: str) -> dict[str, Any]:
+    kept = {"charset": "utf8mb4"}
+    kept |= {key: query[key] for key in query if not SSL.fullmatch(key)}
+    for key in query.keys() - kept.keys():
+        mode = query[key].upper()
+        # Without a certificate the driver would verify nothing.
+        if mode not in SSL_MODES or (mode[0] == "V" and "ssl_ca" not in query):
+            message = (
+                "ssl_mode is REQUIRED, or VERIFY_CA or VERIFY_IDENTITY with ssl_ca."
+            )
+            raise ValueError(message)
+        kept["ssl_check_hostname"] = str(mode == "VERIFY_IDENTITY")
+    return kept
 
 
 def code_of(error: BaseException) -> int | None:

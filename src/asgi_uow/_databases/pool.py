@@ -76,29 +76,37 @@ def attach_listeners(engine: AsyncEngine, use: Use) -> None:
             )
             raise errors.ConfigurationError(message)
         return
-    policy = _Policy(target, use)
-    loops.attach(target)
+    engine_of_pools = loops.attach(target)
+    policy = _Policy(engine_of_pools.like, target, use)
     # Not events of the engine: one listener there costs each statement 50 calls.
     target._connection_cls = ReaderConnection if use.read_only else Connection  # noqa: SLF001
     target.update_execution_options(**{POLICY: policy})
+    pools: Any = engine_of_pools.like, *engine_of_pools.pools.values()
+    for each in pools:
+        each._creator = policy.connect  # noqa: SLF001  # outlives its pool
+        if use.read_only:
+            # In AUTOCOMMIT there is nothing to roll back; a listener looks if there is.
+            each._reset_on_return = sa.pool.reset_none  # noqa: SLF001
+    if _check_statement in target.dialect.dispatch.do_execute:
+        return  # they are those of the engine that this one is derived from
     event.listen(target, "do_connect", policy.on_do_connect)
     event.listen(target, "connect", policy.on_first, insert=True)
-    event.listen(target, "connect", policy.on_connect)
     event.listen(target, "checkout", policy.on_checkout)
     event.listen(target, "reset", policy.on_reset)
     event.listen(target, "close", policy.on_close)
     event.listen(target, "handle_error", policy.on_error)
     for name in ("do_execute", "do_executemany", "do_execute_no_params"):
         event.listen(target, name, _check_statement)
-    if use.read_only:
-        # In AUTOCOMMIT there is nothing to roll back when a connection is closed.
-        target.dialect.skip_autocommit_rollback = True
 
 
 class _Policy:
-    """What is done with the connections of one engine, mostly by asking the driver."""
+    """What is done with the connections of one engine, mostly by asking the driver.
 
-    def __init__(self, engine: sa.Engine, use: Use) -> None:
+    Engines with one dialect share listeners; a connection's `info` has its own policy.
+    """
+
+    def __init__(self, pool: Any, engine: sa.Engine, use: Use) -> None:
+        self.creator = pool._invoke_creator  # noqa: SLF001
         self.engine = engine
         self.dialect: Any = engine.dialect  # of which PostgreSQL's does more
         self.database = known.database_of(engine.dialect)
@@ -122,16 +130,24 @@ class _Policy:
         if isinstance(name := options.get("async_creator_fn"), str):
             options["async_creator_fn"] = resolve_name(name)
 
+    def connect(self, rec: Entry) -> DBAPI:  # as SQLAlchemy names it
+        """Connect, and say whose connection it is."""
+        dbapi: DBAPI = self.creator(rec)
+        rec.info[POLICY] = self  # what it was derived from has said the same
+        return dbapi
+
     def on_first(self, dbapi: DBAPI, entry: Entry) -> None:
         """Find a pooler, before anything is set that it would hand on to others."""
-        if self.pooler is None and await_only(self.driver.is_pooled(raw_of(dbapi))):
+        policy: _Policy = entry.info[POLICY]
+        loops.owners[raw_of(dbapi)] = asyncio.get_running_loop(), self.driver
+        if policy.pooler is None and await_only(self.driver.is_pooled(raw_of(dbapi))):
             if entry.info.get(KEEPS_STATEMENTS):  # not known of a creator's own
                 self.dialect.do_close(dbapi)
                 message = POOLER_FOUND.format(self.driver.pooled_args)
                 raise errors.ConfigurationError(message)
-            self.pooler = "transaction"
-            if self.read_only:
-                self.look_after_reads()
+            policy.pooler = "transaction"
+            if policy.read_only:
+                policy.look_after_reads()
 
     def look_after_reads(self) -> None:
         """Keep each read in its transaction: behind a pooler only that is read-only."""
@@ -141,7 +157,8 @@ class _Policy:
 
     def before_read(self, _: object, __: object, statement: str, *___: object) -> None:
         kind = known.kind_of(statement)
-        if kind == "transaction_control" or (kind and self.database.IMPLICIT_COMMIT):
+        commits = kind == "implicit_commit" and self.database.IMPLICIT_COMMIT
+        if commits or kind == "transaction_control":
             operation = "What ends a read-only transaction"
             raise errors.ReadOnlySessionError(operation)
 
@@ -151,10 +168,11 @@ class _Policy:
             connection.invalidate()
             raise errors.TransactionGoneError
 
-    def on_connect(self, dbapi: DBAPI, entry: Entry) -> None:
-        """Set up a connection; as the last listener, so nothing set before survives."""
-        info, database = entry.info, self.database
-        loops.owners[raw_of(dbapi)] = asyncio.get_running_loop(), self.driver
+    def set_up(self, dbapi: DBAPI, info: dict[Any, Any]) -> None:
+        """Set up a connection, after all listeners: nothing set by them survives."""
+        database = self.database
+        if self.driver.in_transaction(raw_of(dbapi)):
+            self.dialect.do_commit(dbapi)  # what a listener has set in it is to last
         info[ABORTING_CODES] = database.set_up(dbapi, read_only=self.read_only)
         if self.read_only and self.pooler != "transaction":
             info[READ_ONLY_SESSION] = True
@@ -171,13 +189,16 @@ class _Policy:
             info[CANCEL_SQL] = self.driver.cancel_sql(raw_of(dbapi))
 
     def on_checkout(self, dbapi: DBAPI, entry: Entry, _: object) -> None:
-        """Replace a connection that is dead or silent, or that was not set up here."""
-        idle_since: float | None = entry.info.pop(IDLE_SINCE, None)
-        raw = raw_of(dbapi)
-        is_foreign = ABORTING_CODES not in entry.info and not self.is_memory
+        """Set up a new connection; replace a dead, silent or foreign one."""
+        info, raw = entry.info, raw_of(dbapi)
+        idle_since: float | None = info.pop(IDLE_SINCE, None)
+        is_foreign = POLICY not in info and not self.is_memory
         if is_foreign or self.driver.is_dead(raw):
-            message = "the connection was closed while it was idle, or not set up here"
+            message = "the connection was closed while it was idle, or not made here"
             raise DisconnectionError(message)
+        if ABORTING_CODES not in info:
+            policy: _Policy = info.setdefault(POLICY, self)
+            policy.set_up(dbapi, info)
         if idle_since is None or time.monotonic() - idle_since < PING_AFTER_IDLE:
             return
         try:
@@ -190,9 +211,9 @@ class _Policy:
 
     def on_reset(self, dbapi: DBAPI, entry: Entry, state: pool.PoolResetState) -> None:
         """Send ROLLBACK where needed; SQLAlchemy does not after a failed COMMIT."""
-        info = entry.info
+        info, raw = entry.info, raw_of(dbapi)
         info[IDLE_SINCE] = time.monotonic()
-        raw = raw_of(dbapi)
+        read_only = (info[POLICY] if POLICY in info else self).read_only  # noqa: SIM401
         writable = READ_ONLY_SESSION in info and self.driver.reports_writable(raw)
         if info.pop(SETTINGS_CHANGED, False) or writable:
             entry.invalidate(soft=True)  # replaced before anybody else gets it
@@ -204,7 +225,7 @@ class _Policy:
         is_busy = lock._locked or lock._waiters or self.driver.is_busy(raw)  # noqa: SLF001
         if is_open and not is_busy:
             dbapi.rollback()
-            if self.read_only and self.driver.in_transaction(raw):
+            if read_only and self.driver.in_transaction(raw):
                 # A BEGIN that SQLAlchemy does not know of: the cursor of a stream.
                 execute(dbapi, "ROLLBACK")
             is_open = self.driver.is_known and self.driver.in_transaction(raw)
@@ -222,12 +243,13 @@ class _Policy:
 
     def on_error(self, context: Context) -> None:
         """Say what is a disconnect, tell the journal, name a refused write."""
-        error = context.original_exception
-        is_late = isinstance(error, errors.DeadlineExceededError) and bool(
-            error.__cause__
-        )
+        error, engine = context.original_exception, context.engine
+        options = {} if engine is None else engine.get_execution_options()
+        read_only = options.get(POLICY, self).read_only
+        late = error if isinstance(error, errors.DeadlineExceededError) else None
+        is_late = late is not None and late.__cause__ is not None
         context.invalidate_pool_on_disconnect &= not is_late
-        demoted = not self.read_only and failures.means(error, "demoted")
+        demoted = not read_only and failures.means(error, "demoted")
         if is_late or demoted or failures.means(error, "disconnect"):
             context.is_disconnect = True
         if self.is_memory and (is_late or not isinstance(error, Exception)):
@@ -252,7 +274,7 @@ class _Policy:
                     self._look_again(journal, dbapi, context)
                 aborting = info.get(ABORTING_CODES, ())
                 journal.record_error(context, raw_of(dbapi), aborting)
-        if self.read_only and failures.means(error, "read_only"):
+        if read_only and failures.means(error, "read_only"):
             refused = errors.ReadOnlySessionError("A statement")
             raise refused from context.sqlalchemy_exception
 
@@ -272,8 +294,13 @@ def _check_statement(cursor: Any, statement: str, *rest: Any) -> bool | None:
     # The context comes last, with parameters before it or without.
     connection = getattr(rest[-1], "root_connection", None)
     if isinstance(connection, Connection):
-        connection.refuse_beside_stream()
-        connection.check_statement(statement)
+        driver = connection._execution_options[POLICY].driver  # noqa: SLF001
+        # By whatever it is sent: the ORM loads objects by itself.
+        last = driver.exclusive_streams and driver.last_result(raw_of(cursor))
+        if last and last.unbuffered_active:
+            operation = "A statement"
+            raise errors.ConcurrentUseError(operation, "a stream() is still being read")
+        connection.check_statement(statement, rest[0])
         if connection.deadline is not None:
             execute = rest[-1].dialect.do_execute
             if rest[-1].execute_style is ExecuteStyle.EXECUTEMANY:

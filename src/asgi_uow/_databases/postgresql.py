@@ -9,6 +9,7 @@ from asyncio import Future
 from operator import attrgetter, methodcaller
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 from weakref import ref
 
 import sqlalchemy as sa
@@ -70,6 +71,7 @@ TRANSACTION_ID = (  # NULL if nothing was written
 STATUS = f"SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8)), {EPOCH}"
 # 22023: the server has not given the id to anybody (since it crashed).
 ANSWERS: dict[object, bool] = {"committed": True, "aborted": False, "22023": False}
+LIBPQ = re.compile("ssl(?!password).+|application_name|options")
 PSYCOPG_IN_ERROR = 3  # pq.TransactionStatus.INERROR: only ROLLBACK is accepted
 
 
@@ -88,6 +90,7 @@ class Asyncpg(_Driver):
     in_transaction = methodcaller("is_in_transaction")
     is_dead = methodcaller("is_closed")
     cut_off = methodcaller("terminate")
+    connects_with = "asyncpg:connect"
     cancellations = attrgetter("_cancellations")
 
     async def is_pooled(self, raw: Any) -> bool:
@@ -169,6 +172,18 @@ class Psycopg(_Driver):
 
 
 DRIVERS = {"asyncpg": Asyncpg(), "psycopg": Psycopg()}
+
+
+def url_query(query: Any, driver: str) -> dict[str, Any]:
+    said = {"sslmode" if key == "ssl" else key: query[key] for key in query}
+    if said.get("sslmode") in {"true", "1"}:
+        said["sslmode"] = "require"
+    # asyncpg takes libpq's words for TLS, and settings, in a DSN alone.
+    moved = {key: said[key] for key in said if LIBPQ.fullmatch(key)}
+    if driver != "asyncpg" or not moved:
+        return said
+    kept = {key: said[key] for key in said if key not in moved}
+    return {**kept, "dsn": f"postgresql://?{urlencode(moved)}"}
 
 
 def code_of(error: BaseException) -> str | None:

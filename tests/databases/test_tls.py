@@ -1,0 +1,122 @@
+"""TLS and other words in URLs, as clouds hand them out, reach the driver."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from asgi_uow import Database
+from asgi_uow.errors import ConfigurationError
+from tests.servers.process import HOST, MariaDB, PostgreSQL, Server
+from tests.support.databases import on
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from tests.servers import MariaDBBackend, PostgreSQLBackend
+
+FILES = {"key": "../key.pem", "cert": "../cert.pem"}  # seen from the server's data
+
+
+@contextmanager
+def with_certificate(server: Server) -> Generator[str]:
+    """A server with a certificate for its address; gives the path of that."""
+    folder = server.folder
+    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=shop"
+    names = ["-addext", f"subjectAltName=IP:{HOST}"]
+    files = ["-keyout", f"{folder}/key.pem", "-out", f"{folder}/cert.pem"]
+    command = ["openssl", *words.split(), *names, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    if server._run_as is not None:
+        shutil.chown(folder / "key.pem", server._run_as)
+    with server:
+        yield str(folder / "cert.pem")
+
+
+async def is_encrypted(url: str, question: str) -> bool:
+    """Ask the writer and the reader of a database, with a replica if there is one."""
+    db = Database.from_url(url, read_urls=[url])
+    async with db:
+        answers = {await db.read.scalar(question), await db.write.scalar(question)}
+    await db.dispose()
+    assert 1 == len(answers)
+    return bool(answers.pop())
+
+
+async def test_postgresql(postgresql: PostgreSQLBackend) -> None:
+    """The words of libpq work with asyncpg too, and asyncpg's with psycopg."""
+    options = ("--ssl=on", *(f"--ssl_{k}_file={path}" for k, path in FILES.items()))
+    question = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
+    with with_certificate(server := PostgreSQL(*options)) as path:
+        for driver in ("", "+psycopg"):
+            url = f"postgresql{driver}://postgres@{HOST}:{server.port}/postgres"
+            for words in (
+                "sslmode=require",
+                "ssl=require",
+                "ssl=true",
+                f"sslmode=verify-full&sslrootcert={path}",
+            ):
+                assert await is_encrypted(f"{url}?{words}", question), words
+            assert not await is_encrypted(f"{url}?sslmode=disable", question)
+            with pytest.raises(Exception, match="certificate"):
+                await is_encrypted(f"{url}?sslmode=verify-full", question)
+    assert postgresql.port != server.port
+
+
+async def test_mariadb(mariadb: MariaDBBackend) -> None:
+    """What MySQL's clients call it works with asyncmy."""
+    options = tuple(f"--ssl-{key}={path}" for key, path in FILES.items())
+    question = "SELECT variable_value <> '' FROM information_schema.session_status"
+    question += " WHERE variable_name = 'Ssl_cipher'"
+    with with_certificate(server := MariaDB(*options)) as path:
+        url = f"mysql://root@{HOST}:{server.port}/mysql"
+        for words in (
+            "ssl_mode=REQUIRED",
+            "ssl-mode=REQUIRED",
+            "sslmode=required",
+            "ssl=true",
+            f"ssl_ca={path}",
+            f"ssl_mode=VERIFY_IDENTITY&ssl_ca={path}",
+            f"ssl_mode=VERIFY_CA&ssl_ca={path}",
+        ):
+            assert await is_encrypted(f"{url}?{words}", question), words
+        assert not await is_encrypted(url, question)
+        named = url.replace(HOST, "localhost")  # which is not in the certificate
+        words = f"ssl_mode=VERIFY_IDENTITY&ssl_ca={path}"
+        with pytest.raises(Exception, match="certificate"):
+            await is_encrypted(f"{named}?{words}", question)
+    assert mariadb.port != server.port
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("postgres://h/d?sslmode=require&channel_binding=require", "channel_binding"),
+        ("postgres://h/d?pgbouncer=true", "'pgbouncer': leave it out"),
+        ("postgres://h/d?sslpassword=secret", "'sslpassword': leave it out"),
+        ("mysql://h/d?ssl_mode=VERIFY_CA", "ssl_mode is REQUIRED, or"),
+        ("mysql://h/d?ssl_mode=PREFERRED", "ssl_mode is REQUIRED, or"),
+        ("mysql://h/d?sslaccept=strict", "asyncmy takes no 'sslaccept'"),
+    ],
+)
+def test_what_cannot_be(url: str, message: str) -> None:
+    """What the driver would refuse with its first connection is refused at once."""
+    for urls in ((url, []), (url.partition("?")[0], [url])):
+        with pytest.raises(ConfigurationError, match=message):
+            Database.from_url(urls[0], read_urls=urls[1])
+
+
+@on("asyncpg", "psycopg")
+async def test_what_the_server_is_told(backend: PostgreSQLBackend) -> None:
+    """Settings in a URL are the server's with asyncpg as they are with psycopg."""
+    words = "application_name=shop&options=-c%20search_path%3Dseven"
+    db = Database.from_url(f"{backend.url}?{words}")
+    async with db:
+        for session in (db.read, db.write):
+            assert "shop" == await session.scalar("SHOW application_name")
+            assert "seven" == await session.scalar("SHOW search_path")
+    await db.dispose()
