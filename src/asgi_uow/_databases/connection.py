@@ -82,13 +82,6 @@ class Connection(sa.Connection):
         if fairy is not None and fairy is self._dbapi_connection:
             fairy.info.pop(ERROR_SEEN, None)
 
-    def refuse_beside_stream(self) -> None:
-        """Raise `ConcurrentUseError`, also for what the ORM loads by itself."""
-        driver, dbapi = self._execution_options[POLICY].driver, self.connection
-        if driver.exclusive_streams and driver.is_streaming(dbapi.driver_connection):
-            operation = "A statement"
-            raise ConcurrentUseError(operation, "a stream() is still being read")
-
     def check_statement(self, statement: str) -> None:
         """Have the journal look at what came before, and at one that is not plain."""
         journal = self.journal

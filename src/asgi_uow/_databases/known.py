@@ -55,7 +55,7 @@ class Driver(_Facts):
         return False
 
     is_busy = is_dead  # is a statement in flight, whoever has sent it?
-    is_streaming = is_dead  # would a statement drop rows that are still to be read?
+    last_result = is_dead  # which may be `unbuffered_active`: has rows still to be read
     reports_writable = is_dead  # does the server say it is not read-only (any more)?
 
     def aborts_transaction(self, _: Any, error: BaseException, /) -> bool:

@@ -73,15 +73,13 @@ class Asyncmy:
     errors_hide_state = True  # an error packet has no status
     is_dead = attrgetter("_stream_broken")  # the pool of asyncmy looks there
     process_id = methodcaller("thread_id")
+    last_result = attrgetter("_result")
 
     def is_busy(self, raw: Any) -> bool:
         # What has come of an answer and is not read yet is in the buffer.
         proto = raw._proto  # noqa: SLF001
         unread = raw._result is None and proto.length > proto.pos  # noqa: SLF001
         return unread or proto._read_waiter is not None  # noqa: SLF001
-
-    def is_streaming(self, raw: Any) -> bool:
-        return raw._result is not None and raw._result.unbuffered_active  # noqa: SLF001
 
     def in_transaction(self, raw: Any) -> bool:
         # It keeps the old status where a result's is 0; a stream's comes at its end.

@@ -14,6 +14,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from asgi_uow import errors
 from asgi_uow._concurrency import bounded
 from asgi_uow._databases import driver_errors as failures
 from asgi_uow._databases import known
@@ -27,7 +28,6 @@ from asgi_uow._databases.connection import (
     execute,
     raw_of,
 )
-from asgi_uow.errors import AsgiUowError, ConfigurationError, ReadOnlySessionError
 
 if TYPE_CHECKING:
     from sqlalchemy import pool
@@ -63,7 +63,7 @@ def attach_listeners(
                 "Another Database uses this engine as a writer or a reader, or with "
                 "another read_isolation: make an engine for each use."
             )
-            raise ConfigurationError(message)
+            raise errors.ConfigurationError(message)
         return
     # Not events of the engine: one listener there costs each statement 50 calls.
     target._connection_cls = ReaderConnection if read_only else Connection  # noqa: SLF001
@@ -179,7 +179,7 @@ class _Policy:
         if self.is_memory and not isinstance(error, Exception):
             context.is_disconnect = False  # the connection is the database
         connection = context.connection
-        if isinstance(error, AsgiUowError):
+        if isinstance(error, errors.AsgiUowError):
             return  # nothing was sent
         if isinstance(connection, Connection) and not connection.invalidated:
             info, journal = connection.info, connection.journal
@@ -195,8 +195,8 @@ class _Policy:
                 aborting = info.get(ABORTING_CODES, ())
                 journal.record_error(context, raw_of(dbapi), aborting)
         if self.read_only and failures.means(error, "read_only"):
-            operation = "A statement"
-            raise ReadOnlySessionError(operation) from context.sqlalchemy_exception
+            refused = errors.ReadOnlySessionError("A statement")
+            raise refused from context.sqlalchemy_exception
 
     def _look_again(self, journal: Journal, dbapi: Any, of: Context) -> None:
         """Learn whether a statement that failed, such as CALL, has ended it all."""
@@ -210,9 +210,14 @@ class _Policy:
             journal.look(dbapi)
 
 
-def _check_statement(_: object, statement: str, *context: object) -> None:
+def _check_statement(cursor: Any, statement: str, *context: object) -> None:
     # The context comes last, with parameters before it or without.
     connection = getattr(context[-1], "root_connection", None)
     if isinstance(connection, Connection):
-        connection.refuse_beside_stream()
+        driver = connection._execution_options[POLICY].driver  # noqa: SLF001
+        # By whatever it is sent: the ORM loads objects by itself.
+        last = driver.exclusive_streams and driver.last_result(raw_of(cursor))
+        if last and last.unbuffered_active:
+            operation = "A statement"
+            raise errors.ConcurrentUseError(operation, "a stream() is still being read")
         connection.check_statement(statement)

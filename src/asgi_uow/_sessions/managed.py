@@ -210,8 +210,8 @@ class ReadOnlySession(ManagedSession):
         if getattr(statement, "is_dml", False):
             raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
         execute = super()._execute_internal
-        above = None if self.lock.is_mine else async_session(self)
-        if above is None:
+        is_mine = self.lock.owner is asyncio.current_task()
+        if is_mine or (above := async_session(self)) is None:
             return execute(statement, *args, **kwargs)
         # An attribute takes its turn, and may be cancelled, as a call does.
         return await_only(above.run_sync(lambda _: execute(statement, *args, **kwargs)))
