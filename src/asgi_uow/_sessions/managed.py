@@ -196,7 +196,8 @@ class ReadOnlySession(ManagedSession):
         # Behind execute(), scalar() and scalars(), and behind what loads an attribute.
         if getattr(statement, "is_dml", False):
             raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
-        if not self.lock.is_mine and (above := async_session(self)) is not None:
+        is_mine = self.lock.owner is asyncio.current_task()
+        if not (is_mine or (above := async_session(self)) is None):
             # An attribute takes its turn, and may be cancelled, as a call does.
             again = functools.partial(
                 self._execute_internal, statement, *args, **kwargs
