@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 LIMIT_SECONDS = 20
+MOST_FILES = 64
 SERVER_PROCESS = {"mariadb": "connection_id()", "postgresql": "pg_backend_pid()"}
 
 db = Database.from_url(sys.argv[1], pool_size=1, max_overflow=0)
@@ -127,24 +129,57 @@ def unit_of_parent() -> None:
     asyncio.run(parent())
 
 
-def connection_of_parent() -> None:
-    """A connection of the parent fails in the child, at once."""
+async def use(connection: AsyncConnection, number: int) -> None:
+    """A connection of the parent fails here, at once."""
+    for call in (connection.exec_driver_sql("SELECT 1"), connection.close()):
+        task = asyncio.create_task(call)
+        await asyncio.wait({task}, timeout=5)
+        assert task.done()
+        task.exception()  # whatever the driver says
+    await insert(number)
 
-    async def child(connection: AsyncConnection) -> None:
-        for call in (connection.exec_driver_sql("SELECT 1"), connection.close()):
-            task = asyncio.create_task(call)
-            await asyncio.wait({task}, timeout=5)
-            assert task.done()
-            task.exception()  # whatever the driver says
-        await insert(1)
+
+def connection_of_parent() -> None:
+    """The parent goes on with a connection that the child has tried to use."""
 
     async def parent() -> None:
         async with db.engine.connect() as connection:
             await connection.exec_driver_sql("SELECT 1")
             await connection.rollback()
-            assert 0 == fork(lambda: asyncio.run(child(connection)))
+            assert 0 == fork(lambda: asyncio.run(use(connection, 1)))
             await connection.exec_driver_sql("SELECT 1")
         await insert(2)
+
+    asyncio.run(parent())
+
+
+def without_descriptors() -> None:
+    """So it does where the process may open no more files."""
+    free = os.open(os.devnull, os.O_RDONLY)
+    files: list[int] = []
+
+    async def child(connection: AsyncConnection) -> None:
+        while files:
+            os.close(files.pop())
+        await use(connection, 2)
+
+    async def parent() -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        async with db.engine.connect() as connection:
+            await connection.exec_driver_sql("SELECT 1")
+            await connection.rollback()
+            os.close(free)  # now one is, below that of the connection
+            assert 0 == fork(lambda: asyncio.run(use(connection, 1)))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_FILES, hard))
+            with pytest.raises(OSError, match="Too many open files"):
+                while True:
+                    files.append(os.open(os.devnull, os.O_RDONLY))
+            assert 0 == fork(lambda: asyncio.run(child(connection)))
+            while files:
+                os.close(files.pop())
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            await connection.exec_driver_sql("SELECT 1")
+        await insert(3)
 
     asyncio.run(parent())
 

@@ -12,7 +12,11 @@ import sqlalchemy as sa
 from sqlalchemy.util import await_only
 
 from asgi_uow._databases import known, loops
-from asgi_uow.errors import ConcurrentUseError, TransactionGoneError
+from asgi_uow.errors import (
+    ConcurrentUseError,
+    ReadOnlySessionError,
+    TransactionGoneError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -152,11 +156,24 @@ class ReaderConnection(Connection):
             self.dispatch.rollback(self)
 
     def execution_options(self, **options: Any) -> Any:
+        writes = options.get("isolation_level") == "AUTOCOMMIT"
+        writes = writes or not options.get("postgresql_readonly", True)
+        # Behind a pooler only the transaction of each read is read-only.
+        if writes and self._execution_options[POLICY].pooler == "transaction":
+            operation = "AUTOCOMMIT, or postgresql_readonly=False,"
+            raise ReadOnlySessionError(operation)
         if not CHANGING_OPTIONS.isdisjoint(options):
             self.info[SETTINGS_CHANGED] = self.is_kept = True
         return super().execution_options(**options)
 
     def check_statement(self, statement: str, _: object) -> None:
+        policy = self._execution_options[POLICY]
+        if policy.pooler == "transaction":
+            kind = known.kind_of(statement)
+            commits = kind == "implicit_commit" and policy.database.IMPLICIT_COMMIT
+            if commits or kind == "transaction_control":
+                operation = "What ends a read-only transaction"
+                raise ReadOnlySessionError(operation)
         # One of them may be what makes the connection read-only.
         if known.changes_settings(statement) and not self.is_beginning:
             self.info[SETTINGS_CHANGED] = self.is_kept = True

@@ -91,6 +91,8 @@ class Driver(_Facts):
     def stop(self, _: Any, /) -> None:  # its thread, if it has one
         return None
 
+    hurry = stop  # what waits for a lock, as its unit has a deadline
+
 
 class NoLock:
     """In place of SQLAlchemy's, which 2.0 has for asyncmy and asyncpg alone."""

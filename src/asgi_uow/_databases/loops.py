@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import functools
 import os
 import threading
 from asyncio import _get_running_loop
@@ -184,20 +185,25 @@ def _cut_off(raw: object) -> None:
     driver.stop(raw)
 
 
+def _disconnect(raw: object, driver: known.Driver) -> None:
+    # Whoever uses or closes its socket in this process does not reach the server.
+    place = driver.socket(raw).fileno()
+    os.close(place)  # first, since no other descriptor may be free
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != place:
+        os.dup2(nowhere, place, inheritable=False)
+        os.close(nowhere)
+
+
 def _begin_process() -> None:
     """Leave all connections to the process that this one was forked from."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
     for raw in _connections():
         _, driver = owners.pop(raw)
-        driver.stop(raw)
-        sock = driver.socket(raw)
-        if sock is not None and sock.fileno() >= 0:
-            # Whoever uses or closes it in this process does not reach the server.
-            os.dup2(nowhere, sock.fileno(), inheritable=False)
-        with suppress(Exception):  # its loop may be closed
-            driver.cut_off(raw)
         inherited.append(raw)
-    os.close(nowhere)
+        disconnect = functools.partial(_disconnect, driver=driver)
+        for step in (driver.stop, disconnect, driver.cut_off):
+            with suppress(Exception):  # it has no socket, its loop is closed
+                step(raw)
     for engine in _engines:
         if not (engine.pools or getattr(engine.like, "checkedin", int)()):
             engine.process = os.getpid()  # in memory too there is nothing yet

@@ -119,7 +119,7 @@ class _Policy:
             self.begins_with = use.level and "BEGIN"
         elif use.read_only and use.pooler == "transaction":
             self.begins_with = self.database.BEGIN_READ_ONLY
-            self.look_after_reads()
+            event.listen(engine, "after_cursor_execute", self.after_read)
 
     def on_do_connect(self, _: Any, entry: Any, __: Any, options: Any) -> None:
         """Bound the wait, or connect in place of the driver; the engine's own wins."""
@@ -147,20 +147,8 @@ class _Policy:
                 raise errors.ConfigurationError(message)
             policy.pooler = "transaction"
             if policy.read_only:
-                policy.look_after_reads()
-
-    def look_after_reads(self) -> None:
-        """Keep each read in its transaction: behind a pooler only that is read-only."""
-        event.listen(self.engine, "set_connection_execution_options", _check_options)
-        event.listen(self.engine, "before_cursor_execute", self.before_read)
-        event.listen(self.engine, "after_cursor_execute", self.after_read)
-
-    def before_read(self, _: object, __: object, statement: str, *___: object) -> None:
-        kind = known.kind_of(statement)
-        commits = kind == "implicit_commit" and self.database.IMPLICIT_COMMIT
-        if commits or kind == "transaction_control":
-            operation = "What ends a read-only transaction"
-            raise errors.ReadOnlySessionError(operation)
+                listening = policy.engine, "after_cursor_execute", policy.after_read
+                event.listen(*listening)
 
     def after_read(self, connection: sa.Connection, *_: object) -> None:
         # No text tells: a string of several statements, or a procedure, may commit.
@@ -310,10 +298,3 @@ def _check_statement(cursor: Any, statement: str, *rest: Any) -> bool | None:
             connection.deadline.execute(connection, execute, cursor, statement, *rest)
             return True  # SQLAlchemy has nothing left to do
     return None
-
-
-def _check_options(_: object, options: dict[str, Any]) -> None:
-    level, read_only = "isolation_level", "postgresql_readonly"
-    if options.get(level) == "AUTOCOMMIT" or not options.get(read_only, True):
-        operation = "AUTOCOMMIT, or postgresql_readonly=False,"
-        raise errors.ReadOnlySessionError(operation)

@@ -36,7 +36,10 @@ class Aiosqlite:
     in_transaction = attrgetter("in_transaction")
 
     def stop(self, raw: Any) -> None:
-        (getattr(raw, "_stop_running", None) or raw.stop)()  # aiosqlite before 0.22
+        (getattr(raw, "_stop_running", None) or raw.abandon)()  # aiosqlite before 0.22
+
+    def hurry(self, raw: Any) -> None:
+        raw.is_hurried = True
 
     def aborts_transaction(self, raw: Any, _: object) -> bool:
         return not raw.in_transaction  # SQLite says so when asked

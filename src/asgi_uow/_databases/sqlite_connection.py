@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import aiosqlite
+from aiosqlite import core
 
 from asgi_uow._concurrency import run_to_completion
 
@@ -130,9 +131,13 @@ class Connection(aiosqlite.Connection):
         self._begin: str | None = None
         self._stopped: asyncio.Future[None] | None = None
         self._is_beginning = False
+        self.is_hurried = (
+            False  # has the end of a wait for the lock to be heard at once?
+        )
 
     def begin_with(self, statement: str) -> None:
         self._begin = statement  # executed just before the next statement
+        self.is_hurried = False
 
     def _take_begin(self) -> str | None:
         begin, self._begin = self._begin, None
@@ -167,6 +172,12 @@ class Connection(aiosqlite.Connection):
             self._stopped = super().stop()
         return self._stopped
 
+    def abandon(self) -> None:
+        """Close it and stop its thread, for whose answer no loop waits."""
+        self._running, raw, self._connection = False, self._connection, None
+        for call in (raw and raw.close, lambda: core._STOP_RUNNING_SENTINEL):  # noqa: SLF001
+            self._tx.put_nowait((None, call or bool))
+
     async def _connect(self) -> Connection:
         try:
             await run_to_completion(super()._connect())
@@ -187,9 +198,9 @@ class Connection(aiosqlite.Connection):
     async def call(self, fn: Callable[[], T], begin: str | None = None) -> T:
         """Run `fn` in the thread; when cancelled, interrupt, clean up, then go on."""
         raw = self._conn  # raises if it is closed
-        steps = [fn]
-        if begin is not None:
-            steps.append(partial(_begin, raw, begin, steps))
+        steps = [fn] if begin is None else [fn, partial(raw.execute, begin)]
+        if begin is not None and self.is_hurried:
+            steps[1] = partial(_begin_in_pieces, raw, begin, steps)
         self._is_beginning = self._is_beginning or begin is not None
         try:
             result: T = await super()._execute(_take_steps, steps)  # type: ignore[no-untyped-call]
@@ -223,7 +234,7 @@ class Connection(aiosqlite.Connection):
         self._conn.rollback()
 
 
-def _begin(raw: sqlite3.Connection, statement: str, later: list[Any]) -> Any:
+def _begin_in_pieces(raw: sqlite3.Connection, statement: str, later: list[Any]) -> Any:
     """Wait for the lock in pieces, between which a cancellation is heard."""
     [timeout] = raw.execute("PRAGMA busy_timeout").fetchone()
     until = time.monotonic() + timeout / 1000

@@ -11,6 +11,7 @@ from asgi_uow._decision import State
 from asgi_uow._unit.finish import completion_of, register
 from asgi_uow._unit.hooks import Hook, is_async, name_of
 from asgi_uow._unit.unit import current, require
+from asgi_uow.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -109,7 +110,11 @@ def isolation_level(level: str, db: Engines | None = None) -> None:
     the default again. Raises `ConfigurationError` for AUTOCOMMIT, for what the database
     does not know, and once the write session has executed a statement.
     """
-    require("isolation_level()").session(db).set_isolation_level(level)
+    session = require("isolation_level()").session(db)
+    if session.sync_session.connections:
+        message = "isolation_level() comes before the unit's first statement."
+        raise ConfigurationError(message)
+    session.bind_to(session.sync_session.database.engine_at(level))
 
 
 def set_rollback_only(reason: str) -> None:

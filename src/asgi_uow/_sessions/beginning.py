@@ -10,7 +10,6 @@ from sqlalchemy import orm
 from sqlalchemy.ext.asyncio import async_session
 from sqlalchemy.util import await_only
 
-from asgi_uow._sessions.deadline import limited
 from asgi_uow._sessions.managed import ManagedSession, ReadOnlySession
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class BeginningSession(ManagedSession):
         session: Any = async_session(self)
         await_only(session.own_lock.__aenter__())  # an attribute is loaded without it
         try:
-            with limited(self.shared.deadline):
+            with self.lock.limit():
                 connection: Any = orm.Session.connection(self)
             if self.begun is not self.get_transaction():
                 self._await_on_begin(session, connection)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.util import await_only
 
+from asgi_uow._databases import known
 from asgi_uow._databases.connection import info_of
 from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.pool import CANCEL_SQL
@@ -58,6 +59,8 @@ class Deadline:
         self, connection: sa.Connection, execute: Callable[..., object], *args: object
     ) -> None:
         """Execute a statement, which its server stops at the deadline."""
+        raw = connection.connection.driver_connection
+        known.driver_of(connection.dialect).hurry(raw)
         try:
             with self.limit():
                 execute(*args)
@@ -66,10 +69,6 @@ class Deadline:
             if error.__cause__ is not None and statement is not None:
                 await_only(cancel_statements([(connection.engine, statement)]))
             raise
-
-
-def limited(deadline: Deadline | None) -> AbstractContextManager[None]:
-    return nullcontext() if deadline is None else deadline.limit()
 
 
 def lift(connections: Iterable[Any]) -> None:

@@ -13,7 +13,6 @@ from asgi_uow._databases import known
 from asgi_uow._databases.driver_errors import causes, means
 from asgi_uow._decision import State
 from asgi_uow._sessions.beginning import BeginningReadSession
-from asgi_uow._sessions.deadline import limited
 from asgi_uow._sessions.managed import ReadOnlySession
 from asgi_uow._sessions.session import READS, Savepoint, Session
 from asgi_uow.errors import ReadOnlySessionError
@@ -100,7 +99,7 @@ class ReadSession(Session):
         await greenlet_spawn(self.sync_session.release_connection)
 
     async def open_connection(self) -> AsyncConnection:
-        with limited(self.shared.deadline):
+        with self.own_lock.limit():
             connection = await AsyncSession.run_sync(self, orm.Session.connection)
         return AsyncConnection._retrieve_proxy_for_target(connection)  # noqa: SLF001
 

@@ -21,7 +21,6 @@ from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.journal import Journal
 from asgi_uow._decision import WRITABLE
 from asgi_uow._sessions.beginning import BeginningSession
-from asgi_uow._sessions.deadline import limited
 from asgi_uow._sessions.managed import ManagedSession
 from asgi_uow._sessions.statements import StatementSession, StreamResult, adopt
 
@@ -93,12 +92,9 @@ class Session(StatementSession):
 
     bind: AsyncEngine  # pyright: ignore[reportIncompatibleMethodOverride]
 
-    usable_in = WRITABLE
-    """The states of its unit in which it may be called."""
-    is_plain = True
-    """Whether calls need nothing but the session's own connection."""
-    route_call: Call
-    """Makes others: in the writer's transaction, or on the server a route finds."""
+    usable_in = WRITABLE  # the states of its unit in which it may be called
+    is_plain = True  # calls need nothing but the session's own connection
+    route_call: Call  # makes others: in the writer's transaction, or where a route says
 
     def __init__(
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
@@ -138,13 +134,6 @@ class Session(StatementSession):
     def bind_to(self, engine: AsyncEngine) -> None:
         self.bind = engine
         self.sync_session.bind = engine.sync_engine
-
-    def set_isolation_level(self, level: str) -> None:
-        """Have the transaction begin so; raises if it has begun."""
-        if self.sync_session.connections:
-            message = "isolation_level() comes before the unit's first statement."
-            raise errors.ConfigurationError(message)
-        self.bind_to(self.sync_session.database.engine_at(level))
 
     async def failed(self, error: BaseException, operation: str) -> None:  # noqa: ARG002
         """Remember an outage; have the server stop a statement that was cancelled."""
@@ -188,16 +177,6 @@ class Session(StatementSession):
         """Those of which rows may be on their way; one read to its end is closed."""
         return [each for each in self.streams if not each._soft_closed]  # noqa: SLF001
 
-    async def refuse_held_streams(self) -> None:
-        """Raise `ConcurrentUseError` for a stream that somebody can still read."""
-        for _ in range(10):  # turns in which the loop closes generators left behind
-            if not any(self.streams[each]() for each in self.open_streams):
-                return
-            async with self.own_lock:
-                await asyncio.sleep(0)
-        operation = "The start of a response"
-        raise errors.ConcurrentUseError(operation, "a stream() is still to be read")
-
     async def close_streams(self) -> None:
         """Close the streams that nobody has read to their end; has the lock."""
         while self.streams:
@@ -233,7 +212,7 @@ class Session(StatementSession):
         async def serialize(fetch: Call) -> object:
             async with host.own_lock:
                 try:
-                    with limited(self.shared.deadline):
+                    with host.own_lock.limit():
                         return await fetch()
                 except BaseException as error:
                     await self.failed(error, "a fetch")

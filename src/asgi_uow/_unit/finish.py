@@ -6,6 +6,7 @@ under a `Shield`, so nothing interrupts it between two steps either.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 from typing import TYPE_CHECKING
@@ -131,9 +132,15 @@ def _report(unit: UnitOfWork, outcome: Outcome, completion: Completion) -> None:
 async def refuse_streams(unit: UnitOfWork) -> None:
     """Raise for a stream that would break a response off; the end closes others."""
     for writer in unit.writers:
-        if writer.streams:
+        turns = 10  # in which the loop closes generators left behind
+        while any(writer.streams[each]() for each in writer.open_streams):
+            if not turns:
+                what = "The start of a response", "a stream() is still to be read"
+                raise errors.ConcurrentUseError(*what)
             with anyio.fail_after(unit.options.commit_timeout):
-                await writer.refuse_held_streams()
+                async with writer.own_lock:
+                    await asyncio.sleep(0)
+            turns -= 1
 
 
 async def end_unit(unit: UnitOfWork, decision: Decision) -> None:

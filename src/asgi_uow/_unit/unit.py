@@ -73,22 +73,17 @@ class UnitOfWork:
     # Set by who makes one: __init__ costs a call, and a default makes setting slow.
     databases: tuple[Engines, ...]
     options: UnitOptions
-    state: State
-    """Where in its life the unit is; `NEW` at first."""
+    state: State  # where in its life the unit is; `NEW` at first
 
     outcome: Outcome | None = None
-    cause: Cause | None = None
-    """Why it was not committed."""
-    reason: str | None = None
-    """What `set_rollback_only` was given."""
+    cause: Cause | None = None  # why it was not committed
+    reason: str | None = None  # what `set_rollback_only` was given
     attempt: int = 1
     failure: errors.UnitOfWorkFailedError | None = None
     """What is raised because a commit was wanted and the work was not kept."""
 
-    until: float | None = None
-    """Its deadline, by the event loop's clock."""
-    around: UnitOfWork | None = None
-    """The unit that was current before."""
+    until: float | None = None  # its deadline, by the event loop's clock
+    around: UnitOfWork | None = None  # the unit that was current before
     entered_by_hand: Engines | None = None
     is_nested: bool = False
     """Whether it is inside `around`, whose savepoints and databases it shares."""
@@ -100,8 +95,7 @@ class UnitOfWork:
     must_see: MustSee = MustSee()
     opened: float | None = None
     hooks: Hooks = NO_HOOKS
-    quota: Iterator[int] | None = None
-    """How many hooks may be registered by what runs in this unit: hooks."""
+    quota: Iterator[int] | None = None  # how many hooks its hooks may register
     participants: Mapping[Engines, Participant] = MappingProxyType({})
     writers: tuple[Session, ...] = ()
     """The write sessions of its participants, in the order of first use."""
