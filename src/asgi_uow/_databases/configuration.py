@@ -53,14 +53,17 @@ def _observes(it: Any) -> bool:
     return callable(it) and not (_is_async(it) or isinstance(it, type))
 
 
+def _is_above_0(it: Any) -> bool:
+    return it is not True and it + 0.0 > 0
+
+
 # Names of options, what they must be, and a function that tells whether a value is.
 _BOOLEAN = "True or False", (True, False).__contains__
-_SECONDS = "seconds above 0, or None", lambda s: s is not True and s + 0.0 > 0
 _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("app", "the application, which comes first", callable),
     ("autoflush commit_flushes commit_on_exit", *_BOOLEAN),
     ("causal_reads", "CausalReads(secret), or None", lambda it: callable(it.positions)),
-    ("commit_timeout deadline hook_timeout", *_SECONDS),
+    ("commit_timeout deadline hook_timeout", "seconds above 0, or None", _is_above_0),
     ("commit_when", "a function of status and headers", callable),
     ("echo echo_pool", "a boolean or 'debug'", (0, 1, None, "debug").__contains__),
     ("error_app", "an ASGI application, or None", callable),

@@ -166,7 +166,7 @@ class ReaderConnection(Connection):
             self.info[SETTINGS_CHANGED] = self.is_kept = True
         return super().execution_options(**options)
 
-    def check_statement(self, statement: str, _: object) -> None:
+    def check_statement(self, statement: str, parameters: object) -> None:  # noqa: ARG002
         policy = self._execution_options[POLICY]
         if policy.pooler == "transaction":
             kind = known.kind_of(statement)

@@ -132,7 +132,7 @@ class Session(StatementSession):
             raise errors.ConcurrentUseError(operation, "a stream() is still being read")
 
     def bind_to(self, engine: AsyncEngine) -> None:
-        self.bind = engine
+        self.bind = engine  # pyright: ignore[reportIncompatibleMethodOverride]
         self.sync_session.bind = engine.sync_engine
 
     async def failed(self, error: BaseException, operation: str) -> None:  # noqa: ARG002
