@@ -155,31 +155,31 @@ def connection_of_parent() -> None:
 
 def without_descriptors() -> None:
     """So it does where the process may open no more files."""
-    free = os.open(os.devnull, os.O_RDONLY)
     files: list[int] = []
 
-    async def child(connection: AsyncConnection) -> None:
+    def close_files() -> None:
         while files:
             os.close(files.pop())
-        await use(connection, 2)
+
+    def child(connection: AsyncConnection) -> None:
+        close_files()
+        asyncio.run(use(connection, 1))
 
     async def parent() -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         async with db.engine.connect() as connection:
             await connection.exec_driver_sql("SELECT 1")
             await connection.rollback()
-            os.close(free)  # now one is, below that of the connection
-            assert 0 == fork(lambda: asyncio.run(use(connection, 1)))
             resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_FILES, hard))
             with pytest.raises(OSError, match="Too many open files"):
                 while True:
                     files.append(os.open(os.devnull, os.O_RDONLY))
-            assert 0 == fork(lambda: asyncio.run(child(connection)))
-            while files:
-                os.close(files.pop())
+            code = fork(lambda: child(connection))
+            close_files()
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert 0 == code
             await connection.exec_driver_sql("SELECT 1")
-        await insert(3)
+        await insert(2)
 
     asyncio.run(parent())
 

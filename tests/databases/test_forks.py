@@ -29,7 +29,7 @@ FORKS = {
     "twice": [1, 2, 3],
     "while_connecting": [1, 2],
     "while_used": [1, 2, 3, 4],
-    "without_descriptors": [1, 2, 3],
+    "without_descriptors": [1, 2],
     "unit_of_parent": [1, 2],
     "connection_of_parent": [1, 2],
     "dropped_unit": [1, 2],
