@@ -149,6 +149,8 @@ async def test_engine_has_one_use(sqlite: SQLiteBackend) -> None:
     with refused:
         Database(third, readers=[reader], read_isolation="REPEATABLE READ")
     same_pool = writer.execution_options(logging_token="reader")
+    with pytest.raises(errors.ConfigurationError, match="an engine for each use"):
+        Database(third, readers=[same_pool])
     with pytest.raises(errors.ConfigurationError, match="cannot be the writer"):
         Database(writer, readers=[same_pool])
     second = Database(writer, readers=[reader])

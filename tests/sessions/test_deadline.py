@@ -28,6 +28,7 @@ from tests.support.databases import (
     memory_database,
     on,
 )
+from tests.support.gate import gate_at
 from tests.support.shop import Item
 from tests.support.site import site_with
 
@@ -222,6 +223,23 @@ async def test_frozen_server(backend: ServerBackend) -> None:
         response = await handle(handler, db, deadline=SHORT)
 
         assert 200 == response.status
+        assert [0, 0] == checked_out(db)
+
+
+@on(*SERVER_DRIVERS)
+@pytest.mark.parametrize("name", ["read", "write"])
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # SQLAlchemy leaves the cursor
+async def test_first_rows_of_a_stream(backend: ServerBackend, name: str) -> None:
+    """A stream whose first rows do not come ends as well, and so does what follows."""
+    async with gate_at(backend) as (db, gate):
+        async with uow.unit_of_work(db, deadline=SHORT) as unit:
+            session = getattr(db, name)
+            for _ in range(2):
+                with pytest.raises(errors.DeadlineExceededError):
+                    await (await session.stream(gate.select)).all()
+            with pytest.raises(errors.DeadlineExceededError):
+                await session.execute("SELECT 1")
+            unit.set_rollback_only("the end of what can be read")
         assert [0, 0] == checked_out(db)
 
 

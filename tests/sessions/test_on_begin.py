@@ -22,6 +22,7 @@ from tests.support.asgi import handle
 from tests.support.databases import (
     DRIVERS,
     POOLED,
+    SERVER_DRIVERS,
     SERVERS,
     checked_out,
     login,
@@ -372,6 +373,71 @@ async def test_replicas(backend: Backend, where: str) -> None:
     url = backend.url if where == "a replica" else down(backend)
     async with site_with(backend, url, on_begin=on_begin) as site, site.db as unit:
         assert 1 == await unit.read_session().scalar(question)
+
+
+@on(*SERVER_DRIVERS)
+async def test_a_replica_that_is_lost(backend: ServerBackend) -> None:
+    """A replica that is lost between it and the first read: another server reads."""
+    async with backend.proxy() as proxy:
+        url = backend.through(proxy.port)
+        async with house(backend, read_urls=[url]) as (db, _, __), db:
+            proxy.cut_before(lambda trip: shop.COUNT in trip)
+            assert 0 == await db.read.scalar(shop.COUNT)
+
+
+@on("asyncpg", "psycopg")
+@pytest.mark.parametrize("name", ["read", "write"])
+async def test_a_setting_that_would_stay(backend: Backend, name: str) -> None:
+    """What is not SET LOCAL does not reach a unit whose `on_begin` sets nothing."""
+
+    async def on_begin(session: uow.Session) -> None:
+        if tenant.get():
+            await session.execute("SET app.tenant = 'ann'")
+
+    question = "SELECT current_setting('app.tenant', true)"
+    async with house(backend, on_begin=on_begin) as (db, _, __):
+        async with db:
+            assert "ann" == await getattr(db, name).scalar(question)
+        token = tenant.set(0)
+        async with db:
+            assert not await getattr(db, name).scalar(question)
+        tenant.reset(token)
+
+
+async def in_tasks(session: uow.Session) -> None:
+    await asyncio.gather(session.execute("SELECT 1"), session.execute("SELECT 2"))
+
+
+async def on_the_other(session: uow.Session) -> None:
+    """Read on the read session, which is waiting for this one."""
+    reading = uow.current_read_session()
+    while session is not reading and reading.own_lock.owner is None:
+        await asyncio.sleep(0)
+    await reading.execute("SELECT 1")
+
+
+@pytest.mark.parametrize("on_begin", [in_tasks, on_the_other])
+async def test_it_would_wait_for_itself(
+    backend: Backend, on_begin: Callable[[uow.Session], Coroutine[Any, Any, None]]
+) -> None:
+    """Calls for which it would wait for ever are refused."""
+    async with house(backend, on_begin=on_begin) as (db, _, __), asyncio.timeout(10):
+        async with db:
+            writing = asyncio.create_task(db.write.execute("SELECT 1"))
+            reading = asyncio.create_task(reads_after(db))
+            await asyncio.wait([writing, reading])
+            assert isinstance(writing.exception(), errors.ConcurrentUseError)
+            assert "on_begin has not returned" in str(writing.exception())
+            reading.exception()  # where it has the writer's transaction, the same
+            uow.set_rollback_only("nothing can be read")
+        assert [0, 0] == checked_out(db)
+
+
+async def reads_after(db: Database) -> None:
+    """Read while the write session is used for the first time."""
+    while not db.write.sync_session.connections:
+        await asyncio.sleep(0)
+    await db.read.execute("SELECT 3")
 
 
 @on("aiosqlite")

@@ -93,10 +93,12 @@ class Connection(sa.Connection):
     def check_statement(self, statement: str, parameters: object) -> None:
         """Have the journal look at what came before, and at one that is not plain."""
         journal, kind = self.journal, known.kind_of(statement)
-        if kind in {"setting", "local"} and not self.is_beginning:
+        if kind in {"setting", "local"}:
             policy = self._execution_options[POLICY]
-            lasts = policy.database.SET_LOCAL_LASTS or "False" in repr(parameters)
-            if kind == "setting" or lasts:
+            all_last: bool = policy.database.SET_LOCAL_LASTS
+            lasts = all_last or kind == "setting" or "False" in repr(parameters)
+            # Where nothing else can be set, each transaction sets it anew.
+            if lasts and not (self.is_beginning and all_last):
                 self.info[SETTINGS_CHANGED] = not policy.is_memory
         if journal is None:
             return
@@ -166,7 +168,7 @@ class ReaderConnection(Connection):
             self.info[SETTINGS_CHANGED] = self.is_kept = True
         return super().execution_options(**options)
 
-    def check_statement(self, statement: str, parameters: object) -> None:  # noqa: ARG002
+    def check_statement(self, statement: str, parameters: object) -> None:
         policy = self._execution_options[POLICY]
         if policy.pooler == "transaction":
             kind = known.kind_of(statement)
@@ -175,7 +177,9 @@ class ReaderConnection(Connection):
                 operation = "What ends a read-only transaction"
                 raise ReadOnlySessionError(operation)
         # One of them may be what makes the connection read-only.
-        if known.changes_settings(statement) and not self.is_beginning:
+        if self.is_beginning:
+            super().check_statement(statement, parameters)
+        elif known.changes_settings(statement):
             self.info[SETTINGS_CHANGED] = self.is_kept = True
 
 

@@ -46,6 +46,7 @@ class LoopEngine(sa.Engine):
     """How pools are made; they share its listeners, whenever these are attached."""
     process: int
     is_memory: bool
+    use: object = None  # what its connections are set up for
 
     @property
     def pool(self) -> sa.Pool:

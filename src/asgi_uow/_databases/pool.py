@@ -68,21 +68,21 @@ class Use(NamedTuple):
 def attach_listeners(engine: AsyncEngine, use: Use) -> None:
     """Look after the connections of an engine, once; refuse another use of it."""
     target = engine.sync_engine
+    root: Any = loops.attach(target)
+    if root.use not in (None, use):
+        message = (
+            "Another Database uses this engine as a writer or a reader, or with "
+            "other options for reads: make an engine for each use."
+        )
+        raise errors.ConfigurationError(message)
+    root.use = use
     if issubclass(target._connection_cls, Connection):  # noqa: SLF001
-        if target.get_execution_options()[POLICY].use != use:
-            message = (
-                "Another Database uses this engine as a writer or a reader, or with "
-                "other options for reads: make an engine for each use."
-            )
-            raise errors.ConfigurationError(message)
         return
-    engine_of_pools = loops.attach(target)
-    policy = _Policy(engine_of_pools.like, target, use)
+    policy = _Policy(root.like, target, use)
     # Not events of the engine: one listener there costs each statement 50 calls.
     target._connection_cls = ReaderConnection if use.read_only else Connection  # noqa: SLF001
     target.update_execution_options(**{POLICY: policy})
-    pools: Any = engine_of_pools.like, *engine_of_pools.pools.values()
-    for each in pools:
+    for each in (root.like, *root.pools.values()):
         each._creator = policy.connect  # noqa: SLF001  # outlives its pool
         if use.read_only:
             # In AUTOCOMMIT there is nothing to roll back; a listener looks if there is.

@@ -17,6 +17,7 @@ READ_ONLY_STATEMENT = "PRAGMA query_only = ON"
 # The write lock at once: an upgrade later can fail without waiting. A SAVEPOINT opened
 # before any DML needs the explicit BEGIN too, or its RELEASE commits.
 # https://www.sqlite.org/lang_savepoint.html
+SET_LOCAL_LASTS = True  # there is none
 BEGIN_WRITE = BEGIN_AT_LEVEL = "BEGIN IMMEDIATE"  # which is serializable
 
 BUSY_TIMEOUT = 5000  # milliseconds a statement waits for a lock
@@ -36,7 +37,9 @@ class Aiosqlite:
     in_transaction = attrgetter("in_transaction")
 
     def stop(self, raw: Any) -> None:
-        (getattr(raw, "_stop_running", None) or raw.abandon)()  # aiosqlite before 0.22
+        # Of aiosqlite before 0.22, of ours, of any other.
+        names = ("_stop_running", "abandon", "stop")
+        next(filter(None, (getattr(raw, name, None) for name in names)))()
 
     def hurry(self, raw: Any) -> None:
         raw.is_hurried = True

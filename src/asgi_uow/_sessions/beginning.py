@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import orm
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
 
+BEGINNING: ContextVar[bool] = ContextVar("asgi_uow.beginning", default=False)
+"""Whether this is inside `on_begin`, which would wait for itself."""
+
+
 class BeginningSession(ManagedSession):
     """Connects before its deadline and awaits `on_begin`, whatever executes first.
 
@@ -23,7 +28,6 @@ class BeginningSession(ManagedSession):
     """
 
     begun: orm.SessionTransaction | None = None  # the one for which that was done
-    beginning: asyncio.Task[object] | None = None  # in which it is being done
 
     def begin_first(self) -> None:
         """Await `on_begin`, unless this is its own call, or the transaction has it."""
@@ -42,12 +46,14 @@ class BeginningSession(ManagedSession):
 
     def _await_on_begin(self, session: Any, connection: Any) -> None:
         self.beginning, connection.is_beginning = asyncio.current_task(), True
+        token = BEGINNING.set(True)
         try:
             if self.database.on_begin is not None:
                 with self.no_autoflush:
                     await_only(self.database.on_begin(session))
             self.begun = self.get_transaction()
         finally:
+            BEGINNING.reset(token)
             self.beginning, connection.is_beginning = None, False
 
     def connection(

@@ -25,6 +25,8 @@ class Deadline:
 
     def __init__(self, until: float, outages: list[Exception]) -> None:
         self.until, self._outages = until, outages
+        self._ends: dict[object, Callable[[], None]] = {}
+        """What ends, by task, the innermost of what is limited."""
 
     def check(self, cause: BaseException | None = None) -> None:
         """Raise `DeadlineExceededError` if it is over."""
@@ -43,7 +45,9 @@ class Deadline:
             nonlocal is_over
             is_over = task.cancel()
 
-        timer = asyncio.get_running_loop().call_at(self.until, end)
+        around, self._ends[task] = self._ends.get(task), end
+        loop = asyncio.get_running_loop()
+        timer = around or loop.call_at(self.until, lambda: self._ends[task]())
         try:
             yield
         except asyncio.CancelledError as error:
@@ -51,7 +55,11 @@ class Deadline:
                 self.check(error)
             raise
         finally:
-            timer.cancel()
+            if isinstance(timer, asyncio.TimerHandle):
+                timer.cancel()
+                del self._ends[task]
+            elif around is not None:
+                self._ends[task] = around
             if is_over:
                 task.uncancel()
 

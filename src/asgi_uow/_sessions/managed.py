@@ -84,6 +84,7 @@ class ManagedSession(orm.Session):
     driver_exposed: bool = False  # has somebody been given the driver's connection?
     cursors: Sequence[CursorResult[Any]] = ()  # on the server, of a read session
     follows_savepoints: bool = False
+    beginning: asyncio.Task[object] | None = None  # in which `on_begin` is awaited
 
     def begin(self, nested: bool = False) -> orm.SessionTransaction:  # noqa: FBT001, FBT002
         """Open a SAVEPOINT; a transaction is the unit's to begin."""

@@ -67,7 +67,7 @@ class ReadSession(Session):
                 if not (reads and await self.route.fail_over(self, error)):
                     raise
             else:
-                self.route.has_read = True
+                self.route.has_read |= self.sync_session.beginning is None
                 await self.give_back()  # it may have executed nothing
                 return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import weakref
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -20,7 +20,7 @@ from asgi_uow._databases.driver_errors import is_of_database, is_unavailable, me
 from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.journal import Journal
 from asgi_uow._decision import WRITABLE
-from asgi_uow._sessions.beginning import BeginningSession
+from asgi_uow._sessions.beginning import BEGINNING, BeginningSession
 from asgi_uow._sessions.managed import ManagedSession
 from asgi_uow._sessions.statements import StatementSession, StreamResult, adopt
 
@@ -40,6 +40,7 @@ END_SECONDS = 30.0  # for RELEASE and ROLLBACK TO, also in a cancelled scope
 
 READS = ("execute", "scalar", "scalars", "stream", "stream_scalars", "get", "get_one")
 CHANGES = ("refresh", "run_sync", "delete", "delete_all", "merge", "merge_all", "flush")
+RUN_SYNC = "session.run_sync()"  # only what that executes has a deadline
 ENDS = ("connection", "commit", "rollback", "close", "reset", "invalidate")
 
 
@@ -49,16 +50,18 @@ def _guarded(method: Call) -> Call:
 
     @functools.wraps(method)
     async def call(self: Session, *args: object, **kwargs: object) -> object:
-        task = asyncio.current_task()
-        lock = self.own_lock
+        lock, task = self.own_lock, asyncio.current_task()
         if task is not None and not lock.take(task):
+            if BEGINNING.get():
+                raise errors.ConcurrentUseError(operation, "on_begin has not returned")
             await lock.wait(task)
         try:
             self.check(operation)
-            if self.is_plain:
+            if self.is_plain and lock.limit is nullcontext:
                 result = await method(self, *args, **kwargs)
             else:
-                result = await self.route_call(operation, method, args, kwargs)
+                with (nullcontext if operation == RUN_SYNC else lock.limit)():
+                    result = await self.route_call(operation, method, args, kwargs)
             if self.sync_session.cursors:
                 await self.give_back()
         except BaseException as error:
@@ -87,14 +90,13 @@ class Session(StatementSession):
 
     sync_session_class: type[orm.Session] = ManagedSession
     beginning_class: type[orm.Session] = BeginningSession  # with what it is named for
-    # Narrower than SQLAlchemy's, which only reads it.
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
 
     bind: AsyncEngine  # pyright: ignore[reportIncompatibleMethodOverride]
 
     usable_in = WRITABLE  # the states of its unit in which it may be called
+    give_back: Call  # of a read session: return a connection that it needs no more
     is_plain = True  # calls need nothing but the session's own connection
-    route_call: Call  # makes others: in the writer's transaction, or where a route says
 
     def __init__(
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
@@ -112,10 +114,13 @@ class Session(StatementSession):
         sync.database, sync.shared, sync.journal = db, shared, self.journal
         sync.connections, sync.lock = {}, self.own_lock
 
+    async def route_call(self, _: str, method: Call, args: Any, kwargs: Any) -> object:
+        """Make a call; on a read session in the writer's transaction, or by a route."""
+        return await method(self, *args, **kwargs)
+
     @property
     def host(self) -> Session:
-        """The session on whose connection the calls are made."""
-        return self
+        return self  # on whose connection the calls are made
 
     def check(self, operation: str) -> None:
         """Raise unless the unit of work is open and no stream is in the way."""
@@ -138,7 +143,7 @@ class Session(StatementSession):
     async def failed(self, error: BaseException, operation: str) -> None:  # noqa: ARG002
         """Remember an outage; have the server stop a statement that was cancelled."""
         self.record_error(error)
-        if isinstance(error, asyncio.CancelledError):
+        if asyncio.CancelledError in map(type, (error, error.__cause__)):
             await cancel_statements(self.sync_session.take_cancel_sql())
 
     def record_error(self, error: BaseException) -> None:
@@ -200,9 +205,6 @@ class Session(StatementSession):
         self._check_add("session.add_all()")
         super().add_all(instances)
 
-    async def give_back(self) -> None:
-        """Keep the connection; a read session returns one that it needs no more."""
-
     async def open_stream(self, execute: Execute) -> AsyncResult[*TupleAny]:
         """Have the fetches of a stream wait for other calls too."""
         stream = await execute()
@@ -220,7 +222,7 @@ class Session(StatementSession):
                         await greenlet_spawn(result.close)
                     raise
                 finally:
-                    if result._soft_closed:  # noqa: SLF001
+                    if result._soft_closed and self.sync_session.cursors:  # noqa: SLF001
                         await self.give_back()
 
         still_open = {each: host.streams[each] for each in host.open_streams}
