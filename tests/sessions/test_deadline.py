@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sqlite3
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any
@@ -240,6 +241,7 @@ async def test_first_rows_of_a_stream(backend: ServerBackend, name: str) -> None
             with pytest.raises(errors.DeadlineExceededError):
                 await session.execute("SELECT 1")
             unit.set_rollback_only("the end of what can be read")
+        gc.collect()
         assert [0, 0] == checked_out(db)
 
 

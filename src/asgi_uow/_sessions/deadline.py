@@ -6,6 +6,7 @@ import asyncio
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.exc import StatementError
 from sqlalchemy.util import await_only
 
 from asgi_uow._databases import known
@@ -50,6 +51,11 @@ class Deadline:
         timer = around or loop.call_at(self.until, lambda: self._ends[task]())
         try:
             yield
+        except StatementError as error:  # SQLAlchemy has wrapped ours
+            late = (
+                error.orig if isinstance(error.orig, DeadlineExceededError) else error
+            )
+            raise late from late.__cause__
         except asyncio.CancelledError as error:
             if is_over and task.cancelling() == others + 1:
                 self.check(error)
@@ -69,11 +75,11 @@ class Deadline:
         """Execute a statement, which its server stops at the deadline."""
         raw = connection.connection.driver_connection
         known.driver_of(connection.dialect).hurry(raw)
+        statement = info_of(connection).get(CANCEL_SQL)
         try:
             with self.limit():
                 execute(*args)
         except DeadlineExceededError as error:
-            statement = info_of(connection).get(CANCEL_SQL)
             if error.__cause__ is not None and statement is not None:
                 await_only(cancel_statements([(connection.engine, statement)]))
             raise

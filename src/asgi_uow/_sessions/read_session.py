@@ -50,7 +50,7 @@ class ReadSession(Session):
         return self.route is None and self.sync_session.writer is None
 
     async def route_call(
-        self, operation: str, method: Call, args: tuple[object, ...], kwargs: Any
+        self, operation: str, method: Call, args: tuple[object, ...], kwargs: Any, /
     ) -> object:
         if (host := self.host) is not self:
             async with host.own_lock:

@@ -114,7 +114,7 @@ class Session(StatementSession):
         sync.database, sync.shared, sync.journal = db, shared, self.journal
         sync.connections, sync.lock = {}, self.own_lock
 
-    async def route_call(self, _: str, method: Call, args: Any, kwargs: Any) -> object:
+    async def route_call(self, _: str, method: Call, args: Any, kwargs: Any, /) -> Any:
         """Make a call; on a read session in the writer's transaction, or by a route."""
         return await method(self, *args, **kwargs)
 
