@@ -399,17 +399,17 @@ async def test_nested(db: Database, other: Database) -> None:
 
 async def test_nested_middleware(db: Database, other: Database) -> None:
     """So has a middleware inside with databases of its own."""
-    untils: list[float | None] = []
+    moments: list[float | None] = []
 
     async def handler() -> None:
-        untils.append(uow.current_unit_of_work().until)
+        moments.append(uow.current_unit_of_work().until)
 
     for seconds in (50, 1, None):
         inner = UnitOfWorkMiddleware(endpoint(handler), other, deadline=seconds)
         outer = UnitOfWorkMiddleware(inner, db, deadline=5)
         start = asyncio.get_running_loop().time()
         await Client(outer).request()
-        until = untils.pop()
+        until = moments.pop()
         assert until is not None
         assert until - start < (2 if seconds == 1 else 6)
 

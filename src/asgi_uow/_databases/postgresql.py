@@ -143,10 +143,13 @@ class Psycopg(_Driver):
     in_transaction = attrgetter("pgconn.transaction_status")  # 0 is IDLE
 
     async def is_pooled(self, raw: Any) -> bool:
-        autocommit = raw.autocommit
-        await raw.set_autocommit(True)
-        cursor = await raw.execute(HAS_PROCESS_ID.format(raw.info.backend_pid))
-        await raw.set_autocommit(autocommit)
+        autocommit, asked = raw.autocommit, HAS_PROCESS_ID.format(raw.info.backend_pid)
+        is_idle = not self.in_transaction(raw)  # a listener may have begun one
+        if is_idle:
+            await raw.set_autocommit(True)
+        cursor = await raw.execute(asked)
+        if is_idle:
+            await raw.set_autocommit(autocommit)
         return bool(cursor.rowcount == 0)
 
     def is_dead(self, raw: Any) -> bool:

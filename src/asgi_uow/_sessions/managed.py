@@ -103,8 +103,7 @@ class ManagedSession(orm.Session):
     def connection(self, *args: Any, **kwargs: Any) -> sa.Connection:
         self.driver_exposed = True
         connection = super().connection(*args, **kwargs)
-        if isinstance(connection, Connection):
-            connection.is_kept = True
+        connection.is_kept = True  # type: ignore[attr-defined]  # ours: see below
         if connection.get_transaction() and not isinstance(self, ReadOnlySession):
             # What follows past the session is seen by nobody, and asyncpg's BEGIN comes
             # with the first statement of SQLAlchemy alone.
