@@ -112,10 +112,13 @@ async def close(*pools: Any) -> None:
     """Wait once for a silent server; SQLite's one by one, to leave no log behind."""
     servers = (p for p in pools if not known.database_of(p._dialect).SINGLE_WRITER)  # noqa: SLF001
     idle = (p for p in servers for _ in range(getattr(p, "checkedin", int)()))
-    closing = (run_to_completion(greenlet_spawn(each.dispose)) for each in idle)
-    await asyncio.gather(*closing, return_exceptions=True)
+    await asyncio.gather(*map(_dispose, idle), return_exceptions=True)
     for each in pools:
         await greenlet_spawn(each.dispose)
+
+
+async def _dispose(pool: sa.Pool) -> None:
+    await run_to_completion(greenlet_spawn(pool.dispose))
 
 
 class SetUpLock(threading.Semaphore):

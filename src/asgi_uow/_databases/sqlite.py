@@ -37,8 +37,8 @@ class Aiosqlite:
     in_transaction = attrgetter("in_transaction")
 
     def stop(self, raw: Any) -> None:
-        # Of aiosqlite before 0.22, of ours, of any other.
-        names = ("_stop_running", "abandon", "stop")
+        # Of ours, of aiosqlite before 0.22, of a later one.
+        names = ("abandon", "_stop_running", "stop")
         next(filter(None, (getattr(raw, name, None) for name in names)))()
 
     def hurry(self, raw: Any) -> None:

@@ -121,6 +121,16 @@ class Cursor(aiosqlite.Cursor):
                 self._cursor.close()
 
 
+class _Nobody:
+    """Waits for an answer of the thread in place of a future."""
+
+    def get_loop(self) -> Self:
+        return self
+
+    def call_soon_threadsafe(self, *_: object) -> None:
+        pass
+
+
 class Connection(aiosqlite.Connection):
     """Stops and undoes what was cancelled before anybody hears of it."""
 
@@ -175,8 +185,11 @@ class Connection(aiosqlite.Connection):
     def abandon(self) -> None:
         """Close it and stop its thread, for whose answer no loop waits."""
         self._running, raw, self._connection = False, self._connection, None
-        for call in (raw and raw.close, lambda: core._STOP_RUNNING_SENTINEL):  # noqa: SLF001
-            self._tx.put_nowait((None, call or bool))
+        nobody: Any = _Nobody()
+        self._tx.put_nowait((nobody, raw.close if raw else bool))
+        end: Any = core._STOP_RUNNING_SENTINEL  # noqa: SLF001
+        is_old = hasattr(self, "_stop_running")  # before 0.22
+        self._tx.put_nowait(end if is_old else (None, lambda: end))
 
     async def _connect(self) -> Connection:
         try:
