@@ -141,11 +141,13 @@ async def use(connection: AsyncConnection, number: int) -> None:
 
 def connection_of_parent() -> None:
     """The parent goes on with a connection that the child has tried to use."""
+    free = os.open(os.devnull, os.O_RDONLY)
 
     async def parent() -> None:
         async with db.engine.connect() as connection:
             await connection.exec_driver_sql("SELECT 1")
             await connection.rollback()
+            os.close(free)  # a number below that of the connection
             assert 0 == fork(lambda: asyncio.run(use(connection, 1)))
             await connection.exec_driver_sql("SELECT 1")
         await insert(2)

@@ -327,6 +327,10 @@ async def test_found(backend: PgBouncerBackend) -> None:
         for number in range(8):
             other = await stranger(backend, stack)
             await other(f"INSERT INTO items (id) VALUES ({number})")
+    async with db:
+        await db.write.execute("INSERT INTO items (id) VALUES (8)")
+    async with db:
+        assert 9 == await db.read.scalar(shop.COUNT)
     await db.dispose()
 
 

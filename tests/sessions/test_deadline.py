@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import text, update
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 
@@ -267,6 +268,18 @@ async def test_fetches_of_a_stream(backend: ServerBackend) -> None:
 
 
 # What is not touched
+
+
+async def test_other_errors(db: Database) -> None:
+    """A statement that fails before the deadline fails as without one."""
+    options = {"no_parameters": True}
+    async with uow.unit_of_work(db, deadline=60) as unit:
+        with pytest.raises(DBAPIError, match="nowhere"):
+            await db.read.execute("SELECT nothing FROM nowhere")
+        connection = await db.write.connection()
+        result = await connection.exec_driver_sql("SELECT 7", execution_options=options)
+        assert 7 == result.scalar()
+    assert Outcome.COMMITTED is unit.outcome
 
 
 async def test_no_further_call(db: Database, backend: Backend) -> None:

@@ -142,7 +142,7 @@ async def test_sqlite(db: Database) -> None:
         await db.write.execute(shop.COUNT)
         with pytest.raises(errors.NestedUnitOfWorkError):
             async with uow.unit_of_work(db, independent=True):
-                await shop.insert(1)
+                raise NotImplementedError
     assert 1 == len(begun)
 
 

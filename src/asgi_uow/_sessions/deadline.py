@@ -48,7 +48,7 @@ class Deadline:
 
         around, self._ends[task] = self._ends.get(task), end
         loop = asyncio.get_running_loop()
-        timer = around or loop.call_at(self.until, lambda: self._ends[task]())
+        timer: Any = around or loop.call_at(self.until, lambda: self._ends[task]())
         try:
             yield
         except StatementError as error:  # SQLAlchemy has wrapped ours
@@ -61,10 +61,10 @@ class Deadline:
                 self.check(error)
             raise
         finally:
-            if isinstance(timer, asyncio.TimerHandle):
+            if around is None:
                 timer.cancel()
                 del self._ends[task]
-            elif around is not None:
+            else:
                 self._ends[task] = around
             if is_over:
                 task.uncancel()
@@ -85,12 +85,13 @@ class Deadline:
             raise
 
 
-def lift(connections: Iterable[Any]) -> None:
+def lift(sessions: Iterable[Any]) -> bool:
     """Leave COMMIT the time that it takes; raises if the deadline is over."""
-    for connection in connections:
-        if connection.deadline is not None:
+    for session in sessions:
+        for connection in session.sync_session.connections:
             connection.deadline.check()
             connection.deadline = None
+    return True
 
 
 def earlier(until: float | None, seconds: float | None) -> float | None:

@@ -133,7 +133,9 @@ async def refuse_streams(unit: UnitOfWork) -> None:
     """Raise for a stream that would break a response off; the end closes others."""
     for writer in unit.writers:
         turns = 10  # in which the loop closes generators left behind
-        while any(writer.streams[each]() for each in writer.open_streams):
+        while writer.streams and any(
+            writer.streams[each]() for each in writer.open_streams
+        ):
             if not turns:
                 what = "The start of a response", "a stream() is still to be read"
                 raise errors.ConcurrentUseError(*what)
@@ -158,8 +160,9 @@ async def prepare(unit: UnitOfWork) -> Ended:
     decided. Gives what stopped it, which is raised later.
     """
     try:
-        for reader in [r for p in unit.participants.values() for r in p.readers]:
-            reader.refuse_changes()
+        for participant in unit.participants.values():
+            for reader in participant.readers:
+                reader.refuse_changes()
         while True:
             if unit.hooks is not NO_HOOKS:
                 unit.quota = unit.hooks.quota
@@ -176,9 +179,8 @@ async def prepare(unit: UnitOfWork) -> Ended:
                     with anyio.fail_after(unit.options.hook_timeout):
                         await writer.flush()
             more = unit.hooks.queues.get("before_commit")
-            if participants is unit.participants and not more:
-                for writer in unit.writers:
-                    lift(writer.sync_session.connections)
+            is_all = participants is unit.participants and not more
+            if is_all and (unit.until is None or lift(unit.writers)):
                 return ROLLED_BACK
     except BaseException as error:  # noqa: BLE001  # raised by finish()
         return stopped_by(error)
