@@ -25,7 +25,8 @@ class Deadline:
     """Cancels what still waits `until` then, by the clock of the event loop."""
 
     def __init__(self, until: float, outages: list[Exception]) -> None:
-        self.until, self._outages = until, outages
+        self.until: float = until
+        self._outages = outages
         self._ends: dict[object, Callable[[], None]] = {}
         """What ends, by task, the innermost of what is limited."""
 

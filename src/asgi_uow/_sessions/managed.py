@@ -82,7 +82,7 @@ class ManagedSession(orm.Session):
     connected: float | None = None  # since when it holds one of its own: perf_counter()
     held: float = 0.0  # seconds for which it has held those that it has given back
     driver_exposed: bool = False  # has somebody been given the driver's connection?
-    cursors: Sequence[CursorResult[Any]] = ()  # on the server, of a read session
+    cursors: Sequence[Any] = ()  # on the server, of a read session
     follows_savepoints: bool = False
     beginning: asyncio.Task[object] | None = None  # in which `on_begin` is awaited
 
