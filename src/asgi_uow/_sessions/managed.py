@@ -124,6 +124,19 @@ class ManagedSession(orm.Session):
             each._key_switches.clear()  # noqa: SLF001
         self.expunge_all()
 
+    def release_connection(self) -> None:
+        """Return it whatever needs it; objects stay loaded, unlike after a rollback."""
+        try:
+            if self._transaction is not None:
+                self._transaction.close()
+        finally:
+            for each in tuple(self.connections):
+                if isinstance(each, ReaderConnection) and not each.closed:
+                    each.invalidate()  # a close() that failed has forgotten it
+            self.connections.clear()
+        since, self.connected = self.connected, None
+        self.held += 0.0 if since is None else time.perf_counter() - since
+
     def take_cancel_sql(self) -> list[tuple[sa.Engine, str]]:
         """Give, once, what cancels statements in flight on the connections held."""
         held = self.connections
@@ -170,6 +183,7 @@ class ReadOnlySession(ManagedSession):
     """Refuses to flush and to run DML; text that writes is the database's to refuse."""
 
     sibling: ManagedSession | None = None  # the write session of the unit
+    cursors: Sequence[Any] = ()
     executing: int = 0  # statements: of several tasks, or one for the rows of another
 
     @property
@@ -211,7 +225,7 @@ class ReadOnlySession(ManagedSession):
             if isinstance(error, Exception):  # one that was cancelled is in flight
                 used = dict(self.connections)
                 self.give_back()
-                self.connections |= used  # failed() asks whether it was connecting
+                self.connections.update(used)  # failed() asks whether it was connecting
             raise
         self.executing -= 1
         cursor = result.raw if isinstance(result, IteratorResult) else result
@@ -228,19 +242,6 @@ class ReadOnlySession(ManagedSession):
         is_in_use = self.executing or self.cursors or self._nested_transaction
         if not (is_in_use or (is_kept and not lend)):
             self.release_connection()
-
-    def release_connection(self) -> None:
-        """Return it whatever needs it; objects stay loaded, unlike after a rollback."""
-        try:
-            if self._transaction is not None:
-                self._transaction.close()
-        finally:
-            for each in tuple(self.connections):
-                if isinstance(each, ReaderConnection) and not each.closed:
-                    each.invalidate()  # a close() that failed has forgotten it
-            self.connections.clear()
-        since, self.connected = self.connected, None
-        self.held += 0.0 if since is None else time.perf_counter() - since
 
 
 @event.listens_for(ManagedSession, "after_begin", propagate=True)
