@@ -242,6 +242,8 @@ async def test_position_that_cannot_be_learnt(
     def refuse(*_: object) -> None:
         raise ConnectionRefusedError
 
+    async with client.db.engine.connect():
+        pass  # the listener is for all engines, and the writer connects no more
     event.listen(engine, "do_connect", refuse)
     assert 200 == (await client.send("POST", 1)).status
     event.remove(engine, "do_connect", refuse)
