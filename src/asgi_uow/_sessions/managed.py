@@ -210,8 +210,9 @@ class ReadOnlySession(ManagedSession):
         if getattr(statement, "is_dml", False):
             raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
         execute = super()._execute_internal
-        is_mine = self.lock.owner is asyncio.current_task()
-        if is_mine or (above := async_session(self)) is None:
+        # Nor wait in a call of the writer, for which whoever has the lock may wait.
+        owners = self.lock.owner, self.sibling and self.sibling.lock.owner
+        if asyncio.current_task() in owners or (above := async_session(self)) is None:
             return execute(statement, *args, **kwargs)
         # An attribute takes its turn, and may be cancelled, as a call does.
         return await_only(above.run_sync(lambda _: execute(statement, *args, **kwargs)))
