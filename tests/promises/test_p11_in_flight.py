@@ -11,7 +11,7 @@ from sqlalchemy import event, literal_column
 from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.ext.asyncio import AsyncAttrs
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
-from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util import await_only, greenlet_spawn
 
 import asgi_uow as uow
 from asgi_uow import Database
@@ -262,6 +262,41 @@ async def test_cancelled_beside_attributes(
             assert task.cancelled()
             assert 9 == await db.read.scalar("SELECT 9")
         assert [0, 0] == checked_out(db)
+
+
+@on(*DRIVERS)
+async def test_attributes_inside_a_call_of_the_writer(
+    db: Database, backend: Backend
+) -> None:
+    """A read that waits for that call does not keep the attribute from it."""
+
+    class Base(AsyncAttrs, DeclarativeBase):
+        pass
+
+    class Item(Base):
+        __tablename__ = "items"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        soon: Mapped[int] = column_property(literal_column("7"), deferred=True)
+
+    await backend.execute("INSERT INTO items (id) VALUES (1)")
+    entered, go_on = asyncio.Event(), asyncio.Event()
+    async with asyncio.timeout(SECONDS), db:
+        item = await db.read.get_one(Item, 1)
+        await db.write.scalar("SELECT 1")
+
+        def load(_: object) -> int:
+            entered.set()
+            await_only(go_on.wait())
+            return item.soon
+
+        loading = asyncio.create_task(db.write.run_sync(load))
+        await entered.wait()
+        reading = asyncio.create_task(db.read.scalar("SELECT 8"))
+        await asyncio.sleep(0)
+        assert db.read.own_lock.owner is reading
+        go_on.set()
+        assert [7, 8] == [await loading, await reading]
+    assert [0, 0] == checked_out(db)
 
 
 @on(*DRIVERS)

@@ -210,7 +210,9 @@ class ReadOnlySession(ManagedSession):
         # Behind execute(), scalar() and scalars(), and behind what loads an attribute.
         if getattr(statement, "is_dml", False):
             raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
-        is_mine = self.lock.owner is asyncio.current_task()
+        # Nor wait in a call of the writer, for which whoever has the lock may wait.
+        owners = self.lock.owner, self.sibling and self.sibling.lock.owner
+        is_mine = asyncio.current_task() in owners
         if not (is_mine or (above := async_session(self)) is None):
             # An attribute takes its turn, and may be cancelled, as a call does.
             again = functools.partial(
