@@ -105,6 +105,10 @@ class Database(Engines):
         names = configuration.OF_SESSIONS & options.keys()
         session_options = {name: options.pop(name) for name in names}
         configuration.check({"read_urls": read_urls})
+        for name in {"async_creator", "pool"} & options.keys() if read_urls else ():
+            message = f"{name} would connect reads too, not what read_urls name: pass "
+            message += "engines of your own as `readers` to Database(engine)."
+            raise errors.ConfigurationError(message)
         engine = create(url, options)
         database = cls(
             engine,

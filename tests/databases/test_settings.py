@@ -98,6 +98,30 @@ async def test_a_setting_that_was_taken_back(db: Database) -> None:
     assert not await stays(db, "RESET ALL")
 
 
+LASTING = {
+    "mysql": [
+        "CREATE TEMPORARY TABLE seven (id INTEGER)",
+        "SELECT @seven := 7",
+        "SELECT GET_LOCK('seven', 0)",
+    ],
+    "postgresql": [
+        "CREATE TEMP TABLE seven (id INTEGER)",
+        "LISTEN seven",
+        "PREPARE seven AS SELECT 7",
+        "SELECT pg_advisory_lock(7)",
+        "SELECT set_config('app.seven', '7', 'f')",
+        "SELECT set_config('app.seven', '7', 1 = 2), set_config('app.six', '6', true)",
+    ],
+    "sqlite": ["CREATE TEMP TABLE seven (id INTEGER)"],
+}
+
+
+async def test_what_lasts_too(db: Database) -> None:
+    """Neither do locks, temporary tables and the like reach the next unit."""
+    for statement in LASTING[db.engine.dialect.name]:
+        assert not await stays(db, statement), statement
+
+
 PLAIN = {
     "mysql": ["SET STATEMENT lock_wait_timeout = 7 FOR SELECT 7"],
     "postgresql": [

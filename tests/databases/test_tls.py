@@ -61,7 +61,8 @@ async def test_postgresql(postgresql: PostgreSQLBackend) -> None:
                 f"sslmode=verify-full&sslrootcert={path}",
             ):
                 assert await is_encrypted(f"{url}?{words}", question), words
-            assert not await is_encrypted(f"{url}?sslmode=disable", question)
+            for words in ("sslmode=disable", "ssl=false"):
+                assert not await is_encrypted(f"{url}?{words}", question), words
             with pytest.raises(Exception, match="certificate"):
                 await is_encrypted(f"{url}?sslmode=verify-full", question)
     assert postgresql.port != server.port
@@ -84,7 +85,8 @@ async def test_mariadb(mariadb: MariaDBBackend) -> None:
             f"ssl_mode=VERIFY_CA&ssl_ca={path}",
         ):
             assert await is_encrypted(f"{url}?{words}", question), words
-        assert not await is_encrypted(url, question)
+        for words in ("", "?ssl_mode=DISABLED", "?sslmode=disable", "?ssl=false"):
+            assert not await is_encrypted(url + words, question), words
         named = url.replace(HOST, "localhost")  # which is not in the certificate
         words = f"ssl_mode=VERIFY_IDENTITY&ssl_ca={path}"
         with pytest.raises(Exception, match="certificate"):
@@ -98,8 +100,9 @@ async def test_mariadb(mariadb: MariaDBBackend) -> None:
         ("postgres://h/d?sslmode=require&channel_binding=require", "channel_binding"),
         ("postgres://h/d?pgbouncer=true", "'pgbouncer': leave it out"),
         ("postgres://h/d?sslpassword=secret", "'sslpassword': leave it out"),
-        ("mysql://h/d?ssl_mode=VERIFY_CA", "ssl_mode is REQUIRED, or"),
-        ("mysql://h/d?ssl_mode=PREFERRED", "ssl_mode is REQUIRED, or"),
+        ("postgresql+psycopg://h/d?pgbouncer=true", "psycopg takes no 'pgbouncer'"),
+        ("mysql://h/d?ssl_mode=VERIFY_CA", "ssl_mode is DISABLED, REQUIRED, or"),
+        ("mysql://h/d?ssl_mode=PREFERRED", "ssl_mode is DISABLED, REQUIRED, or"),
         ("mysql://h/d?sslaccept=strict", "asyncmy takes no 'sslaccept'"),
     ],
 )
@@ -108,6 +111,14 @@ def test_what_cannot_be(url: str, message: str) -> None:
     for urls in ((url, []), (url.partition("?")[0], [url])):
         with pytest.raises(ConfigurationError, match=message):
             Database.from_url(urls[0], read_urls=urls[1])
+
+
+@pytest.mark.parametrize("name", ["async_creator", "pool"])
+def test_one_place_for_all(name: str) -> None:
+    """What connects to one server connects to no replica: refused, not ignored."""
+    with pytest.raises(ConfigurationError, match=f"{name} would connect reads too"):
+        read_urls, option = ["postgres://r/d"], {name: object()}
+        Database.from_url("postgres://h/d", read_urls=read_urls, **option)  # type: ignore[arg-type]
 
 
 @on("asyncpg", "psycopg")

@@ -96,7 +96,8 @@ class Server(ABC):
     @property
     def pid(self) -> int | None:
         """The process id while the server runs."""
-        return None if self._process is None else self._process.pid
+        process = self._process
+        return None if process is None or process.poll() is not None else process.pid
 
     @property
     def _run_as(self) -> str | None:

@@ -38,6 +38,7 @@ from tests.support.databases import (
     shop_database,
 )
 from tests.support.gate import gate_at
+from tests.support.writes import driver_connection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -437,6 +438,25 @@ async def test_what_a_connection_keeps(db: Database, backend: Backend) -> None:
             assert [0, 1] == checked_out(db), first
             assert value == await db.read.scalar(then)
         assert [0, 0] == checked_out(db)
+
+
+PLAIN_WORDS = {
+    "sqlite": ["SELECT 'reset' AS it", "SELECT call.it FROM (SELECT 1 AS it) AS call"],
+    "mariadb": ["SELECT 'reset' AS `call`", "WITH a AS (SELECT 'set') SELECT * FROM a"],
+    "postgresql": ["SELECT call.* FROM (SELECT 1) AS call", "VALUES ('call', 'set')"],
+}
+
+
+async def test_words_in_a_query(db: Database, backend: Backend) -> None:
+    """A name or a text that looks like a setting costs no connection."""
+    async with db:
+        before = await driver_connection(db.read)
+    for statement in PLAIN_WORDS[backend.name]:
+        async with db:
+            await db.read.execute(statement)
+            assert [0, 0] == checked_out(db), statement
+        async with db:
+            assert before is await driver_connection(db.read), statement
 
 
 async def test_the_writers_transaction(db: Database) -> None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
 
 import asgi_uow as uow
-from asgi_uow import errors
+from asgi_uow import Database, errors
 from tests.support import shop
 from tests.support.asgi import handle
 from tests.support.databases import (
@@ -22,7 +23,6 @@ from tests.support.databases import (
 )
 
 if TYPE_CHECKING:
-    from asgi_uow import Database
     from tests.servers import Backend, ServerBackend
 
 POOL_OF_ONE: Any = {"pool_size": 1, "max_overflow": 0}
@@ -130,6 +130,23 @@ async def test_no_such_level(db: Database, level: Any) -> None:
         with pytest.raises(errors.ConfigurationError, match="SERIALIZABLE"):
             uow.isolation_level(level)
         await shop.insert(1, db)
+
+
+@on("asyncpg", "psycopg")
+async def test_an_engine_with_a_level_of_its_own(backend: ServerBackend) -> None:
+    """SQLAlchemy would set the engine's after ours: refused, not ignored."""
+    engine = create_async_engine(backend.url)
+    level = engine.execution_options(isolation_level="REPEATABLE READ")
+    db = Database(level)
+    async with db:
+        with pytest.raises(errors.ConfigurationError, match="to create_async_engine"):
+            uow.isolation_level("SERIALIZABLE")
+    await db.dispose()
+    db = Database(create_async_engine(backend.url, isolation_level="REPEATABLE READ"))
+    async with db:
+        uow.isolation_level("SERIALIZABLE")
+        assert await is_serializable(db, backend)
+    await db.dispose()
 
 
 @on("aiosqlite")

@@ -436,6 +436,31 @@ async def test_it_would_wait_for_itself(
         assert [0, 0] == checked_out(db)
 
 
+async def in_parallel_read(_: uow.Session) -> None:
+    async with uow.parallel_read() as session:
+        await session.execute("SELECT 1")
+
+
+async def in_a_unit(_: uow.Session) -> None:
+    database = uow.current_read_session().sync_session.database
+    async with uow.unit_of_work(database, independent=True) as unit:
+        await unit.read_session().execute("SELECT 1")
+
+
+@pytest.mark.parametrize("on_begin", [in_parallel_read, in_a_unit])
+async def test_it_would_begin_for_ever(
+    backend: Backend, on_begin: Callable[[uow.Session], Coroutine[Any, Any, None]]
+) -> None:
+    """What it opens would begin with it again: an error says so; nothing is held."""
+    options: Any = {"on_begin": on_begin, "pool_size": 4}
+    async with house(backend, **options) as (db, _, __), asyncio.timeout(10):
+        with pytest.raises(
+            errors.ConcurrentUseError, match="on_begin has not returned"
+        ):
+            async with db:
+                await db.read.execute("SELECT 1")
+
+
 async def reads_after(db: Database) -> None:
     """Read while the write session is used for the first time."""
     while not db.write.sync_session.connections:

@@ -203,9 +203,11 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
 
 def _check_arguments(dialect: sa.Dialect, url: sa.URL) -> None:
     """Refuse at once what the driver would refuse when it connects."""
-    if (name := known.driver_of(dialect).connects_with) is not None:
+    driver = known.driver_of(dialect)
+    if (name := driver.connects_with) is not None:
         taken = {*inspect.signature(resolve_name(name)).parameters, *SQLALCHEMYS}
-        for key in dialect.create_connect_args(url)[1].keys() - taken:
+        unknown = dialect.create_connect_args(url)[1].keys() - taken
+        for key in unknown.difference(driver.connects_also()):
             message = f"The driver {dialect.driver} takes no {key!r}: leave it out."
             raise ConfigurationError(message)
 

@@ -35,8 +35,7 @@ READ_OPTIONS = {
     "twophase": False,
     "join_transaction_mode": "rollback_only",
 }
-PAUSE = 0.1  # seconds, before a prepared transaction is asked for again
-TIMES_UNLISTED = 5
+PAUSE, TIMES_UNLISTED = 0.1, 5  # seconds; before a prepared transaction is given up
 CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement there
 
 
@@ -76,8 +75,7 @@ class Engines:
             _check_engine(reader)
         self.replicas: tuple[Replica, ...] = tuple(map(Replica, self._readers))
         options: dict[str, Any] = {"expire_on_commit": False, **session_options}
-        self.write_options: dict[str, Any] = options
-        self.read_options: dict[str, Any] = options | READ_OPTIONS
+        self.write_options, self.read_options = options, options | READ_OPTIONS
         if engine is not None:
             self.use(engine)
         else:
@@ -100,8 +98,7 @@ class Engines:
             message = "This Database has an engine already; make another Database."
             raise ConfigurationError(message)
         _check_engine(engine)
-        pool = engine.sync_engine.pool
-        if any(each.sync_engine.pool is pool for each in self._readers):
+        if engine.sync_engine.pool in (r.sync_engine.pool for r in self._readers):
             message = "A reader cannot be the writer: it is made read-only."
             raise ConfigurationError(message)
         facts = known.database_of(engine.dialect)
@@ -148,14 +145,17 @@ class Engines:
         """Give the writer with another isolation level for its next transaction."""
         sync = self.engine.sync_engine
         levels = {*sync.dialect.get_isolation_level_values(None)}  # type: ignore[arg-type]
+        begins_with, own = self.facts.BEGIN_AT_LEVEL, sync.get_execution_options()
         if level not in levels - {"AUTOCOMMIT"}:
             message = f"isolation_level() is one of {levels}, not AUTOCOMMIT: {level!r}"
             raise ConfigurationError(message)
+        if "isolation_level" in own and not begins_with:
+            message = "Give the engine's own isolation_level to create_async_engine()."
+            raise ConfigurationError(message)
         options: dict[str, Any] = {"isolation_level": level}
-        if begins_with := self.facts.BEGIN_AT_LEVEL:
-            policy = copy.copy(sync.get_execution_options()[POLICY])
-            policy.begins_with = begins_with.format(level)
-            options = {POLICY: policy}
+        if begins_with:
+            options = {POLICY: copy.copy(own[POLICY])}
+            options[POLICY].begins_with = begins_with.format(level)
         engine = self.engine.execution_options(**options)
         engine.sync_engine._connection_cls = sync._connection_cls  # noqa: SLF001
         return engine

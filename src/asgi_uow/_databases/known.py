@@ -52,7 +52,10 @@ class Driver(_Facts):
     connect_args: tuple[tuple[str, object], ...] = ()  # unless the engine has its own
     pooled_args: tuple[tuple[str, object], ...] = ()  # so that no statement is kept
 
-    connects_with: str | None = None  # if its signature names all that it takes
+    connects_with: str | None = None  # its signature names what it takes
+
+    def connects_also(self) -> Collection[str]:  # with what no signature names
+        return ()
 
     def in_transaction(self, _: Any, /) -> bool:
         return True
@@ -217,13 +220,19 @@ HARMLESS = re.compile(
     r"[^;]*;?\s*"
 )
 _NUMBER = re.compile(r"(?<![\w$])\d[\w.]*")
-_SETTINGS = re.compile(  # or what else the next statement finds on its connection
-    r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|PREPARE|set_config|GET_LOCK|\w*FOUND_ROWS"
-    r"|pg_(?:try_)?advisory_lock(?:_shared)?)\b|@\w+\s*:=|\bINTO\s+@"
+# What the next statement finds on its connection: by an expression, or by no query.
+_LEAVES = (
+    r"\b(?:GET_LOCK|pg_(?:try_)?advisory_lock(?:_shared)?)\s*\(|@\w+\s*:=|\bINTO\s+@"
 )
+_QUERY = _pattern(r"(?:SELECT|WITH|VALUES)\b[^;]*;?\s*$")
+_ASKED = re.compile(rf"(?i)\bset_config\b|\b\w*FOUND_ROWS\b|{_LEAVES}")
+_SETTINGS = re.compile(r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|PREPARE|ATTACH)\b")
 _LOCAL = re.compile(rf"(?is)\bset_config\b|{_COMMENTS}SET\s+LOCAL\b")
 _SETTING = re.compile(  # where SET is not that of UPDATE
-    rf"(?is)\bset_config\b.*\bfalse\b|(?:^|;){_COMMENTS}(?:/\*M?!\d*\s*)?(?:RESET\b|"
+    r"(?is)\bset_config\b(?!(?:(?!\bset_config\b).)*,\s*"  # unless it says: local
+    r"(?:true|'t(?:rue)?'|\$\d+|%s|%\(\w+\)s)(?:::\w+)?\s*\))"
+    rf"|{_LEAVES}|(?:^|;){_COMMENTS}(?:/\*M?!\d*\s*)?(?:RESET\b|PREPARE\b|LISTEN\b|"
+    r"CREATE\s+(?:GLOBAL\s+|LOCAL\s+)?TEMP(?:ORARY)?\b|"
     r"SET\b(?!\s+(?:LOCAL|TRANSACTION|STATEMENT|CONSTRAINTS)\b)|"
     r"DISCARD\b|USE\b|PRAGMA\b[^;]*[=(])"
 )
@@ -250,7 +259,8 @@ def without_literals(statement: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def changes_settings(statement: str) -> bool:
-    return _SETTINGS.search(statement) is not None
+    no_query = _SETTINGS.search(statement) and not _QUERY.match(statement)
+    return bool(no_query or _ASKED.search(statement))
 
 
 def shown(url: URL) -> str:

@@ -52,12 +52,13 @@ TRANSACTION_CONTROL = (
 )
 # https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
 IMPLICIT_COMMIT = (
-    r"(?:CREATE(?:\s+OR\s+REPLACE)?|DROP)\s+(?!TEMPORARY\b|OR\b)|ALTER\b|"
+    r"(?:CREATE(?:\s+OR\s+REPLACE)?|DROP)\s+(?!TEMP(?:ORARY)?\b|OR\b)|ALTER\b|"
     r"TRUNCATE\b|RENAME\b|GRANT\b|REVOKE\b|ANALYZE\b|OPTIMIZE\b|REPAIR\b|CHECK\b|"
     r"FLUSH\b|INSTALL\b|UNINSTALL\b|CACHE\s+INDEX\b|LOAD\s+INDEX\b|SET\s+PASSWORD\b"
 )
 
 SSL = re.compile("ssl(?:[-_]?mode)?")
+NO_SSL = {"FALSE", "DISABLE", "DISABLED"}
 SSL_MODES = {"TRUE", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY"}
 IN_TRANSACTION = 1  # SERVER_STATUS_IN_TRANS
 GTID = re.compile(r"([0-9]{1,10})-([0-9]{1,10})-([0-9]{1,20})")
@@ -110,11 +111,13 @@ def url_query(query: Any, _: str) -> dict[str, Any]:
     kept = {"charset": "utf8mb4"}
     kept |= {key: query[key] for key in query if not SSL.fullmatch(key)}
     for key in query.keys() - kept.keys():
-        mode = query[key].upper()
+        if (mode := query[key].upper()) in NO_SSL:
+            continue
         # Without a certificate the driver would verify nothing.
         if mode not in SSL_MODES or (mode[0] == "V" and "ssl_ca" not in query):
             message = (
-                "ssl_mode is REQUIRED, or VERIFY_CA or VERIFY_IDENTITY with ssl_ca."
+                "ssl_mode is DISABLED, REQUIRED, or VERIFY_CA or VERIFY_IDENTITY with "
+                "ssl_ca."
             )
             raise ValueError(message)
         kept["ssl_check_hostname"] = str(mode == "VERIFY_IDENTITY")

@@ -139,8 +139,13 @@ class Psycopg(_Driver):
     # For each host, not 130 seconds.
     connect_args = (("async_creator_fn", connect), ("connect_timeout", 10))
     pooled_args = (("prepare_threshold", None),)
+    connects_with = "psycopg:AsyncConnection.connect"
     # Past `info`, which makes an object for each question.
     in_transaction = attrgetter("pgconn.transaction_status")  # 0 is IDLE
+
+    def connects_also(self) -> list[str]:
+        options = resolve_name("psycopg.pq:Conninfo").get_defaults()
+        return [each.keyword.decode() for each in options]
 
     async def is_pooled(self, raw: Any) -> bool:
         autocommit, asked = raw.autocommit, HAS_PROCESS_ID.format(raw.info.backend_pid)
@@ -179,8 +184,9 @@ DRIVERS = {"asyncpg": Asyncpg(), "psycopg": Psycopg()}
 
 def url_query(query: Any, driver: str) -> dict[str, Any]:
     said = {"sslmode" if key == "ssl" else key: query[key] for key in query}
-    if said.get("sslmode") in {"true", "1"}:
-        said["sslmode"] = "require"
+    words = {"true": "require", "1": "require", "false": "disable", "0": "disable"}
+    if (mode := said.get("sslmode")) in words:
+        said["sslmode"] = words[mode]
     # asyncpg takes libpq's words for TLS, and settings, in a DSN alone.
     moved = {key: said[key] for key in said if LIBPQ.fullmatch(key)}
     if driver != "asyncpg" or not moved:

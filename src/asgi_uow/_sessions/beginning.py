@@ -12,13 +12,16 @@ from sqlalchemy.ext.asyncio import async_session
 from sqlalchemy.util import await_only
 
 from asgi_uow._sessions.managed import ManagedSession, ReadOnlySession
+from asgi_uow.errors import ConcurrentUseError
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
 
-BEGINNING: ContextVar[bool] = ContextVar("asgi_uow.beginning", default=False)
-"""Whether this is inside `on_begin`, which would wait for itself."""
+BEGINNING: ContextVar[tuple[ManagedSession, ...]] = ContextVar(
+    "asgi_uow.beginning", default=()
+)
+"""Whose `on_begin` this is inside of, which would wait for itself."""
 
 
 class BeginningSession(ManagedSession):
@@ -34,6 +37,11 @@ class BeginningSession(ManagedSession):
         transaction, task = self.get_transaction(), asyncio.current_task()
         if (transaction and self.begun is transaction) or self.beginning is task:
             return
+        around = [it for it in BEGINNING.get() if it.database is self.database]
+        if len(around) > 1 and all(it.beginning for it in around):
+            # A unit has two sessions; of others there would be no end.
+            operation = "A transaction that on_begin begins for another on_begin"
+            raise ConcurrentUseError(operation, "on_begin has not returned")
         session: Any = async_session(self)
         await_only(session.own_lock.__aenter__())  # an attribute is loaded without it
         try:
@@ -46,7 +54,7 @@ class BeginningSession(ManagedSession):
 
     def _await_on_begin(self, session: Any, connection: Any) -> None:
         self.beginning, connection.is_beginning = asyncio.current_task(), True
-        token = BEGINNING.set(True)
+        token = BEGINNING.set((*BEGINNING.get(), self))
         try:
             if self.database.on_begin is not None:
                 with self.no_autoflush:

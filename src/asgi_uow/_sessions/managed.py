@@ -212,13 +212,10 @@ class ReadOnlySession(ManagedSession):
             raise errors.ReadOnlySessionError(str(statement.__visit_name__).upper())
         # Nor wait in a call of the writer, for which whoever has the lock may wait.
         owners = self.lock.owner, self.sibling and self.sibling.lock.owner
-        is_mine = asyncio.current_task() in owners
-        if not (is_mine or (above := async_session(self)) is None):
+        if asyncio.current_task() not in owners and (above := async_session(self)):
             # An attribute takes its turn, and may be cancelled, as a call does.
-            again = functools.partial(
-                self._execute_internal, statement, *args, **kwargs
-            )
-            return await_only(above.run_sync(lambda _: again()))
+            again = functools.partial(self._execute_internal, statement, *args)
+            return await_only(above.run_sync(lambda _: again(**kwargs)))
         self.executing += 1
         try:
             result = super()._execute_internal(statement, *args, **kwargs)

@@ -52,7 +52,7 @@ def _guarded(method: Call) -> Call:
     async def call(self: Session, *args: object, **kwargs: object) -> object:
         lock, task = self.own_lock, asyncio.current_task()
         if task is not None and not lock.take(task):
-            if BEGINNING.get():
+            if any(each.beginning for each in BEGINNING.get()):
                 raise errors.ConcurrentUseError(operation, "on_begin has not returned")
             await lock.wait(task)
         try:

@@ -36,6 +36,7 @@ class Mortal:
         self, server: Server, driver: str, pooler: Server | None = None
     ) -> None:
         self.server = server
+        self.pooler = pooler
         self._one_at_a_time = threading.Lock()  # also when a waiting task is cancelled
         backend = MariaDBBackend if server.name == "mariadb" else PostgreSQLBackend
         self.backend: ServerBackend = backend(server.port, driver)
@@ -52,7 +53,7 @@ class Mortal:
         await self.backend.__aexit__(*exc_info)
 
     async def start(self) -> None:
-        """Start the server unless it is running."""
+        """Start the server unless it is running; so too a pooler, as systemd would."""
         await asyncio.to_thread(self._start)
 
     async def stop(self) -> None:
@@ -78,8 +79,9 @@ class Mortal:
 
     def _start(self) -> None:
         with self._one_at_a_time:
-            if self.server.pid is None:
-                self.server.start()
+            for each in (self.server, self.pooler):
+                if each is not None and each.pid is None:
+                    each.start()
 
     def _end(self, end: Callable[[], None]) -> None:
         with self._one_at_a_time:
