@@ -194,24 +194,30 @@ async def test_what_is_in_flight_ends_the_transaction(
         await works(db, backend, [1])
 
 
-@on(*DRIVERS)
-async def test_the_end_waits_for_attributes(backend: Backend) -> None:
-    """Nor does it come in between what `awaitable_attrs` reads."""
+def mapped(late: str = "7") -> Any:
+    """Map a class of items with attributes that are loaded when they are asked for."""
 
     class Base(AsyncAttrs, DeclarativeBase):
         pass
 
-    async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
+    class Item(Base):
+        __tablename__ = "items"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        late: Mapped[str] = column_property(literal_column(late), deferred=True)
+        soon: Mapped[int] = column_property(literal_column("7"), deferred=True)
 
-        class Item(Base):
-            __tablename__ = "items"
-            id: Mapped[int] = mapped_column(primary_key=True)
-            late: Mapped[str] = column_property(
-                literal_column(gate.expression), deferred=True
-            )
+    return Item
+
+
+@on(*DRIVERS)
+async def test_the_end_waits_for_attributes(backend: Backend) -> None:
+    """Nor does it come in between what `awaitable_attrs` reads."""
+
+    async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
+        item_class = mapped(gate.expression)
 
         async def start() -> None:
-            item = await uow.current_session().get_one(Item, 1)
+            item = await uow.current_session().get_one(item_class, 1)
             await item.awaitable_attrs.late
 
         async with asyncio.timeout(SECONDS):
@@ -231,22 +237,12 @@ async def test_cancelled_beside_attributes(
 ) -> None:
     """One task that reads is cancelled: those beside it have their answers."""
 
-    class Base(AsyncAttrs, DeclarativeBase):
-        pass
-
     async with gate_at(backend, **ONE_CONNECTION) as (db, gate):
-
-        class Item(Base):
-            __tablename__ = "items"
-            id: Mapped[int] = mapped_column(primary_key=True)
-            late: Mapped[str] = column_property(
-                literal_column(gate.expression), deferred=True
-            )
-            soon: Mapped[int] = column_property(literal_column("7"), deferred=True)
+        item_class = mapped(gate.expression)
 
         await backend.execute("INSERT INTO items (id) VALUES (1)")
         async with asyncio.timeout(SECONDS), db:
-            item = await db.read.get_one(Item, 1)
+            item = await db.read.get_one(item_class, 1)
             waits: dict[str, Callable[[], Awaitable[object]]] = {
                 "call": lambda: db.read.scalar(gate.select),
                 "attribute": lambda: item.awaitable_attrs.late,
@@ -269,25 +265,18 @@ async def test_attributes_inside_a_call_of_the_writer(
     db: Database, backend: Backend
 ) -> None:
     """A read that waits for that call does not keep the attribute from it."""
-
-    class Base(AsyncAttrs, DeclarativeBase):
-        pass
-
-    class Item(Base):
-        __tablename__ = "items"
-        id: Mapped[int] = mapped_column(primary_key=True)
-        soon: Mapped[int] = column_property(literal_column("7"), deferred=True)
+    item_class = mapped()
 
     await backend.execute("INSERT INTO items (id) VALUES (1)")
     entered, go_on = asyncio.Event(), asyncio.Event()
     async with asyncio.timeout(SECONDS), db:
-        item = await db.read.get_one(Item, 1)
+        item = await db.read.get_one(item_class, 1)
         await db.write.scalar("SELECT 1")
 
         def load(_: object) -> int:
             entered.set()
             await_only(go_on.wait())
-            return item.soon
+            return int(item.soon)
 
         loading = asyncio.create_task(db.write.run_sync(load))
         await entered.wait()
