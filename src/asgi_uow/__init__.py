@@ -23,6 +23,7 @@ from asgi_uow._entrypoints.accessors import (
     set_rollback_only,
 )
 from asgi_uow._entrypoints.middleware import UnitOfWorkMiddleware
+from asgi_uow._entrypoints.replay import Retry
 from asgi_uow._reading.causal import CausalReads
 from asgi_uow._sessions.session import Session
 from asgi_uow._unit.unit import UnitOfWork
@@ -33,6 +34,7 @@ __all__ = [
     "Database",
     "Health",
     "Outcome",
+    "Retry",
     "ServerHealth",
     "Session",
     "UnitOfWork",

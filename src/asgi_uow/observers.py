@@ -32,6 +32,7 @@ __all__ = [
     "ReaderFailed",
     "ReaderRestored",
     "ReleaseFailed",
+    "RetryScheduled",
     "UnitFinished",
     "UnitStarted",
 ]
@@ -83,6 +84,23 @@ class CommitFailed(Event):
     cause: Cause
     code: str | int | None
     """The driver's code of the error underneath: SQLSTATE, errno or SQLite name."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RetryScheduled(Event):
+    """A unit was rolled back for a conflict, and its work is done again; see `Retry`.
+
+    In place of `CommitFailed`, and told for each attempt that is followed by another.
+    """
+
+    attempt: int
+    """The one that has failed; the first is 1."""
+    seconds: float
+    """How long it is until the next one begins."""
+    error: BaseException
+    """The first error of the database in that attempt."""
+    code: str | int | None
+    """Its code of the driver."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -185,11 +203,16 @@ _UNIT = (
     "reason: %(reason)s, databases: %(databases)s)"
 )
 _COMMIT = "unit of work not kept: %(outcome)s, cause %(cause)s, driver code %(code)s"
+_AGAIN = (
+    "attempt %(attempt)d failed with %(error)s, driver code %(code)s; "
+    "the next one begins in %(seconds).3f s"
+)
 _FAILED = "reader %(database)s is left alone for %(seconds).1f s after %(error)s"
 # What is logged of an event; the others are beginnings, or what went well.
 LINES: Mapping[type[Event], tuple[int, str]] = {
     UnitFinished: (logging.DEBUG, _UNIT),
     CommitFailed: (logging.ERROR, _COMMIT),
+    RetryScheduled: (logging.INFO, _AGAIN),
     HookFailed: (logging.ERROR, "%(phase)s hook %(hook)s failed"),
     ImplicitCommit: (logging.ERROR, "committed in the middle of a unit: %(statement)s"),
     ReleaseFailed: (logging.ERROR, "%(operation)s failed; the connection was dropped"),
@@ -202,8 +225,8 @@ LINES: Mapping[type[Event], tuple[int, str]] = {
 class LoggingObserver:
     """Logs failures at ERROR, with the traceback, to `asgi_uow` or another logger.
 
-    `ReaderFailed` is logged at WARNING, `ReaderRestored` at INFO, `UnitFinished` and
-    `ReaderBehind` at DEBUG, and nothing else.
+    `ReaderFailed` is logged at WARNING, `ReaderRestored` and `RetryScheduled` at INFO,
+    `UnitFinished` and `ReaderBehind` at DEBUG, and nothing else.
     """
 
     def __init__(self, log: logging.Logger = logger) -> None:

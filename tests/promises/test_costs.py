@@ -120,7 +120,7 @@ async def test_untouched_objects(stack: str) -> None:
     known.update(map(id, before))
     await app(http_scope(), no_body, send)
     look()
-    assert [{"UnitOfWork": 0, "_Exchange": 0}] * 3 + [{}] == seen
+    assert [{"UnitOfWork": 0, "Exchange": 0}] * 3 + [{}] == seen
 
 
 # One statement

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
-import enum
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from asgi_uow import _decision, errors
-from asgi_uow._concurrency import run_to_completion
 from asgi_uow._databases.configuration import check
 from asgi_uow._databases.engines import check_databases
-from asgi_uow._decision import ERROR_STATUS, SETTLED, UNDECIDED, Cause, Outcome, State
-from asgi_uow._entrypoints.problem import FAILURE, START, problem_details
+from asgi_uow._decision import UNDECIDED
+from asgi_uow._entrypoints.exchange import OPEN, PASSING, Exchange, Rules
+from asgi_uow._entrypoints.problem import problem_details
+from asgi_uow._entrypoints.replay import Replay
 from asgi_uow._reading.causal import MustSee
-from asgi_uow._reading.route import written_position
 from asgi_uow._sessions.deadline import earlier
-from asgi_uow._unit.finish import finish, refuse_streams, release
+from asgi_uow._unit.finish import release
 from asgi_uow._unit.hooks import is_async
-from asgi_uow._unit.unit import CLOSED, COMMITTED, NEW, UnitOfWork, UnitOptions, current
-from asgi_uow.errors import UnitOfWorkClosedError, UnitOfWorkFailedError
+from asgi_uow._unit.unit import CLOSED, NEW, UnitOfWork, UnitOptions, current
 from asgi_uow.observers import LoggingObserver
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
+    from collections.abc import Sequence
 
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._decision import CommitWhen, Headers
+    from asgi_uow._decision import CommitWhen
+    from asgi_uow._entrypoints.replay import Retry
     from asgi_uow._reading.causal import CausalReads
     from asgi_uow.observers import Observer
 
 UNIT = "asgi_uow.unit"  # the key in the scope, for another middleware inside
-POSITION_SECONDS = 2.0  # for learning a position; then the client reads the writer
 
 
 class UnitOfWorkMiddleware:
@@ -44,6 +40,7 @@ class UnitOfWorkMiddleware:
 
     `commit_when(status, headers)`: commit for this response? Default: below 400.
     `observers`: called with every event; default one `LoggingObserver`.
+    `retry=Retry()`: requests that met a conflict are replayed, whole.
     `causal_reads=CausalReads(secret)`: clients see what they wrote, on replicas too.
     `error_app`: the ASGI app that answers when the work was not kept; it finds the
     failure in `scope["asgi_uow.failure"]`. None leaves the answer to what is around.
@@ -61,6 +58,7 @@ class UnitOfWorkMiddleware:
         *databases: Engines,
         commit_when: CommitWhen = _decision.commit_below_400,
         observers: Sequence[Observer] = (LoggingObserver(),),
+        retry: Retry | None = None,
         causal_reads: CausalReads | None = None,
         error_app: ASGIApp | None = problem_details,
         deadline: float | None = None,
@@ -74,16 +72,18 @@ class UnitOfWorkMiddleware:
             raise TypeError(message)
         errors.NoUnitOfWorkError.template = errors.NoUnitOfWorkError.wrong_order
         self.app = app
-        self.deadline = deadline
+        self.deadline, self.retry = deadline, retry
         self.databases = databases
-        self.commit_when = commit_when
+        self.is_plain = deadline is None and causal_reads is None
+        self.rules = Rules(commit_when, error_app, causal_reads)
         self.causal_reads = causal_reads
-        self.error_app = error_app
         self.options: UnitOptions = UnitOptions(
             tuple(observers), commit_timeout, hook_timeout
         )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(
+        self, scope: Scope, receive: Receive, send: Send, replay: Replay | None = None
+    ) -> None:
         if scope["type"] != "http":
             return await self._serve_other(scope, receive, send)
         unit = UnitOfWork()
@@ -93,15 +93,13 @@ class UnitOfWorkMiddleware:
             if all(map(outer.serves, self.databases)):
                 return await self.app(scope, receive, send)
             unit.around, unit.is_nested, unit.until = outer, True, outer.until
-        if self.deadline is not None:
-            unit.until = earlier(unit.until, self.deadline)
-        exchange = _Exchange()
-        exchange.unit, exchange.forward, exchange.middleware = unit, send, self
+        elif self.retry is not None and replay is None and self.retry.covers(scope):
+            return await Replay(self.retry, scope, receive, send).serve(self)
+        exchange = Exchange()
+        exchange.unit, exchange.forward, exchange.rules = unit, send, self.rules
         exchange.stage = OPEN
-        if (reads := self.causal_reads) is not None:
-            seen = reads.positions(scope.get("headers", ()))
-            unit.must_see = MustSee(seen, reads.wait, reads.names)
-            exchange.is_secure = scope.get("scheme") == "https"
+        if replay is not None or not self.is_plain:
+            self._prepare(exchange, scope, replay)
         scope[UNIT] = unit
         # A request never trusts what it finds: servers start a pipelined request in
         # the context of the one before. https://github.com/encode/uvicorn/issues/2167
@@ -123,6 +121,17 @@ class UnitOfWorkMiddleware:
                 current.reset(token)
                 scope[UNIT] = outer
 
+    def _prepare(self, exchange: Exchange, scope: Scope, replay: Replay | None) -> None:
+        """Do what only some options ask for."""
+        unit = exchange.unit
+        unit.until = earlier(unit.until, self.deadline)
+        if (reads := self.causal_reads) is not None:
+            seen = reads.positions(scope.get("headers", ()))
+            unit.must_see = MustSee(seen, reads.wait, reads.names)
+            exchange.is_secure = scope.get("scheme") == "https"
+        if replay is not None:
+            replay.enter(unit)
+
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def disposing(message: Message) -> None:
             # Engines that asgi-uow made end with the application.
@@ -137,159 +146,3 @@ class UnitOfWorkMiddleware:
             await self.app(scope, receive, disposing if is_lifespan else send)
         finally:
             current.reset(token)
-
-
-class Stage(enum.Enum):
-    """Where a request is on its way out."""
-
-    OPEN = "the application has sent no start"
-    DECIDING = "a start is held until the unit of work has ended"
-    PASSING = "what the application sends is forwarded"
-    REFUSED = "the work was not kept, so only an error is forwarded"
-    ANSWERED = "the failure was answered"
-
-
-# Python 3.11 takes long for each member of an enum.
-OPEN, DECIDING, PASSING, REFUSED, ANSWERED = Stage
-
-
-class _Exchange:
-    """One request's way out: the decision, and what has been forwarded."""
-
-    # Set by the middleware: a request that touches nothing runs no __init__.
-    unit: UnitOfWork
-    forward: Send
-    middleware: UnitOfWorkMiddleware
-    stage: Stage
-
-    is_secure: bool = False
-    settled: asyncio.Event | None = None
-
-    def send(self, message: Message) -> Awaitable[None]:
-        """Decide at the first start; after a failure let only an error answer pass."""
-        if self.stage is PASSING:
-            return self.forward(message)
-        unit = self.unit
-        if (
-            self.stage is OPEN
-            and not unit.is_used
-            and message["type"] == START
-            and self.middleware.commit_when is _decision.commit_below_400
-        ):
-            # Nothing was asked of the unit, so the status alone decides.
-            if message["status"] < ERROR_STATUS:
-                unit.state, unit.outcome = COMMITTED
-            else:
-                unit.conclude_unused(Cause.STATUS)
-            self.stage = PASSING
-            return self.forward(message)
-        return self._send(message)
-
-    async def _send(self, message: Message) -> None:
-        if self.stage is DECIDING:  # another task's start
-            await self._settle()
-        is_start = message["type"] == START
-        if is_start and self.stage is OPEN:
-            message = await self._decide(message)
-        elif is_start and self.stage is REFUSED and message["status"] >= ERROR_STATUS:
-            self.stage = ANSWERED
-        if self.stage is REFUSED:
-            operation = "sending a response"
-            raise self.unit.failure or UnitOfWorkClosedError(operation, self.unit.state)
-        await self.forward(message)
-        if is_start and self.unit.state in SETTLED:
-            self.unit.move(State.RESPONDING)
-
-    async def conclude(
-        self, scope: Scope, receive: Receive, error: BaseException | None
-    ) -> None:
-        """End a unit that saw no start; answer, and raise, what nobody answered."""
-        if self.stage is DECIDING:
-            await run_to_completion(self._settle())
-        elif self.stage is OPEN:
-            self.stage = REFUSED
-            why = Cause.ABANDONED if error is None else _decision.exception_cause(error)
-            with suppress(UnitOfWorkFailedError):  # of the unit: answered below
-                await finish(self.unit, _decision.rollback(why))
-        failure = self._unanswered(error)
-        if failure is None:
-            return
-        error_app = self.middleware.error_app
-        if error_app is not None and self.stage is not PASSING:
-            scope[FAILURE] = failure
-            try:
-                await error_app(scope, receive, self._answer)
-            finally:
-                self.stage = ANSWERED
-                scope.pop(FAILURE, None)  # it refers to frames, and those to the scope
-        try:
-            if failure is not error:
-                raise failure from failure.__cause__
-        finally:
-            del failure, error  # their tracebacks refer to this frame
-
-    def _unanswered(self, error: BaseException | None) -> Exception | None:
-        """Give what has to be answered for, if the application did not do so."""
-        if self.stage is ANSWERED or not isinstance(error, Exception | None):
-            return None
-        shared = self.unit.shared
-        if self.unit.failure is None and shared is not None:
-            rolled_back = self.unit.outcome is Outcome.ROLLED_BACK
-            return error if rolled_back and shared.may_repeat(error) else None
-        return self.unit.failure
-
-    async def _answer(self, message: Message) -> None:
-        """Pass what an `error_app` sends; it may not claim a success."""
-        if message["type"] == START and message["status"] < ERROR_STATUS:
-            text = "an error_app has to answer with a status at or above 400"
-            raise ValueError(text)
-        await self.forward(message)
-
-    async def _settle(self) -> None:
-        if self.settled is None:
-            self.settled = asyncio.Event()
-        await self.settled.wait()
-
-    async def _decide(self, message: Message) -> Message:
-        unit, middleware = self.unit, self.middleware
-        if unit.writers:
-            unit.refuse_inside_call()
-        self.stage = DECIDING
-        # Sanic's headers are a generator, and are read twice: here and outside.
-        headers: Headers = list(message.get("headers", ()))
-        broken: BaseException | None = None
-        try:
-            decision = _decision.decide_response(
-                status=message["status"],
-                headers=headers,
-                rollback_only=unit.state is State.ROLLBACK_ONLY,
-                doomed=unit.doomed_by is not None,
-                forced=unit.forced,
-                commit_when=middleware.commit_when,
-            )
-            is_good = message["status"] < ERROR_STATUS
-            if unit.writers and is_good and not decision.replace_response:
-                await refuse_streams(unit)
-        except BaseException as error:  # noqa: BLE001  # becomes the cause of the failure
-            broken, cause = error, _decision.exception_cause(error)
-            decision = _decision.rollback(cause, replace_response=True)
-        try:
-            await finish(unit, decision, broken)
-            if middleware.causal_reads is not None:
-                await self._add_causal_token(middleware.causal_reads, headers)
-        finally:
-            self.stage = PASSING if unit.failure is None else REFUSED
-            if self.settled is not None:
-                self.settled.set()
-        return {**message, "headers": headers}
-
-    async def _add_causal_token(self, causal: CausalReads, headers: Headers) -> None:
-        """Tell the client of a unit that wrote what its next reads must see."""
-        shared = self.unit.shared
-        found: dict[Engines, str] = {}
-        for db in () if shared is None else tuple(shared.committed):
-            if (position := await written_position(db, POSITION_SECONDS)) is not None:
-                found[db] = position
-        if found:
-            known = causal.merge(self.unit.must_see.positions, found)
-            headers.append(causal.response_header(known, secure=self.is_secure))

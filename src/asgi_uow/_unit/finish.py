@@ -36,8 +36,9 @@ async def finish(
     """Commit or roll back, release the write connections, run the hooks.
 
     Raises the failure if a commit was wanted, or claimed by the response, and the work
-    was not kept. Until COMMIT is sent a cancellation rolls back; from then on it is
-    delivered after the last hook. `error` is why the response has to be replaced.
+    was not kept, unless it is done again. Until COMMIT is sent a cancellation rolls
+    back; from then on it is delivered after the last hook. `error` is why the response
+    has to be replaced.
     """
     if unit.shared is None and not decision.replace_response:
         unit.move(State.PREPARING if decision.commit else State.ROLLING_BACK)
@@ -67,7 +68,7 @@ async def finish(
     if interrupted is not None and not isinstance(interrupted, Exception):
         raise interrupted
     completion.shield.deliver()
-    if unit.failure is not None:
+    if unit.failure is not None and unit.again is None:
         raise unit.failure
 
 
@@ -87,6 +88,8 @@ async def _complete(
     unit.cause, unit.outcome = ended.cause or decision.cause, ended.outcome
     if ended.cause is not None:
         unit.failure = ended.failure(ended.cause, unit.share())
+    if unit.schedule is not None and ended.outcome is Outcome.ROLLED_BACK:
+        unit.again = unit.schedule(unit, ended.error or unit.doom)
     unit.move(STATE_OF[ended.outcome])
     _report(unit, ended.outcome, completion)
     if any(unit.hooks.queues.values()):
@@ -116,7 +119,9 @@ def _report(unit: UnitOfWork, outcome: Outcome, completion: Completion) -> None:
     events, failure = completion.events, unit.failure
     for participant in unit.participants.values():
         participant.conclude(outcome)
-    if failure is not None and not unit.is_hook:
+    if unit.again is not None:
+        events.append(unit.again)
+    elif failure is not None and not unit.is_hook:
         # That of a hook's own unit is the failure of the hook.
         code = code_of(failure.__cause__)
         events.append(CommitFailed(failure, outcome, failure.cause, code))
@@ -233,6 +238,7 @@ async def release(unit: UnitOfWork) -> None:
             if not unit.is_nested:
                 shared.savepoints.clear()
         unit.participants, unit.writers, unit.failure = {}, (), None
+        unit.again = unit.schedule = None
     if completion is not None:
         completion.shield.deliver()
 

@@ -23,7 +23,7 @@ from asgi_uow._unit.participant import Participant
 from asgi_uow.observers import LoggingObserver, UnitStarted, notify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from asgi_uow._databases.engines import Engines
     from asgi_uow._sessions.session import Session
@@ -79,6 +79,10 @@ class UnitOfWork:
     cause: Cause | None = None  # why it was not committed
     reason: str | None = None  # what `set_rollback_only` was given
     attempt: int = 1
+    attempts: int = 1  # how many there may be; see `Retry`
+    schedule: Callable[[UnitOfWork, BaseException | None], Event | None] | None = None
+    """Asked, once it is rolled back, whether its work is done again."""
+    again: Event | None = None  # what tells that it is
     failure: errors.UnitOfWorkFailedError | None = None
     """What is raised because a commit was wanted and the work was not kept."""
 
@@ -101,6 +105,17 @@ class UnitOfWork:
     """The write sessions of its participants, in the order of first use."""
     shared: Shared | None = None
     doom: BaseException | None = None
+
+    @property
+    def is_last_attempt(self) -> bool:
+        """Whether a conflict in this attempt reaches the client; see `Retry`."""
+        return self.attempt >= self.attempts
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether it could be done again if there were an attempt left."""
+        is_replayed = self.schedule is not None and self.is_last_attempt
+        return is_replayed and self.share().to_retry(self.doomed_by) is not None
 
     @property
     def doomed_by(self) -> BaseException | None:

@@ -1,0 +1,202 @@
+"""One request's way out: the decision at its first start, and what is forwarded."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import enum
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from asgi_uow import _decision
+from asgi_uow._concurrency import run_to_completion
+from asgi_uow._decision import ERROR_STATUS, SETTLED, Cause, Outcome, State
+from asgi_uow._entrypoints.problem import FAILURE, START
+from asgi_uow._reading.route import written_position
+from asgi_uow._unit.finish import finish, refuse_streams
+from asgi_uow._unit.unit import COMMITTED
+from asgi_uow.errors import UnitOfWorkClosedError, UnitOfWorkFailedError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
+    from asgi_uow._databases.engines import Engines
+    from asgi_uow._decision import CommitWhen, Headers
+    from asgi_uow._reading.causal import CausalReads
+    from asgi_uow._unit.unit import UnitOfWork
+
+POSITION_SECONDS = 2.0  # for learning a position; then the client reads the writer
+
+
+class Again(BaseException):
+    """Ends an attempt of the application, whatever exceptions that handles."""
+
+
+class Stage(enum.Enum):
+    """Where a request is on its way out."""
+
+    OPEN = "the application has sent no start"
+    DECIDING = "a start is held until the unit of work has ended"
+    PASSING = "what the application sends is forwarded"
+    REFUSED = "the work was not kept, so only an error is forwarded"
+    ANSWERED = "the failure was answered"
+
+
+# Python 3.11 takes long for each member of an enum.
+OPEN, DECIDING, PASSING, REFUSED, ANSWERED = Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What the options of the middleware say about responses."""
+
+    commit_when: CommitWhen
+    error_app: ASGIApp | None
+    causal_reads: CausalReads | None
+
+
+class Exchange:
+    """What is between the application's `send` and the server's."""
+
+    # Set by the middleware: a request that touches nothing runs no __init__.
+    unit: UnitOfWork
+    forward: Send
+    rules: Rules
+    stage: Stage
+
+    is_secure: bool = False
+    settled: asyncio.Event | None = None
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Decide at the first start; after a failure let only an error answer pass."""
+        if self.stage is PASSING:
+            return self.forward(message)
+        unit = self.unit
+        if (
+            self.stage is OPEN
+            and not unit.is_used
+            and message["type"] == START
+            and self.rules.commit_when is _decision.commit_below_400
+        ):
+            # Nothing was asked of the unit, so the status alone decides.
+            if message["status"] < ERROR_STATUS:
+                unit.state, unit.outcome = COMMITTED
+            else:
+                unit.conclude_unused(Cause.STATUS)
+            self.stage = PASSING
+            return self.forward(message)
+        return self._send(message)
+
+    async def _send(self, message: Message) -> None:
+        if self.stage is DECIDING:  # another task's start
+            await self._settle()
+        is_start = message["type"] == START
+        if is_start and self.stage is OPEN:
+            message = await self._decide(message)
+        elif is_start and self.stage is REFUSED and message["status"] >= ERROR_STATUS:
+            self.stage = ANSWERED if self.unit.again is None else REFUSED
+        if self.stage is REFUSED:
+            operation = "sending a response"
+            raise self.unit.failure or UnitOfWorkClosedError(operation, self.unit.state)
+        await self.forward(message)
+        if is_start and self.unit.state in SETTLED:
+            self.unit.move(State.RESPONDING)
+
+    async def conclude(
+        self, scope: Scope, receive: Receive, error: BaseException | None
+    ) -> None:
+        """End a unit that saw no start; answer, and raise, what nobody answered."""
+        if self.stage is DECIDING:
+            await run_to_completion(self._settle())
+        elif self.stage is OPEN:
+            self.stage = REFUSED
+            why = Cause.ABANDONED if error is None else _decision.exception_cause(error)
+            with suppress(UnitOfWorkFailedError):  # of the unit: answered below
+                await finish(self.unit, _decision.rollback(why))
+        failure = self._unanswered(error)
+        if failure is None or self.unit.again is not None:
+            return
+        error_app = self.rules.error_app
+        if error_app is not None and self.stage is not PASSING:
+            scope[FAILURE] = failure
+            try:
+                await error_app(scope, receive, self._answer)
+            finally:
+                self.stage = ANSWERED
+                scope.pop(FAILURE, None)  # it refers to frames, and those to the scope
+        try:
+            if failure is not error:
+                raise failure from failure.__cause__
+        finally:
+            del failure, error  # their tracebacks refer to this frame
+
+    def _unanswered(self, error: BaseException | None) -> Exception | None:
+        """Give what has to be answered for, if the application did not do so."""
+        if self.stage is ANSWERED or not isinstance(error, Exception | None):
+            return None
+        shared = self.unit.shared
+        if self.unit.failure is None and shared is not None:
+            rolled_back = self.unit.outcome is Outcome.ROLLED_BACK
+            return error if rolled_back and shared.may_repeat(error) else None
+        return self.unit.failure
+
+    async def _answer(self, message: Message) -> None:
+        """Pass what an `error_app` sends; it may not claim a success."""
+        if message["type"] == START and message["status"] < ERROR_STATUS:
+            text = "an error_app has to answer with a status at or above 400"
+            raise ValueError(text)
+        await self.forward(message)
+
+    async def _settle(self) -> None:
+        if self.settled is None:
+            self.settled = asyncio.Event()
+        await self.settled.wait()
+
+    async def _decide(self, message: Message) -> Message:
+        unit, rules = self.unit, self.rules
+        if unit.writers:
+            unit.refuse_inside_call()
+        self.stage = DECIDING
+        # Sanic's headers are a generator, and are read twice: here and outside.
+        headers: Headers = list(message.get("headers", ()))
+        broken: BaseException | None = None
+        try:
+            decision = _decision.decide_response(
+                status=message["status"],
+                headers=headers,
+                rollback_only=unit.state is State.ROLLBACK_ONLY,
+                doomed=unit.doomed_by is not None,
+                forced=unit.forced,
+                commit_when=rules.commit_when,
+            )
+            is_good = message["status"] < ERROR_STATUS
+            if decision.cause is Cause.DOOMED and unit.is_used_up:
+                decision = _decision.rollback(Cause.DOOMED, replace_response=True)
+            elif unit.writers and is_good and not decision.replace_response:
+                await refuse_streams(unit)
+        except BaseException as error:  # noqa: BLE001  # becomes the cause of the failure
+            broken, cause = error, _decision.exception_cause(error)
+            decision = _decision.rollback(cause, replace_response=True)
+        try:
+            await finish(unit, decision, broken)
+            if unit.again is not None:
+                raise Again
+            if rules.causal_reads is not None:
+                await self._add_causal_token(rules.causal_reads, headers)
+        finally:
+            self.stage = PASSING if unit.failure is unit.again is None else REFUSED
+            if self.settled is not None:
+                self.settled.set()
+        return {**message, "headers": headers}
+
+    async def _add_causal_token(self, causal: CausalReads, headers: Headers) -> None:
+        """Tell the client of a unit that wrote what its next reads must see."""
+        shared = self.unit.shared
+        found: dict[Engines, str] = {}
+        for db in () if shared is None else tuple(shared.committed):
+            if (position := await written_position(db, POSITION_SECONDS)) is not None:
+                found[db] = position
+        if found:
+            known = causal.merge(self.unit.must_see.positions, found)
+            headers.append(causal.response_header(known, secure=self.is_secure))

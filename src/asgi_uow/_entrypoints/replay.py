@@ -1,0 +1,234 @@
+"""Try again: what met a conflict with another transaction is done once more, whole.
+
+A request can be, since its response is held until COMMIT: its client notices nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import dataclasses
+import functools
+import random
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import anyio
+
+from asgi_uow._databases.configuration import check
+from asgi_uow._databases.driver_errors import code_of
+from asgi_uow._databases.engines import check_databases
+from asgi_uow._decision import Cause
+from asgi_uow._entrypoints.exchange import Again
+from asgi_uow._unit.hooks import is_async, name_of
+from asgi_uow.observers import RetryScheduled
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection, Iterator
+    from contextlib import AbstractAsyncContextManager
+
+    from asgi_uow._asgi import Message, Receive, Scope, Send
+    from asgi_uow._unit.unit import UnitOfWork
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
+IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
+REPLAYED = {Cause.EXCEPTION, Cause.STATUS, Cause.DOOMED, Cause.BEFORE_COMMIT}
+REPLAYED |= {Cause.COMMIT_FAILED}  # not what somebody has asked for, or has left
+
+
+def _always(_: Scope) -> bool:
+    return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retry:
+    """Does a request, or a function, again if a conflict has undone its work.
+
+    `UnitOfWorkMiddleware(app, db, retry=Retry())` replays whole requests: a deadlock, a
+    serialization failure, a connection that was lost before COMMIT. The application is
+    called again with a new unit of work, a fresh copy of the scope and the same body;
+    the client sees the last response alone. When `attempts` are used up it is a 503.
+
+    `attempts`: how often in all. `methods`: of the requests that may be replayed; those
+    that RFC 9110 calls idempotent, unless you name others. `when(scope)`: whether this
+    one may be. `max_body`: bytes; with a larger body there is one attempt. Between
+    attempts a random time passes, at most `backoff` seconds, doubled each time, and
+    never more than `max_backoff`.
+
+    Never replayed: what was kept in part, or may have been; what has sent something to
+    the client; after a disconnect, the unit's `deadline`, `set_rollback_only()`, or a
+    wait for the pool that was too long. Raises `ConfigurationError` for an option that
+    cannot work.
+    """
+
+    attempts: int = 3
+    max_body: int = 65536
+    methods: Collection[str] = IDEMPOTENT
+    when: Callable[[Scope], bool] = _always
+    backoff: float = 0.05
+    max_backoff: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(vars(self))
+        object.__setattr__(self, "methods", frozenset(map(str.upper, self.methods)))
+
+    def covers(self, scope: Scope) -> bool:
+        """Tell whether this request may be replayed at all."""
+        return scope.get("method") in self.methods and self.when(scope)
+
+    async def run(
+        self,
+        db: AbstractAsyncContextManager[UnitOfWork, None],
+        fn: Callable[P, Awaitable[T]],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Await `fn` in a unit of work of its own, again after a conflict.
+
+        For jobs and scripts: `await Retry().run(db, transfer, 1, 2)` is `async with
+        db:` around `await transfer(1, 2)`. Gives what it returned; raises what ended
+        the last attempt. `methods`, `max_body` and `when` do not matter here.
+        """
+        check_databases("Retry.run(db, fn)", (db,))
+        if not is_async(fn):
+            message = f"Retry.run(db, fn): {name_of(fn)} has to be async."
+            raise TypeError(message)
+        attempts = Attempts(self)
+        while True:
+            try:
+                async with db as unit:
+                    attempts.enter(unit)
+                    result = await fn(*args, **kwargs)
+            except Exception:
+                if attempts.pause is None:
+                    raise
+            else:
+                if attempts.pause is None:
+                    return result
+            await attempts.wait()
+
+
+class Attempts:
+    """Those of one request, or of one function."""
+
+    number = 1
+    is_last = False  # whatever comes: something has left, or cannot be had again
+    pause: float | None = None  # seconds before the next attempt, if there is to be one
+    until: float | None = None  # the deadline of the first unit
+
+    def __init__(self, retry: Retry) -> None:
+        self.retry = retry
+
+    def enter(self, unit: UnitOfWork) -> None:
+        """Have a unit ask, once it is rolled back, whether there is another attempt."""
+        unit.attempt, unit.attempts = self.number, self.retry.attempts
+        unit.schedule = self.schedule
+        if self.number > 1:
+            unit.until = self.until
+        self.until = unit.until
+
+    def schedule(
+        self, unit: UnitOfWork, error: BaseException | None
+    ) -> RetryScheduled | None:
+        """Decide that there is another attempt; gives the event that tells of it."""
+        shared = unit.share()
+        first = shared.to_retry(error)
+        is_last = self.is_last or unit.is_last_attempt or shared.committed
+        if first is None or is_last or unit.cause not in REPLAYED:
+            return None
+        longest = min(self.retry.max_backoff, self.retry.backoff * 2**self.number / 2)
+        pause = random.uniform(0, longest)  # noqa: S311  # to spread, not to hide
+        if self.until and asyncio.get_running_loop().time() + pause >= self.until:
+            return None
+        self.pause = pause
+        return RetryScheduled(self.number, pause, first, code_of(first))
+
+    async def wait(self) -> None:
+        pause, self.pause = self.pause or 0.0, None
+        self.number += 1
+        await anyio.sleep(pause)
+
+
+class Replay(Attempts):
+    """The attempts of one request: the scope, the body, and what is forwarded."""
+
+    def __init__(
+        self, retry: Retry, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        super().__init__(retry)
+        self._scope, self._receive, self._send = scope, receive, send
+        self._context = contextvars.copy_context()
+        self._body: list[Message] = []
+        self._size = 0
+
+    async def serve(
+        self, middleware: Callable[[Scope, Receive, Send, Replay], Awaitable[None]]
+    ) -> None:
+        """Serve the request until an attempt is the last."""
+        while True:
+            scope = self._attempted = _copy(self._scope)
+            receive = functools.partial(
+                self._read, iter(tuple(self._body)), self.number
+            )
+            try:
+                await middleware(scope, receive, self.forward, self)
+            except BaseException as error:
+                if self.pause is None or not _is_replayed(error):
+                    raise
+            finally:
+                if self.pause is None:
+                    self._give_back()
+            if self.pause is None:
+                return
+            await self.wait()
+            for var, value in self._context.items():
+                if var.get() is not value:
+                    var.set(value)
+
+    def forward(self, message: Message) -> Awaitable[None]:
+        """Pass a message on; this attempt is the last then."""
+        if not self.is_last:
+            self.is_last = True
+            self._give_back()
+        return self._send(message)
+
+    async def _read(self, again: Iterator[Message], attempt: int) -> Message:
+        for message in again:
+            return message
+        if attempt != self.number:  # what an earlier one has left behind
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        self._size += len(message.get("body", b""))
+        self._body.append(message)
+        if message["type"] != "http.request" or self._size > self.retry.max_body:
+            self.is_last = True
+        if self.is_last:
+            self._body.clear()
+        return message
+
+    def _give_back(self) -> None:
+        """Leave in the caller's scope what the attempt has left in its own."""
+        for key, value in self._attempted.items():
+            old = self._scope.get(key)
+            if type(old) is type(value) is dict:
+                old.clear()
+                old.update(value)
+            else:
+                self._scope[key] = value
+        for key in self._scope.keys() - self._attempted.keys():
+            del self._scope[key]
+
+
+def _copy(scope: Scope) -> dict[str, Any]:
+    copied = (dict, list)
+    return {k: v.copy() if type(v) in copied else v for k, v in scope.items()}
+
+
+def _is_replayed(error: BaseException) -> bool:
+    """Tell whether nothing but the end of the attempt comes out of an application."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_is_replayed, error.exceptions))
+    return isinstance(error, Again | Exception)

@@ -1,0 +1,64 @@
+"""Conflicts between transactions, each the database's own."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import asynccontextmanager, closing
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event
+
+import asgi_uow as uow
+from tests.servers.backend import SQLiteBackend
+from tests.support.databases import shop_database
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping
+
+    from asgi_uow import Database
+    from tests.servers.backend import Backend
+
+READ = "SELECT value FROM counters"
+WRITE = "UPDATE counters SET value = value + 1"
+CODES: Mapping[str, object] = {
+    "sqlite": "SQLITE_BUSY",
+    "mariadb": 1020,
+    "postgresql": "40001",
+}
+
+
+@asynccontextmanager
+async def conflicting_shop(
+    backend: Backend, **options: Any
+) -> AsyncGenerator[Database]:
+    """A shop with one counter, in which a conflict is told at once."""
+    async with shop_database(backend, **options) as db:
+        if isinstance(backend, SQLiteBackend):
+            event.listen(db.engine.sync_engine, "checkout", _wait_for_no_lock)
+            await backend.execute("PRAGMA journal_mode = WAL")
+        await backend.execute("CREATE TABLE counters (value INTEGER)")
+        await backend.execute("INSERT INTO counters VALUES (0)")
+        yield db
+
+
+def _wait_for_no_lock(dbapi: Any, *_: object) -> None:
+    with closing(dbapi.cursor()) as cursor:
+        cursor.execute("PRAGMA busy_timeout = 0")
+
+
+async def conflict(backend: Backend) -> None:
+    """Have the unit's write session read what another transaction then changes."""
+    session = uow.current_session()
+    if isinstance(backend, SQLiteBackend):
+        with closing(sqlite3.connect(backend.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            await session.execute(WRITE)
+        raise NotImplementedError
+    if backend.name == "postgresql":
+        uow.isolation_level("REPEATABLE READ")
+    else:
+        await session.execute("SET innodb_snapshot_isolation = ON")
+    await session.scalar(READ)
+    await backend.execute(WRITE, WRITE.replace("+", "-"))
+    await session.execute(WRITE)
+    raise NotImplementedError
