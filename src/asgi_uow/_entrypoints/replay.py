@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import anyio
 
 from asgi_uow._databases.configuration import check
-from asgi_uow._databases.driver_errors import code_of
+from asgi_uow._databases.driver_errors import code_of, to_retry
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import Cause
 from asgi_uow._entrypoints.exchange import Again
@@ -135,7 +135,7 @@ class Attempts:
     ) -> RetryScheduled | None:
         """Decide that there is another attempt; gives the event that tells of it."""
         shared = unit.share()
-        first = shared.to_retry(error)
+        first = to_retry(error, shared.outages)
         is_last = self.is_last or unit.is_last_attempt or shared.committed
         if first is None or is_last or unit.cause not in REPLAYED:
             return None
