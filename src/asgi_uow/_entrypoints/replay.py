@@ -75,7 +75,8 @@ class Retry:
 
     def covers(self, scope: Scope) -> bool:
         """Tell whether this request may be replayed at all."""
-        return scope.get("method") in self.methods and self.when(scope)
+        is_named = scope.get("method") in self.methods
+        return is_named and (self.when is _always or self.when(scope))
 
     async def run(
         self,
@@ -157,7 +158,7 @@ class Replay(Attempts):
     def __init__(
         self, retry: Retry, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        super().__init__(retry)
+        self.retry = retry
         self._scope, self._receive, self._send = scope, receive, send
         self._attempted = scope  # then copies of what it was
         self._context = contextvars.copy_context()
@@ -170,7 +171,7 @@ class Replay(Attempts):
         """Serve the request until an attempt is the last."""
         before = _copy(self._scope)
         while True:
-            again = iter(tuple(self._body))
+            again = iter([*self._body])
             receive = functools.partial(self._read, again, self.number)
             try:
                 await middleware(self._attempted, receive, self.forward, self)
@@ -178,7 +179,7 @@ class Replay(Attempts):
                 if self.pause is None or not _is_replayed(error):
                     raise
             finally:
-                if self.pause is None:
+                if self.pause is None and self._attempted is not self._scope:
                     self._give_back()
             if self.pause is None:
                 return
@@ -192,7 +193,8 @@ class Replay(Attempts):
         """Pass a message on; this attempt is the last then."""
         if not self.is_last:
             self.is_last = True
-            self._give_back()
+            if self._attempted is not self._scope:
+                self._give_back()
         return self._send(message)
 
     async def _read(self, again: Iterator[Message], attempt: int) -> Message:
@@ -211,8 +213,6 @@ class Replay(Attempts):
 
     def _give_back(self) -> None:
         """Leave in the caller's scope what the last attempt has left in its own."""
-        if self._attempted is self._scope:
-            return
         for key, value in self._attempted.items():
             old = self._scope.get(key)
             if type(old) is type(value) is dict:
