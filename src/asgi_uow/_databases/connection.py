@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import sqlalchemy as sa
+from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.util import await_only
 
 from asgi_uow._databases import known, loops
@@ -229,3 +230,26 @@ def execute(connection: Any, statement: str) -> None:
     """Send a statement of our own past the journal."""
     with closing(connection.cursor()) as cursor:
         cursor.execute(statement)
+
+
+def check_statement(cursor: Any, statement: str, *rest: Any) -> bool | None:
+    """Look at a statement before it is sent, and send it in time."""
+    # The context comes last, with parameters before it or without.
+    connection = getattr(rest[-1], "root_connection", None)
+    if isinstance(connection, Connection):
+        driver = connection._execution_options[POLICY].driver  # noqa: SLF001
+        # By whatever it is sent: the ORM loads objects by itself.
+        last = driver.exclusive_streams and driver.last_result(raw_of(cursor))
+        if last and last.unbuffered_active:
+            operation = "A statement"
+            raise ConcurrentUseError(operation, "a stream() is still being read")
+        connection.check_statement(statement, rest[0])
+        if connection.deadline is not None:
+            execute = rest[-1].dialect.do_execute
+            if rest[-1].execute_style is ExecuteStyle.EXECUTEMANY:
+                execute = rest[-1].dialect.do_executemany
+            elif not rest[1:]:
+                execute = rest[-1].dialect.do_execute_no_params
+            connection.deadline.execute(connection, execute, cursor, statement, *rest)
+            return True  # SQLAlchemy has nothing left to do
+    return None
