@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import dataclasses
 import functools
 import random
@@ -19,7 +20,7 @@ from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import Cause
 from asgi_uow._entrypoints.exchange import Again
-from asgi_uow._unit.hooks import is_async, name_of
+from asgi_uow._unit.hooks import is_async, name_of, run_in
 from asgi_uow.observers import RetryScheduled
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from asgi_uow._asgi import Message, Receive, Scope, Send
+    from asgi_uow._unit.hooks import Work
     from asgi_uow._unit.unit import UnitOfWork
 
 P = ParamSpec("P")
@@ -165,7 +167,7 @@ class Replay(Attempts):
         self._size = 0
 
     async def serve(
-        self, middleware: Callable[[Scope, Receive, Send, Replay], Awaitable[None]]
+        self, middleware: Callable[[Scope, Receive, Send, Replay], Work]
     ) -> None:
         """Serve the request until an attempt is the last."""
         while True:
@@ -174,7 +176,8 @@ class Replay(Attempts):
                 self._read, iter(tuple(self._body)), self.number
             )
             try:
-                await middleware(scope, receive, self.forward, self)
+                work = middleware(scope, receive, self.forward, self)
+                await (work if self.number == 1 else self._run_apart(work))
             except BaseException as error:
                 if self.pause is None or not _is_replayed(error):
                     raise
@@ -184,9 +187,15 @@ class Replay(Attempts):
             if self.pause is None:
                 return
             await self.wait()
-            for var, value in self._context.items():
-                if var.get() is not value:
-                    var.set(value)
+
+    async def _run_apart(self, work: Work) -> None:
+        """Run an attempt that sees no context variable of those before."""
+        context = self._context.copy()
+        try:
+            await run_in(context, work)
+        finally:
+            for var, value in context.items():
+                var.set(value)
 
     def forward(self, message: Message) -> Awaitable[None]:
         """Pass a message on; this attempt is the last then."""
@@ -213,7 +222,7 @@ class Replay(Attempts):
         """Leave in the caller's scope what the attempt has left in its own."""
         for key, value in self._attempted.items():
             old = self._scope.get(key)
-            if type(old) is type(value) is dict:
+            if old is not value and type(old) is type(value) is dict:
                 old.clear()
                 old.update(value)
             else:
@@ -223,8 +232,18 @@ class Replay(Attempts):
 
 
 def _copy(scope: Scope) -> dict[str, Any]:
-    copied = (dict, list)
-    return {k: v.copy() if type(v) in copied else v for k, v in scope.items()}
+    kinds = (dict, list)
+    return {
+        k: v.copy() if type(v) in kinds else _copy_of(v) if isinstance(v, kinds) else v
+        for k, v in scope.items()
+    }
+
+
+def _copy_of(value: Any) -> Any:
+    copied = copy.copy(value)
+    if hasattr(value, "__dict__"):  # Starlette's session notes that it was changed
+        copied.__dict__ = vars(value).copy()
+    return copied
 
 
 def _is_replayed(error: BaseException) -> bool:
