@@ -44,6 +44,12 @@ class Form:
         """What came in, for each attempt."""
         self.hooks: list[str] = []
 
+    @classmethod
+    async def prepare(cls, case: Case, conflicts: int, *, answers: bool) -> Form:
+        """Make what its attempts have their conflicts over, too."""
+        await prepare_conflicts(case.backend, case.db)
+        return cls(case, conflicts, answers=answers)
+
     @property
     def site(self) -> Site:
         return Site(
@@ -114,7 +120,6 @@ class Form:
 
 async def send_form(form: Form, app: ASGIApp, path: str = "/forms/7") -> None:
     """Send the form, in parts, as a server does that knows who sends it."""
-    await prepare_conflicts(form.case.backend, form.case.db)
     request = httpx.Request("POST", "http://server", **FORM)
     content = request.read()
     async with form.case.run(app) as server:
@@ -133,19 +138,19 @@ async def send_form(form: Form, app: ASGIApp, path: str = "/forms/7") -> None:
 @database_fact
 async def replayed(case: Case) -> None:
     """A POST that met a conflict is replayed: form, file, path, state as they came."""
-    form = Form(case, 1, answers=False)
+    form = await Form.prepare(case, 1, answers=False)
     await send_form(form, form.app())
 
 
 @database_fact
 async def replayed_answer(case: Case) -> None:
     """A conflict that an error handler answers, twice, is replayed as well, twice."""
-    form = Form(case, 2, answers=True)
+    form = await Form.prepare(case, 2, answers=True)
     await send_form(form, form.app())
 
 
 @fact
 async def replayed_mount(case: Case) -> None:
     """A POST to a mounted application is replayed there, under the same path."""
-    form = Form(case, 1, answers=True)
+    form = await Form.prepare(case, 1, answers=True)
     await send_form(form, form.mounted("/mounted"), "/mounted/forms/7")
