@@ -33,12 +33,17 @@ async def conflicting_shop(
 ) -> AsyncGenerator[Database]:
     """A shop with one counter, in which a conflict is told at once."""
     async with shop_database(backend, **options) as db:
-        if isinstance(backend, SQLiteBackend):
-            event.listen(db.engine.sync_engine, "checkout", _wait_for_no_lock)
-            await backend.execute("PRAGMA journal_mode = WAL")
-        await backend.execute("CREATE TABLE counters (value INTEGER)")
-        await backend.execute("INSERT INTO counters VALUES (0)")
+        await prepare_conflicts(backend, db)
         yield db
+
+
+async def prepare_conflicts(backend: Backend, db: Database) -> None:
+    """Add one counter; a conflict over it is told at once."""
+    if isinstance(backend, SQLiteBackend):
+        event.listen(db.engine.sync_engine, "checkout", _wait_for_no_lock)
+        await backend.execute("PRAGMA journal_mode = WAL")
+    await backend.execute("CREATE TABLE counters (value INTEGER)")
+    await backend.execute("INSERT INTO counters VALUES (0)")
 
 
 def _wait_for_no_lock(dbapi: Any, *_: object) -> None:
