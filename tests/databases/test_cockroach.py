@@ -5,7 +5,7 @@ The server is PostgreSQL; `tests.support.cockroach` says which dialects these ar
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -85,3 +85,20 @@ async def test_a_unit(backend: ServerBackend) -> None:
     assert "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY" in sent
     assert "pg_backend_pid" not in sent
     assert "pg_is_in_recovery" not in sent
+
+
+@pytest.mark.parametrize(
+    "options", [{"read_isolation": "REPEATABLE READ"}, {"pooler": "transaction"}]
+)
+async def test_reads(backend: ServerBackend, options: dict[str, Any]) -> None:
+    """Reads may be of one snapshot, or transactions of their own behind a pooler."""
+    await shop.create(backend)
+    db = Database.from_url(cockroach(backend.url), **options)
+    async with db:
+        assert 0 == await db.read.scalar(shop.COUNT)
+        with pytest.raises(errors.ReadOnlySessionError):
+            await db.read.execute("WITH d AS (DELETE FROM items) SELECT 1")
+        await shop.insert(1)
+        assert 1 == await db.read.scalar(shop.COUNT)
+    await db.dispose()
+    assert [1] == await shop.items(backend)

@@ -394,3 +394,19 @@ async def test_a_conflict_at_a_savepoint(backend: ServerBackend) -> None:
         response = await (site := Site(twice)).serve(db)
         assert (200, None, [1, 2]) == (response.status, response.error, site.attempts)
         assert 2 == await backend.scalar(READ)
+
+
+@on("psycopg")
+async def test_a_server_without_savepoints_can_be_connected_to(
+    backend: ServerBackend,
+) -> None:
+    """SQLAlchemy looks for a type in a savepoint, unless it is told not to."""
+    async with behind_proxy(backend, use_native_hstore=False) as (db, proxy):
+        code, text, sql = REFUSED[backend.driver]
+        refused = proxy.refuse(
+            lambda trip: trip.startswith("SAVEPOINT"), code, text, instead=sql
+        )
+        async with db:
+            await shop.insert(1)
+        assert not refused.fired.is_set()
+    assert [1] == await shop.items(backend)
