@@ -18,8 +18,8 @@ from asgi_uow.observers import CommitFailed, RetryScheduled
 from tests.support import shop
 from tests.support.asgi import Client, Response, respond
 from tests.support.cockroach import cockroach
-from tests.support.conflicts import READ, WRITE
-from tests.support.databases import behind_proxy, checked_out, on
+from tests.support.conflicts import READ, WRITE, deadlock
+from tests.support.databases import behind_proxy, checked_out, on, shop_database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from asgi_uow import Database
     from asgi_uow._asgi import Message, Receive, Scope, Send
-    from tests.servers import RecordingProxy, ServerBackend
+    from tests.servers import MariaDBBackend, RecordingProxy, ServerBackend
 
     Handler: TypeAlias = Callable[[], Awaitable[object]]
 
@@ -142,7 +142,8 @@ class Site:
         self.attempts: list[int] = []
         self.response = Response()
 
-    async def __call__(self, _: Scope, __: Receive, send: Send) -> None:
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+        await receive()
         unit = uow.current_unit_of_work()
         self.attempts.append(unit.attempt)
         self.response.units.append(unit)
@@ -309,6 +310,24 @@ async def test_a_conflict_takes_the_savepoint_away(
         assert (503, "1") == (response.status, response.headers["retry-after"])
         assert [1, 2] == site.attempts
         assert 1 == await backend.scalar(READ)
+
+
+@on_mariadb
+async def test_a_deadlock_takes_the_savepoint_away(backend: MariaDBBackend) -> None:
+    """So does a real one; MariaDB has ended the transaction with all in it."""
+    async with shop_database(backend) as db:
+        await backend.execute("INSERT INTO items (id) VALUES (1), (2), (3), (4), (5)")
+
+        async def handler() -> None:
+            await shop.insert(6)
+            if uow.current_unit_of_work().attempt == 1:
+                async with current_session().begin_nested():
+                    await deadlock(backend)
+
+        response = await (site := Site(handler)).serve(db)
+        assert (200, None, [1, 2]) == (response.status, response.error, site.attempts)
+        assert [1213] == [each.code for each in response.events.of(RetryScheduled)]
+        assert [1, 2, 3, 4, 5, 6] == await shop.items(backend)
 
 
 @on_postgresql
