@@ -65,6 +65,7 @@ POSTGRESQL: list[Row] = [
     ("YugabyteDB", "YB003", SERIALIZE, "commit", "replayed"),
     ("YugabyteDB", "XX000", "schema version mismatch", "statement", "500"),
     ("Citus", "40P01", CITUS, "statement", "replayed"),
+    ("Citus", "40001", SERIALIZE, "statement", "replayed"),
     ("Citus", "08006", "connection to the remote node failed", "statement", "503"),
     ("Aurora DSQL", "40001", OC000, "commit", "replayed"),
     ("Aurora DSQL", "40001", OC001, "commit", "replayed"),
@@ -99,6 +100,7 @@ MYSQL: list[Row] = [
     ("Galera", "1180", FRAGMENT, "commit", "unknown"),
     ("Group Replication", "3101 40000", PLUGIN, "commit", "replayed"),
     ("Group Replication", "1180", QUOTED, "commit", "replayed"),
+    ("Group Replication", "1181", QUOTED, "commit", "replayed"),
     ("Group Replication", "1290", "--super-read-only", "statement", "replayed"),
     ("TiDB", "8002", "retryable, cannot be retried", "commit", "replayed"),
     ("TiDB", "8005", STALE, "commit", "replayed"),
@@ -108,6 +110,7 @@ MYSQL: list[Row] = [
     ("TiDB", "9007", "Write conflict, txnStartTS=1", "commit", "replayed"),
     ("TiDB", "9007", "Write conflict, txnStartTS=1", "statement", "replayed"),
     ("TiDB", "1213 40001", DEADLOCK, "statement", "replayed"),
+    ("TiDB", "1205", WAITED, "statement", "replayed"),
 ]
 UNDOES = {"1213", "1020", "1614", "1613", "8028", "9007"}
 """At a statement of MySQL's family: what leaves nothing of the transaction."""

@@ -125,7 +125,7 @@ class Database(_Facts):
     BEGIN_READ_ONLY: str | None = None  # sent by asgi-uow where no driver does
     IS_READ_ONLY: str = "SELECT 0"  # is the server (now) a replica, without writes?
     LAG: str = "SELECT NULL AS Seconds_Behind_Master"
-    POOLER: Literal["session"] | None = None  # unless one is named: none is looked for
+    POOLER: Literal["session"] | None = None  # assumed where none is named
     # Fails if it was aborted unseen, or has the driver know its state.
     QUESTION_BEFORE_COMMIT: str | None = None
     # Sent by asgi-uow, since the driver sends none: it is always in autocommit mode, so

@@ -28,10 +28,10 @@ QUESTION_BEFORE_COMMIT = "SELECT 1"
 
 # https://mariadb.com/kb/en/mariadb-error-code-reference/
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
-# Conflicts that undo it all: of snapshots, deadlock (149: quoted from an engine), or a
-# Galera node's, lock timeout and deadlock of XA, Group Replication; TiDB's:
+# Conflicts that roll everything back: 1213 deadlock, or Galera; 149 the same, where an
+# engine is quoted; 1020 snapshot; 1613, 1614 XA; 3101 Group Replication; 8002 ... TiDB:
 # https://docs.pingcap.com/tidb/stable/error-codes
-LOST = {149, 1020, 1213, 1613, 1614, 3101, 8002, 8005, 8022, 8028, 9007}
+ROLLED_BACK = {149, 1020, 1213, 1613, 1614, 3101, 8002, 8005, 8022, 8028, 9007}
 CODES = {
     "read_only": frozenset({1290, 1792, 1836}),
     "demoted": frozenset({1290, 1836}),
@@ -40,13 +40,13 @@ CODES = {
         | {1047, 1053, 1129}  # node not ready, shutting down, host blocked
         | {2002, 2003, 2006, 2013}  # not reached, lost
     ),
-    "conflict": frozenset({*LOST, 1205, 3572}),  # and a lock that was not granted
+    "conflict": frozenset({*ROLLED_BACK, 1205, 3572}),  # a lock was not granted
     # asyncmy refuses with `InterfaceError(0, ...)` after a statement was cancelled.
     "disconnect": frozenset({0}),
     # Of the driver, not of the server; COMMIT failed in an engine, or without a quorum.
     "in_doubt": frozenset({0, 1180, *range(2000, 3000)}),
-    # What is lost, commit or rollback error, full lock table, XA.
-    "aborting": frozenset({*LOST, 1180, 1181, 1206, 1402}),
+    # Also commit or rollback error, full lock table, XA.
+    "aborting": frozenset({*ROLLED_BACK, 1180, 1181, 1206, 1402}),
     "syntax": frozenset({1064}),
     "unsupported": frozenset({1235}),
 }
