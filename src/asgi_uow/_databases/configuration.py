@@ -218,6 +218,8 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         raise MissingDriverError(driver, extra) from error
     except sa_exc.NoSuchModuleError as error:
         message = f"SQLAlchemy knows no database {parsed.drivername!r}."
+        if database is not None and database.DIALECT is not None:
+            message += f" Install {database.DIALECT}."
         raise ConfigurationError(message) from error
     except (TypeError, sa_exc.ArgumentError) as error:
         raise ConfigurationError(str(error)) from error

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import ExecuteStyle
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
 from asgi_uow._databases import known, loops
+from asgi_uow._databases.driver_errors import means
 from asgi_uow.errors import (
     ConcurrentUseError,
+    NoSavepointsError,
     ReadOnlySessionError,
     TransactionGoneError,
 )
@@ -132,7 +135,12 @@ class Connection(sa.Connection):
             self.journal.committed = True
 
     def _savepoint_impl(self, name: str | None = None) -> str:
-        name = super()._savepoint_impl(name)
+        try:
+            name = super()._savepoint_impl(name)
+        except DBAPIError as error:
+            if means(error, "unsupported"):
+                raise NoSavepointsError from error
+            raise
         if self.journal is not None:
             self.journal.open_savepoint(name)
         return name

@@ -107,15 +107,15 @@ class _Policy:
     """
 
     def __init__(self, pool: Any, engine: sa.Engine, use: Use) -> None:
-        self.creator = pool._invoke_creator  # noqa: SLF001
-        self.engine = engine
+        self.creator, self.engine = pool._invoke_creator, engine  # noqa: SLF001
         self.dialect: Any = engine.dialect  # of which PostgreSQL's does more
         self.database = known.database_of(engine.dialect)
         self.driver = known.driver_of(engine.dialect)
         self.is_memory = known.is_memory(engine.url)
         nodes: Nodes | None = engine.get_execution_options().get(NODES)
         self.nodes = nodes if nodes and nodes.url == engine.url else None
-        self.use, self.read_only, self.pooler = use, use.read_only, use.pooler
+        self.use, self.read_only = use, use.read_only
+        self.pooler = use.pooler or self.database.POOLER
         self.begins_with = self.database.BEGIN_WRITE
         if use.read_only and self.begins_with is not None:
             # A snapshot of what the first read finds; in WAL that stops no writer.
