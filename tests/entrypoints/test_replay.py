@@ -14,8 +14,9 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from starlette.middleware.sessions import SessionMiddleware
 
 import asgi_uow as uow
-from asgi_uow import Outcome, Retry, UnitOfWorkMiddleware, errors
+from asgi_uow import Database, Outcome, Retry, UnitOfWorkMiddleware, errors
 from asgi_uow.observers import CommitFailed, RetryScheduled, UnitFinished
+from tests.servers.process import free_port
 from tests.support import shop
 from tests.support.asgi import (
     BODY,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from asgi_uow import Database
     from asgi_uow._asgi import Message, Receive, Scope, Send
     from tests.servers import Backend, ServerBackend
 
@@ -549,6 +549,16 @@ async def test_a_lost_connection(backend: ServerBackend) -> None:
         proxy.cut_before(lambda trip: trip.startswith("UPDATE") and next(lost, False))
         response = await site.serve(db)
         assert (200, 2) == (response.status, len(site.attempts))
+
+
+@on(*SERVER_DRIVERS)
+async def test_out_of_reach(backend: ServerBackend) -> None:
+    """While nobody listens, as in a failover, each attempt connects anew."""
+    db = Database.from_url(backend.through(free_port()))
+    site = Site(backend, conflicts=0)
+    response = await site.serve(db)
+    assert (503, "1") == (response.status, response.headers["retry-after"])
+    assert [(1, False), (2, False), (3, True)] == site.attempts
 
 
 # Outside a request

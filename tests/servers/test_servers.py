@@ -27,7 +27,7 @@ from tests.servers import (
     eventually,
 )
 from tests.servers.pgbouncer import PgBouncer
-from tests.servers.plugin import RunningServers, server_port
+from tests.servers.plugin import RunningServers, require, server_port
 from tests.servers.process import free_port, is_free
 from tests.servers.proxy import mysql_chunks, postgresql_chunks
 from tests.support import ROOT
@@ -166,6 +166,22 @@ def test_installation_is_tried() -> None:
     asked: list[type[Server]] = []
     servers = RunningServers({}, {"mariadb": NotInstalled}, asked.append)
     assert {"mariadb": None} == servers.ports()
+    assert [NotInstalled] == asked
+
+
+@pytest.mark.parametrize(
+    ("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)]
+)
+def test_what_a_test_starts_by_itself(
+    monkeypatch: pytest.MonkeyPatch, ci: str, outcome: type[BaseException]
+) -> None:
+    """It is installed; where it cannot be, tests are skipped, and in CI fail."""
+    monkeypatch.setenv("CI", ci)
+    asked: list[type[Server]] = []
+    require(BehindNothing, asked.append)
+    assert [] == asked
+    with pytest.raises(outcome, match="mariadb is not installed"):
+        require(NotInstalled, asked.append)
     assert [NotInstalled] == asked
 
 
