@@ -14,7 +14,7 @@ import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from subprocess import DEVNULL
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
@@ -192,11 +192,14 @@ def server_port(config: pytest.Config, kind: str) -> int:
     if kind not in wanted(config):
         pytest.skip(f"{kind} is not named by --db")
     port = config.stash[SERVERS].port(kind)
-    if port is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{kind} {MISSING}")
-        pytest.skip(f"{kind} {MISSING}")
-    return port
+    return miss(kind) if port is None else port
+
+
+def miss(kind: str) -> NoReturn:
+    """Skip a test whose server is not installed; in CI fail."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{kind} {MISSING}")
+    pytest.skip(f"{kind} {MISSING}")
 
 
 def make_backend(request: pytest.FixtureRequest, driver: str) -> Backend:

@@ -21,7 +21,8 @@ PACKAGES = frozenset({"asyncmy", "aiomysql", "pymysql", "MySQLdb"})
 ENGINE_OPTIONS = {"pool_recycle": 1800}
 READ_ONLY_STATEMENT = "SET SESSION TRANSACTION READ ONLY"
 BEGIN_READ_ONLY = "START TRANSACTION READ ONLY"
-IS_READ_ONLY = "SELECT @@global.read_only"
+# From a table: a Galera node without its cluster refuses that, not variables alone.
+IS_READ_ONLY = "SELECT @@global.read_only FROM (SELECT 1) AS here"
 LAG = "SHOW SLAVE STATUS"
 BEGIN_AT_LEVEL = "SET TRANSACTION ISOLATION LEVEL {}"  # of the next one alone
 QUESTION_BEFORE_COMMIT = "SELECT 1"
@@ -30,7 +31,9 @@ QUESTION_BEFORE_COMMIT = "SELECT 1"
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
 CODES = {
     "read_only": frozenset({1290, 1792, 1836}),
-    "demoted": frozenset({1290, 1836}),
+    # 1047 refuses COMMIT and ROLLBACK too, and leaves the transaction open: a later
+    # COMMIT on that connection would keep it.
+    "demoted": frozenset({1047, 1290, 1836}),
     "unavailable": frozenset(
         {1040, 1203, 1226}  # too many connections
         | {1047, 1053, 1129}  # node not ready, shutting down, host blocked
@@ -38,8 +41,10 @@ CODES = {
     ),
     "conflict": frozenset({1020, 1205, 1213, 3101}),
     # asyncmy refuses with `InterfaceError(0, ...)` after a statement was cancelled.
-    "disconnect": frozenset({0}),
-    "in_doubt": frozenset({0, *range(2000, 3000)}),  # of the driver, not of the server
+    "disconnect": frozenset({0, 1047}),
+    # Of the driver, not of the server; 1180 is Galera's where it has lost the others,
+    # which may have committed.
+    "in_doubt": frozenset({0, 1180, *range(2000, 3000)}),
     # Snapshot conflict, commit or rollback error, full lock table, deadlock, XA.
     "aborting": frozenset({1020, 1180, 1181, 1206, 1213, 1402, 1613, 1614, 3101}),
     "syntax": frozenset({1064}),

@@ -1,0 +1,305 @@
+"""Twenty clients write the same ten rows through three nodes, while nodes go away.
+
+Moments are counted in answers to clients, so that they mean the same on a slow machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import random
+import statistics
+import time
+from collections import Counter
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import anyio
+from sqlalchemy.exc import SQLAlchemyError
+
+import asgi_uow as uow
+from asgi_uow import Database, Outcome, UnitOfWorkMiddleware
+from asgi_uow._databases.driver_errors import code_of
+from asgi_uow.observers import RetryScheduled
+from tests.promises.faults.bank import Attempt, Order, lies
+from tests.servers import eventually
+from tests.support.asgi import http_scope, receiving, respond
+from tests.support.databases import checked_out
+from tests.support.observer import Events
+
+if TYPE_CHECKING:
+    from asgi_uow import Retry, UnitOfWork
+    from asgi_uow._asgi import Receive, Scope, Send
+    from tests.integration.galera.servers import GaleraCluster, GaleraNode
+
+ROWS = range(10)
+CLIENTS = 20
+SPACING = 100  # answers between two faults
+LIMIT_SECONDS = 120.0  # for what is to last longer than asked for
+CONFLICTS = {1020, 1205, 1213}
+
+TABLES = (
+    "CREATE TABLE counters (id INTEGER PRIMARY KEY, value INTEGER NOT NULL)",
+    """
+    CREATE TABLE writes (
+        id VARCHAR(20), attempt INTEGER, counter INTEGER NOT NULL,
+        amount INTEGER NOT NULL, PRIMARY KEY (id, attempt)
+    )
+    """,
+    "INSERT INTO counters VALUES " + ", ".join(f"({row}, 0)" for row in ROWS),
+)
+# In a statement of its own, which waits until the node has all that is committed.
+SYNCED = "SET STATEMENT wsrep_sync_wait = 1 FOR "
+WRITES = f"{SYNCED}SELECT id, attempt, counter, amount FROM writes ORDER BY id, attempt"
+COUNTERS = f"{SYNCED}SELECT id, value FROM counters ORDER BY id"
+
+
+@dataclasses.dataclass(frozen=True)
+class Write(Order):
+    """A request to be made: to add `amount` to the row `target`."""
+
+    compares: bool = False
+    """By compare-and-set, and not by `value = value + amount`."""
+
+
+@dataclasses.dataclass
+class Request(Attempt):
+    """What became of a write; what an `Attempt` tells is that of the last one."""
+
+    earlier: list[tuple[UnitOfWork, list[str]]] = dataclasses.field(
+        default_factory=list
+    )
+    """The attempts that were replayed, with the hooks that they have called."""
+    seconds: float = 0.0
+
+    def begin(self) -> int:
+        """Begin an attempt, return its number."""
+        if self.unit is not None:
+            self.earlier.append((self.unit, self.hooks))
+            self.hooks = []
+        self.unit = uow.current_unit_of_work()
+        return self.unit.attempt
+
+    @property
+    def is_conflict(self) -> bool:
+        """Whether it was a conflict that ended the last attempt."""
+        return self.status != 200 and code_of(self.error) in CONFLICTS
+
+
+class Campaign:
+    """One run: an application on each node, its clients, and the faults."""
+
+    def __init__(self, cluster: GaleraCluster, retry: Retry | None) -> None:
+        self.cluster = cluster
+        self.retry = retry
+        self.events = Events()
+        self.requests: list[Request] = []
+        self.faults = Counter[str]()
+        self.over = asyncio.Event()
+        self.answered = asyncio.Condition()
+        self.answers = 0
+        self.databases = [
+            Database.from_url(cluster.at(node).url, pool_size=CLIENTS)
+            for node in cluster.nodes
+        ]
+        self.apps = [
+            UnitOfWorkMiddleware(self.serve, db, retry=retry, observers=[self.events])
+            for db in self.databases
+        ]
+
+    # The application
+
+    async def serve(self, scope: Scope, _: Receive, send: Send) -> None:
+        request: Request = scope["request"]
+        attempt = request.begin()
+        uow.after_commit(request.note, "after_commit")
+        uow.after_rollback(request.note, "after_rollback")
+        order, session = request.order, uow.current_session()
+        await session.execute(
+            "INSERT INTO writes VALUES (:id, :attempt, :counter, :amount)",
+            id=order.id,
+            attempt=attempt,
+            counter=order.target,
+            amount=order.amount,
+        )
+        status = 200
+        ignored = (SQLAlchemyError, OSError) if order.is_careless else ()
+        with suppress(*ignored):
+            add = self.compare_and_set if order.compares else self.add
+            status = await add(order.target, order.amount)
+        await respond(send, status)
+
+    async def add(self, row: int, amount: int) -> int:
+        sql = "UPDATE counters SET value = value + :amount WHERE id = :id"
+        await uow.current_session().execute(sql, id=row, amount=amount)
+        return 200
+
+    async def compare_and_set(self, row: int, amount: int) -> int:
+        session = uow.current_session()
+        old = await session.scalar("SELECT value FROM counters WHERE id = :id", id=row)
+        sql = "UPDATE counters SET value = :new WHERE id = :id AND value = :old"
+        result = await session.execute(sql, id=row, old=old, new=old + amount)
+        return 200 if result.rowcount else 409
+
+    # The clients
+
+    async def run(self, seconds: float) -> None:
+        """Have clients and faults for so many seconds, or until each fault was once."""
+        with anyio.fail_after(seconds + LIMIT_SECONDS):
+            async with anyio.create_task_group() as group:
+                for number in range(CLIENTS):
+                    group.start_soon(self.client, number)
+                await self.strike(time.monotonic() + seconds)
+                self.over.set()
+
+    async def client(self, number: int) -> None:
+        dice = random.Random(number)
+        for count in itertools.count():
+            if self.over.is_set():
+                return
+            row = dice.choice(ROWS)
+            order = Write(
+                f"{number}-{count}",
+                source=row,
+                target=row,
+                amount=dice.randint(1, 9),
+                is_careless=dice.random() < 0.2,
+                compares=dice.random() < 0.5,
+            )
+            await self.submit(order, (number + count) % len(self.apps))
+            async with self.answered:
+                self.answers += 1
+                self.answered.notify_all()
+
+    async def submit(self, order: Order, node: int) -> Request:
+        request = Request(order)
+        self.requests.append(request)
+        scope = http_scope(method="POST", request=request)
+        began = time.perf_counter()
+        try:
+            receive = receiving(asyncio.Event())
+            await self.apps[node](scope, receive, request.send)
+        except Exception as error:  # noqa: BLE001  # what the server would log
+            request.error = error
+        request.seconds = time.perf_counter() - began
+        return request
+
+    # The faults
+
+    async def strike(self, until: float) -> None:
+        """Kill one node and isolate the next, then others, each until it is back."""
+        cluster = self.cluster
+        for killed, isolated in itertools.pairwise(itertools.cycle(cluster.nodes)):
+            await self.fault("killed", killed)
+            await self.fault("isolated", isolated)
+            if time.monotonic() >= until:
+                return
+
+    async def fault(self, name: str, node: GaleraNode) -> None:
+        cluster = self.cluster
+        faults = {
+            "killed": (cluster.kill, cluster.revive),
+            "isolated": (cluster.isolate, cluster.rejoin),
+        }
+        for step in faults[name]:
+            await self.answer(SPACING)
+            await step(node)
+        await cluster.mend()
+        self.faults[name] += 1
+
+    async def answer(self, more: int) -> None:
+        """Wait until so many more requests have been answered."""
+        enough = self.answers + more
+        async with self.answered:
+            await self.answered.wait_for(lambda: self.answers >= enough)
+
+    # The books
+
+    async def check(self) -> None:
+        """Compare what was said with what each node holds."""
+        assert [0, 0] * 3 == checked_out(*self.databases)
+        backends = [self.cluster.at(node) for node in self.cluster.nodes]
+        writes = [await backend.fetch(WRITES) for backend in backends]
+        counters = [await backend.fetch(COUNTERS) for backend in backends]
+        sums = Counter(dict.fromkeys(ROWS, 0))
+        for _, _, row, amount in writes[0]:
+            sums[row] += amount
+        assert [writes[0]] * 3 == writes
+        assert [sorted(sums.items())] * 3 == counters
+
+        kept = {(name, attempt) for name, attempt, _, _ in writes[0]}
+        assert len(kept) == len({name for name, _ in kept})  # nothing twice
+        assert [] == [
+            lie
+            for request in self.requests
+            for lie in (
+                *lies(request, is_kept=(request.order.id, last(request)) in kept),
+                *self.lies_of_attempts(request, kept),
+            )
+        ]
+
+    def lies_of_attempts(
+        self, request: Request, kept: set[tuple[object, object]]
+    ) -> list[str]:
+        """Tell what is wrong with what was replayed, or should have been."""
+        replayed = [(unit.outcome, hooks) for unit, hooks in request.earlier]
+        undone = (Outcome.ROLLED_BACK, ["after_rollback"])
+        attempts = 1 if self.retry is None else self.retry.attempts
+        said = {
+            "replayed what was not rolled back": replayed != [undone] * len(replayed),
+            "kept what was replayed": any(
+                (request.order.id, unit.attempt) in kept for unit, _ in request.earlier
+            ),
+            "a conflict that is no 503": request.is_conflict and request.status != 503,
+            "a conflict with attempts left": (
+                request.is_conflict and last(request) < attempts
+            ),
+            "an answer of another kind": request.status not in {200, 409, 500, 503},
+            "a 500 whose outcome is known": (
+                request.status == 500 and request.outcome is not Outcome.UNKNOWN
+            ),
+        }
+        return [f"{request.order.id}: {lie}" for lie, told in said.items() if told]
+
+    async def goes_on(self) -> None:
+        """Write through each node once more: no restart of the application is needed."""
+        for node in range(len(self.apps)):
+
+            async def succeeds(node: int = node) -> int | None:
+                order = Write(f"after-{len(self.requests)}", 0, 0, amount=1)
+                return (await self.submit(order, node)).status
+
+            await eventually(200, succeeds)
+
+    async def close(self) -> None:
+        for db in self.databases:
+            await db.dispose()
+
+    def figures(self) -> dict[str, object]:
+        """Count what happened, for a report."""
+        replays = Counter(each.code for each in self.events.of(RetryScheduled))
+        statuses = Counter(each.status for each in self.requests)
+        served = [each.seconds for each in self.requests if each.status == 200]
+        centiles = statistics.quantiles(served, n=100)
+        conflicts = sum(replays[code] for code in CONFLICTS)
+        used_up = sum(each.is_conflict for each in self.requests)
+        return {
+            **self.faults,
+            "requests": len(self.requests),
+            "conflicts": conflicts + used_up,
+            "conflicts replayed": conflicts,
+            "conflicts answered 503": used_up,
+            "replays": replays.total(),
+            "200": statuses[200],
+            "409 (compare-and-set missed)": statuses[409],
+            "503": statuses[503],
+            "UNKNOWN (500)": statuses[500],
+            "p50 of a 200, ms": round(centiles[49] * 1000, 1),
+            "p99 of a 200, ms": round(centiles[98] * 1000, 1),
+        }
+
+
+def last(request: Request) -> int:
+    """Return the number of the last attempt."""
+    return 0 if request.unit is None else request.unit.attempt
