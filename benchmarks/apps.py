@@ -111,6 +111,7 @@ def ours(
     *,
     times: int = 1,
     holds: bool = False,
+    **options: Any,
 ) -> ASGIApp:
     """Make the same with our middleware; one that `holds` keeps its connection."""
     database = Database.from_url(url)
@@ -122,7 +123,7 @@ def ours(
         for _ in range(times):
             await session().execute(statement)
 
-    return UnitOfWorkMiddleware(handler(execute), database)
+    return UnitOfWorkMiddleware(handler(execute), database, **options)
 
 
 def context_async_sqlalchemy(

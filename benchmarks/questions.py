@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from asgi_uow import (
+    Retry,
     UnitOfWorkMiddleware,
     after_commit,
     current_read_session,
@@ -99,6 +100,9 @@ def _questions() -> Iterable[Question]:
         yield Question(f"reads-{place}", _reading(), place, parts=READS)
     for place in PLACES:
         yield Question(f"insert-{place}", _inserting(), place)
+    for place in PLACES:
+        yield Question(f"retry-select-{place}", _with_retry("select"), place)
+        yield Question(f"retry-insert-{place}", _with_retry("insert"), place)
 
 
 def _without_database(
@@ -141,6 +145,16 @@ def _inserting() -> dict[str, Maker]:
         "as written": partial(apps.by_hand, INSERT),
         "ours": partial(apps.ours, INSERT, current_session),
     }
+
+
+def _with_retry(name: str) -> dict[str, Maker]:
+    """A request without a conflict that could be replayed if it had one."""
+    what = {
+        "select": (SELECT, current_read_session),
+        "insert": (INSERT, current_session),
+    }
+    ours = partial(apps.ours, *what[name])
+    return {"ours": ours, "ours, with retry": partial(ours, retry=Retry())}
 
 
 async def _nothing(*_: Scope) -> None:

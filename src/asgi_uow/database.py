@@ -18,7 +18,8 @@ from asgi_uow._databases.loops import derive_engine
 from asgi_uow._decision import UNDECIDED, WRITABLE, Cause, State, decide_exit, rollback
 from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.finish import end_unit
-from asgi_uow._unit.unit import UnitOfWork, UnitOptions, current, require
+from asgi_uow._unit.options import UnitOptions
+from asgi_uow._unit.unit import UnitOfWork, current, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence

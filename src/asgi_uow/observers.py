@@ -94,11 +94,11 @@ class RetryScheduled(Event):
     """
 
     attempt: int
-    """The one that has failed; the first is 1."""
+    """The one that comes; the first of all was 1."""
     seconds: float
-    """How long it is until the next one begins."""
+    """The pause before it."""
     error: BaseException
-    """The first error of the database in that attempt."""
+    """The first error of the database in the attempt that has failed."""
     code: str | int | None
     """Its code of the driver."""
 
@@ -204,8 +204,8 @@ _UNIT = (
 )
 _COMMIT = "unit of work not kept: %(outcome)s, cause %(cause)s, driver code %(code)s"
 _AGAIN = (
-    "attempt %(attempt)d failed with %(error)s, driver code %(code)s; "
-    "the next one begins in %(seconds).3f s"
+    "attempt %(attempt)d begins in %(seconds).3f s, after %(error)s, "
+    "driver code %(code)s"
 )
 _FAILED = "reader %(database)s is left alone for %(seconds).1f s after %(error)s"
 # What is logged of an event; the others are beginnings, or what went well.

@@ -194,7 +194,7 @@ async def test_what_is_in_flight_ends_the_transaction(
         await works(db, backend, [1])
 
 
-def mapped(late: str = "7") -> Any:
+def mapped(expression: str = "7") -> Any:
     """Map a class of items with attributes that are loaded when they are asked for."""
 
     class Base(AsyncAttrs, DeclarativeBase):
@@ -203,7 +203,7 @@ def mapped(late: str = "7") -> Any:
     class Item(Base):
         __tablename__ = "items"
         id: Mapped[int] = mapped_column(primary_key=True)
-        late: Mapped[str] = column_property(literal_column(late), deferred=True)
+        late: Mapped[str] = column_property(literal_column(expression), deferred=True)
         soon: Mapped[int] = column_property(literal_column("7"), deferred=True)
 
     return Item

@@ -39,7 +39,8 @@ from asgi_uow._unit.hooks import (
 )
 from asgi_uow._unit.hooks import _call_in_thread as call_in_thread
 from asgi_uow._unit.hooks import _threads as threads_of_hooks
-from asgi_uow._unit.unit import UnitOptions, current
+from asgi_uow._unit.options import UnitOptions
+from asgi_uow._unit.unit import current
 
 if TYPE_CHECKING:
     from asgi_uow import Database

@@ -85,6 +85,19 @@ def is_outage(error: BaseException, outages: list[Exception]) -> bool:
     return any(each is outage for each in found for outage in outages)
 
 
+def to_retry(
+    error: BaseException | None, outages: list[Exception]
+) -> BaseException | None:
+    """Give the error, or else the first outage, if the same work may succeed now."""
+    first = error or next(iter(outages), None)
+    if first is None or isinstance(first, TimeoutError):
+        return None
+    # Ours, in place of a COMMIT on a connection that is known to be dead.
+    was_dead = isinstance(first, ConnectionError) and first in outages
+    is_lost_or_refused = was_dead or is_lost(first) or means(first, "demoted")
+    return first if is_lost_or_refused or means(first, "conflict") else None
+
+
 def message_of(error: BaseException) -> str:
     with suppress(Exception):  # whatever its class does
         return str(error)

@@ -74,8 +74,9 @@ class Engines:
         for reader in self._readers:
             _check_engine(reader)
         self.replicas: tuple[Replica, ...] = tuple(map(Replica, self._readers))
-        options: dict[str, Any] = {"expire_on_commit": False, **session_options}
-        self.write_options, self.read_options = options, options | READ_OPTIONS
+        self.write_options: dict[str, Any] = {"expire_on_commit": False}
+        self.write_options |= session_options
+        self.read_options: dict[str, Any] = self.write_options | READ_OPTIONS
         if engine is not None:
             self.use(engine)
         else:
@@ -198,8 +199,7 @@ class Engines:
 
         def end(sync: Connection) -> bool:
             listed: list[str | bytes] = sync.recover_twophase()
-            is_listed = not {xid, xid.encode()}.isdisjoint(listed)
-            if is_listed:
+            if is_listed := not {xid, xid.encode()}.isdisjoint(listed):
                 by = sync.commit_prepared if commit else sync.rollback_prepared
                 by(xid, recover=True)
             return is_listed

@@ -15,7 +15,8 @@ from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.finish import release
 from asgi_uow._unit.hooks import is_async
-from asgi_uow._unit.unit import CLOSED, NEW, UnitOfWork, UnitOptions, current
+from asgi_uow._unit.options import UnitOptions
+from asgi_uow._unit.unit import CLOSED, NEW, UnitOfWork, current
 from asgi_uow.observers import LoggingObserver
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import anyio
 
 from asgi_uow._databases.configuration import check
-from asgi_uow._databases.driver_errors import code_of
+from asgi_uow._databases.driver_errors import code_of, to_retry
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import Cause
 from asgi_uow._entrypoints.exchange import Again
@@ -34,8 +34,7 @@ T = TypeVar("T")
 
 # https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
 IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
-REPLAYED = {Cause.EXCEPTION, Cause.STATUS, Cause.DOOMED, Cause.BEFORE_COMMIT}
-REPLAYED |= {Cause.COMMIT_FAILED}  # not what somebody has asked for, or has left
+NOT_REPLAYED = {Cause.EXPLICIT, Cause.CANCELLED, Cause.TIMEOUT, Cause.ABANDONED}
 
 
 def _always(_: Scope) -> bool:
@@ -135,16 +134,16 @@ class Attempts:
     ) -> RetryScheduled | None:
         """Decide that there is another attempt; gives the event that tells of it."""
         shared = unit.share()
-        first = shared.to_retry(error)
+        first = to_retry(error, shared.outages)
         is_last = self.is_last or unit.is_last_attempt or shared.committed
-        if first is None or is_last or unit.cause not in REPLAYED:
+        if first is None or is_last or unit.cause in NOT_REPLAYED:
             return None
         longest = min(self.retry.max_backoff, self.retry.backoff * 2**self.number / 2)
         pause = random.uniform(0, longest)  # noqa: S311  # to spread, not to hide
         if self.until and asyncio.get_running_loop().time() + pause >= self.until:
             return None
         self.pause = pause
-        return RetryScheduled(self.number, pause, first, code_of(first))
+        return RetryScheduled(self.number + 1, pause, first, code_of(first))
 
     async def wait(self) -> None:
         pause, self.pause = self.pause or 0.0, None
@@ -160,6 +159,7 @@ class Replay(Attempts):
     ) -> None:
         super().__init__(retry)
         self._scope, self._receive, self._send = scope, receive, send
+        self._attempted = scope  # then copies of what it was
         self._context = contextvars.copy_context()
         self._body: list[Message] = []
         self._size = 0
@@ -168,13 +168,12 @@ class Replay(Attempts):
         self, middleware: Callable[[Scope, Receive, Send, Replay], Awaitable[None]]
     ) -> None:
         """Serve the request until an attempt is the last."""
+        before = _copy(self._scope)
         while True:
-            scope = self._attempted = _copy(self._scope)
-            receive = functools.partial(
-                self._read, iter(tuple(self._body)), self.number
-            )
+            again = iter(tuple(self._body))
+            receive = functools.partial(self._read, again, self.number)
             try:
-                await middleware(scope, receive, self.forward, self)
+                await middleware(self._attempted, receive, self.forward, self)
             except BaseException as error:
                 if self.pause is None or not _is_replayed(error):
                     raise
@@ -184,6 +183,7 @@ class Replay(Attempts):
             if self.pause is None:
                 return
             await self.wait()
+            self._attempted = _copy(before)
             for var, value in self._context.items():
                 if var.get() is not value:
                     var.set(value)
@@ -210,7 +210,9 @@ class Replay(Attempts):
         return message
 
     def _give_back(self) -> None:
-        """Leave in the caller's scope what the attempt has left in its own."""
+        """Leave in the caller's scope what the last attempt has left in its own."""
+        if self._attempted is self._scope:
+            return
         for key, value in self._attempted.items():
             old = self._scope.get(key)
             if type(old) is type(value) is dict:

@@ -20,7 +20,7 @@ from asgi_uow._databases.connection import (
     cut_off,
     info_of,
 )
-from asgi_uow._databases.driver_errors import is_lost, is_outage, means
+from asgi_uow._databases.driver_errors import is_outage, means
 from asgi_uow._databases.journal import Savepoints
 from asgi_uow._databases.pool import AUTOCOMMIT, CANCEL_SQL
 from asgi_uow._decision import WRITABLE, State
@@ -61,15 +61,6 @@ class Shared:
             and not self.committed
             and (is_outage(error, self.outages) or means(error, "conflict"))
         )
-
-    def to_retry(self, error: BaseException | None) -> BaseException | None:
-        """Give the first error, or else outage, if the same work may succeed now."""
-        first = error or next(iter(self.outages), None)
-        if first is None or isinstance(first, TimeoutError):
-            return None
-        is_closed = isinstance(first, ConnectionError) and first in self.outages
-        is_lost_or_refused = is_closed or is_lost(first) or means(first, "demoted")
-        return first if is_lost_or_refused or means(first, "conflict") else None
 
     def has_written(self, db: Engines) -> bool:
         """Tell whether reads of `db` must see what a unit among these has written."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from asgi_uow import errors
 from asgi_uow._concurrency import register_at_fork
-from asgi_uow._databases.driver_errors import stacktrace_of
+from asgi_uow._databases.driver_errors import to_retry
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import MustSee
@@ -20,7 +20,7 @@ from asgi_uow._sessions.deadline import Deadline
 from asgi_uow._sessions.managed import Shared
 from asgi_uow._unit.hooks import MOST_BY_HOOKS, NO_HOOKS, Hooks
 from asgi_uow._unit.participant import Participant
-from asgi_uow.observers import LoggingObserver, UnitStarted, notify
+from asgi_uow.observers import UnitStarted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -28,39 +28,13 @@ if TYPE_CHECKING:
     from asgi_uow._databases.engines import Engines
     from asgi_uow._sessions.session import Session
     from asgi_uow._unit.hooks import Hook
-    from asgi_uow.observers import Event, Observer
+    from asgi_uow._unit.options import UnitOptions
+    from asgi_uow.observers import Event
 
 # Python 3.11 takes long for each member of an enum.
 COMMITTED = State.COMMITTED, Outcome.COMMITTED
 ROLLED_BACK = State.ROLLED_BACK, Outcome.ROLLED_BACK
 NEW, CLOSED = State.NEW, State.CLOSED
-
-
-@dataclasses.dataclass(frozen=True)
-class UnitOptions:
-    """What a unit of work is told from outside; times in seconds, None is no limit."""
-
-    observers: tuple[Observer, ...] = (LoggingObserver(),)
-    commit_timeout: float | None = 30.0
-    hook_timeout: float | None = 5.0
-
-    @functools.cached_property
-    def wants_details(self) -> bool:
-        """Whether an observer wants beginnings and successes, which nobody logs."""
-        return any(type(each) is not LoggingObserver for each in self.observers)
-
-    @property
-    def wants_outcomes(self) -> bool:
-        for each in self.observers:
-            if type(each) is not LoggingObserver or each.logs_outcomes:
-                return True
-        return False
-
-    def tell(self, event: Event) -> None:
-        if (error := getattr(event, "error", None)) is not None:
-            show = functools.partial(stacktrace_of, error)
-            event = dataclasses.replace(event, trace=show)
-        notify(self.observers, event)
 
 
 class UnitOfWork:
@@ -113,9 +87,9 @@ class UnitOfWork:
 
     @property
     def is_used_up(self) -> bool:
-        """Whether it could be done again if there were an attempt left."""
-        is_replayed = self.schedule is not None and self.is_last_attempt
-        return is_replayed and self.share().to_retry(self.doomed_by) is not None
+        """Whether a conflict has undone its work and there is no attempt left."""
+        doom = self.doomed_by if self.is_last_attempt else None
+        return to_retry(doom, []) is not None
 
     @property
     def doomed_by(self) -> BaseException | None:
