@@ -197,15 +197,11 @@ class Campaign:
                 return
 
     async def fault(self, name: str, node: GaleraNode) -> None:
-        cluster = self.cluster
-        faults = {
-            "killed": (cluster.kill, cluster.revive),
-            "isolated": (cluster.isolate, cluster.rejoin),
-        }
-        for step in faults[name]:
+        faults = {"killed": self.cluster.kill, "isolated": self.cluster.isolate}
+        for step in (faults[name], self.cluster.rejoin):
             await self.answer(SPACING)
             await step(node)
-        await cluster.mend()
+        await self.cluster.mend()
         self.faults[name] += 1
 
     async def answer(self, more: int) -> None:

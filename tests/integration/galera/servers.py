@@ -15,10 +15,11 @@ from tests.servers.backend import MariaDBBackend, eventually
 from tests.servers.process import HOST, MariaDB, ServerError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator
 
     from tests.servers.backend import Row, ServerBackend
 
+ISOLATE = "SET GLOBAL wsrep_provider_options = 'gmcast.isolate={}'"
 PROVIDER = Path("/usr/lib/galera/libgalera_smm.so")
 # A node that is silent for a second is expelled; by default it takes five.
 TIMERS = {
@@ -108,7 +109,7 @@ class GaleraNode(MariaDB):
 
 
 class GaleraCluster(ServerGroup):
-    """Three nodes. Each may be killed or isolated, and comes back by `mend()`."""
+    """Three nodes. One may be killed or isolated, and comes back by `rejoin()`."""
 
     kind = MariaDBBackend
     nodes: list[GaleraNode]
@@ -122,9 +123,6 @@ class GaleraCluster(ServerGroup):
             node.ist_port = next(self.free_ports)
         for node in self.nodes:
             node.peers = [each.gcomm_port for each in self.nodes]
-
-    def others(self, node: GaleraNode) -> Iterator[GaleraNode]:
-        return (each for each in self.nodes if each is not node)
 
     @asynccontextmanager
     async def fresh_database(self) -> AsyncGenerator[ServerBackend, None]:
@@ -141,36 +139,36 @@ class GaleraCluster(ServerGroup):
     async def kill(self, node: GaleraNode) -> None:
         """End a node with SIGKILL; return when the others go on without it."""
         await asyncio.to_thread(node.kill)
-        await self._wait_for_size(2, self.others(node))
+        await self._wait_for_size(2)
 
     async def isolate(self, node: GaleraNode) -> None:
         """Cut a node off from the others; return when it has noticed."""
-        await node.ask("SET GLOBAL wsrep_provider_options = 'gmcast.isolate=1'")
+        await node.ask(ISOLATE.format(1))
         await eventually("OFF", lambda: node.status("ready"), within=LIMIT_SECONDS)
 
     async def rejoin(self, node: GaleraNode) -> None:
-        """End an isolation; return when the node is up to date."""
-        await node.ask("SET GLOBAL wsrep_provider_options = 'gmcast.isolate=0'")
-        await eventually(True, node.is_synced, within=LIMIT_SECONDS)
+        """Have a node running and connected; return when it is up to date.
 
-    async def revive(self, node: GaleraNode) -> None:
-        """Start a node, return when it is up to date. One that gives up starts again."""
+        One that does not find the others in time ends by itself, and starts again.
+        """
 
         async def is_synced() -> bool:
             if node.pid is None:
                 await asyncio.to_thread(node.start)
             return await node.is_synced()
 
+        if node.pid is not None:
+            await node.ask(ISOLATE.format(0))
         await eventually(True, is_synced, within=3 * LIMIT_SECONDS)
 
     async def mend(self) -> None:
         """Have all nodes running and connected."""
         for node in self.nodes:
-            await self.revive(node)
-        await self._wait_for_size(3, self.nodes)
+            await self.rejoin(node)
+        await self._wait_for_size(3)
 
-    async def _wait_for_size(self, size: int, nodes: Iterator[GaleraNode]) -> None:
-        for node in nodes:
+    async def _wait_for_size(self, size: int) -> None:
+        for node in (each for each in self.nodes if each.pid is not None):
 
             async def found(node: GaleraNode = node) -> str:
                 return await node.status("cluster_size")
@@ -183,10 +181,10 @@ class GaleraCluster(ServerGroup):
                 raise ServerError(node)
         first, *joiners = self.nodes
         first.founds_cluster = True
-        await self.revive(first)
+        await self.rejoin(first)
         first.founds_cluster = False
         await self._query(first, "CREATE USER app@'%'")
         await self._query(first, r"GRANT ALL ON `test\_%`.* TO app@'%'")
         for node in joiners:
-            await self.revive(node)
-        await self._wait_for_size(3, iter(self.nodes))
+            await self.rejoin(node)
+        await self._wait_for_size(3)
