@@ -22,6 +22,7 @@ import asgi_uow as uow
 from asgi_uow import Database, Outcome, UnitOfWorkMiddleware
 from asgi_uow._databases.driver_errors import code_of
 from asgi_uow.observers import RetryScheduled
+from tests.integration.galera.servers import SYNCED
 from tests.promises.faults.bank import Attempt, Order, lies
 from tests.servers import eventually
 from tests.support.asgi import http_scope, receiving, respond
@@ -49,8 +50,6 @@ TABLES = (
     """,
     "INSERT INTO counters VALUES " + ", ".join(f"({row}, 0)" for row in ROWS),
 )
-# In a statement of its own, which waits until the node has all that is committed.
-SYNCED = "SET STATEMENT wsrep_sync_wait = 1 FOR "
 WRITES = f"{SYNCED}SELECT id, attempt, counter, amount FROM writes ORDER BY id, attempt"
 COUNTERS = f"{SYNCED}SELECT id, value FROM counters ORDER BY id"
 
@@ -259,7 +258,7 @@ class Campaign:
         return [f"{request.order.id}: {lie}" for lie, told in said.items() if told]
 
     async def goes_on(self) -> None:
-        """Write through each node once more: no restart of the application is needed."""
+        """Write through each node once more; the application was not restarted."""
         for node in range(len(self.apps)):
 
             async def succeeds(node: int = node) -> int | None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from tests.servers.backend import Row, ServerBackend
 
+# Before a statement: it waits until the node has all that is committed.
+SYNCED = "SET STATEMENT wsrep_sync_wait = 1 FOR "
 ISOLATE = "SET GLOBAL wsrep_provider_options = 'gmcast.isolate={}'"
 PROVIDER = Path("/usr/lib/galera/libgalera_smm.so")
 # A node that is silent for a second is expelled; by default it takes five.
@@ -105,7 +107,7 @@ class GaleraNode(MariaDB):
         return "down"
 
     async def is_synced(self) -> bool:
-        return await self.status("ready") == "ON"
+        return await self.status("local_state_comment") == "Synced"
 
 
 class GaleraCluster(ServerGroup):
@@ -135,6 +137,12 @@ class GaleraCluster(ServerGroup):
                 await self.mend()
                 for node in self.nodes:  # an open transaction would block DROP
                     await self.at(node).kill_connections()
+
+    async def create(self, *statements: str) -> None:
+        """Run statements; return when each node has what they have done."""
+        await self.backend.execute(*statements)
+        for node in self.nodes:
+            await node.ask(f"{SYNCED}SELECT 1 FROM mysql.user")
 
     async def kill(self, node: GaleraNode) -> None:
         """End a node with SIGKILL; return when the others go on without it."""

@@ -26,7 +26,7 @@ SECONDS = float(os.environ.get("ASGI_UOW_SECONDS", "10"))
 )
 async def test_no_false_success(cluster: GaleraCluster, retry: Retry | None) -> None:
     """What clients and hooks were told is so on each node; nothing is done twice."""
-    await cluster.backend.execute(*TABLES)
+    await cluster.create(*TABLES)
     campaign = Campaign(cluster, retry)
     try:
         await campaign.run(SECONDS)

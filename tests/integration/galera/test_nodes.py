@@ -18,11 +18,10 @@ from asgi_uow import (
     errors,
 )
 from asgi_uow.observers import CommitFailed, ReleaseFailed, RetryScheduled
-from tests.integration.galera.campaign import SYNCED
-from tests.integration.galera.servers import ISOLATE, GaleraCluster
+from tests.integration.galera.servers import ISOLATE, SYNCED, GaleraCluster
 from tests.servers import ServerError
 from tests.servers.process import is_free
-from tests.support.asgi import Response, handle
+from tests.support.asgi import handle
 from tests.support.databases import checked_out
 
 if TYPE_CHECKING:
@@ -38,9 +37,11 @@ RETRY = Retry(backoff=0.001)
 
 
 @asynccontextmanager
-async def database(cluster: GaleraCluster, node: GaleraNode) -> AsyncGenerator[Database]:
+async def database(
+    cluster: GaleraCluster, node: GaleraNode
+) -> AsyncGenerator[Database]:
     """A database on one node, with a counter."""
-    await cluster.backend.execute(CREATE, INSERT)
+    await cluster.create(CREATE, INSERT)
     db = Database.from_url(cluster.at(node).url)
     try:
         yield db
@@ -214,7 +215,9 @@ async def test_killed(cluster: GaleraCluster) -> None:
     async with database(cluster, node) as db:
         assert 200 == (await handle(add, db)).status
         await cluster.kill(node)
-        assert 503 == (await handle(add, db, retry=RETRY)).status
+        response = await handle(add, db, retry=RETRY)
+        assert 503 == response.status
+        assert [] == response.events.of(RetryScheduled)  # nobody listens there
         await cluster.at(first).execute(ADD)
         await cluster.rejoin(node)
         assert 200 == (await handle(add, db)).status
