@@ -195,6 +195,16 @@ def server_port(config: pytest.Config, kind: str) -> int:
     return miss(kind) if port is None else port
 
 
+def require(
+    kind: type[Server], install: Callable[[type[Server]], None] = install
+) -> None:
+    """Install a server that the test makes itself; if that cannot be, skip or fail."""
+    if not kind.is_installed():
+        install(kind)
+    if not kind.is_installed():
+        miss(kind.name)
+
+
 def miss(kind: str) -> NoReturn:
     """Skip a test whose server is not installed; in CI fail."""
     if os.environ.get("CI") == "true":

@@ -27,7 +27,7 @@ from tests.servers import (
     eventually,
 )
 from tests.servers.pgbouncer import PgBouncer
-from tests.servers.plugin import RunningServers, server_port
+from tests.servers.plugin import RunningServers, require, server_port
 from tests.servers.process import free_port, is_free
 from tests.servers.proxy import mysql_chunks, postgresql_chunks
 from tests.support import ROOT
@@ -156,6 +156,10 @@ class NotInstalled(MariaDB):
     binaries: ClassVar[tuple[str, ...]] = ("no-such-database-server",)
 
 
+class AlwaysThere(MariaDB):
+    binaries: ClassVar[tuple[str, ...]] = ()
+
+
 class BehindNothing(PgBouncer):
     binaries: ClassVar[tuple[str, ...]] = ()
     behind = "mariadb"
@@ -167,6 +171,18 @@ def test_installation_is_tried() -> None:
     servers = RunningServers({}, {"mariadb": NotInstalled}, asked.append)
     assert {"mariadb": None} == servers.ports()
     assert [NotInstalled] == asked
+
+
+def test_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that a test makes itself is installed; in CI the test fails else."""
+    asked: list[type[Server]] = []
+    require(AlwaysThere, asked.append)
+    assert [] == asked
+    for ci, outcome in (("", pytest.skip.Exception), ("true", pytest.fail.Exception)):
+        monkeypatch.setenv("CI", ci)
+        with pytest.raises(outcome, match="mariadb is not installed"):
+            require(NotInstalled, asked.append)
+    assert [NotInstalled] * 2 == asked
 
 
 def test_pooler_without_its_server() -> None:

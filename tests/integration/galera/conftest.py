@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.integration.galera.servers import GaleraCluster, GaleraNode
-from tests.servers.plugin import install, miss
+from tests.servers.plugin import require
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -27,10 +27,7 @@ async def cluster(
     running_clusters: list[GaleraCluster],
 ) -> AsyncIterator[GaleraCluster]:
     """An empty database on a Galera cluster, all of it running."""
-    if not GaleraNode.is_installed():
-        install(GaleraNode)
-    if not GaleraNode.is_installed():
-        miss(GaleraNode.name)
+    require(GaleraNode)
     if not running_clusters:
         running_clusters.append(await GaleraCluster().__aenter__())
     [cluster] = running_clusters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -101,10 +101,11 @@ class GaleraNode(MariaDB):
 
     async def status(self, name: str) -> str:
         """Return what the node says of itself; "down" if it says nothing."""
-        with suppress(MySQLError, OSError):
-            for _, value in await self.ask(f"SHOW STATUS LIKE 'wsrep_{name}'"):
-                return str(value)
-        return "down"
+        try:
+            [[_, value]] = await self.ask(f"SHOW STATUS LIKE 'wsrep_{name}'")
+        except (MySQLError, OSError):
+            return "down"
+        return str(value)
 
     async def is_synced(self) -> bool:
         return await self.status("local_state_comment") == "Synced"

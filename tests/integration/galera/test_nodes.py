@@ -215,6 +215,7 @@ async def test_killed(cluster: GaleraCluster) -> None:
     async with database(cluster, node) as db:
         assert 200 == (await handle(add, db)).status
         await cluster.kill(node)
+        assert "down" == await node.status("cluster_status")
         response = await handle(add, db, retry=RETRY)
         assert 503 == response.status
         assert [] == response.events.of(RetryScheduled)  # nobody listens there
