@@ -21,7 +21,8 @@ PACKAGES = frozenset({"asyncmy", "aiomysql", "pymysql", "MySQLdb"})
 ENGINE_OPTIONS = {"pool_recycle": 1800}
 READ_ONLY_STATEMENT = "SET SESSION TRANSACTION READ ONLY"
 BEGIN_READ_ONLY = "START TRANSACTION READ ONLY"
-IS_READ_ONLY = "SELECT @@global.read_only"
+# From a table: a Galera node without its cluster refuses that, not variables alone.
+IS_READ_ONLY = "SELECT @@global.read_only FROM (SELECT 1) AS here"
 LAG = "SHOW SLAVE STATUS"
 BEGIN_AT_LEVEL = "SET TRANSACTION ISOLATION LEVEL {}"  # of the next one alone
 QUESTION_BEFORE_COMMIT = "SELECT 1"
@@ -34,7 +35,9 @@ QUESTION_BEFORE_COMMIT = "SELECT 1"
 ROLLED_BACK = {149, 1020, 1213, 1613, 1614, 3101, 8002, 8005, 8022, 8028, 9007}
 CODES = {
     "read_only": frozenset({1290, 1792, 1836}),
-    "demoted": frozenset({1290, 1836}),
+    # 1047 refuses COMMIT and ROLLBACK too, and leaves the transaction open: a later
+    # COMMIT on that connection would keep it.
+    "demoted": frozenset({1047, 1290, 1836}),
     "unavailable": frozenset(
         {1040, 1203, 1226}  # too many connections
         | {1047, 1053, 1129}  # node not ready, shutting down, host blocked
@@ -42,8 +45,9 @@ CODES = {
     ),
     "conflict": frozenset({*ROLLED_BACK, 1205, 3572}),  # a lock was not granted
     # asyncmy refuses with `InterfaceError(0, ...)` after a statement was cancelled.
-    "disconnect": frozenset({0}),
-    # Of the driver, not of the server; COMMIT failed in an engine, or without a quorum.
+    "disconnect": frozenset({0, 1047}),
+    # Of the driver, not of the server; 1180 is Galera's where it has lost the others,
+    # which may have committed.
     "in_doubt": frozenset({0, 1180, *range(2000, 3000)}),
     # Also commit or rollback error, full lock table, XA.
     "aborting": frozenset({*ROLLED_BACK, 1180, 1181, 1206, 1402}),
