@@ -596,7 +596,7 @@ async def test_run_refuses(db: Database) -> None:
     with pytest.raises(TypeError, match="has to be async"):
         await Retry().run(db, lambda: None)  # type: ignore[arg-type,return-value]
     with pytest.raises(TypeError, match="at least one Database, not str"):
-        await Retry().run("db", test_run)  # type: ignore[arg-type]
+        await Retry().run("db", test_run)  # type: ignore[arg-type,call-arg]
 
 
 @on("asyncpg", "psycopg")
