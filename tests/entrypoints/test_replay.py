@@ -17,7 +17,15 @@ import asgi_uow as uow
 from asgi_uow import Outcome, Retry, UnitOfWorkMiddleware, errors
 from asgi_uow.observers import CommitFailed, RetryScheduled, UnitFinished
 from tests.support import shop
-from tests.support.asgi import BODY, START, Client, Response, http_scope, respond
+from tests.support.asgi import (
+    BODY,
+    START,
+    Client,
+    Response,
+    endpoint,
+    http_scope,
+    respond,
+)
 from tests.support.conflicts import CODES, READ, WRITE, conflict, conflicting_shop
 from tests.support.databases import (
     DRIVERS,
@@ -406,6 +414,29 @@ async def test_a_body_that_was_read_in_part(backend: Backend) -> None:
         assert (200, [b"one"], [b"onetwo"]) == (response.status, begun, site.bodies)
 
 
+async def test_what_reads_on(backend: Backend) -> None:
+    """What an attempt has left behind takes nothing of the next one's body."""
+    async with conflicting_shop(backend) as db:
+        site, is_second = Site(backend), asyncio.Event()
+        left: list[asyncio.Task[Message]] = []
+
+        async def read_on(receive: Receive) -> Message:
+            await is_second.wait()
+            return await receive()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if left:
+                is_second.set()
+                assert "http.disconnect" == (await left[0])["type"]
+            else:
+                left.append(asyncio.create_task(read_on(receive)))
+            await site(scope, receive, send)
+
+        wrapped = UnitOfWorkMiddleware(app, db, retry=Retry(**SOON))
+        await Client(wrapped).request(receive=sending(b"one", b"two"))
+        assert [b"onetwo"] * 2 == site.bodies
+
+
 async def test_a_client_that_left(backend: Backend) -> None:
     """After a disconnect nobody waits for another attempt."""
     async with conflicting_shop(backend) as db:
@@ -487,12 +518,7 @@ async def test_no_conflict(backend: Backend) -> None:
     """An error that would come again is raised at once."""
     async with conflicting_shop(backend) as db:
         await backend.execute("INSERT INTO items (id) VALUES (1)")
-        site = Site(backend, conflicts=0)
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await shop.insert(1)
-            await site(scope, receive, send)
-
+        app = endpoint(lambda: shop.insert(1))
         wrapped = UnitOfWorkMiddleware(app, db, retry=Retry(**SOON))
         response = await Client(wrapped).request(receive=sending())
         assert isinstance(response.error, IntegrityError)
