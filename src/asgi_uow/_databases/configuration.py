@@ -62,7 +62,7 @@ def _is_above_0(it: Any) -> bool:
 _BOOLEAN = "True or False", (True, False).__contains__
 _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("app", "the application, which comes first", callable),
-    ("attempts", "a whole number above 0", lambda it: it > 0 == it % 1),
+    ("attempts", "a whole number above 0", lambda it: range(it) and it is not True),
     ("autoflush commit_flushes commit_on_exit", *_BOOLEAN),
     ("backoff max_backoff", "seconds", lambda it: it + 0.0 >= 0),
     ("causal_reads", "CausalReads(secret), or None", lambda it: callable(it.positions)),
@@ -75,7 +75,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("expire_on_commit resolve_unknown twophase", *_BOOLEAN),
     ("max_body", "a number of bytes", lambda it: it >= 0 == it % 1),
     ("max_overflow", "a whole number from -1 on", lambda it: it + 1 >= 0 == it % 1),
-    ("methods", "a list of methods", lambda it: type(it) is not str and iter(it)),
+    ("methods", "a list of methods", lambda it: it != "".join(it)),
     ("observers", "a list of functions", lambda it: len(it) == sum(map(_observes, it))),
     ("on_begin", "an async function of the session, or None", _is_async),
     ("pool_pre_ping", "True, False or None", (True, False).__contains__),
@@ -85,7 +85,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("pooler", "'transaction', 'session' or None", POOLERS.get),
     ("poolclass", "a subclass of Pool, or None", lambda it: issubclass(it, sa.Pool)),
     ("read_isolation", "'REPEATABLE READ' or None", {"REPEATABLE READ"}.__contains__),
-    ("retry", "Retry(...), or None", lambda it: callable(it.covers)),
+    ("retry", "Retry(...), or None", lambda it: not isinstance(it, type) and it.covers),
     ("readers read_urls", "a list", lambda s: type(s) not in (str, sa.URL) and iter(s)),
 )
 

@@ -41,10 +41,11 @@ class Stage(enum.Enum):
     PASSING = "what the application sends is forwarded"
     REFUSED = "the work was not kept, so only an error is forwarded"
     ANSWERED = "the failure was answered"
+    REPLAYED = "what it asks for is done again: nothing of this attempt is forwarded"
 
 
 # Python 3.11 takes long for each member of an enum.
-OPEN, DECIDING, PASSING, REFUSED, ANSWERED = Stage
+OPEN, DECIDING, PASSING, REFUSED, ANSWERED, REPLAYED = Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Exchange:
         if is_start and self.stage is OPEN:
             message = await self._decide(message)
         elif is_start and self.stage is REFUSED and message["status"] >= ERROR_STATUS:
-            self.stage = ANSWERED if self.unit.again is None else REFUSED
-        if self.stage is REFUSED:
+            self.stage = ANSWERED
+        if self.stage in {REFUSED, REPLAYED}:
             operation = "sending a response"
             raise self.unit.failure or UnitOfWorkClosedError(operation, self.unit.state)
         await self.forward(message)
@@ -114,8 +115,10 @@ class Exchange:
             why = Cause.ABANDONED if error is None else _decision.exception_cause(error)
             with suppress(UnitOfWorkFailedError):  # of the unit: answered below
                 await finish(self.unit, _decision.rollback(why))
+        if self.unit.again is not None:
+            self.stage = REPLAYED
         failure = self._unanswered(error)
-        if failure is None or self.unit.again is not None:
+        if failure is None or self.stage is REPLAYED:
             return
         error_app = self.rules.error_app
         if error_app is not None and self.stage is not PASSING:
@@ -185,7 +188,8 @@ class Exchange:
             if rules.causal_reads is not None:
                 await self._add_causal_token(rules.causal_reads, headers)
         finally:
-            self.stage = PASSING if unit.failure is unit.again is None else REFUSED
+            self.stage = PASSING if unit.failure is None else REFUSED
+            self.stage = self.stage if unit.again is None else REPLAYED
             if self.settled is not None:
                 self.settled.set()
         return {**message, "headers": headers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from asgi_uow import _decision, errors
@@ -95,7 +96,8 @@ class UnitOfWorkMiddleware:
                 return await self.app(scope, receive, send)
             unit.around, unit.is_nested, unit.until = outer, True, outer.until
         elif self.retry is not None and replay is None and self.retry.covers(scope):
-            return await Replay(self.retry, scope, receive, send).serve(self)
+            call = functools.partial(UnitOfWorkMiddleware.__call__, self)
+            return await Replay(self.retry, scope, receive, send).serve(call)
         exchange = Exchange()
         exchange.unit, exchange.forward, exchange.rules = unit, send, self.rules
         exchange.stage = OPEN

@@ -9,7 +9,6 @@ import asyncio
 import contextvars
 import copy
 import dataclasses
-import functools
 import random
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -18,16 +17,19 @@ import anyio
 from asgi_uow._databases.configuration import check
 from asgi_uow._databases.driver_errors import code_of, to_retry
 from asgi_uow._databases.engines import check_databases
-from asgi_uow._decision import Cause
+from asgi_uow._decision import UNDECIDED, Cause
+from asgi_uow._entrypoints.body import Body
 from asgi_uow._entrypoints.exchange import Again
+from asgi_uow._entrypoints.problem import START
 from asgi_uow._unit.hooks import is_async, name_of, run_in
 from asgi_uow.observers import RetryScheduled
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Iterator
+    from collections.abc import Awaitable, Callable, Collection
     from contextlib import AbstractAsyncContextManager
 
     from asgi_uow._asgi import Message, Receive, Scope, Send
+    from asgi_uow._sessions.managed import Shared
     from asgi_uow._unit.hooks import Work
     from asgi_uow._unit.unit import UnitOfWork
 
@@ -36,7 +38,7 @@ T = TypeVar("T")
 
 # https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
 IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
-NOT_REPLAYED = {Cause.EXPLICIT, Cause.CANCELLED, Cause.TIMEOUT, Cause.ABANDONED}
+NOT_REPLAYED = {Cause.EXPLICIT, Cause.CANCELLED, Cause.TIMEOUT}
 PLAIN = {bytes, int, str, tuple, type(None)}  # most of a scope, and never changed
 
 
@@ -99,18 +101,21 @@ class Retry:
         if not is_async(fn):
             message = f"Retry.run(db, fn): {name_of(fn)} has to be async."
             raise TypeError(message)
-        attempts = Attempts(self)
+        attempts, results = Attempts(self), list[T]()
+
+        async def attempt() -> None:
+            async with db as unit:
+                attempts.enter(unit)
+                results[:] = [await fn(*args, **kwargs)]
+
         while True:
             try:
-                async with db as unit:
-                    attempts.enter(unit)
-                    result = await fn(*args, **kwargs)
+                await attempts.run_apart(attempt())
             except Exception:
                 if attempts.pause is None:
                     raise
-            else:
-                if attempts.pause is None:
-                    return result
+            if attempts.pause is None:
+                return results[0]
             await attempts.wait()
 
 
@@ -121,17 +126,37 @@ class Attempts:
     is_last = False  # whatever comes: something has left, or cannot be had again
     pause: float | None = None  # seconds before the next attempt, if there is to be one
     until: float | None = None  # the deadline of the first unit
+    before: tuple[int, tuple[object, ...]] = 0, ()  # see `enter`
 
     def __init__(self, retry: Retry) -> None:
         self.retry = retry
+        self._context = contextvars.copy_context()
+        self._cancelling = _cancelling()
+
+    async def run_apart(self, work: Work) -> None:
+        """Run an attempt; a later one sees no context variable of those before."""
+        if self.number == 1:
+            return await work
+        context = self._context.copy()
+        try:
+            await run_in(context, work)
+        finally:
+            for var, value in context.items():
+                var.set(value)
 
     def enter(self, unit: UnitOfWork) -> None:
         """Have a unit ask, once it is rolled back, whether there is another attempt."""
-        unit.attempt, unit.attempts = self.number, self.retry.attempts
-        unit.schedule = self.schedule
+        unit.attempt, unit.attempts = self.number, self
+        if unit.around is not None:  # what was kept there is none of this attempt's
+            shared = unit.share()
+            self.before = shared.kept[0], tuple(shared.writers)
         if self.number > 1:
             unit.until = self.until
         self.until = unit.until
+
+    @property
+    def is_used_up(self) -> bool:
+        return self.is_last or self.number >= self.retry.attempts
 
     def schedule(
         self, unit: UnitOfWork, error: BaseException | None
@@ -139,15 +164,25 @@ class Attempts:
         """Decide that there is another attempt; gives the event that tells of it."""
         shared = unit.share()
         first = to_retry(error, shared.outages)
-        is_last = self.is_last or unit.is_last_attempt or shared.committed
-        if first is None or is_last or unit.cause in NOT_REPLAYED:
+        if first is None or self.is_used_up or not self._may_repeat(unit, shared):
             return None
-        longest = min(self.retry.max_backoff, self.retry.backoff * 2**self.number / 2)
-        pause = random.uniform(0, longest)  # noqa: S311  # to spread, not to hide
+        longest = self.retry.backoff * 2 ** min(self.number - 1, 60)
+        pause = random.uniform(0, min(longest, self.retry.max_backoff))  # noqa: S311  # to spread, not to hide
         if self.until and asyncio.get_running_loop().time() + pause >= self.until:
             return None
         self.pause = pause
         return RetryScheduled(self.number + 1, pause, first, code_of(first))
+
+    def _may_repeat(self, unit: UnitOfWork, shared: Shared) -> bool:
+        """Tell whether nothing was kept or called, and nobody has another wish."""
+        kept, others = self.before
+        # A unit inside that still runs may keep something later.
+        inside = [each for each in shared.writers if each not in others]
+        is_kept = shared.kept[0] > kept or any(
+            each.shared.state in UNDECIDED for each in inside
+        )
+        is_wished = unit.reason is not None or unit.cause in NOT_REPLAYED
+        return not (is_kept or is_wished or _cancelling() > self._cancelling)
 
     async def wait(self) -> None:
         pause, self.pause = self.pause or 0.0, None
@@ -161,77 +196,58 @@ class Replay(Attempts):
     def __init__(
         self, retry: Retry, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        self.retry = retry
-        self._scope, self._receive, self._send = scope, receive, send
+        super().__init__(retry)
+        self._scope, self._send = scope, send
         self._attempted = scope  # then copies of what it was
-        self._context = contextvars.copy_context()
-        self._body: list[Message] = []
-        self._size = 0
+        self._before = _copy(scope)
+        self._mine = {k: v for k, v in scope.items() if type(v) is dict}
+        self._body = Body(receive, retry.max_body)
 
     async def serve(
         self, middleware: Callable[[Scope, Receive, Send, Replay], Work]
     ) -> None:
         """Serve the request until an attempt is the last."""
-        before = _copy(self._scope)
-        while True:
-            again = iter([*self._body])
-            receive = functools.partial(self._read, again, self.number)
-            try:
-                work = middleware(self._attempted, receive, self.forward, self)
-                await (work if self.number == 1 else self._run_apart(work))
-            except BaseException as error:
-                if self.pause is None or not _is_replayed(error):
-                    raise
-            finally:
-                if self.pause is None and self._attempted is not self._scope:
-                    self._give_back()
-            if self.pause is None:
-                return
-            await self.wait()
-            self._attempted = _copy(before)
-
-    async def _run_apart(self, work: Work) -> None:
-        """Run an attempt that sees no context variable of those before."""
-        context = self._context.copy()
         try:
-            await run_in(context, work)
+            while True:
+                receive = self._body.reader(self)
+                work = middleware(self._attempted, receive, self.forward, self)
+                try:
+                    await self.run_apart(work)
+                except BaseException as error:
+                    if self.pause is None or not _is_replayed(error):
+                        raise
+                if self.pause is None:
+                    return
+                await self.wait()
+                if self._body.is_gone:  # nobody is there any more
+                    return
+                self._attempted = _copy(self._before)
         finally:
-            for var, value in context.items():
-                var.set(value)
+            if self._attempted is not self._scope:
+                self._give_back()
 
     def forward(self, message: Message) -> Awaitable[None]:
         """Pass a message on; this attempt is the last then."""
-        if not self.is_last:
-            self.is_last = True
-            if self._attempted is not self._scope:
-                self._give_back()
+        self.is_last = True
+        if self._attempted is not self._scope and message["type"] == START:
+            self._give_back()
         return self._send(message)
-
-    async def _read(self, again: Iterator[Message], attempt: int) -> Message:
-        for message in again:
-            return message
-        if attempt != self.number:  # what an earlier one has left behind
-            return {"type": "http.disconnect"}
-        message = await self._receive()
-        self._size += len(message.get("body", b""))
-        self._body.append(message)
-        if message["type"] != "http.request" or self._size > self.retry.max_body:
-            self.is_last = True
-        if self.is_last:
-            self._body.clear()
-        return message
 
     def _give_back(self) -> None:
         """Leave in the caller's scope what the last attempt has left in its own."""
         for key, value in self._attempted.items():
-            old = self._scope.get(key)
-            if old is not value and type(old) is type(value) is dict:
-                old.clear()
-                old.update(value)
-            else:
-                self._scope[key] = value
+            mine = self._mine.get(key, value)
+            if mine is not value and type(value) is dict:
+                mine.clear()
+                mine.update(value)
+            self._scope[key] = mine if type(value) is dict else value
         for key in self._scope.keys() - self._attempted.keys():
             del self._scope[key]
+
+
+def _cancelling() -> int:
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
 
 
 def _copy(scope: Scope) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class Shared:
         self.writers: list[ManagedSession] = around.writers if around else []
         self.committed: set[Engines] = around.committed if around else set()
         """The databases in which something was committed, or may have been."""
+        self.kept: list[int] = around.kept if around else [0]
+        """How much of what no rollback undoes: commits, and hooks called for them."""
 
     def may_repeat(self, error: BaseException | None) -> bool:
         """Tell whether to try again may help; no unit of the request kept anything."""

@@ -88,8 +88,8 @@ async def _complete(
     unit.cause, unit.outcome = ended.cause or decision.cause, ended.outcome
     if ended.cause is not None:
         unit.failure = ended.failure(ended.cause, unit.share())
-    if unit.schedule is not None and ended.outcome is Outcome.ROLLED_BACK:
-        unit.again = unit.schedule(unit, unit.doom or ended.error)
+    if unit.attempts is not None and ended.outcome is Outcome.ROLLED_BACK:
+        unit.again = unit.attempts.schedule(unit, unit.doom or ended.error)
     unit.move(STATE_OF[ended.outcome])
     _report(unit, ended.outcome, completion)
     if any(unit.hooks.queues.values()):
@@ -111,6 +111,7 @@ async def _run_hooks(unit: UnitOfWork, completion: Completion) -> None:
         await HookRun(unit, "after_rollback", undone, end_unit).run(shield)
     if unit.outcome is Outcome.COMMITTED:
         committed = hooks.take("after_commit")
+        unit.share().kept[0] += len(committed)
         await HookRun(unit, "after_commit", committed, end_unit).run(shield)
 
 
@@ -225,6 +226,7 @@ async def release(unit: UnitOfWork) -> None:
         if unit.outcome is Outcome.COMMITTED and unit.hooks is not NO_HOOKS:
             completion = completion or completion_of(unit)
             hooks = unit.hooks.take("after_response")
+            shared.kept[0] += len(hooks)
             run = HookRun(unit, "after_response", hooks, end_unit)
             await run.run(completion.shield)
     finally:
@@ -238,7 +240,7 @@ async def release(unit: UnitOfWork) -> None:
             if not unit.is_nested:
                 shared.savepoints.clear()
         unit.participants, unit.writers, unit.failure = {}, (), None
-        unit.again = unit.schedule = None
+        unit.again = unit.attempts = None
     if completion is not None:
         completion.shield.deliver()
 

@@ -76,6 +76,7 @@ class Participant:
         kept = journal.committed or outcome in {Outcome.COMMITTED, Outcome.UNKNOWN}
         if journal.implicit_commit is not None or (kept and self.has_written):
             self.shared.committed.add(self.db)
+            self.shared.kept[0] += 1
         if self.shared.wants_details:
             self.tell_release(self.writer, "write")
         if journal.implicit_commit is not None:

@@ -8,7 +8,7 @@ import functools
 import time
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from asgi_uow import errors
 from asgi_uow._concurrency import register_at_fork
@@ -23,7 +23,7 @@ from asgi_uow._unit.participant import Participant
 from asgi_uow.observers import UnitStarted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from asgi_uow._databases.engines import Engines
     from asgi_uow._sessions.session import Session
@@ -53,10 +53,8 @@ class UnitOfWork:
     cause: Cause | None = None  # why it was not committed
     reason: str | None = None  # what `set_rollback_only` was given
     attempt: int = 1
-    attempts: int = 1  # how many there may be; see `Retry`
-    schedule: Callable[[UnitOfWork, BaseException | None], Event | None] | None = None
-    """Asked, once it is rolled back, whether its work is done again."""
-    again: Event | None = None  # what tells that it is
+    attempts: Any = None  # asked, once it is rolled back, whether there is another
+    again: Event | None = None  # what tells that its work is done again
     failure: errors.UnitOfWorkFailedError | None = None
     """What is raised because a commit was wanted and the work was not kept."""
 
@@ -83,12 +81,12 @@ class UnitOfWork:
     @property
     def is_last_attempt(self) -> bool:
         """Whether a conflict in this attempt reaches the client; see `Retry`."""
-        return self.attempt >= self.attempts
+        return self.attempts is None or self.attempts.is_used_up
 
     @property
     def is_used_up(self) -> bool:
         """Whether a conflict has undone its work and there is no attempt left."""
-        is_last = self.schedule is not None and self.is_last_attempt
+        is_last = self.attempts is not None and self.attempts.is_used_up
         return is_last and to_retry(self.doomed_by, []) is not None
 
     @property
