@@ -111,7 +111,8 @@ class Database(Engines):
             message = f"{name} would connect reads too, not what read_urls name: pass "
             message += "engines of your own as `readers` to Database(engine)."
             raise errors.ConfigurationError(message)
-        engine = configuration.create_writer(url, options)
+        later = resolve_unknown or session_options.get("twophase")
+        engine = configuration.create_writer(url, options, asks_later=later)
         database = cls(
             engine,
             readers=[

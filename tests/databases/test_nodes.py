@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager, closing
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.servers.process import MariaDB
 from tests.support import shop
 from tests.support.asgi import handle
 from tests.support.databases import SERVER_DRIVERS, checked_out, on
+from tests.support.writes import driver_connection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -106,10 +108,10 @@ async def test_a_switchover_with_retry(
 
 
 @on("asyncmy")
-async def test_a_node_that_is_not_ready(
+async def test_an_answer_that_is_doubted(
     mariadb: MariaDBBackend, other_server: MariaDB
 ) -> None:
-    """A node of a cluster that answers 1047 to statements, and to a ping as ever."""
+    """A server that says it is not ready, and is, is used on new connections."""
     async with two_nodes(mariadb, other_server) as (db, first, second):
         assert {second.port} == await places(db)
         await first.execute(READ_ONLY.format("OFF"))
@@ -117,9 +119,64 @@ async def test_a_node_that_is_not_ready(
             "CREATE TRIGGER not_ready BEFORE INSERT ON items FOR EACH ROW"
             " SIGNAL SQLSTATE '08S01' SET MYSQL_ERRNO = 1047"
         )
+        async with db:
+            before = await driver_connection(db.read)
         response = await handle(lambda: shop.insert(1), db)
         assert 503 == response.status
-        assert {first.port} == await places(db)
+        async with db:
+            assert before is not await driver_connection(db.read)
+        assert {second.port} == await places(db)
+
+
+@on("asyncmy")
+async def test_a_write_on_the_read_session(
+    mariadb: MariaDBBackend, other_server: MariaDB
+) -> None:
+    """A mistake of one handler has nobody connect anew."""
+    async with two_nodes(mariadb, other_server) as (db, _, second):
+        async with db:
+            with pytest.raises(errors.ReadOnlySessionError):
+                await db.read.execute("INSERT INTO items (id) VALUES (1)")
+            before = await driver_connection(db.write)
+        async with db:
+            assert before is await driver_connection(db.write)
+        assert {second.port} == await places(db)
+
+
+@on(*SERVER_DRIVERS)
+async def test_a_frozen_server_and_a_deadline(backend: ServerBackend) -> None:
+    """One that does not answer is left, also by requests that do not wait for it."""
+    await shop.create(backend)
+    async with backend.proxy() as first, backend.proxy() as second:
+        db = Database.from_url([backend.through(each.port) for each in (first, second)])
+        first.freeze()
+        try:
+            slow = await handle(lambda: shop.insert(1), db, deadline=1.5)
+            assert 503 == slow.status
+            quick = await handle(lambda: shop.insert(2), db, deadline=1.5)
+            assert 200 == quick.status
+        finally:
+            first.thaw()
+            first.cut()
+        await db.dispose()
+        assert [2] == await shop.items(backend)
+
+
+def test_what_a_url_says() -> None:
+    """Each server is told what its own URL says, and what holds for all."""
+    urls = ["mysql://ann:secret@h1:3307/shop?unix_socket=/here", "mysql://bob@h2/shop"]
+    db = Database.from_url(urls, connect_args={"connect_timeout": 2})
+    nodes: Any = vars(db.engine.sync_engine)["nodes"]
+    for node, (user, port) in enumerate([("ann", 3307), ("bob", None)]):
+        cparams: dict[str, Any] = db.engine.dialect.create_connect_args(db.engine.url)[
+            1
+        ]
+        cparams["connect_timeout"] = 2
+        entry = SimpleNamespace(info={"asgi_uow.node": (node, 0)})
+        nodes.direct(entry, [], cparams)
+        assert (user, port) == (cparams["user"], cparams.get("port"))
+        assert (node == 0) == ("unix_socket" in cparams)
+        assert 2 == cparams["connect_timeout"]
 
 
 @on("asyncmy")
@@ -181,12 +238,13 @@ async def test_no_address_answers(backend: ServerBackend) -> None:
         (["postgres://h/d", "postgresql+psycopg://h/d"], "with one driver"),
         (["sqlite:///a.db", "sqlite:///b.db"], "servers of one database"),
         (7, "url must be a URL, or a list of URLs"),
+        (["postgres://h/d", "postgres://i/d"], "not with resolve_unknown"),
     ],
 )
 def test_what_cannot_be(urls: Any, message: str) -> None:
     """Addresses that cannot be of one database are refused."""
     with pytest.raises(errors.ConfigurationError, match=message):
-        Database.from_url(urls)
+        Database.from_url(urls, resolve_unknown=True)
 
 
 def test_one_in_a_list() -> None:

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import asbool
 
 from asgi_uow._databases import known
-from asgi_uow._databases.nodes import NODES, Nodes
+from asgi_uow._databases.nodes import Nodes
 from asgi_uow.errors import ConfigurationError, MissingDriverError
 
 if TYPE_CHECKING:
@@ -181,7 +181,10 @@ def read(mapping: Mapping[str, object], prefix: str) -> Config:
 
 
 def create_writer(
-    urls: str | sa.URL | Sequence[str | sa.URL], options: Mapping[str, Any]
+    urls: str | sa.URL | Sequence[str | sa.URL],
+    options: Mapping[str, Any],
+    *,
+    asks_later: object,
 ) -> AsyncEngine:
     """Make the engine of a writer, which may have several addresses."""
     if isinstance(urls, str | sa.URL):
@@ -191,7 +194,11 @@ def create_writer(
     if others:
         engines = [each.sync_engine for each in (first, *others)]
         nodes = Nodes(engines, known.DATABASES.get(first.dialect.name))
-        first.sync_engine.update_execution_options(**{NODES: nodes})
+        if asks_later or "async_creator" in options:
+            message = "Several URLs: not with resolve_unknown or twophase, which might "
+            message += "ask another server, nor with async_creator: that has its own."
+            raise ConfigurationError(message)
+        first.sync_engine.nodes = nodes  # type: ignore[attr-defined]
     return first
 
 

@@ -29,7 +29,7 @@ from asgi_uow._databases.connection import (
     execute,
     raw_of,
 )
-from asgi_uow._databases.nodes import NODE, NODES, Nodes, hear
+from asgi_uow._databases.nodes import NODE, Nodes, doubt
 
 if TYPE_CHECKING:
     from sqlalchemy import pool
@@ -112,8 +112,8 @@ class _Policy:
         self.database = known.database_of(engine.dialect)
         self.driver = known.driver_of(engine.dialect)
         self.is_memory = known.is_memory(engine.url)
-        nodes: Nodes | None = engine.get_execution_options().get(NODES)
-        self.nodes = nodes if nodes and nodes.url == engine.url else None
+        # An engine that is derived from this one connects through it.
+        self.nodes: Nodes | None = getattr(engine, "nodes", None)
         self.use, self.read_only = use, use.read_only
         self.pooler = use.pooler or self.database.POOLER
         self.begins_with = self.database.BEGIN_WRITE
@@ -244,8 +244,8 @@ class _Policy:
         late = error if isinstance(error, errors.DeadlineExceededError) else None
         is_late = late is not None and late.__cause__ is not None
         context.invalidate_pool_on_disconnect &= not is_late
-        hear(self.nodes, context)
         demoted = not read_only and failures.means(error, "demoted")
+        doubt(self.nodes, demoted=demoted)
         if is_late or demoted or failures.means(error, "disconnect"):
             context.is_disconnect = True
         if self.is_memory and (is_late or not isinstance(error, Exception)):
