@@ -126,9 +126,13 @@ class Node(Server):
     def _answers(self, client: socket.socket) -> bool:
         return _is_well(client)
 
+    def kill_patroni(self) -> None:
+        """End Patroni alone with SIGKILL; PostgreSQL stays what it is."""
+        super().kill()
+
     def kill(self) -> None:
         """End Patroni and PostgreSQL with SIGKILL, as when the machine is lost."""
-        super().kill()
+        self.kill_patroni()
         for pid in self._processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -276,8 +280,15 @@ class Patroni:
         assert said[0] == 200, said
 
     async def _node(self, role: str) -> Node:
-        [name] = [m["name"] for m in await self._members() if m["role"] == role]
-        return next(node for node in self.nodes if node.member == name)
+        found: list[str] = []
+
+        async def is_known() -> bool:  # there is none in the midst of a failover
+            members = await self._members()
+            found[:] = [each["name"] for each in members if each["role"] == role]
+            return len(found) == 1
+
+        await eventually(True, is_known, within=LIMIT_SECONDS)
+        return next(node for node in self.nodes if [node.member] == found)
 
     async def _members(self) -> list[dict[str, str]]:
         [port, *_] = [node.port for node in self.nodes if node.pid is not None]
