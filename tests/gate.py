@@ -1,7 +1,8 @@
 """Require that the tests ran every line, on a machine where that can be measured.
 
 tox calls it after the tests, in their environment, with options of `coverage report`,
-"--", and what pytest was asked for: `python -m tests.gate --omit "docs/*" --`.
+"--", and what pytest was asked for: `python -m tests.gate --omit "docs/*" --`. Tests
+with a server of their own have `--needs galera` before that.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from tests.integration.galera.servers import GaleraNode
 from tests.servers.plugin import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from tests.servers import Server
+
+ALONE: dict[str, type[Server]] = {"galera": GaleraNode}
 
 
 def judge(
@@ -27,8 +31,11 @@ def judge(
 ) -> int:
     """Return the exit code, after the report or a line that says why there is none."""
     end = arguments.index("--")
+    options, asked = arguments[:end], arguments[end + 1 :]
+    if options[:1] == ["--needs"]:
+        kinds, options = [ALONE[options[1]]], options[2:]
     missing = [kind.name for kind in kinds if not kind.is_installed()]
-    if arguments[end + 1 :]:
+    if asked:
         reason = "only some of the tests were asked for"
     elif version < (3, 12):
         reason = "Python 3.11 does not trace every line after a cancellation"
@@ -36,7 +43,7 @@ def judge(
         reason = f"not installed: {', '.join(missing)}"
     else:
         combined = call(["coverage", "combine", "--quiet"])
-        return combined or call(["coverage", "report", *arguments[:end]])
+        return combined or call(["coverage", "report", *options])
     print(f"Coverage is not judged: {reason}")  # noqa: T201  # tox shows it
     return 0
 

@@ -32,10 +32,13 @@ QUEUES = [
 """They need servers: `tests.integration.handoff.test_pages` runs them."""
 PGBOUNCER = ROOT / "docs" / "howto" / "pgbouncer.md"
 """It needs one: `tests.databases.test_poolers` runs it."""
+GALERA = ROOT / "docs" / "howto" / "galera.md"
+"""It needs a cluster: `tests.integration.galera.test_page` runs it."""
 TENANTS = ROOT / "docs" / "howto" / "tenants.md"
 """They need PostgreSQL: `tests.sessions.test_on_begin` runs it."""
 SANIC = ROOT / "docs" / "howto" / "sanic.md"
 """Sanic rewrites itself when it starts, once per process; it has one of its own."""
+ELSEWHERE = {PGBOUNCER, GALERA, TENANTS, SANIC}
 PAGES = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
@@ -116,7 +119,7 @@ def test_the_page_about_sanic_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if page not in {*QUEUES, PGBOUNCER, TENANTS, SANIC}],
+    [page for page in PAGES if page not in {*QUEUES, *ELSEWHERE}],
     ids=lambda page: page.name,
 )
 def test_every_python_block_runs(

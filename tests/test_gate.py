@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from tests.gate import judge
+from tests.gate import ALONE, judge
 from tests.servers import MariaDB
 
 
@@ -62,6 +62,20 @@ def test_not_judged(
     """Where lines may be missing for another reason, one line names the reason."""
     assert 0 == judge(["--", *asked], version=version, kinds=[kind])
     assert capsys.readouterr().out.startswith(f"Coverage is not judged: {reason}")
+
+
+def test_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that need a server of their own need no other."""
+    monkeypatch.setitem(ALONE, "galera", Installed)
+    called: list[list[str]] = []
+
+    def call(command: list[str]) -> int:
+        called.append(command)
+        return 0
+
+    arguments = ["--needs", "galera", "--omit", "x", "--"]
+    assert 0 == judge(arguments, version=(3, 12), kinds=[NotInstalled], call=call)
+    assert [COMBINE, REPORT] == called
 
 
 def test_command() -> None:

@@ -7,6 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING, get_args
 
 import pytest
+from asyncmy import errors as asyncmy_errors
 from sqlalchemy import exc as sa_exc
 from sqlalchemy import make_url, text
 from sqlalchemy.dialects import registry
@@ -18,6 +19,7 @@ from asgi_uow._databases import known
 from asgi_uow._databases.configuration import create_engine
 from asgi_uow._databases.driver_errors import (
     code_of,
+    is_in_doubt,
     is_lost,
     is_unavailable,
     means,
@@ -238,6 +240,39 @@ async def test_a_lock_somebody_else_holds(
     assert not is_unavailable(caught.value)
 
 
+@on("aiosqlite")
+async def test_a_snapshot_that_is_too_old(
+    backend: SQLiteBackend, engine: AsyncEngine
+) -> None:
+    """A transaction that reads first, and then writes, may find that it is too late."""
+    await backend.execute("PRAGMA journal_mode = WAL")
+    async with engine.connect() as connection:
+        await connection.exec_driver_sql("BEGIN")
+        await connection.exec_driver_sql("SELECT * FROM t")
+        await backend.execute("INSERT INTO t VALUES (2)")
+        with pytest.raises(sa_exc.OperationalError) as caught:
+            await connection.execute(INSERT)
+        await connection.rollback()
+    assert "SQLITE_BUSY_SNAPSHOT" == code_of(caught.value)
+    assert means(caught.value, "conflict")
+
+
+@on("aiosqlite")
+@pytest.mark.usefixtures("engine")
+async def test_a_cache_that_is_shared(backend: SQLiteBackend) -> None:
+    """With a shared cache a table is locked, and SQLite does not wait for it."""
+    url = f"sqlite+aiosqlite:///file:{backend.path}?cache=shared&uri=true"
+    shared = create_async_engine(url)
+    async with shared.connect() as one, shared.connect() as other:
+        await one.execute(INSERT)
+        with pytest.raises(sa_exc.OperationalError) as caught:
+            await other.exec_driver_sql("SELECT * FROM t")
+        await one.rollback()
+    await shared.dispose()
+    assert "SQLITE_LOCKED_SHAREDCACHE" == code_of(caught.value)
+    assert means(caught.value, "conflict")
+
+
 @on_servers
 async def test_a_connection_that_is_lost(
     backend: ServerBackend, engine: AsyncEngine
@@ -291,6 +326,23 @@ def test_errors_without_a_code(error: BaseException | None) -> None:
     """What no database said has no code, an errno of the system least of all."""
     assert code_of(error) is None
     assert not (error is not None and is_unavailable(error))
+
+
+@pytest.mark.parametrize(
+    ("code", "is_lost", "expected"),
+    [
+        (1213, False, False),
+        (1047, True, False),  # refused before it was tried; the connection is left
+        (1180, False, True),
+        (2013, True, True),
+    ],
+)
+def test_errors_of_commit(*, code: int, is_lost: bool, expected: bool) -> None:
+    """What a Galera node says of a COMMIT that it could not certify is no proof."""
+    error = sa_exc.OperationalError(
+        "COMMIT", {}, asyncmy_errors.OperationalError(code, "no"), is_lost
+    )
+    assert expected == is_in_doubt(error)
 
 
 def test_errors_that_are_each_others_cause() -> None:

@@ -206,6 +206,7 @@ def require(
 
 
 def miss(kind: str) -> NoReturn:
+    """Skip a test whose server is not installed; in CI fail."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"{kind} {MISSING}")
     pytest.skip(f"{kind} {MISSING}")

@@ -36,15 +36,19 @@ HAS_PROCESS_ID = "SELECT FROM pg_backend_pid() AS id WHERE id = {}"
 QUESTION_BEFORE_COMMIT = "SELECT 1"
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
+# https://www.postgresql.org/docs/current/mvcc-serialization-failure-handling.html
 CODES = {
     "read_only": frozenset({"25006"}),
     "demoted": frozenset({"25006"}),
     # Classes: connection exception, insufficient resources, shutting down or starting.
     "unavailable": frozenset({"08", "53", "57P"}),
-    "conflict": frozenset({"40001", "40P01", "55P03"}),
+    # Serialization, deadlock, a lock that was not granted; a 40001 that YugabyteDB does
+    # not translate: https://github.com/yugabyte/yugabyte-db/issues/31736
+    "conflict": frozenset({"40001", "40P01", "55P03", "YB003"}),
     "recovery_conflict": frozenset({"40001"}),
     # Connection exceptions, also of drivers, and statement_completion_unknown.
     "in_doubt": frozenset({"08", "40003"}),
+    "unsupported": frozenset({"0A000"}),
 }
 
 # Not pg_current_wal_lsn(): with synchronous_commit=off a commit is beyond that.

@@ -8,7 +8,6 @@ import tempfile
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -38,27 +37,25 @@ if TYPE_CHECKING:
 LIMIT_SECONDS = 20.0  # what normally takes milliseconds
 
 
-class Cluster(ABC):
-    """A primary and its replicas, in one folder that is removed at the end.
+class ServerGroup(ABC):
+    """Servers that belong together, in one folder that is removed at the end.
 
-    Each server may be stopped, killed and started again; replication goes on by
-    itself. `backend` is the database of the test on the primary, `at()` is the
-    same database as another server has it.
+    `backend` is the database of the test on the first of them, `at()` is the same
+    database as another server has it.
     """
 
     kind: ClassVar[type[MariaDBBackend | PostgreSQLBackend]]
     backend: ServerBackend
 
-    def __init__(self, primary: Server, *replicas: Server) -> None:
-        self.primary = primary
-        self.replicas = list(replicas)
-        self.servers = [primary, *replicas]
-        self.folder = Path(tempfile.mkdtemp(prefix=f"asgi-uow-{primary.name}-cluster-"))
+    def __init__(self, *servers: Server) -> None:
+        self.servers = list(servers)
+        name = servers[0].name
+        self.folder = Path(tempfile.mkdtemp(prefix=f"asgi-uow-{name}-cluster-"))
         self.folder.chmod(0o711)  # servers may run as somebody else
-        free = filter(is_free, random.sample(PORTS, len(PORTS)))
-        ports = islice(free, len(self.servers))  # no two alike
-        for number, (server, port) in enumerate(zip(self.servers, ports, strict=True)):
-            server.port = port
+        # No two alike.
+        self.free_ports = filter(is_free, random.sample(PORTS, len(PORTS)))
+        for number, server in enumerate(self.servers):
+            server.port = next(self.free_ports)
             server.folder = server.folder.rename(self.folder / str(number))
             server.data = server.folder / "data"
 
@@ -80,6 +77,47 @@ class Cluster(ABC):
             for server in self.servers:
                 stack.callback(server.close)
 
+    def at(self, server: Server, driver: str | None = None) -> ServerBackend:
+        """Return the database of the test as this server has it.
+
+        Its own statements are an administrator's: on MariaDB even a replica
+        takes writes from it. Its `url` is the ordinary user's.
+        """
+        there = self.kind(server.port, driver)
+        fresh, there.database = there.database, self.backend.database
+        there.url = there.url.replace(fresh, there.database)
+        there._own_url = there._own_url.replace(fresh, there.database)
+        return there
+
+    @abstractmethod
+    async def _boot(self) -> None:
+        """Make the data of all servers, start them, let the replicas follow."""
+
+    def _start_servers(self) -> None:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_start, self.servers))
+
+    async def _query(self, server: Server, sql: str, **params: object) -> list[Row]:
+        return await _query(self.kind(server.port).admin_url, sql, **params)
+
+
+def _start(server: Server) -> None:
+    if server.pid is None:
+        server.start()
+
+
+class Cluster(ServerGroup):
+    """A primary and its replicas.
+
+    Each server may be stopped, killed and started again; replication goes on by
+    itself.
+    """
+
+    def __init__(self, primary: Server, *replicas: Server) -> None:
+        self.primary = primary
+        self.replicas = list(replicas)
+        super().__init__(primary, *replicas)
+
     async def start(self) -> None:
         """Start what is not running: servers and appliers."""
         self._start_servers()
@@ -98,18 +136,6 @@ class Cluster(ABC):
             await self.wait_until_applied()
             yield self.backend
 
-    def at(self, server: Server, driver: str | None = None) -> ServerBackend:
-        """Return the database of the test as this server has it.
-
-        Its own statements are an administrator's: on MariaDB even a replica
-        takes writes from it. Its `url` is the ordinary user's.
-        """
-        there = self.kind(server.port, driver)
-        fresh, there.database = there.database, self.backend.database
-        there.url = there.url.replace(fresh, there.database)
-        there._own_url = there._own_url.replace(fresh, there.database)
-        return there
-
     @abstractmethod
     async def stop_applier(self, number: int) -> None:
         """Let a replica receive what the primary does, and not apply it."""
@@ -126,24 +152,8 @@ class Cluster(ABC):
     async def wait_until_received(self) -> None:
         """Return when each running replica has received all the primary has."""
 
-    @abstractmethod
-    async def _boot(self) -> None:
-        """Make the data of all servers, start them, let the replicas follow."""
-
-    def _start_servers(self) -> None:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(_start, self.servers))
-
     def _running_replicas(self) -> list[Server]:
         return [replica for replica in self.replicas if replica.pid is not None]
-
-    async def _query(self, server: Server, sql: str, **params: object) -> list[Row]:
-        return await _query(self.kind(server.port).admin_url, sql, **params)
-
-
-def _start(server: Server) -> None:
-    if server.pid is None:
-        server.start()
 
 
 class MariaDBReplica(MariaDB):

@@ -62,7 +62,8 @@ async def synchronous(cluster: Cluster) -> AsyncGenerator[None]:
         async def shown() -> object:
             return await cluster._query(cluster.primary, f"SHOW {setting}")
 
-        await eventually([(names,)], shown)
+        expected: object = [(names,)]
+        await eventually(expected, shown)
 
     name = cluster.backend.database
     await set_names("*")
