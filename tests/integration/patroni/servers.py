@@ -16,11 +16,18 @@ import anyio.to_thread
 
 from tests.servers import PostgreSQLBackend, eventually
 from tests.servers.backend import _query
-from tests.servers.process import HOST, PORTS, Server, find_binary, is_free
+from tests.servers.process import (
+    HOST,
+    PORTS,
+    PostgreSQL,
+    Server,
+    find_binary,
+    is_free,
+)
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 LIMIT_SECONDS = 60.0  # what normally takes a few
 # Seconds after which Patroni replaces a leader that is silent. By default it is 30.
@@ -193,6 +200,9 @@ class HAProxy(Server):
 
     def _answers(self, client: socket.socket) -> bool:
         return client.fileno() > 0  # whether there is a primary is another question
+
+
+PATRONI: Sequence[type[Server]] = (PostgreSQL, Etcd, Node, HAProxy)
 
 
 def _is_well(client: socket.socket) -> bool:
