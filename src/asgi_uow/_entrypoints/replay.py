@@ -235,7 +235,14 @@ class Replay(Attempts):
 
 
 def _copy(scope: Scope) -> dict[str, Any]:
-    return {k: v if type(v) in PLAIN else _copy_of(v) for k, v in scope.items()}
+    copied: dict[str, Any] = scope.copy()
+    for key, value in scope.items():
+        kind = type(value)
+        if kind is dict or kind is list:
+            copied[key] = value.copy()
+        elif kind not in PLAIN:
+            copied[key] = _copy_of(value)
+    return copied
 
 
 def _copy_of(value: Any) -> Any:
