@@ -12,14 +12,18 @@ import sys
 from typing import TYPE_CHECKING
 
 from tests.integration.galera.servers import GaleraNode
+from tests.integration.patroni.servers import PATRONI
 from tests.servers.plugin import KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from tests.servers import Server
 
-ALONE: dict[str, type[Server]] = {"galera": GaleraNode}
+ALONE: dict[str, Sequence[type[Server]]] = {
+    "galera": [GaleraNode],
+    "patroni": PATRONI,
+}
 
 
 def judge(
@@ -33,7 +37,7 @@ def judge(
     end = arguments.index("--")
     options, asked = arguments[:end], arguments[end + 1 :]
     if options[:1] == ["--needs"]:
-        kinds, options = [ALONE[options[1]]], options[2:]
+        kinds, options = ALONE[options[1]], options[2:]
     missing = [kind.name for kind in kinds if not kind.is_installed()]
     if asked:
         reason = "only some of the tests were asked for"

@@ -66,7 +66,7 @@ def test_not_judged(
 
 def test_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that need a server of their own need no other."""
-    monkeypatch.setitem(ALONE, "galera", Installed)
+    monkeypatch.setitem(ALONE, "galera", [Installed])
     called: list[list[str]] = []
 
     def call(command: list[str]) -> int:

@@ -6,19 +6,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.patroni.servers import Etcd, HAProxy, Node, Patroni
+from tests.integration.patroni.servers import PATRONI, Patroni
 from tests.servers import PostgreSQLBackend
-from tests.servers.plugin import require, server_port
+from tests.servers.plugin import require
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
 
 @pytest.fixture(scope="session")
-def running_patroni(pytestconfig: pytest.Config) -> Iterator[Patroni]:
+def running_patroni() -> Iterator[Patroni]:
     """The cluster; without its programs tests are skipped, in CI they fail."""
-    server_port(pytestconfig, "postgresql")
-    for kind in (Etcd, Node, HAProxy):
+    for kind in PATRONI:
         require(kind)
     with Patroni() as patroni:
         yield patroni

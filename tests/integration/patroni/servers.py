@@ -16,11 +16,18 @@ import anyio.to_thread
 
 from tests.servers import PostgreSQLBackend, eventually
 from tests.servers.backend import _query
-from tests.servers.process import HOST, PORTS, Server, find_binary, is_free
+from tests.servers.process import (
+    HOST,
+    PORTS,
+    PostgreSQL,
+    Server,
+    find_binary,
+    is_free,
+)
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 LIMIT_SECONDS = 60.0  # what normally takes a few
 # Seconds after which Patroni replaces a leader that is silent. By default it is 30.
@@ -126,9 +133,13 @@ class Node(Server):
     def _answers(self, client: socket.socket) -> bool:
         return _is_well(client)
 
+    def kill_patroni(self) -> None:
+        """End Patroni alone with SIGKILL; PostgreSQL stays what it is."""
+        super().kill()
+
     def kill(self) -> None:
         """End Patroni and PostgreSQL with SIGKILL, as when the machine is lost."""
-        super().kill()
+        self.kill_patroni()
         for pid in self._processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -189,6 +200,9 @@ class HAProxy(Server):
 
     def _answers(self, client: socket.socket) -> bool:
         return client.fileno() > 0  # whether there is a primary is another question
+
+
+PATRONI: Sequence[type[Server]] = (PostgreSQL, Etcd, Node, HAProxy)
 
 
 def _is_well(client: socket.socket) -> bool:
@@ -276,8 +290,15 @@ class Patroni:
         assert said[0] == 200, said
 
     async def _node(self, role: str) -> Node:
-        [name] = [m["name"] for m in await self._members() if m["role"] == role]
-        return next(node for node in self.nodes if node.member == name)
+        found: list[str] = []
+
+        async def is_known() -> bool:  # there is none in the midst of a failover
+            members = await self._members()
+            found[:] = [each["name"] for each in members if each["role"] == role]
+            return len(found) == 1
+
+        await eventually(True, is_known, within=LIMIT_SECONDS)
+        return next(node for node in self.nodes if [node.member] == found)
 
     async def _members(self) -> list[dict[str, str]]:
         [port, *_] = [node.port for node in self.nodes if node.pid is not None]

@@ -24,7 +24,9 @@ from tests.integration.patroni.load import (
     load,
     wait_for_service,
 )
+from tests.integration.patroni.servers import LIMIT_SECONDS
 from tests.servers import PostgreSQLBackend, eventually
+from tests.servers.backend import _query
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -110,6 +112,27 @@ async def test_switchover(
         begun = time.monotonic()
         await patroni.switch_over()
         await wait_for_service(everybody, since=begun)
+    await judge(everybody, database, capsys)
+
+
+async def test_patroni_alone_is_killed(
+    patroni: Patroni, database: PostgreSQLBackend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its PostgreSQL goes on as a primary beside the new one; the same holds."""
+    async with load(database) as everybody:
+        await wait_for_service(everybody)
+        leader = await patroni.leader()
+        await anyio.to_thread.run_sync(leader.kill_patroni)
+
+        async def has_changed() -> bool:
+            return leader is not await patroni.leader()
+
+        await eventually(True, has_changed, within=LIMIT_SECONDS)
+        begun = time.monotonic()
+        await wait_for_service(everybody, since=begun)
+        there = database.through(leader.postgresql_port)
+        assert [(False,)] == await _query(there, "SELECT pg_is_in_recovery()")
+        await anyio.to_thread.run_sync(leader.kill)
     await judge(everybody, database, capsys)
 
 
