@@ -31,6 +31,7 @@ REMEDIES: list[tuple[errors.AsgiUowError, str]] = [
     (errors.ManagedTransactionError("session.commit()"), "set_rollback_only(reason)"),
     (errors.ManagedTransactionError("session.commit()"), "savepoint()"),
     (errors.ReadOnlySessionError("A flush"), "current_session()"),
+    (errors.NoSavepointsError(), "unit_of_work(db, independent=True)"),
     (errors.WrongLoopError("process 7"), "independent=True"),
     (errors.TransactionGoneError(), "leave the handler"),
     (

@@ -82,7 +82,7 @@ class Database(Engines):
     @classmethod
     def from_url(
         cls,
-        url: str | URL,
+        url: str | URL | Sequence[str | URL],
         *,
         read_urls: Sequence[str | URL] = (),
         commit_on_exit: bool = True,
@@ -95,7 +95,8 @@ class Database(Engines):
     ) -> Self:
         """Create the engines with defaults that suit the database.
 
-        A URL without a driver, such as `mysql://...`, gets the async one.
+        A URL without a driver, such as `mysql://...`, gets the async one. Several URLs
+        are addresses of one database: one that takes writes is used, until it fails.
         Other options are those of `Session`, or of `create_async_engine`, which win
         over the defaults. The middleware closes the engines at lifespan shutdown.
 
@@ -110,7 +111,7 @@ class Database(Engines):
             message = f"{name} would connect reads too, not what read_urls name: pass "
             message += "engines of your own as `readers` to Database(engine)."
             raise errors.ConfigurationError(message)
-        engine = create(url, options)
+        engine = configuration.create_writer(url, options)
         database = cls(
             engine,
             readers=[

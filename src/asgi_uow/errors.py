@@ -12,6 +12,7 @@ AsgiUowError
 ├── UnitOfWorkClosedError         the unit of work has ended
 ├── ManagedTransactionError       commit(), rollback() or close() by hand
 ├── ReadOnlySessionError          a write on the read session
+├── NoSavepointsError             the server has no savepoints (NotImplementedError)
 ├── WrongLoopError                used in another event loop or process (RuntimeError)
 ├── TransactionGoneError          the database has ended the transaction by itself
 ├── ConcurrentUseError            a call while the session is busy with another
@@ -128,6 +129,15 @@ class ReadOnlySessionError(AsgiUowError, RuntimeError):
     """Something was written on the read session; nothing was changed."""
 
     template = "{} was refused: read-only. Write with current_session() (or db.write)."
+
+
+class NoSavepointsError(AsgiUowError, NotImplementedError):
+    """The server refuses SAVEPOINT: it cannot undo a part of a transaction."""
+
+    template = (
+        "This server has no savepoints (Aurora DSQL has none). Leave savepoint() out, "
+        "or do that part in unit_of_work(db, independent=True), committed by itself."
+    )
 
 
 class WrongLoopError(AsgiUowError, RuntimeError):

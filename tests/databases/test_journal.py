@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from contextlib import asynccontextmanager, closing, nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event
 from sqlalchemy import exc as sa_exc
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
-from sqlalchemy.pool import NullPool
 
 import asgi_uow as uow
 from asgi_uow import Database, errors
@@ -19,12 +17,13 @@ from asgi_uow.observers import CommitFailed, ImplicitCommit, UnitFinished
 from tests.servers import MariaDB, MariaDBBackend
 from tests.support import shop
 from tests.support.asgi import Response, handle
+from tests.support.conflicts import deadlock, rival_of
 from tests.support.databases import DRIVERS, on, shop_database
 from tests.support.private import Cause, ManagedSession
 from tests.support.shop import Item
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import Callable
 
     from tests.servers.backend import Backend, PostgreSQLBackend, SQLiteBackend
 
@@ -315,36 +314,6 @@ async def test_joined_read_error_dooms(
 
     assert isinstance(response.error, errors.DoomedError)
     assert [] == await shop.items(backend)
-
-
-@asynccontextmanager
-async def rival_of(backend: MariaDBBackend) -> AsyncGenerator[AsyncConnection]:
-    """A connection that the journal does not know of."""
-    engine = create_async_engine(backend.url, poolclass=NullPool)
-    async with engine.connect() as rival:
-        yield rival
-
-
-async def deadlock(backend: MariaDBBackend) -> None:
-    """Make the statement of the current unit the victim of a real deadlock.
-
-    MariaDB ends the transaction that has changed fewer rows.
-    """
-    await uow.current_session().execute("UPDATE items SET parent = 1 WHERE id = 1")
-    async with rival_of(backend) as rival:
-        for number in (2, 3, 4, 5):
-            await rival.exec_driver_sql(
-                f"UPDATE items SET parent = 2 WHERE id = {number}"
-            )
-        blocked = asyncio.create_task(
-            rival.exec_driver_sql("UPDATE items SET parent = 3 WHERE id = 1")
-        )
-        try:
-            await uow.current_session().execute(
-                "UPDATE items SET parent = 4 WHERE id = 2"
-            )
-        finally:
-            await blocked
 
 
 @on("asyncmy")

@@ -240,6 +240,39 @@ async def test_a_lock_somebody_else_holds(
     assert not is_unavailable(caught.value)
 
 
+@on("aiosqlite")
+async def test_a_snapshot_that_is_too_old(
+    backend: SQLiteBackend, engine: AsyncEngine
+) -> None:
+    """A transaction that reads first, and then writes, may find that it is too late."""
+    await backend.execute("PRAGMA journal_mode = WAL")
+    async with engine.connect() as connection:
+        await connection.exec_driver_sql("BEGIN")
+        await connection.exec_driver_sql("SELECT * FROM t")
+        await backend.execute("INSERT INTO t VALUES (2)")
+        with pytest.raises(sa_exc.OperationalError) as caught:
+            await connection.execute(INSERT)
+        await connection.rollback()
+    assert "SQLITE_BUSY_SNAPSHOT" == code_of(caught.value)
+    assert means(caught.value, "conflict")
+
+
+@on("aiosqlite")
+@pytest.mark.usefixtures("engine")
+async def test_a_cache_that_is_shared(backend: SQLiteBackend) -> None:
+    """With a shared cache a table is locked, and SQLite does not wait for it."""
+    url = f"sqlite+aiosqlite:///file:{backend.path}?cache=shared&uri=true"
+    shared = create_async_engine(url)
+    async with shared.connect() as one, shared.connect() as other:
+        await one.execute(INSERT)
+        with pytest.raises(sa_exc.OperationalError) as caught:
+            await other.exec_driver_sql("SELECT * FROM t")
+        await one.rollback()
+    await shared.dispose()
+    assert "SQLITE_LOCKED_SHAREDCACHE" == code_of(caught.value)
+    assert means(caught.value, "conflict")
+
+
 @on_servers
 async def test_a_connection_that_is_lost(
     backend: ServerBackend, engine: AsyncEngine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,12 @@ import anyio
 import pytest
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.sessions import SessionMiddleware
 
 import asgi_uow as uow
-from asgi_uow import Outcome, Retry, UnitOfWorkMiddleware, errors
+from asgi_uow import Database, Outcome, Retry, UnitOfWorkMiddleware, errors
 from asgi_uow.observers import CommitFailed, RetryScheduled, UnitFinished
+from tests.servers.process import free_port
 from tests.support import shop
 from tests.support.asgi import (
     BODY,
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from asgi_uow import Database
     from asgi_uow._asgi import Message, Receive, Scope, Send
     from tests.servers import Backend, ServerBackend
 
@@ -191,6 +193,7 @@ async def test_the_scope(backend: Backend) -> None:
             inner["state"]["attempt"] = uow.current_unit_of_work().attempt
             inner["path_params"].clear()
             inner["route"] = f"route of {len(seen)}"
+            inner["found"] = {"by": "a router"}
             del inner["raw_path"]
 
             async def sending(message: Message) -> None:
@@ -207,28 +210,89 @@ async def test_the_scope(backend: Backend) -> None:
     assert site.scopes[0] is not site.scopes[1]
     assert mine is scope["state"]
     assert {"who": "ann", "attempt": 2} == mine
+    assert {"by": "a router"} == scope["found"]
     assert "raw_path" not in scope
 
 
-async def test_a_context_variable(backend: Backend) -> None:
-    """What the first attempt sets is not there in the second."""
-    seen: list[str] = []
+class Noting(dict[str, object]):
+    """One that notes changes, as Starlette's session does."""
+
+    is_changed = False
+
+    def __setitem__(self, key: str, value: object) -> None:
+        self.is_changed = True
+        super().__setitem__(key, value)
+
+
+async def test_dictionaries_of_other_kinds(backend: Backend) -> None:
+    """Each attempt finds them as they came in; the server's scope has the last ones."""
+    counts = defaultdict[str, int](int)
+    scope = http_scope(session=Noting(who="ann"), counts=counts)
+    seen: list[object] = []
+    async with conflicting_shop(backend) as db:
+        site = Site(backend)
+
+        async def app(inner: Scope, receive: Receive, send: Send) -> None:
+            mine = inner["session"]
+            seen.append((dict(mine), mine.is_changed, dict(inner["counts"])))
+            mine["attempt"] = uow.current_unit_of_work().attempt
+            inner["counts"]["attempts"] += 1
+            await site(inner, receive, send)
+
+        wrapped = UnitOfWorkMiddleware(app, db, retry=Retry(**SOON))
+        await Client(wrapped).request(scope=scope, receive=sending())
+    assert [({"who": "ann"}, False, {})] * 2 == seen
+    assert {"who": "ann", "attempt": 2} == scope["session"]
+    assert {"attempts": 1} == scope["counts"]
+
+
+@pytest.mark.parametrize("changes", [False, True])
+async def test_a_session(backend: Backend, *, changes: bool) -> None:
+    """A session of a middleware around is sent if the last attempt changes it."""
+    sessions: list[dict[str, object]] = []
     async with conflicting_shop(backend) as db:
         site = Site(backend)
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            seen.append(name.get())
+            sessions.append(dict(scope["session"]))
+            if changes or len(sessions) == 2:
+                scope["session"][f"attempt {len(sessions)}"] = True
+            await site(scope, receive, send)
+
+        wrapped = UnitOfWorkMiddleware(app, db, retry=Retry(**SOON))
+        client = Client(SessionMiddleware(wrapped, "a secret"))
+        first = await client.request(receive=sending())
+        assert [{}, {}] == sessions
+        headers = [(b"cookie", first.cookie)]
+        site.attempts.clear()
+        site.conflicts = int(changes)
+        second = await client.request(headers=headers, receive=sending())
+        assert {"attempt 2": True} == sessions[2] == sessions[-1]
+        assert changes == ("set-cookie" in second.headers)
+
+
+async def test_a_context_variable(backend: Backend) -> None:
+    """What the first attempt sets is not there in the second; the last ones stay."""
+    seen: list[tuple[str, str]] = []
+    async with conflicting_shop(backend) as db:
+        site = Site(backend)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            seen.append((name.get(), other.get()))
             name.set("changed")
+            other.set(f"set by {len(seen)}")
             await site(scope, receive, send)
 
         token = name.set("as before")
         wrapped = UnitOfWorkMiddleware(app, db, retry=Retry(**SOON))
         await Client(wrapped).request(receive=sending())
+        assert ("changed", "set by 2") == (name.get(), other.get())
         name.reset(token)
-    assert ["as before"] * 2 == seen
+    assert [("as before", "")] * 2 == seen
 
 
 name: ContextVar[str] = ContextVar("name", default="")
+other: ContextVar[str] = ContextVar("other", default="")
 
 
 async def swallow(site: Site, scope: Scope, receive: Receive, send: Send) -> None:
@@ -484,6 +548,16 @@ async def test_a_lost_connection(backend: ServerBackend) -> None:
         proxy.cut_before(lambda trip: trip.startswith("UPDATE") and next(lost, False))
         response = await site.serve(db)
         assert (200, 2) == (response.status, len(site.attempts))
+
+
+@on(*SERVER_DRIVERS)
+async def test_out_of_reach(backend: ServerBackend) -> None:
+    """While nobody listens, as in a failover, each attempt connects anew."""
+    db = Database.from_url(backend.through(free_port()))
+    site = Site(backend, conflicts=0)
+    response = await site.serve(db)
+    assert (503, "1") == (response.status, response.headers["retry-after"])
+    assert [(1, False), (2, False), (3, True)] == site.attempts
 
 
 # Outside a request

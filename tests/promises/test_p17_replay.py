@@ -22,6 +22,8 @@ from tests.support.conflicts import READ, conflicting_shop
 from tests.support.databases import DRIVERS, checked_out, on
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from asgi_uow._asgi import Receive, Scope, Send
     from tests.servers import Backend
 
@@ -34,7 +36,7 @@ RETRY = Retry(attempts=1000, methods=["POST"], backoff=0.002, max_backoff=0.02)
 
 @pytest.mark.parametrize("handles", [False, True], ids=["raises", "answers 409"])
 async def test_no_update_is_lost(
-    backend: Backend, record_property: pytest.RecordProperty, *, handles: bool
+    backend: Backend, record_property: Callable[[str, object], None], *, handles: bool
 ) -> None:
     """All is counted, once, and every client has its 200; so do the hooks."""
     hooks: Counter[str] = Counter()

@@ -198,7 +198,7 @@ def server_port(config: pytest.Config, kind: str) -> int:
 def require(
     kind: type[Server], install: Callable[[type[Server]], None] = install
 ) -> None:
-    """Install a server that the test makes itself; if that cannot be, skip or fail."""
+    """Install what a test starts by itself; where that fails skip, in CI fail."""
     if not kind.is_installed():
         install(kind)
     if not kind.is_installed():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tests.servers.process import HOST, POLL_SECONDS
 
@@ -29,7 +29,7 @@ _POSTGRESQL_STARTUP = 3  # the protocol's major version; other codes ask for TLS
 class Rule:
     """What happens once, to the next round trip that fits; then `fired` is set."""
 
-    action: Literal["cut_before", "cut_after", "garble", "hold"]
+    action: Literal["cut_before", "cut_after", "garble", "hold", "refuse"]
     predicate: Callable[[str], bool]
     fired: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -49,6 +49,24 @@ class Hold(Rule):
         self.released.set()
 
 
+@dataclass(eq=False)
+class Refusal(Rule):
+    """An error that another server would give, in place of the answer of this one.
+
+    The server executes `instead`, which has to be answered with one message: it leaves
+    the transaction as that other server would.
+    """
+
+    instead: bytes = b""
+    error: Callable[[bytes], bytes] = bytes
+    answer: bytes = b""
+
+    def replace(self, data: bytes) -> bytes:
+        """Give the error once the answer to `instead` is there, nothing before."""
+        self.answer += data
+        return self.error(self.answer)
+
+
 class RecordingProxy:
     """Forwards to a server on this machine, knows its protocol, speaks no TLS.
 
@@ -66,6 +84,8 @@ class RecordingProxy:
         self.port = 0
         self._chunks = {"mariadb": mysql_chunks, "postgresql": postgresql_chunks}[kind]
         self._garbles = {"mariadb": 3, "postgresql": 0}[kind]  # sequence number, type
+        refusals = {"mariadb": mysql_refusal, "postgresql": postgresql_refusal}
+        self._refusal = refusals[kind]
         self._server_port = server_port
         self._rules: list[Rule] = []
         self._links: set[_Link] = set()
@@ -128,6 +148,21 @@ class RecordingProxy:
         hold = Hold("hold", predicate)
         self._add(hold)
         return hold
+
+    def refuse(
+        self,
+        predicate: Callable[[str], bool],
+        code: str,
+        message: str,
+        *,
+        instead: str,
+    ) -> Rule:
+        """Have the server execute `instead` of the next trip that fits, and answer
+        with an error; `code` is a SQLSTATE, after MySQL's number and a space there.
+        """
+        return self._add(
+            Refusal("refuse", predicate, **self._refusal(code, message, instead))
+        )
 
     def _add(self, rule: Rule) -> Rule:
         self._rules.append(rule)
@@ -203,8 +238,9 @@ class _Link:
                 self._pending = rule
                 if isinstance(rule, Hold):
                     self._holds.append(rule)
+                sent = rule.instead if isinstance(rule, Refusal) else data
                 await self._proxy.pause()
-                self._server.write(data)
+                self._server.write(sent)
                 await self._server.drain()
                 if isinstance(rule, Hold):
                     rule.fired.set()
@@ -220,11 +256,14 @@ class _Link:
                 elif rule is not None and rule.action == "garble":
                     data = self._proxy.garbled(data)
                     rule.fired.set()
+                elif isinstance(rule, Refusal):
+                    data = rule.replace(data)
+                    rule.fired.set()
                 elif rule is not None:
                     self.cut()
                     rule.fired.set()
                     break
-                self._pending = None
+                self._pending = None if data else rule
                 await self._proxy.pause()
                 self._client.write(data)
                 await self._client.drain()
@@ -297,3 +336,33 @@ async def postgresql_chunks(reader: asyncio.StreamReader) -> AsyncIterator[Chunk
 
 def name_of(text: bytes) -> str:
     return text.decode(errors="replace").strip("\0 \n;")
+
+
+def mysql_refusal(code: str, message: str, instead: str) -> dict[str, Any]:
+    """An error packet: 0xff, the number (2 bytes), "#" and the SQLSTATE, the text."""
+    number, _, state = code.partition(" ")
+    text = f"#{state or 'HY000'}{message}".encode()
+    packet = b"\xff" + int(number).to_bytes(2, "little") + text
+
+    def framed(body: bytes, sequence: int) -> bytes:
+        return len(body).to_bytes(3, "little") + bytes([sequence]) + body
+
+    def error(answer: bytes) -> bytes:
+        is_whole = len(answer) >= 4 + int.from_bytes(answer[:3], "little")
+        return framed(packet, 1) if is_whole else b""
+
+    return {"instead": framed(b"\x03" + instead.encode(), 0), "error": error}
+
+
+def postgresql_refusal(code: str, message: str, instead: str) -> dict[str, Any]:
+    """ErrorResponse, and ReadyForQuery with the state that `instead` has led to."""
+    fields = f"SERROR\0VERROR\0C{code}\0M{message}\0\0".encode()
+
+    def framed(kind: bytes, body: bytes) -> bytes:
+        return kind + (len(body) + 4).to_bytes(4) + body
+
+    def error(answer: bytes) -> bytes:
+        ready = answer[-6:] if answer[-6:-1] == b"Z\0\0\0\x05" else b""
+        return framed(b"E", fields) + ready if ready else b""
+
+    return {"instead": framed(b"Q", instead.encode() + b"\0"), "error": error}

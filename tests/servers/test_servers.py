@@ -156,10 +156,6 @@ class NotInstalled(MariaDB):
     binaries: ClassVar[tuple[str, ...]] = ("no-such-database-server",)
 
 
-class AlwaysThere(MariaDB):
-    binaries: ClassVar[tuple[str, ...]] = ()
-
-
 class BehindNothing(PgBouncer):
     binaries: ClassVar[tuple[str, ...]] = ()
     behind = "mariadb"
@@ -173,16 +169,20 @@ def test_installation_is_tried() -> None:
     assert [NotInstalled] == asked
 
 
-def test_required(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that a test makes itself is installed; in CI the test fails else."""
+@pytest.mark.parametrize(
+    ("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)]
+)
+def test_what_a_test_starts_by_itself(
+    monkeypatch: pytest.MonkeyPatch, ci: str, outcome: type[BaseException]
+) -> None:
+    """It is installed; where it cannot be, tests are skipped, and in CI fail."""
+    monkeypatch.setenv("CI", ci)
     asked: list[type[Server]] = []
-    require(AlwaysThere, asked.append)
+    require(BehindNothing, asked.append)
     assert [] == asked
-    for ci, outcome in (("", pytest.skip.Exception), ("true", pytest.fail.Exception)):
-        monkeypatch.setenv("CI", ci)
-        with pytest.raises(outcome, match="mariadb is not installed"):
-            require(NotInstalled, asked.append)
-    assert [NotInstalled] * 2 == asked
+    with pytest.raises(outcome, match="mariadb is not installed"):
+        require(NotInstalled, asked.append)
+    assert [NotInstalled] == asked
 
 
 def test_pooler_without_its_server() -> None:

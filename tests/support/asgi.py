@@ -13,7 +13,7 @@ from asgi_uow.observers import HookFailed
 from tests.support.observer import Events
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from asgi_uow import Database
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
@@ -127,6 +127,7 @@ class Client:
         *,
         scope: Scope = None,
         receive: Receive | None = None,
+        body: Sequence[bytes] = (b"",),
         leave_after: Callable[[Message], bool] | None = None,
         into: Response | None = None,
         **others: object,
@@ -159,22 +160,22 @@ class Client:
                 over.set()
 
         try:
-            await self.app(scope, receive or receiving(over), send)
+            await self.app(scope, receive or receiving(over, body), send)
         except Exception as error:  # noqa: BLE001  # what a server would log
             response.error = error
         return response
 
 
-def receiving(over: asyncio.Event) -> Receive:
-    """Give an empty body, and when all is over say that the client has left."""
-    body = iter([{"type": "http.request", "body": b"", "more_body": False}])
+def receiving(over: asyncio.Event, body: Sequence[bytes] = (b"",)) -> Receive:
+    """Give a body in these parts, and when all is over say that the client has left."""
+    parts = [*body]
 
     async def receive() -> Message:
-        message = next(body, None)
-        if message is None:
+        if not parts:
             await over.wait()
-            message = {"type": "http.disconnect"}
-        return message
+            return {"type": "http.disconnect"}
+        part = parts.pop(0)
+        return {"type": "http.request", "body": part, "more_body": bool(parts)}
 
     return receive
 

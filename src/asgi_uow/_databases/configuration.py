@@ -16,10 +16,11 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import asbool
 
 from asgi_uow._databases import known
+from asgi_uow._databases.nodes import NODES, Nodes
 from asgi_uow.errors import ConfigurationError, MissingDriverError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -67,6 +68,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("causal_reads", "CausalReads(secret), or None", lambda it: callable(it.positions)),
     ("commit_timeout deadline hook_timeout", "seconds above 0, or None", _is_above_0),
     ("commit_when", "a function of status and headers", callable),
+    ("url", "a URL, or a list of URLs", len),
     ("when", "a function of the scope", lambda it: callable(it) and not _is_async(it)),
     ("echo echo_pool", "a boolean or 'debug'", (0, 1, None, "debug").__contains__),
     ("error_app", "an ASGI application, or None", callable),
@@ -178,6 +180,21 @@ def read(mapping: Mapping[str, object], prefix: str) -> Config:
     return Config(found.pop("url"), found.pop("read_urls", ()), found)
 
 
+def create_writer(
+    urls: str | sa.URL | Sequence[str | sa.URL], options: Mapping[str, Any]
+) -> AsyncEngine:
+    """Make the engine of a writer, which may have several addresses."""
+    if isinstance(urls, str | sa.URL):
+        return create_engine(urls, options)
+    check({"url": urls})
+    first, *others = [create_engine(each, options) for each in urls]
+    if others:
+        engines = [each.sync_engine for each in (first, *others)]
+        nodes = Nodes(engines, known.DATABASES.get(first.dialect.name))
+        first.sync_engine.update_execution_options(**{NODES: nodes})
+    return first
+
+
 def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
     """Make an engine with defaults that suit the database; `options` win over them."""
     parsed, database = _read_url(url)
@@ -201,6 +218,8 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         raise MissingDriverError(driver, extra) from error
     except sa_exc.NoSuchModuleError as error:
         message = f"SQLAlchemy knows no database {parsed.drivername!r}."
+        if database is not None and database.DIALECT is not None:
+            message += f" Install {database.DIALECT}."
         raise ConfigurationError(message) from error
     except (TypeError, sa_exc.ArgumentError) as error:
         raise ConfigurationError(str(error)) from error

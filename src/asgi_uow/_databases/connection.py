@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import sqlalchemy as sa
+from sqlalchemy.engine.interfaces import ExecuteStyle
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
 from asgi_uow._databases import known, loops
+from asgi_uow._databases.driver_errors import means
 from asgi_uow.errors import (
     ConcurrentUseError,
+    NoSavepointsError,
     ReadOnlySessionError,
     TransactionGoneError,
 )
@@ -131,7 +135,12 @@ class Connection(sa.Connection):
             self.journal.committed = True
 
     def _savepoint_impl(self, name: str | None = None) -> str:
-        name = super()._savepoint_impl(name)
+        try:
+            name = super()._savepoint_impl(name)
+        except DBAPIError as error:
+            if means(error, "unsupported"):
+                raise NoSavepointsError from error
+            raise
         if self.journal is not None:
             self.journal.open_savepoint(name)
         return name
@@ -229,3 +238,26 @@ def execute(connection: Any, statement: str) -> None:
     """Send a statement of our own past the journal."""
     with closing(connection.cursor()) as cursor:
         cursor.execute(statement)
+
+
+def check_statement(cursor: Any, statement: str, *rest: Any) -> bool | None:
+    """Look at a statement before it is sent, and send it in time."""
+    # The context comes last, with parameters before it or without.
+    connection = getattr(rest[-1], "root_connection", None)
+    if isinstance(connection, Connection):
+        driver = connection._execution_options[POLICY].driver  # noqa: SLF001
+        # By whatever it is sent: the ORM loads objects by itself.
+        last = driver.exclusive_streams and driver.last_result(raw_of(cursor))
+        if last and last.unbuffered_active:
+            operation = "A statement"
+            raise ConcurrentUseError(operation, "a stream() is still being read")
+        connection.check_statement(statement, rest[0])
+        if connection.deadline is not None:
+            execute = rest[-1].dialect.do_execute
+            if rest[-1].execute_style is ExecuteStyle.EXECUTEMANY:
+                execute = rest[-1].dialect.do_executemany
+            elif not rest[1:]:
+                execute = rest[-1].dialect.do_execute_no_params
+            connection.deadline.execute(connection, execute, cursor, statement, *rest)
+            return True  # SQLAlchemy has nothing left to do
+    return None

@@ -90,12 +90,12 @@ def to_retry(
 ) -> BaseException | None:
     """Give the error, or else the first outage, if the same work may succeed now."""
     first = error or next(iter(outages), None)
-    if first is None or isinstance(first, TimeoutError):
+    if first is None or isinstance(first, TimeoutError | sa_exc.TimeoutError):
         return None
     # Ours, in place of a COMMIT on a connection that is known to be dead.
     was_dead = isinstance(first, ConnectionError) and first in outages
-    is_lost_or_refused = was_dead or is_lost(first) or means(first, "demoted")
-    return first if is_lost_or_refused or means(first, "conflict") else None
+    is_away = was_dead or is_unavailable(first) or means(first, "demoted")
+    return first if is_away or means(first, "conflict") else None
 
 
 def message_of(error: BaseException) -> str:

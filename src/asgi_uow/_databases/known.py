@@ -9,7 +9,7 @@ import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from asgi_uow._databases import mysql, postgresql, sqlite
+from asgi_uow._databases import cockroachdb, mysql, postgresql, sqlite
 
 if TYPE_CHECKING:
     from asyncio import Task
@@ -29,6 +29,7 @@ Meaning: TypeAlias = Literal[
     "recovery_conflict",  # a replica stopped a read in the way of its replication
     "aborting",  # the whole transaction is rolled back, whatever the savepoints
     "syntax",  # not understood, so nothing was done
+    "unsupported",  # a statement that the server does not have, such as SAVEPOINT
 ]
 Kind: TypeAlias = Literal["transaction_control", "implicit_commit", "setting", "local"]
 
@@ -116,6 +117,7 @@ class Database(_Facts):
     """What a file of facts says about its database. SQL that is None does not exist."""
 
     EXTRAS: Mapping[str, str]  # by the driver they install; the first is the default
+    DIALECT: str | None = None  # the package it is in, if not in SQLAlchemy
     PACKAGES: frozenset[str]  # where drivers, sync ones too, define their errors
     ENGINE_OPTIONS: Mapping[str, object] = {}
     SINGLE_WRITER: bool = False  # only one transaction can write at a time
@@ -123,6 +125,7 @@ class Database(_Facts):
     BEGIN_READ_ONLY: str | None = None  # sent by asgi-uow where no driver does
     IS_READ_ONLY: str = "SELECT 0"  # is the server (now) a replica, without writes?
     LAG: str = "SELECT NULL AS Seconds_Behind_Master"
+    POOLER: Literal["session"] | None = None  # assumed where none is named
     # Fails if it was aborted unseen, or has the driver know its state.
     QUESTION_BEFORE_COMMIT: str | None = None
     # Sent by asgi-uow, since the driver sends none: it is always in autocommit mode, so
@@ -171,6 +174,7 @@ class Database(_Facts):
 DATABASES: Mapping[str, Database] = {  # by SQLAlchemy's name of the dialect
     **dict.fromkeys(("mysql", "mariadb"), Database(mysql)),
     "postgresql": Database(postgresql),
+    "cockroachdb": Database(cockroachdb),
     "sqlite": Database(sqlite),
 }
 ALIASES = {"postgres": "postgresql"}  # which SQLAlchemy does not know

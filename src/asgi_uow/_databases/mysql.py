@@ -29,6 +29,10 @@ QUESTION_BEFORE_COMMIT = "SELECT 1"
 
 # https://mariadb.com/kb/en/mariadb-error-code-reference/
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
+# Conflicts that roll everything back: 1213 deadlock, or Galera; 149 the same, where an
+# engine is quoted; 1020 snapshot; 1613, 1614 XA; 3101 Group Replication; 8002 ... TiDB:
+# https://docs.pingcap.com/tidb/stable/error-codes
+ROLLED_BACK = {149, 1020, 1213, 1613, 1614, 3101, 8002, 8005, 8022, 8028, 9007}
 CODES = {
     "read_only": frozenset({1290, 1792, 1836}),
     # 1047 refuses COMMIT and ROLLBACK too, and leaves the transaction open: a later
@@ -39,15 +43,16 @@ CODES = {
         | {1047, 1053, 1129}  # node not ready, shutting down, host blocked
         | {2002, 2003, 2006, 2013}  # not reached, lost
     ),
-    "conflict": frozenset({1020, 1205, 1213, 3101}),
+    "conflict": frozenset({*ROLLED_BACK, 1205, 3572}),  # a lock was not granted
     # asyncmy refuses with `InterfaceError(0, ...)` after a statement was cancelled.
     "disconnect": frozenset({0, 1047}),
     # Of the driver, not of the server; 1180 is Galera's where it has lost the others,
     # which may have committed.
     "in_doubt": frozenset({0, 1180, *range(2000, 3000)}),
-    # Snapshot conflict, commit or rollback error, full lock table, deadlock, XA.
-    "aborting": frozenset({1020, 1180, 1181, 1206, 1213, 1402, 1613, 1614, 3101}),
+    # Also commit or rollback error, full lock table, XA.
+    "aborting": frozenset({*ROLLED_BACK, 1180, 1181, 1206, 1402}),
     "syntax": frozenset({1064}),
+    "unsupported": frozenset({1235}),
 }
 
 SET_LOCAL_LASTS = True  # it is SET SESSION
@@ -66,6 +71,7 @@ SSL = re.compile("ssl(?:[-_]?mode)?")
 NO_SSL = {"FALSE", "DISABLE", "DISABLED"}
 SSL_MODES = {"TRUE", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY"}
 IN_TRANSACTION = 1  # SERVER_STATUS_IN_TRANS
+QUOTED = re.compile(r"Got error (149)\b")
 GTID = re.compile(r"([0-9]{1,10})-([0-9]{1,10})-([0-9]{1,20})")
 GTID_LIST = re.compile(rf"{GTID.pattern}(?:,{GTID.pattern})*")
 
@@ -130,11 +136,14 @@ def url_query(query: Any, _: str) -> dict[str, Any]:
 
 
 def code_of(error: BaseException) -> int | None:
-    """Return the number of the server or of the client library, such as 1213."""
+    """Return the number of the server, of the client library, or of a quoted 149."""
     origin = getattr(error, "orig", None) or error
     number: object = origin.args[0] if origin.args else None
     package = type(origin).__module__.partition(".")[0]
-    return number if isinstance(number, int) and package in PACKAGES else None
+    if not isinstance(number, int) or package not in PACKAGES:
+        return None
+    quoted = QUOTED.match(str(origin.args[-1]))
+    return int(quoted[1]) if quoted else number
 
 
 def set_up(dbapi_connection: Any, *, read_only: bool) -> frozenset[int | str]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.util import await_only, greenlet_spawn
 
@@ -25,10 +24,12 @@ from asgi_uow._databases.connection import (
     SETTINGS_CHANGED,
     Connection,
     ReaderConnection,
+    check_statement,
     end_calls,
     execute,
     raw_of,
 )
+from asgi_uow._databases.nodes import NODE, NODES, Nodes, hear
 
 if TYPE_CHECKING:
     from sqlalchemy import pool
@@ -87,7 +88,7 @@ def attach_listeners(engine: AsyncEngine, use: Use) -> None:
         if use.read_only:
             # In AUTOCOMMIT there is nothing to roll back; a listener looks if there is.
             each._reset_on_return = sa.pool.reset_none  # noqa: SLF001
-    if _check_statement in target.dialect.dispatch.do_execute:
+    if check_statement in target.dialect.dispatch.do_execute:
         return  # they are those of the engine that this one is derived from
     event.listen(target, "do_connect", policy.on_do_connect)
     event.listen(target, "connect", policy.on_first, insert=True)
@@ -96,7 +97,7 @@ def attach_listeners(engine: AsyncEngine, use: Use) -> None:
     event.listen(target, "close", policy.on_close)
     event.listen(target, "handle_error", policy.on_error)
     for name in ("do_execute", "do_executemany", "do_execute_no_params"):
-        event.listen(target, name, _check_statement)
+        event.listen(target, name, check_statement)
 
 
 class _Policy:
@@ -106,13 +107,15 @@ class _Policy:
     """
 
     def __init__(self, pool: Any, engine: sa.Engine, use: Use) -> None:
-        self.creator = pool._invoke_creator  # noqa: SLF001
-        self.engine = engine
+        self.creator, self.engine = pool._invoke_creator, engine  # noqa: SLF001
         self.dialect: Any = engine.dialect  # of which PostgreSQL's does more
         self.database = known.database_of(engine.dialect)
         self.driver = known.driver_of(engine.dialect)
         self.is_memory = known.is_memory(engine.url)
-        self.use, self.read_only, self.pooler = use, use.read_only, use.pooler
+        nodes: Nodes | None = engine.get_execution_options().get(NODES)
+        self.nodes = nodes if nodes and nodes.url == engine.url else None
+        self.use, self.read_only = use, use.read_only
+        self.pooler = use.pooler or self.database.POOLER
         self.begins_with = self.database.BEGIN_WRITE
         if use.read_only and self.begins_with is not None:
             # A snapshot of what the first read finds; in WAL that stops no writer.
@@ -121,8 +124,10 @@ class _Policy:
             self.begins_with = self.database.BEGIN_READ_ONLY
             event.listen(engine, "after_cursor_execute", self.after_read)
 
-    def on_do_connect(self, _: Any, entry: Any, __: Any, options: Any) -> None:
+    def on_do_connect(self, _: Any, entry: Any, args: Any, options: Any) -> None:
         """Bound the wait, or connect in place of the driver; the engine's own wins."""
+        if NODE in entry.info and self.nodes:
+            self.nodes.direct(entry, args, options)
         kept = (options.get(name, True) for name, _ in self.driver.pooled_args)
         entry.info[KEEPS_STATEMENTS] = any(each and not callable(each) for each in kept)
         pooled = self.driver.pooled_args if self.pooler == "transaction" else ()
@@ -132,7 +137,8 @@ class _Policy:
 
     def connect(self, rec: Entry) -> DBAPI:  # as SQLAlchemy names it
         """Connect, and say whose connection it is."""
-        dbapi: DBAPI = self.creator(rec)
+        create = self.creator
+        dbapi: DBAPI = self.nodes.connect(create, rec) if self.nodes else create(rec)
         rec.info[POLICY] = self  # what it was derived from has said the same
         return dbapi
 
@@ -173,7 +179,7 @@ class _Policy:
             self.dialect.set_isolation_level(dbapi, self.use.level or "READ COMMITTED")
         elif not self.read_only and database.BEGIN_WRITE is None:
             info[AUTOCOMMIT] = self.dialect.detect_autocommit_setting(dbapi)
-        if self.pooler is None:  # a proxy's number is a stranger's on the server
+        if not (self.pooler or self.nodes):  # another server has a stranger's number
             info[CANCEL_SQL] = self.driver.cancel_sql(raw_of(dbapi))
 
     def on_checkout(self, dbapi: DBAPI, entry: Entry, _: object) -> None:
@@ -181,6 +187,7 @@ class _Policy:
         info, raw = entry.info, raw_of(dbapi)
         idle_since: float | None = info.pop(IDLE_SINCE, None)
         is_foreign = POLICY not in info and not self.is_memory
+        is_foreign = is_foreign or bool(self.nodes and self.nodes.is_left(info))
         if is_foreign or self.driver.is_dead(raw):
             message = "the connection was closed while it was idle, or not made here"
             raise DisconnectionError(message)
@@ -237,6 +244,7 @@ class _Policy:
         late = error if isinstance(error, errors.DeadlineExceededError) else None
         is_late = late is not None and late.__cause__ is not None
         context.invalidate_pool_on_disconnect &= not is_late
+        hear(self.nodes, context)
         demoted = not read_only and failures.means(error, "demoted")
         if is_late or demoted or failures.means(error, "disconnect"):
             context.is_disconnect = True
@@ -276,25 +284,3 @@ class _Policy:
             execute(dbapi, self.database.QUESTION_BEFORE_COMMIT or "")
             journal.ended_unseen = False
             journal.look(dbapi)
-
-
-def _check_statement(cursor: Any, statement: str, *rest: Any) -> bool | None:
-    # The context comes last, with parameters before it or without.
-    connection = getattr(rest[-1], "root_connection", None)
-    if isinstance(connection, Connection):
-        driver = connection._execution_options[POLICY].driver  # noqa: SLF001
-        # By whatever it is sent: the ORM loads objects by itself.
-        last = driver.exclusive_streams and driver.last_result(raw_of(cursor))
-        if last and last.unbuffered_active:
-            operation = "A statement"
-            raise errors.ConcurrentUseError(operation, "a stream() is still being read")
-        connection.check_statement(statement, rest[0])
-        if connection.deadline is not None:
-            execute = rest[-1].dialect.do_execute
-            if rest[-1].execute_style is ExecuteStyle.EXECUTEMANY:
-                execute = rest[-1].dialect.do_executemany
-            elif not rest[1:]:
-                execute = rest[-1].dialect.do_execute_no_params
-            connection.deadline.execute(connection, execute, cursor, statement, *rest)
-            return True  # SQLAlchemy has nothing left to do
-    return None

@@ -27,7 +27,10 @@ WAL_PAUSE = 50  # between two attempts to have a file keep a write-ahead log
 CODES = {
     "read_only": frozenset({"SQLITE_READONLY"}),
     "absent": frozenset({"SQLITE_CANTOPEN"}),
-    "conflict": frozenset({"SQLITE_BUSY"}),
+    # Not SQLITE_LOCKED: that is a conflict with the same connection, again and again.
+    "conflict": frozenset(
+        {"SQLITE_BUSY", "SQLITE_BUSY_SNAPSHOT", "SQLITE_LOCKED_SHAREDCACHE"}
+    ),
 }
 
 

@@ -171,7 +171,7 @@ class Exchange:
                 commit_when=rules.commit_when,
             )
             is_good = message["status"] < ERROR_STATUS
-            if unit.schedule is not None and unit.is_used_up:
+            if decision.cause is Cause.DOOMED and unit.is_used_up:
                 decision = _decision.rollback(Cause.DOOMED, replace_response=True)
             elif unit.writers and is_good and not decision.replace_response:
                 await refuse_streams(unit)

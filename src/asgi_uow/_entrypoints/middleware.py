@@ -125,7 +125,8 @@ class UnitOfWorkMiddleware:
     def _prepare(self, exchange: Exchange, scope: Scope, replay: Replay | None) -> None:
         """Do what only some options ask for."""
         unit = exchange.unit
-        unit.until = earlier(unit.until, self.deadline)
+        if self.deadline is not None:
+            unit.until = earlier(unit.until, self.deadline)
         if (reads := self.causal_reads) is not None:
             seen = reads.positions(scope.get("headers", ()))
             unit.must_see = MustSee(seen, reads.wait, reads.names)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import dataclasses
 import functools
 import random
@@ -19,7 +20,7 @@ from asgi_uow._databases.driver_errors import code_of, to_retry
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import Cause
 from asgi_uow._entrypoints.exchange import Again
-from asgi_uow._unit.hooks import is_async, name_of
+from asgi_uow._unit.hooks import is_async, name_of, run_in
 from asgi_uow.observers import RetryScheduled
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from asgi_uow._asgi import Message, Receive, Scope, Send
+    from asgi_uow._unit.hooks import Work
     from asgi_uow._unit.unit import UnitOfWork
 
 P = ParamSpec("P")
@@ -35,6 +37,7 @@ T = TypeVar("T")
 # https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
 IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
 NOT_REPLAYED = {Cause.EXPLICIT, Cause.CANCELLED, Cause.TIMEOUT, Cause.ABANDONED}
+PLAIN = {bytes, int, str, tuple, type(None)}  # most of a scope, and never changed
 
 
 def _always(_: Scope) -> bool:
@@ -75,7 +78,8 @@ class Retry:
 
     def covers(self, scope: Scope) -> bool:
         """Tell whether this request may be replayed at all."""
-        return scope.get("method") in self.methods and self.when(scope)
+        is_named = scope.get("method") in self.methods
+        return is_named and (self.when is _always or self.when(scope))
 
     async def run(
         self,
@@ -157,7 +161,7 @@ class Replay(Attempts):
     def __init__(
         self, retry: Retry, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        super().__init__(retry)
+        self.retry = retry
         self._scope, self._receive, self._send = scope, receive, send
         self._attempted = scope  # then copies of what it was
         self._context = contextvars.copy_context()
@@ -165,34 +169,42 @@ class Replay(Attempts):
         self._size = 0
 
     async def serve(
-        self, middleware: Callable[[Scope, Receive, Send, Replay], Awaitable[None]]
+        self, middleware: Callable[[Scope, Receive, Send, Replay], Work]
     ) -> None:
         """Serve the request until an attempt is the last."""
         before = _copy(self._scope)
         while True:
-            again = iter(tuple(self._body))
+            again = iter([*self._body])
             receive = functools.partial(self._read, again, self.number)
             try:
-                await middleware(self._attempted, receive, self.forward, self)
+                work = middleware(self._attempted, receive, self.forward, self)
+                await (work if self.number == 1 else self._run_apart(work))
             except BaseException as error:
                 if self.pause is None or not _is_replayed(error):
                     raise
             finally:
-                if self.pause is None:
+                if self.pause is None and self._attempted is not self._scope:
                     self._give_back()
             if self.pause is None:
                 return
             await self.wait()
             self._attempted = _copy(before)
-            for var, value in self._context.items():
-                if var.get() is not value:
-                    var.set(value)
+
+    async def _run_apart(self, work: Work) -> None:
+        """Run an attempt that sees no context variable of those before."""
+        context = self._context.copy()
+        try:
+            await run_in(context, work)
+        finally:
+            for var, value in context.items():
+                var.set(value)
 
     def forward(self, message: Message) -> Awaitable[None]:
         """Pass a message on; this attempt is the last then."""
         if not self.is_last:
             self.is_last = True
-            self._give_back()
+            if self._attempted is not self._scope:
+                self._give_back()
         return self._send(message)
 
     async def _read(self, again: Iterator[Message], attempt: int) -> Message:
@@ -211,11 +223,9 @@ class Replay(Attempts):
 
     def _give_back(self) -> None:
         """Leave in the caller's scope what the last attempt has left in its own."""
-        if self._attempted is self._scope:
-            return
         for key, value in self._attempted.items():
             old = self._scope.get(key)
-            if type(old) is type(value) is dict:
+            if old is not value and type(old) is type(value) is dict:
                 old.clear()
                 old.update(value)
             else:
@@ -225,8 +235,23 @@ class Replay(Attempts):
 
 
 def _copy(scope: Scope) -> dict[str, Any]:
-    copied = (dict, list)
-    return {k: v.copy() if type(v) in copied else v for k, v in scope.items()}
+    copied: dict[str, Any] = scope.copy()
+    for key, value in scope.items():
+        kind = type(value)
+        if kind is dict or kind is list:
+            copied[key] = value.copy()
+        elif kind not in PLAIN:
+            copied[key] = _copy_of(value)
+    return copied
+
+
+def _copy_of(value: Any) -> Any:
+    if not isinstance(value, dict | list):
+        return value
+    copied = copy.copy(value)
+    if hasattr(value, "__dict__"):  # Starlette's session notes that it was changed
+        copied.__dict__ = vars(value).copy()
+    return copied
 
 
 def _is_replayed(error: BaseException) -> bool:

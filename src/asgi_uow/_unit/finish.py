@@ -89,7 +89,7 @@ async def _complete(
     if ended.cause is not None:
         unit.failure = ended.failure(ended.cause, unit.share())
     if unit.schedule is not None and ended.outcome is Outcome.ROLLED_BACK:
-        unit.again = unit.schedule(unit, ended.error or unit.doom)
+        unit.again = unit.schedule(unit, unit.doom or ended.error)
     unit.move(STATE_OF[ended.outcome])
     _report(unit, ended.outcome, completion)
     if any(unit.hooks.queues.values()):

@@ -156,7 +156,11 @@ async def call_hook(
     is cancelled when its time is up.
     """
     shield.restart()
-    error = await _run_in(context, work)
+    error: BaseException | None = None
+    try:
+        await run_in(context, work)
+    except BaseException as raised:  # noqa: BLE001  # hook isolation
+        error = raised
     try:
         is_late = shield.is_late
         task = asyncio.current_task()
@@ -176,21 +180,18 @@ async def call_hook(
 
 
 @types.coroutine
-def _run_in(
-    context: contextvars.Context, work: Work
-) -> Generator[object, object, BaseException | None]:
+def run_in(context: contextvars.Context, work: Work) -> Generator[object, object, None]:
+    """Run `work` in a context of its own, and in this task."""
     resume: Callable[..., object] = work.send
     value: object = None
     while True:
         try:
             waits_for = context.run(resume, value)
         except StopIteration:
-            return None
-        except BaseException as error:  # noqa: BLE001  # hook isolation
-            return error
+            return
         try:
             resume, value = work.send, (yield waits_for)
-        except BaseException as error:  # noqa: BLE001  # the hook's to handle
+        except BaseException as error:  # noqa: BLE001  # the work's to handle
             resume, value = work.throw, error
 
 

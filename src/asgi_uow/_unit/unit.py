@@ -88,8 +88,8 @@ class UnitOfWork:
     @property
     def is_used_up(self) -> bool:
         """Whether a conflict has undone its work and there is no attempt left."""
-        doom = self.doomed_by if self.is_last_attempt else None
-        return to_retry(doom, []) is not None
+        is_last = self.schedule is not None and self.is_last_attempt
+        return is_last and to_retry(self.doomed_by, []) is not None
 
     @property
     def doomed_by(self) -> BaseException | None:

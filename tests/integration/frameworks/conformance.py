@@ -10,8 +10,9 @@ from tests.integration.frameworks.facts import (
     commits,
     context,
     errors,
+    replays,
     responses,
     units,
 )
 
-__all__ = ["FACTS", "commits", "context", "errors", "responses", "units"]
+__all__ = ["FACTS", "commits", "context", "errors", "replays", "responses", "units"]

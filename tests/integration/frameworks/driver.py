@@ -1,4 +1,4 @@
-"""The ASGI half of a server, as frameworks meet it: lifespan, HTTP and websockets."""
+"""Servers: the ASGI half of one, as frameworks meet it, and uvicorn."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
+import uvicorn
 
+from tests.servers import eventually
+from tests.servers.process import HOST
 from tests.support.asgi import Client, http_scope
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
 
-    from asgi_uow._asgi import Message, Send
+    from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
 
 
 class Server(Client):
@@ -77,3 +81,29 @@ class Server(Client):
         self, scope: object, incoming: asyncio.Queue[Message], send: Send
     ) -> None:
         await self.app(scope, incoming.get, send)
+
+
+@asynccontextmanager
+async def on_uvicorn(app: ASGIApp) -> AsyncGenerator[httpx.AsyncClient, None]:
+    """Serve an application on a free port, inside what knows who is logged in."""
+
+    async def with_user(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["state"]["user"] = "ann"
+        await app(scope, receive, send)
+
+    config = uvicorn.Config(with_user, HOST, 0, ws="none", log_config=None)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+
+    async def is_started() -> bool:
+        return server.started or serving.done()
+
+    try:
+        await eventually(expected=True, probe=is_started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with httpx.AsyncClient(base_url=f"http://{HOST}:{port}") as client:
+            yield client
+    finally:
+        server.should_exit = True
+        await serving

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from blacksheep import (
     Application,
+    Request,
     Response,
     StreamedContent,
     TextContent,
@@ -16,7 +17,7 @@ from blacksheep.server.routing import Router
 from blacksheep.server.sse import ServerSentEventsResponse, TextServerSentEvent
 
 from asgi_uow import UnitOfWorkMiddleware
-from tests.integration.frameworks.site import Adapter
+from tests.integration.frameworks.site import Adapter, Upload
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         Reply,
         Site,
         SyncHandler,
+        UploadHandler,
     )
 
 
@@ -55,14 +57,16 @@ class BlackSheepAdapter(Adapter):
             app.router.add_head(path, _endpoint(handler))
         for path, sync_handler in site.sync_routes.items():
             app.router.add_get(path, _sync_endpoint(sync_handler))
+        for path, each in site.uploads.items():
+            app.router.add_post(f"{path}/{{number}}", _upload(each))
         for path, on_message in site.websockets.items():
             app.router.add_ws(path, _converse(on_message))
         for path, mounted in site.mounts.items():
             app.mount(path, mounted)
         if site.middleware is not None:
             app.middlewares.append(_around(site.middleware, site.middleware_after))
-        for error, each in site.error_handlers.items():
-            app.exception_handler(error)(_handling(each))
+        for error, handle in site.error_handlers.items():
+            app.exception_handler(error)(_handling(handle))
         app.on_start(_event(site.startup))
         app.on_stop(_event(site.shutdown))
         return UnitOfWorkMiddleware(app, *databases, **options) if databases else app
@@ -107,6 +111,17 @@ def _endpoint(handler: Handler) -> Any:
 def _sync_endpoint(handler: SyncHandler) -> Any:
     def endpoint() -> Response:
         return _respond(handler())
+
+    return endpoint
+
+
+def _upload(handler: UploadHandler) -> Any:
+    async def endpoint(request: Request, number: int) -> Response:
+        form: Any = await request.form()
+        [file] = form["file"]
+        name, content = file.file_name.decode(), file.data
+        upload = Upload(number, form["title"], name, content, request.scope)
+        return _respond(await handler(upload))
 
     return endpoint
 

@@ -14,7 +14,7 @@ from django.urls import path
 from django.views.decorators.http import require_http_methods
 
 from asgi_uow import UnitOfWorkMiddleware
-from tests.integration.frameworks.site import Adapter, Site, event_stream
+from tests.integration.frameworks.site import Adapter, Site, Upload, event_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,9 +24,16 @@ if TYPE_CHECKING:
 
     from asgi_uow import Database
     from asgi_uow._asgi import ASGIApp
-    from tests.integration.frameworks.site import Handler, Reply, SyncHandler, T
+    from tests.integration.frameworks.site import (
+        Handler,
+        Reply,
+        SyncHandler,
+        T,
+        UploadHandler,
+    )
 
 NO_TASKS = "no background tasks in the serving process"
+NO_MOUNTS = "no mounting of ASGI applications"
 NO_LIFESPAN = "no lifespan: dispose of the engines yourself"
 
 settings.configure(
@@ -41,7 +48,8 @@ class DjangoAdapter(Adapter):
     has_lifespan = False
     lacks: ClassVar = {
         "failed_commit_answered_by_the_framework": "its handlers do not see it",
-        "mounted_application": "no mounting of ASGI applications",
+        "mounted_application": NO_MOUNTS,
+        "replayed_mount": NO_MOUNTS,
         "p2_failed_commit_before_a_background_task": NO_TASKS,
         "p9_background_task": NO_TASKS,
         "event_listener": "its signals are called, as functions are",
@@ -58,6 +66,10 @@ class DjangoAdapter(Adapter):
         urls.urlpatterns = [
             *(_path(url, _view(each)) for url, each in site.routes.items()),
             *(_path(url, _head(each)) for url, each in site.heads.items()),
+            *(
+                _path(f"{url}/<int:number>", _upload(each))
+                for url, each in site.uploads.items()
+            ),
             *(_path(url, _sync_view(each)) for url, each in site.sync_routes.items()),
         ]
         settings.SITE = site
@@ -123,6 +135,15 @@ def _view(handler: Handler) -> Any:
 
 def _head(handler: Handler) -> Any:
     return require_http_methods(["HEAD"])(_view(handler))
+
+
+def _upload(handler: UploadHandler) -> Any:
+    async def view(request: Any, number: int) -> HttpResponseBase:
+        title, file = request.POST["title"], request.FILES["file"]
+        upload = Upload(number, title, file.name, file.read(), request.scope)
+        return _respond(await handler(upload))
+
+    return require_http_methods(["POST"])(view)
 
 
 def _sync_view(handler: SyncHandler) -> Any:

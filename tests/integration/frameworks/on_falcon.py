@@ -7,7 +7,7 @@ from falcon import HTTPNotFound, WebSocketDisconnected
 from falcon.asgi import App, SSEvent
 
 from asgi_uow import UnitOfWorkMiddleware
-from tests.integration.frameworks.site import Adapter
+from tests.integration.frameworks.site import Adapter, Upload
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -23,14 +23,18 @@ if TYPE_CHECKING:
         Reply,
         Site,
         SyncHandler,
+        UploadHandler,
     )
+
+NO_MOUNTS = "no mounting of ASGI applications"
 
 
 class FalconAdapter(Adapter):
     name = "Falcon"
     lacks: ClassVar = {
         "failed_commit_answered_by_the_framework": "its handlers do not see it",
-        "mounted_application": "no mounting of ASGI applications",
+        "mounted_application": NO_MOUNTS,
+        "replayed_mount": NO_MOUNTS,
         "sync_handler": "handlers are async",
         "sync_stream": "streams are async",
         "thread": "`sync_to_async` loses the context: use `asyncio.to_thread`",
@@ -46,10 +50,12 @@ class FalconAdapter(Adapter):
             app.add_route(path, _Get(handler))
         for path, handler in site.heads.items():
             app.add_route(path, _Head(handler))
+        for path, each in site.uploads.items():
+            app.add_route(f"{path}/{{number:int}}", _Post(each))
         for path, on_message in site.websockets.items():
             app.add_route(path, _Converse(on_message))
-        for error, each in site.error_handlers.items():
-            app.add_error_handler(error, _handling(each))
+        for error, handle in site.error_handlers.items():
+            app.add_error_handler(error, _handling(handle))
         return UnitOfWorkMiddleware(app, *databases, **options) if databases else app
 
     def not_found(self) -> Exception:
@@ -127,6 +133,19 @@ class _Head:
 
     async def on_head(self, _: Request, resp: Response) -> None:
         _fill(resp, await self.handler())
+
+
+class _Post:
+    def __init__(self, handler: UploadHandler) -> None:
+        self.handler = handler
+
+    async def on_post(self, req: Request, resp: Response, number: int) -> None:
+        parts: dict[str, tuple[str, bytes]] = {}
+        async for part in await req.get_media():
+            parts[part.name] = part.filename or "", await part.stream.read()
+        (_, title), (name, content) = parts["title"], parts["file"]
+        upload = Upload(number, title.decode(), name, content, req.scope)
+        _fill(resp, await self.handler(upload))
 
 
 class _Converse:

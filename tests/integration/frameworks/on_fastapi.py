@@ -1,8 +1,16 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from fastapi import Depends, FastAPI, HTTPException, WebSocket
+from fastapi import (
+    Depends,
+    FastAPI,
+    Form,
+    HTTPException,
+    Request,
+    UploadFile,
+    WebSocket,
+)
 from fastapi.concurrency import run_in_threadpool
 
 from tests.integration.frameworks.on_starlette import (
@@ -12,7 +20,7 @@ from tests.integration.frameworks.on_starlette import (
     respond,
     with_middleware,
 )
-from tests.integration.frameworks.site import Adapter
+from tests.integration.frameworks.site import Adapter, Upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
         Site,
         SyncHandler,
         T,
+        UploadHandler,
     )
 
 
@@ -45,6 +54,13 @@ class FastAPIAdapter(Adapter):
                 path,
                 _endpoint(injected.handler),
                 dependencies=[Depends(injected.first), Depends(injected.second)],
+            )
+        for path, each in site.uploads.items():
+            app.add_api_route(
+                f"{path}/{{number}}",
+                _upload(each),
+                methods=["POST"],
+                response_model=None,
             )
         for path, on_message in site.websockets.items():
             app.add_api_websocket_route(path, _converse(on_message))
@@ -69,6 +85,17 @@ def _endpoint(handler: Handler) -> Any:
 def _sync_endpoint(handler: SyncHandler) -> Any:
     def endpoint() -> Any:
         return respond(handler())
+
+    return endpoint
+
+
+def _upload(handler: UploadHandler) -> Any:
+    async def endpoint(
+        number: int, title: Annotated[str, Form()], file: UploadFile, request: Request
+    ) -> Any:
+        name, content = str(file.filename), await file.read()
+        upload = Upload(number, title, name, content, request.scope)
+        return respond(await handler(upload))
 
     return endpoint
 

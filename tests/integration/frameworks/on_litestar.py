@@ -3,7 +3,7 @@ from __future__ import annotations
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from litestar import Litestar, Request, WebSocket, asgi, get, head, websocket
+from litestar import Litestar, Request, WebSocket, asgi, get, head, post, websocket
 from litestar.background_tasks import BackgroundTask
 from litestar.concurrency import sync_to_thread
 from litestar.di import NamedDependency, Provide
@@ -12,7 +12,7 @@ from litestar.exceptions import NotFoundException, WebSocketDisconnect
 from litestar.response import File, Response, ServerSentEvent, Stream
 
 from asgi_uow import UnitOfWorkMiddleware
-from tests.integration.frameworks.site import Adapter
+from tests.integration.frameworks.site import Adapter, Upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
         Site,
         SyncHandler,
         T,
+        UploadHandler,
     )
 
 FAILURES = "its handlers do not see it"
+STATE = "Litestar keeps the form outside: wrap the application"
 
 
 class LitestarAdapter(Adapter):
@@ -57,6 +59,9 @@ class LitestarMiddlewareAdapter(LitestarAdapter):
     name = "Litestar, `middleware=[...]`"
     lacks: ClassVar = {
         **LitestarAdapter.lacks,
+        "replayed": STATE,
+        "replayed_answer": STATE,
+        "replayed_mount": STATE,
         "shutdown": "its middleware sees no lifespan: `on_shutdown=[db.dispose]`",
     }
 
@@ -74,6 +79,10 @@ def _litestar(site: Site, **options: Any) -> Litestar:
         *(
             get(path, sync_to_thread=True)(_sync_endpoint(each))
             for path, each in site.sync_routes.items()
+        ),
+        *(
+            post(f"{path}/{{number:int}}")(_upload(each))
+            for path, each in site.uploads.items()
         ),
         *(_injected(path, each) for path, each in site.injected.items()),
         *(get(path)(_emitting(path)) for path in site.listeners),
@@ -133,6 +142,18 @@ def _head(handler: Handler) -> Any:
 def _sync_endpoint(handler: SyncHandler) -> Any:
     def endpoint() -> Response[Any]:
         return _respond(handler())
+
+    return endpoint
+
+
+def _upload(handler: UploadHandler) -> Any:
+    async def endpoint(request: Request[Any, Any, Any]) -> Response[Any]:
+        form = await request.form()
+        file = form["file"]
+        name, content = file.filename, await file.read()
+        number = request.path_params["number"]
+        upload = Upload(number, form["title"], name, content, request.scope)
+        return _respond(await handler(upload))
 
     return endpoint
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from quart import Quart, Response, send_file, websocket
+from quart import Quart, Response, request, send_file, websocket
 from quart.utils import run_sync
 from werkzeug.exceptions import NotFound
 
 from asgi_uow import UnitOfWorkMiddleware
-from tests.integration.frameworks.site import Adapter, event_stream
+from tests.integration.frameworks.site import Adapter, Upload, event_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
         Site,
         SyncHandler,
         T,
+        UploadHandler,
     )
 
+NO_MOUNTS = "no mounting of ASGI applications"
 AT_ONCE = "tasks start at once, beside the handler"
 
 
@@ -31,7 +33,8 @@ class QuartAdapter(Adapter):
     name = "Quart"
     lacks: ClassVar = {
         "failed_commit_answered_by_the_framework": "its handlers do not see it",
-        "mounted_application": "no mounting of ASGI applications",
+        "mounted_application": NO_MOUNTS,
+        "replayed_mount": NO_MOUNTS,
         "p2_failed_commit_before_a_background_task": AT_ONCE,
         "p9_background_task": AT_ONCE,
         "event_listener": "its signals are called, as functions are",
@@ -48,13 +51,16 @@ class QuartAdapter(Adapter):
             app.add_url_rule(path, path, _endpoint(handler), methods=["HEAD"])
         for path, sync_handler in site.sync_routes.items():
             app.add_url_rule(path, path, _sync_endpoint(sync_handler))
+        for path, each in site.uploads.items():
+            url = f"{path}/<int:number>"
+            app.add_url_rule(url, path, _upload(each), methods=["POST"])
         for path, on_message in site.websockets.items():
             app.add_websocket(path, path, _converse(on_message))
         if site.middleware is not None:
             app.before_request(site.middleware)
             app.after_request(_after(site.middleware_after))
-        for error, each in site.error_handlers.items():
-            app.register_error_handler(error, _handling(each))
+        for error, handle in site.error_handlers.items():
+            app.register_error_handler(error, _handling(handle))
         app.before_serving(site.startup)
         app.after_serving(site.shutdown)
         if databases:
@@ -92,6 +98,16 @@ def _endpoint(handler: Handler) -> Any:
 def _sync_endpoint(handler: SyncHandler) -> Any:
     def endpoint() -> Response:
         return _respond(handler())
+
+    return endpoint
+
+
+def _upload(handler: UploadHandler) -> Any:
+    async def endpoint(number: int) -> Response:
+        title, file = (await request.form)["title"], (await request.files)["file"]
+        name, content = str(file.filename), file.read()
+        upload = Upload(number, title, name, content, request.scope)
+        return _respond(await handler(upload))
 
     return endpoint
 

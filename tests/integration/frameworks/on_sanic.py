@@ -8,7 +8,7 @@ from sanic.exceptions import NotFound
 from sanic.response import file, text
 
 from asgi_uow import UnitOfWorkMiddleware
-from tests.integration.frameworks.site import Adapter, event_stream
+from tests.integration.frameworks.site import Adapter, Upload, event_stream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
         Reply,
         Site,
         SyncHandler,
+        UploadHandler,
     )
 
+NO_MOUNTS = "no mounting of ASGI applications"
 EVENT = "site.event.emitted"
 NUMBERS = itertools.count()  # names have to differ
 
@@ -40,7 +42,8 @@ class SanicAdapter(Adapter):
     answers_failures = True
     lacks: ClassVar = {
         "failed_commit_answered_by_error_app": "Sanic answers it",
-        "mounted_application": "no mounting of ASGI applications",
+        "mounted_application": NO_MOUNTS,
+        "replayed_mount": NO_MOUNTS,
         "sync_stream": "streams are written by async handlers",
         "dependencies": "no dependencies of its own",
         "p11_dependencies_at_once": "no dependencies of its own",
@@ -56,6 +59,9 @@ class SanicAdapter(Adapter):
             app.add_route(_endpoint(handler), path, methods=["HEAD"], name="head")
         for path, sync_handler in site.sync_routes.items():
             app.add_route(_sync(sync_handler), path, name=f"route{next(NUMBERS)}")
+        for path, each in site.uploads.items():
+            url = f"{path}/<number:int>"
+            app.add_route(_upload(each), url, methods=["POST"], name="upload")
         for path, on_message in site.websockets.items():
             app.add_websocket_route(_converse(on_message), path)
         _add_hooks(app, site)
@@ -123,6 +129,16 @@ def _endpoint(handler: Handler) -> Any:
         else:
             return _respond(reply)
         return None
+
+    return endpoint
+
+
+def _upload(handler: UploadHandler) -> Any:
+    async def endpoint(request: Any, number: int) -> HTTPResponse:
+        file = request.files.get("file")
+        title = request.form.get("title")
+        upload = Upload(number, title, file.name, file.body, request.scope)
+        return _respond(await handler(upload))
 
     return endpoint
 

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import FileResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 
 from asgi_uow import UnitOfWorkMiddleware
-from tests.integration.frameworks.site import Adapter, event_stream
+from tests.integration.frameworks.site import Adapter, Upload, event_stream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         Site,
         SyncHandler,
         T,
+        UploadHandler,
     )
 
 
@@ -53,6 +55,10 @@ class StarletteAdapter(Adapter):
             *(
                 Route(path, _sync_endpoint(each))
                 for path, each in site.sync_routes.items()
+            ),
+            *(
+                Route(f"{path}/{{number:int}}", _upload(each), methods=["POST"])
+                for path, each in site.uploads.items()
             ),
             *(
                 WebSocketRoute(path, _converse(each))
@@ -110,6 +116,20 @@ def _endpoint(handler: Handler) -> Any:
 def _sync_endpoint(handler: SyncHandler) -> Any:
     def endpoint(_: Request) -> Response:
         return respond(handler())
+
+    return endpoint
+
+
+def _upload(handler: UploadHandler) -> Any:
+    async def endpoint(request: Request) -> Response:
+        number = request.path_params["number"]
+        async with request.form() as form:
+            title, file = form["title"], form["file"]
+            assert isinstance(title, str)
+            assert isinstance(file, UploadFile)
+            name, content = str(file.filename), await file.read()
+            upload = Upload(number, title, name, content, request.scope)
+            return respond(await handler(upload))
 
     return endpoint
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     Handler: TypeAlias = Callable[[], Awaitable["Reply"]]
     SyncHandler: TypeAlias = Callable[[], "Reply"]
+    UploadHandler: TypeAlias = Callable[["Upload"], Awaitable["Reply"]]
     OnMessage: TypeAlias = Callable[[str], Awaitable[str]]
     Hook: TypeAlias = Callable[[], Awaitable[None]]
 
@@ -59,6 +60,20 @@ class Injected:
 
 
 @dataclasses.dataclass(frozen=True)
+class Upload:
+    """What came with a POST of a form, as the framework gives it to a handler."""
+
+    number: int
+    """From the path."""
+    title: str
+    """The field of the form that is a text."""
+    filename: str
+    content: bytes
+    """Of the field `file`."""
+    scope: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class Site:
     """What an application serves, by path; handlers take no argument."""
 
@@ -68,6 +83,10 @@ class Site:
     )
     heads: Mapping[str, Handler] = dataclasses.field(default_factory=lambda: NONE)
     """Served for HEAD only."""
+    uploads: Mapping[str, UploadHandler] = dataclasses.field(
+        default_factory=lambda: NONE
+    )
+    """Each serves POST with a number after its path."""
     injected: Mapping[str, Injected] = dataclasses.field(default_factory=lambda: NONE)
     websockets: Mapping[str, OnMessage] = dataclasses.field(
         default_factory=lambda: NONE

@@ -1,0 +1,195 @@
+"""Several addresses of one database: one that takes writes is used, until it fails."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager, closing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
+
+import asgi_uow as uow
+from asgi_uow import Database, Retry, errors
+from tests.servers import MariaDBBackend
+from tests.servers.process import MariaDB
+from tests.support import shop
+from tests.support.asgi import handle
+from tests.support.databases import SERVER_DRIVERS, checked_out, on
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterator
+
+    from tests.servers import ServerBackend
+
+WHERE = "SELECT @@port"
+READ_ONLY = "SET GLOBAL read_only = {}"
+
+
+@pytest.fixture(scope="module")
+def other_server() -> Iterator[MariaDB]:
+    """A second server."""
+    with closing(MariaDB()) as server:
+        server.start()
+        yield server
+
+
+@asynccontextmanager
+async def two_nodes(
+    mariadb: MariaDBBackend, other_server: MariaDB, **options: Any
+) -> AsyncGenerator[tuple[Database, MariaDBBackend, MariaDBBackend]]:
+    """A database on two servers, each with a shop; the first is read-only."""
+    other = MariaDBBackend(other_server.port)
+    other.database = mariadb.database
+    other._own_url = other.admin_url + other.database
+    async with other:
+        urls = [mariadb.url, mariadb.url.replace(str(mariadb.port), str(other.port))]
+        db = Database.from_url(urls, **options)
+        try:
+            for each in (mariadb, other):
+                await shop.create(each)
+            await mariadb.execute(READ_ONLY.format("ON"))
+            yield db, mariadb, other
+        finally:
+            for each in (mariadb, other):
+                await each.execute(READ_ONLY.format("OFF"))
+            await db.dispose()
+
+
+async def places(db: Database) -> set[object]:
+    """Tell which servers the sessions of a unit use."""
+    async with db:
+        return {await db.read.scalar(WHERE), await db.write.scalar(WHERE)}
+
+
+@on("asyncmy")
+async def test_the_one_that_takes_writes(
+    mariadb: MariaDBBackend, other_server: MariaDB
+) -> None:
+    """Writes and reads go to one server, though another comes first and answers."""
+    async with two_nodes(mariadb, other_server) as (db, first, second):
+        assert {second.port} == await places(db)
+        async with db:
+            await shop.insert(1)
+        assert [1] == await shop.items(second)
+        assert [] == await shop.items(first)
+
+
+@on("asyncmy")
+async def test_a_switchover(mariadb: MariaDBBackend, other_server: MariaDB) -> None:
+    """When the server has become read-only, the next unit has the other one."""
+    async with two_nodes(mariadb, other_server) as (db, first, second):
+        assert {second.port} == await places(db)
+        await second.execute(READ_ONLY.format("ON"))
+        await first.execute(READ_ONLY.format("OFF"))
+        response = await handle(lambda: shop.insert(1), db)
+        assert 503 == response.status
+        assert {first.port} == await places(db)
+        await second.execute(READ_ONLY.format("OFF"))
+        assert {first.port} == await places(db)  # nobody goes back without a reason
+        assert [0, 0] == checked_out(db)
+
+
+@on("asyncmy")
+async def test_a_switchover_with_retry(
+    mariadb: MariaDBBackend, other_server: MariaDB
+) -> None:
+    """With `Retry` the client does not notice."""
+    async with two_nodes(mariadb, other_server) as (db, first, second):
+        assert {second.port} == await places(db)
+        await second.execute(READ_ONLY.format("ON"))
+        await first.execute(READ_ONLY.format("OFF"))
+        retry = Retry(backoff=0.001)
+        response = await handle(lambda: shop.insert(1), db, retry=retry)
+        assert 200 == response.status
+        assert [1] == await shop.items(first)
+
+
+@on("asyncmy")
+async def test_a_node_that_is_not_ready(
+    mariadb: MariaDBBackend, other_server: MariaDB
+) -> None:
+    """A node of a cluster that answers 1047 to statements, and to a ping as ever."""
+    async with two_nodes(mariadb, other_server) as (db, first, second):
+        assert {second.port} == await places(db)
+        await first.execute(READ_ONLY.format("OFF"))
+        await second.execute(
+            "CREATE TRIGGER not_ready BEFORE INSERT ON items FOR EACH ROW"
+            " SIGNAL SQLSTATE '08S01' SET MYSQL_ERRNO = 1047"
+        )
+        response = await handle(lambda: shop.insert(1), db)
+        assert 503 == response.status
+        assert {first.port} == await places(db)
+
+
+@on("asyncmy")
+async def test_none_takes_writes(
+    mariadb: MariaDBBackend, other_server: MariaDB
+) -> None:
+    """Where none does, that is an outage, and it is over as soon as one does again."""
+    async with two_nodes(mariadb, other_server) as (db, first, second):
+        await second.execute(READ_ONLY.format("ON"))
+        response = await handle(lambda: shop.insert(1), db)
+        assert 503 == response.status
+        assert "none of the addresses takes writes" in str(response.error)
+        await second.execute(READ_ONLY.format("OFF"))
+        assert {second.port} == await places(db)
+        assert [] == await shop.items(first)
+
+
+@on(*SERVER_DRIVERS)
+async def test_one_that_cannot_be_reached(backend: ServerBackend) -> None:
+    """Connections go to the next address, with what a listener gives for it."""
+    seen: list[int] = []
+    await shop.create(backend)
+    async with backend.proxy() as first, backend.proxy() as second:
+        urls = [backend.through(each.port) for each in (first, second)]
+        db = Database.from_url(urls)
+
+        @event.listens_for(db.engine.sync_engine, "do_connect")
+        def note(_: object, __: object, ___: object, options: dict[str, Any]) -> None:
+            seen.append(int(options["port"]))
+
+        async with db:
+            await shop.insert(1)
+        assert {first.port} == set(seen)
+        await first.__aexit__()
+        async with db:
+            await shop.insert(2)
+        assert second.port == seen[-1]
+        assert [1, 2] == await shop.items(backend)
+        await db.dispose()
+
+
+@on(*SERVER_DRIVERS)
+async def test_no_address_answers(backend: ServerBackend) -> None:
+    """What the last of them says is raised."""
+    async with backend.proxy() as first, backend.proxy() as second:
+        urls = [backend.through(each.port) for each in (first, second)]
+    db = Database.from_url(urls)
+    response = await handle(lambda: shop.insert(1), db)
+    assert 503 == response.status
+    assert isinstance(response.error, OperationalError | OSError)
+    await db.dispose()
+
+
+@pytest.mark.parametrize(
+    ("urls", "message"),
+    [
+        ([], "url must be a URL, or a list of URLs"),
+        (["mysql://h/d", "postgres://h/d"], "servers of one database"),
+        (["postgres://h/d", "postgresql+psycopg://h/d"], "with one driver"),
+        (["sqlite:///a.db", "sqlite:///b.db"], "servers of one database"),
+        (7, "url must be a URL, or a list of URLs"),
+    ],
+)
+def test_what_cannot_be(urls: Any, message: str) -> None:
+    """Addresses that cannot be of one database are refused."""
+    with pytest.raises(errors.ConfigurationError, match=message):
+        Database.from_url(urls)
+
+
+def test_one_in_a_list() -> None:
+    """A list of one is that one."""
+    assert "sqlite+aiosqlite:///a.db" == Database.from_url(["sqlite:///a.db"]).name
+    assert uow.in_unit_of_work() is False

@@ -1,0 +1,1 @@
+"""What happens to requests when PostgreSQL fails over: Patroni, etcd, HAProxy."""
