@@ -23,6 +23,7 @@ from tests.support.asgi import (
     START,
     Client,
     Response,
+    endpoint,
     http_scope,
     no_body,
     respond,
@@ -397,6 +398,45 @@ async def test_a_large_body(backend: Backend) -> None:
         assert [b"ontwo"] * 2 == site.bodies
 
 
+async def test_a_body_that_was_read_in_part(backend: Backend) -> None:
+    """The next attempt has the parts that were read, then those that were not."""
+    async with conflicting_shop(backend) as db:
+        site, begun = Site(backend, conflicts=0), list[bytes]()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if not begun:
+                begun.append((await receive())["body"])
+                await conflict(backend)
+            await site(scope, receive, send)
+
+        wrapped = UnitOfWorkMiddleware(app, db, retry=Retry(**SOON))
+        response = await Client(wrapped).request(receive=sending(b"one", b"two"))
+        assert (200, [b"one"], [b"onetwo"]) == (response.status, begun, site.bodies)
+
+
+async def test_what_reads_on(backend: Backend) -> None:
+    """What an attempt has left behind takes nothing of the next one's body."""
+    async with conflicting_shop(backend) as db:
+        site, is_second = Site(backend), asyncio.Event()
+        left: list[asyncio.Task[Message]] = []
+
+        async def read_on(receive: Receive) -> Message:
+            await is_second.wait()
+            return await receive()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if left:
+                is_second.set()
+                assert "http.disconnect" == (await left[0])["type"]
+            else:
+                left.append(asyncio.create_task(read_on(receive)))
+            await site(scope, receive, send)
+
+        wrapped = UnitOfWorkMiddleware(app, db, retry=Retry(**SOON))
+        await Client(wrapped).request(receive=sending(b"one", b"two"))
+        assert [b"onetwo"] * 2 == site.bodies
+
+
 async def test_a_client_that_left(backend: Backend) -> None:
     """After a disconnect nobody waits for another attempt."""
     async with conflicting_shop(backend) as db:
@@ -478,12 +518,7 @@ async def test_no_conflict(backend: Backend) -> None:
     """An error that would come again is raised at once."""
     async with conflicting_shop(backend) as db:
         await backend.execute("INSERT INTO items (id) VALUES (1)")
-        site = Site(backend, conflicts=0)
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await shop.insert(1)
-            await site(scope, receive, send)
-
+        app = endpoint(lambda: shop.insert(1))
         wrapped = UnitOfWorkMiddleware(app, db, retry=Retry(**SOON))
         response = await Client(wrapped).request(receive=sending())
         assert isinstance(response.error, IntegrityError)
@@ -500,21 +535,24 @@ async def test_the_pool(backend: Backend) -> None:
         assert (503, 1) == (response.status, len(site.attempts))
 
 
-async def test_cancelled(backend: Backend) -> None:
-    """A request that was cancelled is not replayed."""
+@pytest.mark.parametrize("attempts", [1, 2])
+async def test_cancelled(backend: Backend, attempts: int) -> None:
+    """A request that was cancelled is not replayed, whichever attempt it is in."""
     async with conflicting_shop(backend) as db:
-        site = Site(backend)
+        site, reached = Site(backend, conflicts=2), asyncio.Event()
 
-        async def stay(_: Send) -> None:
-            await asyncio.Event().wait()
+        async def answer_or_wait(send: Send) -> None:
+            if len(site.attempts) == attempts:
+                reached.set()
+                await asyncio.Event().wait()
+            await respond(send, 409)
 
-        site.answer = stay
+        site.answer = answer_or_wait
         serving = asyncio.create_task(site.serve(db))
-        while not site.attempts:
-            await asyncio.sleep(0)
+        await reached.wait()
         serving.cancel()
         await asyncio.wait([serving])
-        assert (serving.cancelled(), 1) == (True, len(site.attempts))
+        assert (serving.cancelled(), attempts) == (True, len(site.attempts))
         assert [0, 0] == checked_out(db)
 
 
