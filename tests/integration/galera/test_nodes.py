@@ -192,6 +192,21 @@ async def test_another_node(
         assert [1047] == [each.code for each in response.events.of(RetryScheduled)]
 
 
+@pytest.mark.parametrize("fault", [GaleraCluster.kill, GaleraCluster.isolate])
+async def test_next_address(cluster: GaleraCluster, fault: Callable[..., Any]) -> None:
+    """A database with several addresses goes on at once on the next node."""
+    await cluster.create(CREATE, INSERT)
+    db = Database.from_url([cluster.at(node).url for node in cluster.nodes])
+    assert 200 == (await handle(add, db, retry=RETRY)).status
+    await fault(cluster, cluster.nodes[0])
+    for handler in (add, read):
+        assert 200 == (await handle(handler, db, retry=RETRY)).status
+    assert (await db.check()).ok
+    await cluster.rejoin(cluster.nodes[0])
+    assert [2, 2, 2] == await values(cluster)
+    await db.dispose()
+
+
 async def test_commit_in_doubt(cluster: GaleraCluster) -> None:
     """A COMMIT during which the node loses the others may be kept by those."""
     _, node, _ = cluster.nodes
