@@ -168,9 +168,7 @@ def test_what_a_url_says() -> None:
     db = Database.from_url(urls, connect_args={"connect_timeout": 2})
     nodes: Any = vars(db.engine.sync_engine)["nodes"]
     for node, (user, port) in enumerate([("ann", 3307), ("bob", None)]):
-        cparams: dict[str, Any] = db.engine.dialect.create_connect_args(db.engine.url)[
-            1
-        ]
+        cparams: Any = db.engine.dialect.create_connect_args(db.engine.url)[1]
         cparams["connect_timeout"] = 2
         entry = SimpleNamespace(info={"asgi_uow.node": (node, 0)})
         nodes.direct(entry, [], cparams)

@@ -169,10 +169,9 @@ class Campaign:
                 self.over.set()
 
     async def client(self, number: int) -> None:
-        dice = random.Random(number)
-        for count in itertools.count():
-            if self.over.is_set():
-                return
+        dice, counts = random.Random(number), itertools.count()
+        while not self.over.is_set():
+            count = next(counts)
             row = dice.choice(ROWS)
             order = Order(
                 f"{number}-{count}",
@@ -202,12 +201,11 @@ class Campaign:
 
     async def strike(self, until: float) -> None:
         """Kill one node and isolate the next, then others, each until it is back."""
-        cluster = self.cluster
-        for killed, isolated in itertools.pairwise(itertools.cycle(cluster.nodes)):
+        nodes = itertools.pairwise(itertools.cycle(self.cluster.nodes))
+        while time.monotonic() < until:
+            killed, isolated = next(nodes)
             await self.fault("killed", killed)
             await self.fault("isolated", isolated)
-            if time.monotonic() >= until:
-                return
 
     async def fault(self, name: str, node: GaleraNode) -> None:
         faults = {"killed": self.cluster.kill, "isolated": self.cluster.isolate}

@@ -52,7 +52,7 @@ class GaleraNode(MariaDB):
     def __init__(self) -> None:
         super().__init__("--init-file=")  # what a node did there, it would replicate
         self.first: MariaDB = self
-        self.gcomm_port = self.ist_port = 0
+        self.gcomm_port = self.transfer_port = 0
         self.peers: list[int] = []
         """The ports on which the nodes find each other."""
 
@@ -68,7 +68,7 @@ class GaleraNode(MariaDB):
     def _serve(self) -> list[str]:
         provider = {
             "gmcast.listen_addr": f"tcp://{HOST}:{self.gcomm_port}",
-            "ist.recv_addr": f"{HOST}:{self.ist_port}",
+            "ist.recv_addr": f"{HOST}:{self.transfer_port}",
             "gcache.size": "16M",
             **TIMERS,
         }
@@ -123,7 +123,7 @@ class GaleraCluster(ServerGroup):
         for node in self.nodes:
             node.first = self.nodes[0]
             node.gcomm_port = next(self.free_ports)
-            node.ist_port = next(self.free_ports)
+            node.transfer_port = next(self.free_ports)
         for node in self.nodes:
             node.peers = [each.gcomm_port for each in self.nodes]
 

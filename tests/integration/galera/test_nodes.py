@@ -25,7 +25,7 @@ from tests.support.asgi import handle
 from tests.support.databases import checked_out
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from tests.integration.galera.servers import GaleraNode
 
@@ -51,6 +51,10 @@ async def database(
 
 async def add() -> None:
     await current_session().execute(ADD)
+
+
+async def read() -> None:
+    await current_read_session().scalar(VALUE)
 
 
 async def values(cluster: GaleraCluster) -> list[object]:
@@ -128,9 +132,6 @@ async def test_node_without_the_others(cluster: GaleraCluster) -> None:
     """It answers 503 to what writes and reads, and all is well when it is back."""
     _, node, _ = cluster.nodes
 
-    async def read() -> None:
-        await current_read_session().scalar(VALUE)
-
     async with database(cluster, node) as db:
         for handler in (add, read):
             assert 200 == (await handle(handler, db)).status
@@ -170,7 +171,10 @@ async def test_commit_without_the_others(cluster: GaleraCluster) -> None:
     assert [2, 2, 2] == await values(cluster)
 
 
-async def test_another_node(cluster: GaleraCluster) -> None:
+@pytest.mark.parametrize("handler", [add, read])
+async def test_another_node(
+    cluster: GaleraCluster, handler: Callable[[], Awaitable[None]]
+) -> None:
     """Behind a load balancer the replay of a request reaches another node."""
     first, node, _ = cluster.nodes
     async with database(cluster, node) as db:
@@ -180,14 +184,27 @@ async def test_another_node(cluster: GaleraCluster) -> None:
 
         ports = [node.port]
         event.listen(db.engine.sync_engine, "do_connect", balance)
-        assert 200 == (await handle(add, db)).status
+        assert 200 == (await handle(handler, db)).status
         await cluster.isolate(node)
         ports.append(first.port)
-        response = await handle(add, db, retry=RETRY)
+        response = await handle(handler, db, retry=RETRY)
         assert 200 == response.status
         assert [1047] == [each.code for each in response.events.of(RetryScheduled)]
-        await cluster.rejoin(node)
+
+
+@pytest.mark.parametrize("fault", [GaleraCluster.kill, GaleraCluster.isolate])
+async def test_next_address(cluster: GaleraCluster, fault: Callable[..., Any]) -> None:
+    """A database with several addresses goes on at once on the next node."""
+    await cluster.create(CREATE, INSERT)
+    db = Database.from_url([cluster.at(node).url for node in cluster.nodes])
+    assert 200 == (await handle(add, db, retry=RETRY)).status
+    await fault(cluster, cluster.nodes[0])
+    for handler in (add, read):
+        assert 200 == (await handle(handler, db, retry=RETRY)).status
+    assert (await db.check()).ok
+    await cluster.rejoin(cluster.nodes[0])
     assert [2, 2, 2] == await values(cluster)
+    await db.dispose()
 
 
 async def test_commit_in_doubt(cluster: GaleraCluster) -> None:
@@ -218,7 +235,7 @@ async def test_killed(cluster: GaleraCluster) -> None:
         assert "down" == await node.status("cluster_status")
         response = await handle(add, db, retry=RETRY)
         assert 503 == response.status
-        assert [] == response.events.of(RetryScheduled)  # nobody listens there
+        assert [2003] * 2 == [each.code for each in response.events.of(RetryScheduled)]
         await cluster.at(first).execute(ADD)
         await cluster.rejoin(node)
         assert 200 == (await handle(add, db)).status
