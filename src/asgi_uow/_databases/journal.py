@@ -160,7 +160,7 @@ class Journal:
         is_gone = self.entries and not is_open and not commits_for_ddl
         if self.ended_unseen or is_gone:
             raise TransactionGoneError from self.doomed_by
-        if kind == "transaction_control":
+        if kind == "transaction_control" and known.controls(self._database, statement):
             raise ManagedTransactionError(known.without_literals(statement))
         commits = kind == "implicit_commit" and commits_for_ddl and is_open
         self.commits_last = commits and self.implicit_commit is None

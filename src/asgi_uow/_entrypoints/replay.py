@@ -236,7 +236,7 @@ class Replay(Attempts):
     def _give_back(self) -> None:
         """Leave in the caller's scope what the last attempt has left in its own."""
         for key, value in self._attempted.items():
-            mine = self._mine.get(key, value)
+            mine: Any = self._mine.get(key, value)
             if mine is not value and type(value) is dict:
                 mine.clear()
                 mine.update(value)
