@@ -66,7 +66,7 @@ def setup(
     """
     if retry is not None:
         message = "retry needs an ASGI server and UnitOfWorkMiddleware: Sanic's own "
-        message += "keeps nothing to replay. In a handler: `await Retry().run(db, fn)`."
+        message += "keeps nothing to replay."
         raise ConfigurationError(message)
     if hasattr(app.ctx, "asgi_uow"):
         message = "setup() was called for this application: pass all databases at once."

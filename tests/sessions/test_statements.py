@@ -48,7 +48,7 @@ async def test_transaction_control_as_text(
 
 @on("asyncpg", "psycopg")
 async def test_a_lock_of_a_table(db: Database, backend: Backend) -> None:
-    """PostgreSQL's LOCK TABLE is for the transaction, as any lock: it is let through."""
+    """PostgreSQL's LOCK TABLE is for the transaction, as any lock."""
     async with db:
         await db.write.execute("LOCK TABLE items IN EXCLUSIVE MODE")
         await shop.insert(1)
