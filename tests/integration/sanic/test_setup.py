@@ -320,6 +320,12 @@ async def test_twice(db: Database, app: Sanic[Any, Any]) -> None:
         setup(app, db)
 
 
+async def test_retry(db: Database, app: Sanic[Any, Any]) -> None:
+    """Its own server reads a request once: it is refused, not ignored."""
+    with pytest.raises(ConfigurationError, match="keeps nothing to replay"):
+        setup(app, db, retry=uow.Retry())
+
+
 async def test_asgi_server(db: Database, app: Sanic[Any, Any]) -> None:
     """Under an ASGI server the start-up fails and names the middleware."""
     app.add_route(insert, "/")
