@@ -46,6 +46,15 @@ async def test_transaction_control_as_text(
     assert ([1] if kept else []) == await shop.items(backend)
 
 
+@on("asyncpg", "psycopg")
+async def test_a_lock_of_a_table(db: Database, backend: Backend) -> None:
+    """PostgreSQL's LOCK TABLE is for the transaction, as any lock."""
+    async with db:
+        await db.write.execute("LOCK TABLE items IN EXCLUSIVE MODE")
+        await shop.insert(1)
+    assert [1] == await shop.items(backend)
+
+
 @on("asyncmy")
 @pytest.mark.parametrize("statement", ["SET autocommit = 1", "LOCK TABLES items WRITE"])
 async def test_what_would_outlive_the_unit_on_mariadb(

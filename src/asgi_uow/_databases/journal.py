@@ -163,7 +163,7 @@ class Journal:
         is_gone = self.entries and not is_open and not commits_for_ddl
         if self.ended_unseen or is_gone:
             raise TransactionGoneError from self.doomed_by
-        if kind == "transaction_control":
+        if kind == "transaction_control" and known.controls(self._database, statement):
             raise ManagedTransactionError(known.without_literals(statement))
         self.commits_last = False
         if kind == "implicit_commit" and commits_for_ddl and not self.implicit_commit:

@@ -241,6 +241,12 @@ _SETTING = re.compile(  # where SET is not that of UPDATE
 )
 
 
+def controls(database: Database, statement: str) -> bool:
+    """Tell whether what is transaction control somewhere is so in this database."""
+    own = _pattern(_USUAL, database.TRANSACTION_CONTROL)
+    return own.match(statement) is not None
+
+
 @functools.lru_cache(maxsize=1024)
 def kind_of(statement: str) -> Kind | None:
     """Tell what ends a transaction, commits it on some databases, or sets something."""

@@ -68,7 +68,13 @@ EPOCH = "CAST((SELECT stats_reset FROM pg_stat_bgwriter) AS text)"
 TRANSACTION_ID = (  # NULL if nothing was written
     f"SELECT CAST(pg_current_xact_id_if_assigned() AS text) || '@' || {EPOCH}"
 )
-STATUS = f"SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8)), {EPOCH}"
+STATUS = (  # NULL on a standby: what it does not know of may be on its way
+    "SELECT CASE WHEN NOT pg_is_in_recovery() THEN"
+    f" pg_xact_status(CAST(CAST(:id AS text) AS xid8)) END, {EPOCH}"
+)
+# Its COMMIT waits for synchronous standbys; who cancels such a wait has it committed on
+# this server alone, and a failover loses that.
+AWAIT_STANDBYS = "SELECT pg_logical_emit_message(true, '', '')"
 # 22023: the server has not given the id to anybody (since it crashed).
 ANSWERS: dict[object, bool] = {"committed": True, "aborted": False, "22023": False}
 LIBPQ = re.compile("ssl(?!password).+|application_name|options")
@@ -254,8 +260,11 @@ async def was_committed(
             await sleep(LONGEST_PAUSE)
             try:
                 async with engine.connect() as connection:
+                    await connection.execution_options(isolation_level="AUTOCOMMIT")
                     result = await connection.execute(sa.text(STATUS), {"id": number})
                     status, epoch_now = result.one()
+                    if status == "committed":
+                        await connection.execute(sa.text(AWAIT_STANDBYS))
             except Exception as error:  # noqa: BLE001  # it stays in doubt
                 status = code_of(error)
             if status == "committed" and epoch_now != epoch:
