@@ -229,7 +229,7 @@ _LEAVES = (
 )
 _QUERY = _pattern(r"(?:SELECT|WITH|VALUES)\b[^;]*;?\s*$")
 _ASKED = re.compile(rf"(?i)\bset_config\b|\b\w*FOUND_ROWS\b|{_LEAVES}")
-_SETTINGS = re.compile(r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|PREPARE|ATTACH)\b")
+_SETTINGS = re.compile(r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|PREPARE|ATTACH|LOCK)\b")
 _LOCAL = re.compile(rf"(?is)\bset_config\b|{_COMMENTS}SET\s+LOCAL\b")
 _SETTING = re.compile(  # where SET is not that of UPDATE
     r"(?is)\bset_config\b(?!(?:(?!\bset_config\b).)*,\s*"  # unless it says: local
