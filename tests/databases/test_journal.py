@@ -443,6 +443,48 @@ async def test_implicit_commit_cannot_be_rolled_back(
 
 
 @on("asyncmy")
+async def test_ddl_comes_first(db: Database, backend: MariaDBBackend) -> None:
+    """With nothing before it, DDL is kept by itself: no rollback undoes it."""
+
+    async def handler() -> None:
+        await uow.current_session().execute("CREATE TABLE other (id INTEGER)")
+        await uow.current_session().execute("CREATE TABLE another (id INTEGER)")
+        await shop.insert(1)
+
+    response = await handle(handler, db, status=404, hooks=True)
+
+    assert 500 == response.status
+    assert "committed by itself for CREATE TABLE" in str(response.error)
+    assert uow.Outcome.PARTIAL is response.unit.outcome
+    assert [] == response.hooks
+    assert [] == response.events.of(ImplicitCommit)
+    assert [] == await shop.items(backend)
+    assert 0 == await backend.scalar("SELECT count(*) FROM other, another")
+
+
+@on("asyncmy")
+@pytest.mark.parametrize(
+    "statement", ["CREATE TABLE items (id INTEGER)", "ANALYZE TABLE items"]
+)
+async def test_ddl_that_keeps_nothing(
+    db: Database, backend: MariaDBBackend, statement: str
+) -> None:
+    """What failed, or changes nothing, is no part that was kept."""
+
+    async def handler() -> None:
+        with suppress(sa_exc.OperationalError):
+            await uow.current_session().execute(statement)
+        await shop.insert(1)
+
+    response = await handle(handler, db, status=404, hooks=True)
+
+    assert 404 == response.status
+    assert uow.Outcome.ROLLED_BACK is response.unit.outcome
+    assert ["rollback"] == response.hooks
+    assert [] == await shop.items(backend)
+
+
+@on("asyncmy")
 async def test_ddl_that_is_not_understood(
     db: Database, backend: MariaDBBackend
 ) -> None:

@@ -17,7 +17,7 @@ from sqlalchemy.util import await_only
 
 import asgi_uow as uow
 from asgi_uow import Database
-from asgi_uow.errors import ReadOnlySessionError
+from asgi_uow.errors import DeadlineExceededError, ReadOnlySessionError
 from asgi_uow.observers import (
     LoggingObserver,
     ReaderBehind,
@@ -62,6 +62,19 @@ async def test_reads_from_a_reader(site: Site) -> None:
     assert [True] == site.used()
     assert 0 == site.db.read_engine.sync_engine.pool.checkedin()  # type: ignore[attr-defined]
     assert [0, 0] == checked_out(site.db)
+
+
+async def test_a_deadline(backend: Backend) -> None:
+    """A read on a replica ends with its unit's; that says nothing about the replica."""
+    async with site_with(backend, backend.url, pool_size=1, max_overflow=0) as site:
+        [replica] = site.db.readers
+        async with replica.connect():
+            with pytest.raises(DeadlineExceededError):
+                async with uow.unit_of_work(site.db, deadline=0.3):
+                    await site.db.read.scalar(shop.COUNT)
+        assert site.db.replicas[0].is_healthy
+        async with uow.unit_of_work(site.db, deadline=30):
+            assert 0 == await site.db.read.scalar(shop.COUNT)
 
 
 @on(*DATABASES)

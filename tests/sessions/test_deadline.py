@@ -31,7 +31,6 @@ from tests.support.databases import (
 )
 from tests.support.gate import gate_at
 from tests.support.shop import Item
-from tests.support.site import site_with
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -262,6 +261,8 @@ async def test_fetches_of_a_stream(backend: ServerBackend) -> None:
                     seen.append(row)
                     await until_over()
 
+        async with db:  # so that connecting takes none of the time
+            await db.read.execute(shop.COUNT)
         assert 200 == (await handle(handler, db, deadline=SHORT)).status
         assert 0 < len(seen) < 9
         proxy.thaw()
@@ -475,19 +476,6 @@ async def test_cancelled_at_the_same_time() -> None:
 
     with pytest.raises(asyncio.CancelledError):
         await asyncio.create_task(work())
-
-
-async def test_replica_that_is_slow(backend: Backend) -> None:
-    """A read on a replica ends as well, which says nothing about the replica."""
-    async with site_with(backend, backend.url, pool_size=1, max_overflow=0) as site:
-        [replica] = site.db.readers
-        async with replica.connect():
-            with pytest.raises(errors.DeadlineExceededError):
-                async with uow.unit_of_work(site.db, deadline=SHORT):
-                    await site.db.read.scalar(shop.COUNT)
-        assert site.db.replicas[0].is_healthy
-        async with uow.unit_of_work(site.db, deadline=30):
-            assert 0 == await site.db.read.scalar(shop.COUNT)
 
 
 @on("aiosqlite")

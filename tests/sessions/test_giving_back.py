@@ -420,6 +420,7 @@ KEPT: dict[str, list[tuple[str, str, object]]] = {
         ("SELECT @five := 5", "SELECT @five", 5),
         ("SELECT 6 INTO @six", "SELECT @six", 6),
         ("SELECT GET_LOCK('k', 0)", "SELECT RELEASE_LOCK('k')", 1),
+        ("LOCK TABLES items READ", "SELECT count(*) FROM items", 0),
     ],
     "postgresql": [
         ("SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock(7)", True),
@@ -431,13 +432,23 @@ KEPT: dict[str, list[tuple[str, str, object]]] = {
 
 @on(*SERVER_DRIVERS)
 async def test_what_a_connection_keeps(db: Database, backend: Backend) -> None:
-    """A lock, a variable, a count of rows: the next read of the unit finds it."""
+    """A lock, a variable, a count of rows: its unit's next read finds it, no other."""
     for first, then, value in KEPT[backend.name]:
         async with db:
             await db.read.execute(first)
             assert [0, 1] == checked_out(db), first
             assert value == await db.read.scalar(then)
         assert [0, 0] == checked_out(db)
+
+
+@on("asyncmy")
+async def test_a_lock_of_tables(db: Database, backend: Backend) -> None:
+    """It ends with its unit: others can write then."""
+    async with db:
+        await db.read.execute("LOCK TABLES items READ")
+    async with asyncio.timeout(10):
+        await backend.execute("INSERT INTO items (id) VALUES (1)")
+    assert [1] == await shop.items(backend)
 
 
 PLAIN_WORDS = {

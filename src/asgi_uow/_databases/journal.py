@@ -99,7 +99,8 @@ class Journal:
     committed = False  # whether the database has acknowledged COMMIT
     last: BaseException | None = None
     implicit_commit: str | None = None  # the verb of what the database committed for
-    commits_last: bool = False  # whether that is the last statement so far
+    kept: str | None = None  # the verb of what was kept at once, as nothing was open
+    commits_last: bool = False  # whether one of the two is the last statement so far
 
     def __init__(
         self, database: known.Database, driver: known.Driver, savepoints: Savepoints
@@ -148,7 +149,9 @@ class Journal:
         elif self._driver.aborts_transaction(raw, error):
             depth = len(self._names) if self._driver.savepoints_survive else 0
             self.entries.append((self.last, depth))
-        if self.commits_last and means(error, "syntax"):
+        if self.commits_last and self.implicit_commit is None:
+            self.kept = None
+        elif self.commits_last and means(error, "syntax"):
             self.implicit_commit = None
         self.commits_last = False
 
@@ -162,10 +165,13 @@ class Journal:
             raise TransactionGoneError from self.doomed_by
         if kind == "transaction_control" and known.controls(self._database, statement):
             raise ManagedTransactionError(known.without_literals(statement))
-        commits = kind == "implicit_commit" and commits_for_ddl and is_open
-        self.commits_last = commits and self.implicit_commit is None
-        if self.commits_last:
-            self.implicit_commit = known.without_literals(statement)
+        self.commits_last = False
+        if kind == "implicit_commit" and commits_for_ddl and not self.implicit_commit:
+            verb = known.without_literals(statement)
+            if is_open:
+                self.implicit_commit, self.commits_last = verb, True
+            elif not self.kept and verb.startswith(self._database.KEPT_AT_ONCE):
+                self.kept, self.commits_last = verb, True
 
     def begin_commit(self) -> None:
         """Refuse a COMMIT of aborted work, or one that is not the unit's."""

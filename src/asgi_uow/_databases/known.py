@@ -138,6 +138,9 @@ class Database(_Facts):
     SET_LOCAL_LASTS: bool = False  # longer than the transaction
     TRANSACTION_CONTROL: str | None = None  # regular expression, beside `_USUAL`
     IMPLICIT_COMMIT: str | None = None  # likewise: what commits what came before
+    KEPT_AT_ONCE: tuple[
+        str, ...
+    ] = ()  # of those, verbs of what leaves something itself
     DRIVERS: Mapping[str, Any]  # by SQLAlchemy's name; see `Driver`
     # Finds the code in a driver's error, or in SQLAlchemy's around it.
     code_of: Callable[[BaseException], int | str | None]
@@ -230,7 +233,7 @@ _LEAVES = (
 )
 _QUERY = _pattern(r"(?:SELECT|WITH|VALUES)\b[^;]*;?\s*$")
 _ASKED = re.compile(rf"(?i)\bset_config\b|\b\w*FOUND_ROWS\b|{_LEAVES}")
-_SETTINGS = re.compile(r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|PREPARE|ATTACH)\b")
+_SETTINGS = re.compile(r"(?i)\b(?:CALL|SET|RESET|DISCARD|PRAGMA|PREPARE|ATTACH|LOCK)\b")
 _LOCAL = re.compile(rf"(?is)\bset_config\b|{_COMMENTS}SET\s+LOCAL\b")
 _SETTING = re.compile(  # where SET is not that of UPDATE
     r"(?is)\bset_config\b(?!(?:(?!\bset_config\b).)*,\s*"  # unless it says: local

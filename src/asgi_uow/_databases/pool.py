@@ -210,8 +210,8 @@ class _Policy:
         info[IDLE_SINCE] = time.monotonic()
         read_only = (info[POLICY] if POLICY in info else self).read_only  # noqa: SIM401
         writable = READ_ONLY_SESSION in info and self.driver.reports_writable(raw)
-        if info.pop(SETTINGS_CHANGED, False) or writable:
-            entry.invalidate(soft=True)  # replaced before anybody else gets it
+        if changed := info.pop(SETTINGS_CHANGED, False) or writable:
+            entry.invalidate(soft=True)  # if not below: it may hold a lock
         if state.terminate_only or not state.asyncio_safe:
             return
         lock: Any = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
@@ -225,7 +225,7 @@ class _Policy:
                 execute(dbapi, "ROLLBACK")
             is_open = self.driver.is_known and self.driver.in_transaction(raw)
             is_busy = lock._locked or lock._waiters or self.driver.is_busy(raw)  # noqa: SLF001
-        if (is_open or is_busy) and not self.is_memory:
+        if (changed or is_open or is_busy) and not self.is_memory:
             if is_busy:
                 end_calls(self.driver, raw)
             entry.invalidate()

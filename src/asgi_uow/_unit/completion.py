@@ -284,7 +284,7 @@ async def _in_lock(session: Session, end: Callable[[], None]) -> None:
 def _judge(ended: Ended, cause: Cause | None, writers: Sequence[Session]) -> Ended:
     """Give another end where the journal does not let it be called a rollback."""
     for journal in (writer.journal for writer in writers):
-        if (statement := journal.implicit_commit) is not None:
+        if (statement := journal.implicit_commit or journal.kept) is not None:
             kind, cause = errors.PartialCommitError, ended.cause or cause
             detail = f"MySQL committed by itself for {statement}"
             return Ended(Outcome.PARTIAL, kind, cause, ended.error, detail)

@@ -74,7 +74,8 @@ class Participant:
             return
         journal = self.writer.journal
         kept = journal.committed or outcome in {Outcome.COMMITTED, Outcome.UNKNOWN}
-        if journal.implicit_commit is not None or (kept and self.has_written):
+        committed = journal.implicit_commit or journal.kept
+        if committed is not None or (kept and self.has_written):
             self.shared.committed.add(self.db)
             self.shared.kept[0] += 1
         if self.shared.wants_details:

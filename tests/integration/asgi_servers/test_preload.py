@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import httpx
@@ -63,9 +63,9 @@ async def preloaded(url: str, worker: str, log: Path) -> AsyncGenerator[str]:
         process.send_signal(signal.SIGTERM)
         await asyncio.wait_for(process.wait(), LIMIT_SECONDS)
     finally:
-        if process.returncode is None:
+        with suppress(ProcessLookupError):  # it has ended, and its workers
             os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+        await process.wait()
 
 
 @on(*DRIVERS)

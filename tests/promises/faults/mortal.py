@@ -52,9 +52,9 @@ class Mortal:
         await self.start()
         await self.backend.__aexit__(*exc_info)
 
-    async def start(self) -> None:
-        """Start the server unless it is running; so too a pooler, as systemd would."""
-        await asyncio.to_thread(self._start)
+    async def start(self) -> list[str]:
+        """Start the server, and the pooler, unless they run; tell what was started."""
+        return await asyncio.to_thread(self._start)
 
     async def stop(self) -> None:
         """Shut the server down in order."""
@@ -77,11 +77,12 @@ class Mortal:
         await self.stop()
         await self.start()
 
-    def _start(self) -> None:
+    def _start(self) -> list[str]:
         with self._one_at_a_time:
-            for each in (self.server, self.pooler):
-                if each is not None and each.pid is None:
-                    each.start()
+            ended = [e for e in (self.server, self.pooler) if e and e.pid is None]
+            for each in ended:
+                each.start()
+        return [f"{each.name} was started" for each in ended]
 
     def _end(self, end: Callable[[], None]) -> None:
         with self._one_at_a_time:
