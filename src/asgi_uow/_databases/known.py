@@ -138,9 +138,7 @@ class Database(_Facts):
     SET_LOCAL_LASTS: bool = False  # longer than the transaction
     TRANSACTION_CONTROL: str | None = None  # regular expression, beside `_USUAL`
     IMPLICIT_COMMIT: str | None = None  # likewise: what commits what came before
-    KEPT_AT_ONCE: tuple[
-        str, ...
-    ] = ()  # of those, verbs of what leaves something itself
+    KEPT_AT_ONCE: tuple[str, ...] = ()  # verbs of those that keep something themselves
     DRIVERS: Mapping[str, Any]  # by SQLAlchemy's name; see `Driver`
     # Finds the code in a driver's error, or in SQLAlchemy's around it.
     code_of: Callable[[BaseException], int | str | None]
