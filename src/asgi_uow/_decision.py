@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     Headers: TypeAlias = list[tuple[bytes, bytes]]
     CommitWhen: TypeAlias = Callable[[int, Headers], bool]
 
-REDIRECT_STATUS, ERROR_STATUS = 300, 400
+REDIRECT_STATUS, ERROR_STATUS, SERVER_ERROR = 300, 400, 500
 RETRY_AFTER = 1  # seconds a client is asked to wait before it tries again
 
 

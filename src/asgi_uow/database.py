@@ -135,11 +135,11 @@ class Database(Engines):
     ) -> Self:
         """Create the engines from `os.environ`, Sanic's `app.config` or the like.
 
-        Reads `DATABASE_URL`, `READ_URLS` (comma-separated or a list), `ECHO`,
-        `ECHO_POOL`, `POOL_SIZE`, `MAX_OVERFLOW`, `POOL_PRE_PING`, `POOL_RECYCLE`
-        and `POOL_TIMEOUT` (seconds), `POOLER` and `POOL_CLASS` (a class name of
-        `sqlalchemy.pool`), each with the prefix. Values may be strings; one that does
-        not cast raises `ConfigurationError`. Warns of a key that looks misspelt.
+        Reads `DATABASE_URL` and `READ_URLS` (several: comma-separated or a list),
+        `ECHO`, `ECHO_POOL`, `POOL_SIZE`, `MAX_OVERFLOW`, `POOL_PRE_PING`,
+        `POOL_RECYCLE` and `POOL_TIMEOUT` (seconds), `POOLER` and `POOL_CLASS` (a class
+        name of `sqlalchemy.pool`), each with the prefix. Values may be strings; one
+        that does not cast raises `ConfigurationError`. Warns of keys that look wrong.
         """
         found = configuration.read(mapping, prefix)
         return cls.from_url(
@@ -269,7 +269,7 @@ def _open(databases: tuple[Engines, ...], *, independent: bool = False) -> UnitO
         unit.must_see = around.must_see
         unit.is_nested = around.state in WRITABLE and not around.is_hook
         if unit.is_nested:
-            unit.until = around.until
+            unit.until, unit.attempt = around.until, around.attempt
         # Otherwise a hook that registers itself in such a block never ends.
         unit.quota = around.quota
         for db in databases:

@@ -114,12 +114,23 @@ def test_read_urls(value: object) -> None:
     ).read_urls
 
 
+def test_several_addresses() -> None:
+    """The writer's may be a list too; a comma in a password is part of it."""
+    nodes = ["mysql://ann:a,b@one/shop", "mysql://ann:a,b@two/shop"]
+    assert (*nodes,) == read({"URL": ", ".join(nodes)}, "").url
+    assert (*nodes,) == read({"URL": nodes}, "").url
+    assert nodes[0] == read({"URL": nodes[0]}, "").url
+    config = read({"URL": URL, "READ_URLS": make_url(URL)}, "")
+    assert (make_url(URL),) == config.read_urls
+    db = Database.from_config({"DATABASE_URL": ",".join(nodes)})
+    assert db.name.startswith("mysql+asyncmy://ann:***@one/shop?")
+
+
 def test_a_url_object() -> None:
     """A URL that is an object keeps its password."""
     config = read({"URL": make_url(URL), "READ_URLS": [make_url(URL)]}, "")
-    assert ["s3cret"] * 2 == [
-        make_url(url).password for url in (config.url, *config.read_urls)
-    ]
+    assert make_url(URL) == config.url
+    assert (make_url(URL),) == config.read_urls
 
 
 def test_a_misspelt_key() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager, closing
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 
 import asgi_uow as uow
 from asgi_uow import Database, Retry, errors
-from tests.servers import MariaDBBackend
+from tests.servers import MariaDBBackend, eventually
 from tests.servers.process import MariaDB
 from tests.support import shop
 from tests.support.asgi import handle
@@ -158,6 +159,25 @@ async def test_a_frozen_server_and_a_deadline(backend: ServerBackend) -> None:
         finally:
             first.thaw()
             first.cut()
+        await db.dispose()
+        assert [2] == await shop.items(backend)
+
+
+@on(*SERVER_DRIVERS)
+async def test_cancelled_while_it_is_asked(backend: ServerBackend) -> None:
+    """A connection of which it is not known yet whether it takes writes is closed."""
+    await shop.create(backend)
+    async with backend.proxy() as first, backend.proxy() as second:
+        db = Database.from_url([backend.through(each.port) for each in (first, second)])
+        asked = first.hold_answer(lambda trip: "recovery" in trip or "_only" in trip)
+        asking = asyncio.create_task(handle(lambda: shop.insert(1), db))
+        await asked.fired.wait()
+        asking.cancel()
+        await asyncio.wait([asking])
+        asked.release()
+        await eventually(0, backend.connections)
+        async with db:
+            await shop.insert(2)
         await db.dispose()
         assert [2] == await shop.items(backend)
 

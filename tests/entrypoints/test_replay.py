@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import defaultdict
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from starlette.middleware.sessions import SessionMiddleware
 import asgi_uow as uow
 from asgi_uow import Database, Outcome, Retry, UnitOfWorkMiddleware, errors
 from asgi_uow.observers import CommitFailed, RetryScheduled, UnitFinished
-from tests.servers.process import free_port
+from tests.servers.process import HOST, free_port
 from tests.support import shop
 from tests.support.asgi import (
     BODY,
@@ -28,7 +29,14 @@ from tests.support.asgi import (
     no_body,
     respond,
 )
-from tests.support.conflicts import CODES, READ, WRITE, conflict, conflicting_shop
+from tests.support.conflicts import (
+    CODES,
+    READ,
+    WRITE,
+    conflict,
+    conflicting_shop,
+    rival_of,
+)
 from tests.support.databases import (
     DRIVERS,
     SERVER_DRIVERS,
@@ -45,6 +53,7 @@ if TYPE_CHECKING:
 
     from asgi_uow._asgi import Message, Receive, Scope, Send
     from tests.servers import Backend, ServerBackend
+    from tests.servers.backend import MariaDBBackend
 
 pytestmark = on(*DRIVERS)
 
@@ -169,6 +178,25 @@ async def test_an_answer_when_used_up(backend: Backend) -> None:
         assert isinstance(response.error, errors.DoomedError)
 
 
+@on("aiosqlite")
+@pytest.mark.parametrize(("own", "sent"), [(409, 409), (500, 503)])
+async def test_an_own_answer_when_used_up(
+    backend: Backend, own: int, sent: int
+) -> None:
+    """Where it has not, an answer is the application's; that it broke down is none."""
+
+    async def answer(send: Send) -> None:
+        await respond(send, own)
+
+    async with conflicting_shop(backend) as db:
+        site = Site(backend, conflicts=2)
+        site.answer = answer
+        response = await site.serve(db, Retry(attempts=2, **SOON))
+        assert (sent, 2) == (response.status, len(site.attempts))
+        assert (sent == 503) == ("retry-after" in response.headers)
+        assert ["rollback"] * 2 == response.hooks
+
+
 async def test_used_up(backend: Backend) -> None:
     """After the last attempt the client is asked to come again; nothing was kept."""
     async with conflicting_shop(backend) as db:
@@ -184,7 +212,10 @@ async def test_used_up(backend: Backend) -> None:
 
 async def test_the_scope(backend: Backend) -> None:
     """Each attempt finds it as it came in; the server's has what the last one left."""
-    scope = http_scope(state={"who": "ann"}, path_params={"id": 1})
+    server, tls = object(), [object()]
+    scope = http_scope(
+        state={"who": "ann"}, path_params={"id": 1}, app=server, extensions={"tls": tls}
+    )
     mine, seen = scope["state"], list[object]()
     async with conflicting_shop(backend) as db:
         site = Site(backend)
@@ -210,6 +241,8 @@ async def test_the_scope(backend: Backend) -> None:
     assert [as_it_came, as_it_came, "route of 2", "route of 2"] == seen
     assert site.scopes[0] is not site.scopes[1]
     assert mine is scope["state"]
+    assert [server] * 2 == [each["app"] for each in site.scopes]
+    assert [tls] * 2 == [each["extensions"]["tls"] for each in site.scopes]
     assert {"who": "ann", "attempt": 2} == mine
     assert {"by": "a router"} == scope["found"]
     assert "raw_path" not in scope
@@ -270,6 +303,23 @@ async def test_a_session(backend: Backend, *, changes: bool) -> None:
         second = await client.request(headers=headers, receive=sending())
         assert {"attempt 2": True} == sessions[2] == sessions[-1]
         assert changes == ("set-cookie" in second.headers)
+
+
+async def test_a_list_in_a_session(backend: Backend) -> None:
+    """Nothing in a session is of the attempt before, however deep it is."""
+    async with conflicting_shop(backend) as db:
+        site = Site(backend)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["session"]["carts"]["mine"].append(len(site.attempts))
+            scope["session"]["seen"][0]["at"] = len(site.attempts)
+            await site(scope, receive, send)
+
+        wrapped = UnitOfWorkMiddleware(app, db, retry=Retry(**SOON))
+        session = {"carts": {"mine": ["tea"]}, "seen": [{"at": None}]}
+        scope = http_scope(session=session)
+        await Client(wrapped).request(scope=scope, receive=sending())
+        assert {"carts": {"mine": ["tea", 1]}, "seen": [{"at": 1}]} == scope["session"]
 
 
 async def test_a_context_variable(backend: Backend) -> None:
@@ -586,6 +636,40 @@ async def test_a_lost_connection(backend: ServerBackend) -> None:
         proxy.cut_before(lambda trip: trip.startswith("UPDATE") and next(lost, False))
         response = await site.serve(db)
         assert (200, 2) == (response.status, len(site.attempts))
+
+
+@on("asyncmy", "asyncpg")  # those whose own error does not say so
+async def test_a_silent_server(backend: ServerBackend) -> None:
+    """Nor does it matter that the wait for a connection was too long."""
+    name = "timeout" if backend.name == "postgresql" else "connect_timeout"
+    with socket.create_server((HOST, 0)) as silent:
+        url = backend.through(silent.getsockname()[1])
+        db = Database.from_url(url, connect_args={name: 0.2})
+        site = Site(backend, conflicts=0)
+        response = await site.serve(db)
+        assert (503, "1") == (response.status, response.headers["retry-after"])
+        assert [(1, False), (2, False), (3, True)] == site.attempts
+
+
+@on("asyncmy")
+async def test_past_the_session(backend: MariaDBBackend) -> None:
+    """A lock was not granted to a statement that the session knows nothing of."""
+    attempts: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        connection = await uow.current_session().connection()
+        attempts.append(uow.current_unit_of_work().attempt)
+        try:
+            await connection.exec_driver_sql(f"{READ} FOR UPDATE NOWAIT")
+        finally:
+            await rival.rollback()
+        await respond(send)
+
+    async with conflicting_shop(backend) as db, rival_of(backend) as rival:
+        await rival.exec_driver_sql(f"{READ} FOR UPDATE")
+        wrapped = UnitOfWorkMiddleware(app, db, retry=Retry(**SOON))
+        response = await Client(wrapped).request(receive=sending())
+        assert (200, [1, 2]) == (response.status, attempts)
 
 
 @on(*SERVER_DRIVERS)

@@ -43,12 +43,10 @@ async def ask(
 
 
 def of(*chunks: bytes) -> Receive:
-    """Give a body in parts; then nothing more comes."""
+    """Give a body in parts."""
     parts = [*chunks]
 
     async def receive() -> Message:
-        if not parts:
-            await asyncio.Event().wait()
         body = parts.pop(0)
         return {"type": "http.request", "body": body, "more_body": bool(parts)}
 

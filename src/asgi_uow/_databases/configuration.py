@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 import warnings
 from contextlib import suppress
 from pkgutil import resolve_name
@@ -42,6 +43,8 @@ ONE_CONNECTION: Mapping[str, object] = {
 # Of SQLAlchemy's `Session`; not those of engines or for the unit of work to set.
 _SWITCHES = {"autoflush", "enable_baked_queries", "expire_on_commit", "twophase"}
 OF_SESSIONS = _SWITCHES | {"info", "query_cls"}
+
+BETWEEN_URLS = re.compile(r",(?=\s*(?:[\w+]+://|$))")
 
 POOLERS: Mapping[Any, Any] = {it: it or None for it in ("transaction", "session", "")}
 
@@ -120,8 +123,16 @@ def _url(value: object) -> str | sa.URL:
 
 
 def _urls(value: Any) -> tuple[str | sa.URL, ...]:
-    parts = value.split(",") if isinstance(value, str) else value
+    if isinstance(value, sa.URL):
+        return (value,)
+    # A password may have a comma, and a URL several hosts.
+    parts = BETWEEN_URLS.split(value) if isinstance(value, str) else value
     return tuple(filter(None, map(_url, parts)))
+
+
+def _addresses(value: object) -> str | sa.URL | Sequence[str | sa.URL]:
+    urls = _urls(value)
+    return urls[0] if len(urls) == 1 else urls
 
 
 def _pool_class(value: object) -> type[sa.Pool]:
@@ -132,7 +143,7 @@ def _pool_class(value: object) -> type[sa.Pool]:
 
 
 _KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
-    "URL": ("url", _url, "a URL"),
+    "URL": ("url", _addresses, "a URL, or several of one database"),
     "READ_URLS": ("read_urls", _urls, "a list of URLs, or URLs with commas between"),
     "ECHO": ("echo", _echo, "a boolean or 'debug'"),
     "ECHO_POOL": ("echo_pool", _echo, "a boolean or 'debug'"),
@@ -150,7 +161,7 @@ _KEYS: Mapping[str, tuple[str, Callable[[object], object], str]] = {
 class Config:
     """What the keys say; the URLs are kept out of the repr."""
 
-    url: str | sa.URL = dataclasses.field(repr=False)
+    url: str | sa.URL | Sequence[str | sa.URL] = dataclasses.field(repr=False)
     read_urls: tuple[str | sa.URL, ...] = dataclasses.field(repr=False)
     engine_options: Mapping[str, Any]
 

@@ -50,9 +50,13 @@ def is_lost(error: BaseException) -> bool:
     if isinstance(error, sa_exc.DBAPIError):
         return error.connection_invalidated
     # SQLAlchemy does not wrap every error of a socket; but a handler has files, too.
+    return isinstance(error, OSError) and _came_through(error, *USERS)
+
+
+def _came_through(error: BaseException, *modules: str) -> bool:
     frames = traceback.walk_tb(error.__traceback__)
     names = (str(frame.f_globals.get("__name__")) for frame, _ in frames)
-    return isinstance(error, OSError) and any(each.startswith(USERS) for each in names)
+    return any(each.startswith(modules) for each in names)
 
 
 def is_in_doubt(error: BaseException) -> bool:
@@ -86,12 +90,13 @@ def is_outage(error: BaseException, outages: list[Exception]) -> bool:
 
 
 def to_retry(
-    error: BaseException | None, outages: list[Exception]
+    first: BaseException | None, outages: list[Exception]
 ) -> BaseException | None:
-    """Give the error, or else the first outage, if the same work may succeed now."""
-    first = error or next(iter(outages), None)
-    if first is None or isinstance(first, TimeoutError | sa_exc.TimeoutError):
+    """Give the error, which came first, if the same work may succeed now."""
+    if first is None:
         return None
+    if isinstance(first, TimeoutError | sa_exc.TimeoutError):
+        return first if _came_through(first, "sqlalchemy.engine.create") else None
     # Ours, in place of a COMMIT on a connection that is known to be dead.
     was_dead = isinstance(first, ConnectionError) and first in outages
     is_away = was_dead or is_unavailable(first) or means(first, "demoted")

@@ -174,7 +174,10 @@ class Exchange:
                 commit_when=rules.commit_when,
             )
             is_good = message["status"] < ERROR_STATUS
-            if decision.cause is Cause.DOOMED and unit.is_used_up:
+            is_broken = message["status"] >= _decision.SERVER_ERROR
+            why = {Cause.DOOMED, Cause.STATUS} if is_broken else {Cause.DOOMED}
+            if decision.cause in why and unit.is_used_up:
+                unit.doom = unit.doomed_by or unit.to_retry(None)
                 decision = _decision.rollback(Cause.DOOMED, replace_response=True)
             elif unit.writers and is_good and not decision.replace_response:
                 await refuse_streams(unit)

@@ -74,10 +74,11 @@ class UnitOfWorkMiddleware:
             raise TypeError(message)
         errors.NoUnitOfWorkError.template = errors.NoUnitOfWorkError.wrong_order
         self.app = app
-        self.deadline, self.retry = deadline, retry
+        self.deadline: float | None = deadline
+        self.retry: Retry | None = retry
         self.databases = databases
-        self.is_plain = deadline is None and causal_reads is None
-        self.rules = Rules(commit_when, error_app, causal_reads)
+        self.is_plain: bool = deadline is None and causal_reads is None
+        self.rules: Rules = Rules(commit_when, error_app, causal_reads)
         self.causal_reads = causal_reads
         self.options: UnitOptions = UnitOptions(
             tuple(observers), commit_timeout, hook_timeout
@@ -95,6 +96,7 @@ class UnitOfWorkMiddleware:
             if all(map(outer.serves, self.databases)):
                 return await self.app(scope, receive, send)
             unit.around, unit.is_nested, unit.until = outer, True, outer.until
+            unit.attempt = outer.attempt
         elif self.retry is not None and replay is None and self.retry.covers(scope):
             call = functools.partial(UnitOfWorkMiddleware.__call__, self)
             return await Replay(self.retry, scope, receive, send).serve(call)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import anyio
 
 from asgi_uow._databases.configuration import check
-from asgi_uow._databases.driver_errors import code_of, to_retry
+from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import UNDECIDED, Cause
 from asgi_uow._entrypoints.body import Body
@@ -80,8 +80,7 @@ class Retry:
 
     def covers(self, scope: Scope) -> bool:
         """Tell whether this request may be replayed at all."""
-        is_named = scope.get("method") in self.methods
-        return is_named and (self.when is _always or self.when(scope))
+        return scope.get("method") in self.methods and self.when(scope)
 
     async def run(
         self,
@@ -122,8 +121,8 @@ class Retry:
 class Attempts:
     """Those of one request, or of one function."""
 
-    number = 1
-    is_last = False  # whatever comes: something has left, or cannot be had again
+    number: int = 1
+    is_last: bool = False  # whatever comes: something has left, or cannot be had again
     pause: float | None = None  # seconds before the next attempt, if there is to be one
     until: float | None = None  # the deadline of the first unit
     before: tuple[int, tuple[object, ...]] = 0, ()  # see `enter`
@@ -163,7 +162,7 @@ class Attempts:
     ) -> RetryScheduled | None:
         """Decide that there is another attempt; gives the event that tells of it."""
         shared = unit.share()
-        first = to_retry(error, shared.outages)
+        first = unit.to_retry(error)
         if first is None or self.is_used_up or not self._may_repeat(unit, shared):
             return None
         longest = self.retry.backoff * 2 ** min(self.number - 1, 60)
@@ -254,7 +253,8 @@ def _copy(scope: Scope) -> dict[str, Any]:
     copied: dict[str, Any] = scope.copy()
     for key, value in scope.items():
         kind = type(value)
-        if kind is dict or kind is list:
+        # The state has what all requests share, too.
+        if kind is list or (kind is dict and key == "state"):
             copied[key] = value.copy()
         elif kind not in PLAIN:
             copied[key] = _copy_of(value)
@@ -262,11 +262,18 @@ def _copy(scope: Scope) -> dict[str, Any]:
 
 
 def _copy_of(value: Any) -> Any:
+    """Copy plain containers, in each other too: a session has a list of a cart."""
+    if type(value) is list:
+        return [*map(_copy_of, value)]
     if not isinstance(value, dict | list):
         return value
     copied = copy.copy(value)
     if hasattr(value, "__dict__"):  # Starlette's session notes that it was changed
         copied.__dict__ = vars(value).copy()
+    own: Any = dict.__setitem__  # that of its class may note a change
+    for key, each in value.items() if isinstance(value, dict) else ():
+        if type(each) not in PLAIN:
+            own(copied, key, _copy_of(each))
     return copied
 
 

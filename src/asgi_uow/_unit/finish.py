@@ -88,8 +88,14 @@ async def _complete(
     unit.cause, unit.outcome = ended.cause or decision.cause, ended.outcome
     if ended.cause is not None:
         unit.failure = ended.failure(ended.cause, unit.share())
-    if unit.attempts is not None and ended.outcome is Outcome.ROLLED_BACK:
-        unit.again = unit.attempts.schedule(unit, unit.doom or ended.error)
+    if ended.outcome is Outcome.ROLLED_BACK:
+        error = unit.doom or ended.error
+        if unit.attempts is not None:
+            unit.again = unit.attempts.schedule(unit, error)
+        elif unit.is_nested and unit.around and unit.cause is not Cause.EXPLICIT:
+            # What is around it may end because of it.
+            first, outages = unit.to_retry(error), unit.around.share().outages
+            outages += [first] if isinstance(first, Exception) and not outages else []
     unit.move(STATE_OF[ended.outcome])
     _report(unit, ended.outcome, completion)
     if any(unit.hooks.queues.values()):

@@ -81,13 +81,21 @@ class UnitOfWork:
     @property
     def is_last_attempt(self) -> bool:
         """Whether a conflict in this attempt reaches the client; see `Retry`."""
-        return self.attempts is None or self.attempts.is_used_up
+        units = (self, *self.outwards())
+        return all(each.attempts is None or each.attempts.is_used_up for each in units)
 
     @property
     def is_used_up(self) -> bool:
         """Whether a conflict has undone its work and there is no attempt left."""
         is_last = self.attempts is not None and self.attempts.is_used_up
-        return is_last and to_retry(self.doomed_by, []) is not None
+        return is_last and self.to_retry(self.doomed_by) is not None
+
+    def to_retry(self, error: BaseException | None) -> BaseException | None:
+        """Give what its work failed for, if the same may succeed now."""
+        outages = [] if self.shared is None else self.shared.outages
+        # What went past the session was seen by the journal alone.
+        last = (each.journal.last for each in self.writers)
+        return to_retry(next(filter(None, (error, *outages, *last)), None), outages)
 
     @property
     def doomed_by(self) -> BaseException | None:
