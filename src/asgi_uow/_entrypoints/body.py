@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Protocol
-
-import anyio
 
 if TYPE_CHECKING:
     from asgi_uow._asgi import Message, Receive
@@ -22,17 +21,18 @@ class Body:
     """What the client has sent so far; each attempt reads it from the beginning."""
 
     is_complete = is_gone = False
+    _lock: asyncio.Lock | None = None  # for the server's receive(), of all attempts
 
     def __init__(self, receive: Receive, most: int) -> None:
         self._receive, self._most = receive, most
         self._bytes = bytearray()
-        self._lock = anyio.Lock()  # for the server's receive(), of whatever attempt
 
     def reader(self, attempts: Attempts) -> Receive:
         number, given, is_ended = attempts.number, 0, False
 
         async def receive() -> Message:
             nonlocal given, is_ended
+            self._lock = self._lock or asyncio.Lock()
             async with self._lock:
                 is_left = number != attempts.number  # behind, by an earlier attempt
                 is_known = given < len(self._bytes) or self.is_complete

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 from asgi_uow import _decision, errors
@@ -98,8 +97,8 @@ class UnitOfWorkMiddleware:
             unit.around, unit.is_nested, unit.until = outer, True, outer.until
             unit.attempt = outer.attempt
         elif self.retry is not None and replay is None and self.retry.covers(scope):
-            call = functools.partial(UnitOfWorkMiddleware.__call__, self)
-            return await Replay(self.retry, scope, receive, send).serve(call)
+            replay = Replay(self.retry, scope, receive, send)
+            return await replay.serve(UnitOfWorkMiddleware.__call__, self)
         exchange = Exchange()
         exchange.unit, exchange.forward, exchange.rules = unit, send, self.rules
         exchange.stage = OPEN

@@ -39,11 +39,11 @@ T = TypeVar("T")
 # https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
 IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
 NOT_REPLAYED = {Cause.EXPLICIT, Cause.CANCELLED, Cause.TIMEOUT}
+FIXED = {  # https://asgi.readthedocs.io/en/latest/specs/www.html#http-connection-scope
+    *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path"),
+    *("query_string", "root_path", "client", "server"),
+}
 PLAIN = {bytes, int, str, tuple, type(None)}  # most of a scope, and never changed
-
-
-def _always(_: Scope) -> bool:
-    return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Retry:
     attempts: int = 3
     max_body: int = 65536
     methods: Collection[str] = IDEMPOTENT
-    when: Callable[[Scope], bool] = _always
+    when: Callable[[Scope], bool] = bool  # every one: no scope is empty
     backoff: float = 0.05
     max_backoff: float = 1.0
 
@@ -109,7 +109,7 @@ class Retry:
 
         while True:
             try:
-                await attempts.run_apart(attempt())
+                await attempts.apart(attempt())
             except Exception:
                 if attempts.pause is None:
                     raise
@@ -132,10 +132,11 @@ class Attempts:
         self._context = contextvars.copy_context()
         self._cancelling = _cancelling()
 
-    async def run_apart(self, work: Work) -> None:
-        """Run an attempt; a later one sees no context variable of those before."""
-        if self.number == 1:
-            return await work
+    def apart(self, work: Work) -> Work:
+        """Have a later attempt see no context variable of those before."""
+        return work if self.number == 1 else self._run_apart(work)
+
+    async def _run_apart(self, work: Work) -> None:
         context = self._context.copy()
         try:
             await run_in(context, work)
@@ -199,19 +200,20 @@ class Replay(Attempts):
         self._scope, self._send = scope, send
         self._attempted = scope  # then copies of what it was
         self._before = _copy(scope)
-        self._mine = {k: v for k, v in scope.items() if type(v) is dict}
+        self._mine = scope.copy()
         self._body = Body(receive, retry.max_body)
 
     async def serve(
-        self, middleware: Callable[[Scope, Receive, Send, Replay], Work]
+        self, call: Callable[[T, Scope, Receive, Send, Replay], Work], middleware: T
     ) -> None:
         """Serve the request until an attempt is the last."""
         try:
             while True:
                 receive = self._body.reader(self)
-                work = middleware(self._attempted, receive, self.forward, self)
+                scope, forward = self._attempted, self.forward
+                work = call(middleware, scope, receive, forward, self)
                 try:
-                    await self.run_apart(work)
+                    await self.apart(work)
                 except BaseException as error:
                     if self.pause is None or not _is_replayed(error):
                         raise
@@ -235,11 +237,12 @@ class Replay(Attempts):
     def _give_back(self) -> None:
         """Leave in the caller's scope what the last attempt has left in its own."""
         for key, value in self._attempted.items():
-            mine: Any = self._mine.get(key, value)
-            if mine is not value and type(value) is dict:
+            mine: Any = self._mine.get(key)
+            is_mine = type(mine) is dict and type(value) is dict
+            if is_mine and mine is not value:
                 mine.clear()
                 mine.update(value)
-            self._scope[key] = mine if type(value) is dict else value
+            self._scope[key] = mine if is_mine else value
         for key in self._scope.keys() - self._attempted.keys():
             del self._scope[key]
 
@@ -251,18 +254,18 @@ def _cancelling() -> int:
 
 def _copy(scope: Scope) -> dict[str, Any]:
     copied: dict[str, Any] = scope.copy()
-    for key, value in scope.items():
-        kind = type(value)
-        # The state has what all requests share, too.
-        if kind is list or (kind is dict and key == "state"):
-            copied[key] = value.copy()
-        elif kind not in PLAIN:
-            copied[key] = _copy_of(value)
+    for key in scope:
+        if key not in FIXED and type(value := scope[key]) not in PLAIN:
+            # The state has what all requests share, too.
+            is_flat = type(value) is list or (key == "state" and type(value) is dict)
+            copied[key] = value.copy() if is_flat else _copy_of(value)
     return copied
 
 
 def _copy_of(value: Any) -> Any:
     """Copy plain containers, in each other too: a session has a list of a cart."""
+    if type(value) is dict:
+        return {k: v if type(v) in PLAIN else _copy_of(v) for k, v in value.items()}
     if type(value) is list:
         return [*map(_copy_of, value)]
     if not isinstance(value, dict | list):
