@@ -94,8 +94,8 @@ class UnitOfWorkMiddleware:
         if outer is not None and outer.state in UNDECIDED:
             if all(map(outer.serves, self.databases)):
                 return await self.app(scope, receive, send)
-            unit.around, unit.is_nested, unit.until = outer, True, outer.until
-            unit.attempt = outer.attempt
+            unit.around, unit.is_nested = outer, True
+            unit.until, unit.attempt = outer.until, outer.attempt
         elif self.retry is not None and replay is None and self.retry.covers(scope):
             replay = Replay(self.retry, scope, receive, send)
             return await replay.serve(UnitOfWorkMiddleware.__call__, self)
@@ -105,8 +105,7 @@ class UnitOfWorkMiddleware:
         if replay is not None or not self.is_plain:
             self._prepare(exchange, scope, replay)
         scope[UNIT] = unit
-        # A request never trusts what it finds: servers start a pipelined request in
-        # the context of the one before. https://github.com/encode/uvicorn/issues/2167
+        # A pipelined one begins in the context of the one before: encode/uvicorn#2167
         token = current.set(unit)
         try:
             await self.app(scope, receive, exchange.send)
