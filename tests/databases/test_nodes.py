@@ -173,8 +173,8 @@ async def test_cancelled_while_it_is_asked(backend: ServerBackend) -> None:
         asking = asyncio.create_task(handle(lambda: shop.insert(1), db))
         await asked.fired.wait()
         asking.cancel()
-        await asyncio.wait([asking])
         asked.release()
+        await asyncio.wait([asking])
         await eventually(0, backend.connections)
         async with db:
             await shop.insert(2)
