@@ -114,7 +114,7 @@ class Form:
         assert [*undone, f"{last} committed"] == self.hooks
         assert [last] == await self.case.kept()
         told = [each for each in self.case.events if isinstance(each, RetryScheduled)]
-        assert [*range(1, last)] == [each.attempt for each in told]
+        assert [*range(2, last + 1)] == [each.attempt for each in told]
         assert [UnitFinished] * last == self.case.ends()
 
 
