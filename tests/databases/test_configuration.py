@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import make_url
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
+from starlette.datastructures import Secret
 
 from asgi_uow import Database
 from asgi_uow.errors import ConfigurationError
@@ -120,10 +121,18 @@ def test_several_addresses() -> None:
     assert (*nodes,) == read({"URL": ", ".join(nodes)}, "").url
     assert (*nodes,) == read({"URL": nodes}, "").url
     assert nodes[0] == read({"URL": nodes[0]}, "").url
+    assert nodes[0] == read({"URL": f"{nodes[0]} ,, "}, "").url
     config = read({"URL": URL, "READ_URLS": make_url(URL)}, "")
     assert (make_url(URL),) == config.read_urls
+    with pytest.raises(ConfigurationError, match=r"^URL must be a URL"):
+        read({"URL": ","}, "")
     db = Database.from_config({"DATABASE_URL": ",".join(nodes)})
     assert db.name.startswith("mysql+asyncmy://ann:***@one/shop?")
+
+
+def test_an_object_of_settings() -> None:
+    """It need not be a string to be one URL."""
+    assert URL == read({"URL": Secret(URL)}, "").url
 
 
 def test_a_url_object() -> None:

@@ -179,11 +179,11 @@ async def test_an_answer_when_used_up(backend: Backend) -> None:
 
 
 @on("aiosqlite")
-@pytest.mark.parametrize(("own", "sent"), [(409, 409), (500, 503)])
+@pytest.mark.parametrize(("own", "sent"), [(409, 409), (500, 503), (502, 502)])
 async def test_an_own_answer_when_used_up(
     backend: Backend, own: int, sent: int
 ) -> None:
-    """Where it has not, an answer is the application's; that it broke down is none."""
+    """Where it has not, the application's is sent, but for that it broke down."""
 
     async def answer(send: Send) -> None:
         await respond(send, own)
@@ -651,6 +651,24 @@ async def test_a_silent_server(backend: ServerBackend) -> None:
         assert [(1, False), (2, False), (3, True)] == site.attempts
 
 
+@on("asyncpg")
+async def test_a_silent_server_for_the_flush(backend: ServerBackend) -> None:
+    """So it is where the unit connects to flush what it was given."""
+    attempts: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        attempts.append(uow.current_unit_of_work().attempt)
+        uow.current_session().add(shop.Item(id=1))
+        await respond(send)
+
+    with socket.create_server((HOST, 0)) as silent:
+        url = backend.through(silent.getsockname()[1])
+        db = Database.from_url(url, connect_args={"timeout": 0.2})
+        wrapped = UnitOfWorkMiddleware(app, db, retry=Retry(**SOON))
+        response = await Client(wrapped).request(receive=sending())
+    assert (503, [1, 2, 3]) == (response.status, attempts)
+
+
 @on("asyncmy")
 async def test_past_the_session(backend: MariaDBBackend) -> None:
     """A lock was not granted to a statement that the session knows nothing of."""
@@ -765,6 +783,8 @@ async def test_a_conflict_at_commit(backend: Backend) -> None:
         ({"attempts": "3"}, "attempts must be"),
         ({"max_body": -1}, "max_body must be"),
         ({"methods": "POST"}, "methods must be"),
+        ({"methods": ["POST,PUT"]}, "methods must be"),
+        ({"backoff": float("inf")}, "backoff must be"),
         ({"when": True}, "when must be"),
         ({"backoff": -1}, "backoff must be"),
         ({"max_backoff": None}, "max_backoff must be"),

@@ -159,6 +159,60 @@ async def test_dictionaries_of_the_application(backend: Backend) -> None:
     assert {"id": 2} == scope["path_params"]
 
 
+async def test_what_others_change_too(backend: Backend) -> None:
+    """A dictionary of the whole process keeps what others have made of it."""
+    counts = {"mine": 0, "of others": 0}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        counts["of others"] += 1
+        scope["counts"]["mine"] += 1
+        if attempt() == 1:
+            await conflict(backend)
+        await respond(send)
+
+    scope = http_scope(counts=counts)
+    async with conflicting_shop(backend) as db:
+        await ask(app, db, scope=scope)
+    assert {"mine": 1, "of others": 2} == counts
+    assert {"mine": 1, "of others": 0} == scope["counts"]
+
+
+class Fixed(dict[str, object]):
+    """One that cannot be copied."""
+
+    def __copy__(self) -> Fixed:
+        raise NotImplementedError
+
+
+def endless() -> dict[str, object]:
+    session: dict[str, object] = {"at": 0}
+    session["itself"] = session
+    return session
+
+
+@pytest.mark.parametrize(
+    ("session", "seen"), [(Fixed(at=0), [0, 1]), (endless(), [0, 0])]
+)
+async def test_what_cannot_be_copied(
+    backend: Backend, session: dict[str, object], seen: list[int]
+) -> None:
+    """It stops no request."""
+    found: list[object] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        found.append((scope["session"]["at"], *scope["known"]))
+        scope["session"]["at"] += 1
+        scope["known"].add("one")
+        if attempt() == 1:
+            await conflict(backend)
+        await respond(send)
+
+    scope = http_scope(session=session, known=set())
+    async with conflicting_shop(backend) as db:
+        response = await ask(app, db, scope=scope)
+    assert (200, [(each,) for each in seen]) == (response.status, found)
+
+
 async def test_the_scope_at_the_start(backend: Backend) -> None:
     """What is outside sees the last attempt's, also after something was sent before."""
     scope = http_scope()
@@ -233,6 +287,26 @@ async def test_rollback_only_and_an_error(backend: Backend) -> None:
     async with conflicting_shop(backend) as db:
         response = await ask(app, db)
     assert (503, [1]) == (response.status, attempts)
+
+
+async def test_a_hook_that_made_something_else_of_it(backend: Backend) -> None:
+    """The first error counts, whatever a `before_commit` hook raises after it."""
+    attempts: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def hook() -> None:
+            with suppress(DBAPIError):
+                await conflict(backend)
+            raise LookupError
+
+        attempts.append(attempt())
+        if attempts == [1]:
+            uow.before_commit(hook)
+        await respond(send)
+
+    async with conflicting_shop(backend) as db:
+        response = await ask(app, db)
+    assert (200, [1, 2]) == (response.status, attempts)
 
 
 async def test_a_client_that_leaves_meanwhile(backend: Backend) -> None:

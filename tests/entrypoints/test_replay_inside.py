@@ -8,9 +8,9 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 
 import asgi_uow as uow
-from asgi_uow import Database, UnitOfWorkMiddleware
+from asgi_uow import Database, Retry, UnitOfWorkMiddleware
 from asgi_uow.observers import RetryScheduled
-from tests.entrypoints.test_replay_apart import RETRY, another, of
+from tests.entrypoints.test_replay_apart import RETRY, another, ask, of
 from tests.support.asgi import Client, Response, http_scope, respond
 from tests.support.conflicts import READ, WRITE, conflict, conflicting_shop
 from tests.support.databases import on
@@ -109,6 +109,24 @@ async def test_used_up(
         response = await site.serve(db, other, wrap)
         assert (503, "1") == (response.status, response.headers["retry-after"])
         assert [(1, False), (2, False), (3, True)] == site.attempts
+
+
+async def test_run_that_is_used_up(backend: Backend, tmp_path: Path) -> None:
+    """What `Retry.run` could not do counts as what any unit inside could not."""
+    attempts: list[int] = []
+
+    async def job() -> None:
+        attempts.append(uow.current_unit_of_work().attempt)
+        if len(attempts) <= 4:
+            await conflict(beside)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await Retry(attempts=2, backoff=0.001).run(other, job)
+        await respond(send)
+
+    async with another(tmp_path) as (other, beside), conflicting_shop(backend) as db:
+        response = await ask(app, db)
+        assert (200, [1, 2, 1, 2, 1]) == (response.status, attempts)
 
 
 async def test_an_answer_to_it(backend: Backend, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ ONE_CONNECTION: Mapping[str, object] = {
 _SWITCHES = {"autoflush", "enable_baked_queries", "expire_on_commit", "twophase"}
 OF_SESSIONS = _SWITCHES | {"info", "query_cls"}
 
-BETWEEN_URLS = re.compile(r",(?=\s*(?:[\w+]+://|$))")
+BETWEEN_URLS = re.compile(r",[,\s]*(?=[\w+]+://|$)")
 
 POOLERS: Mapping[Any, Any] = {it: it or None for it in ("transaction", "session", "")}
 
@@ -67,7 +67,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("app", "the application, which comes first", callable),
     ("attempts", "a whole number above 0", lambda it: range(it) and it is not True),
     ("autoflush commit_flushes commit_on_exit", *_BOOLEAN),
-    ("backoff max_backoff", "seconds", lambda it: it + 0.0 >= 0),
+    ("backoff max_backoff", "seconds", lambda it: it - it == 0 <= it is not True),
     ("causal_reads", "CausalReads(secret), or None", lambda it: callable(it.positions)),
     ("commit_timeout deadline hook_timeout", "seconds above 0, or None", _is_above_0),
     ("commit_when", "a function of status and headers", callable),
@@ -78,7 +78,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("expire_on_commit resolve_unknown twophase", *_BOOLEAN),
     ("max_body", "a number of bytes", lambda it: it >= 0 == it % 1),
     ("max_overflow", "a whole number from -1 on", lambda it: it + 1 >= 0 == it % 1),
-    ("methods", "a list of methods", lambda it: it != "".join(it)),
+    ("methods", "a list of methods", lambda it: "," not in "".join(it) != it),
     ("observers", "a list of functions", lambda it: len(it) == sum(map(_observes, it))),
     ("on_begin", "an async function of the session, or None", _is_async),
     ("pool_pre_ping", "True, False or None", (True, False).__contains__),
@@ -131,7 +131,10 @@ def _urls(value: Any) -> tuple[str | sa.URL, ...]:
 
 
 def _addresses(value: object) -> str | sa.URL | Sequence[str | sa.URL]:
-    urls = _urls(value)
+    # An object, as of settings, may be one URL.
+    urls = _urls(value if type(value) in (list, tuple, sa.URL) else str(value))
+    if not urls:
+        raise ValueError(value)
     return urls[0] if len(urls) == 1 else urls
 
 

@@ -103,5 +103,5 @@ def doubt(nodes: Nodes | None, *, demoted: bool) -> None:
         nodes.doubt()
 
 
-def _kind(engine: sa.Engine) -> tuple[str, str]:
-    return engine.dialect.name, engine.dialect.driver
+def _kind(engine: sa.Engine) -> tuple[str | None, ...]:
+    return engine.dialect.name, engine.dialect.driver, engine.url.database

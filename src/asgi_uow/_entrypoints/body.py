@@ -30,32 +30,41 @@ class Body:
     def reader(self, attempts: Attempts) -> Receive:
         number, given, is_ended = attempts.number, 0, False
 
+        def known() -> Message | None:
+            nonlocal given, is_ended
+            # An earlier attempt may have left a reader behind.
+            if number != attempts.number or self.is_gone:
+                return {"type": "http.disconnect"}
+            if is_ended or not (given < len(self._bytes) or self.is_complete):
+                return None
+            chunk = bytes(self._bytes[given:])
+            given, is_ended = len(self._bytes), self.is_complete
+            return _request(chunk, more=not is_ended)
+
         async def receive() -> Message:
             nonlocal given, is_ended
+            if (message := known()) is not None:
+                return message
             self._lock = self._lock or asyncio.Lock()
             async with self._lock:
-                is_left = number != attempts.number  # behind, by an earlier attempt
-                is_known = given < len(self._bytes) or self.is_complete
-                if is_left or self.is_gone:
-                    return {"type": "http.disconnect"}
-                if is_known and not is_ended:
-                    chunk = bytes(self._bytes[given:])
-                    given, is_ended = len(self._bytes), self.is_complete
-                    return _request(chunk, more=not is_ended)
+                if (message := known()) is not None:  # whoever waited before has it
+                    return message
                 message = await self._receive()
-                self._note(message, attempts)
                 is_left = number != attempts.number
+                self._note(message, attempts, is_left=is_left)
+                if is_left:
+                    return {"type": "http.disconnect"}
                 given, is_ended = len(self._bytes), self.is_complete
-                return {"type": "http.disconnect"} if is_left else message
+                return message
 
         return receive
 
-    def _note(self, message: Message, attempts: Attempts) -> None:
+    def _note(self, message: Message, attempts: Attempts, *, is_left: bool) -> None:
         if message["type"] != "http.request":
             self.is_gone = attempts.is_last = True
             return
         self.is_complete = not message.get("more_body", False)
-        if not attempts.is_last or attempts.pause is not None:
+        if is_left or not attempts.is_last or attempts.pause is not None:
             self._bytes += message.get("body", b"")
             attempts.is_last = attempts.is_last or len(self._bytes) > self._most
 

@@ -174,9 +174,7 @@ class Exchange:
                 commit_when=rules.commit_when,
             )
             is_good = message["status"] < ERROR_STATUS
-            is_broken = message["status"] >= _decision.SERVER_ERROR
-            why = {Cause.DOOMED, Cause.STATUS} if is_broken else {Cause.DOOMED}
-            if decision.cause in why and unit.is_used_up:
+            if self._is_used_up(decision, message["status"]):
                 unit.doom = unit.doomed_by or unit.to_retry(None)
                 decision = _decision.rollback(Cause.DOOMED, replace_response=True)
             elif unit.writers and is_good and not decision.replace_response:
@@ -196,6 +194,12 @@ class Exchange:
             if self.settled is not None:
                 self.settled.set()
         return {**message, "headers": headers}
+
+    def _is_used_up(self, decision: _decision.Decision, status: int) -> bool:
+        """Tell whether the client is to come again, and not to see this answer."""
+        # A 500 is what frameworks make of an error that nobody has handled.
+        is_broken = decision.cause is Cause.STATUS and status == _decision.SERVER_ERROR
+        return (is_broken or decision.cause is Cause.DOOMED) and self.unit.is_used_up
 
     async def _add_causal_token(self, causal: CausalReads, headers: Headers) -> None:
         """Tell the client of a unit that wrote what its next reads must see."""

@@ -10,6 +10,7 @@ import contextvars
 import copy
 import dataclasses
 import random
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
@@ -17,7 +18,7 @@ import anyio
 from asgi_uow._databases.configuration import check
 from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._databases.engines import check_databases
-from asgi_uow._decision import UNDECIDED, Cause
+from asgi_uow._decision import Cause, State
 from asgi_uow._entrypoints.body import Body
 from asgi_uow._entrypoints.exchange import Again
 from asgi_uow._entrypoints.problem import START
@@ -38,11 +39,12 @@ T = TypeVar("T")
 
 # https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
 IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
-NOT_REPLAYED = {Cause.EXPLICIT, Cause.CANCELLED, Cause.TIMEOUT}
+NOT_REPLAYED = {Cause.EXPLICIT, Cause.CANCELLED}
 FIXED = {  # https://asgi.readthedocs.io/en/latest/specs/www.html#http-connection-scope
     *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path"),
     *("query_string", "root_path", "client", "server"),
 }
+CONTAINERS = dict, list, set
 PLAIN = {bytes, int, str, tuple, type(None)}  # most of a scope, and never changed
 
 
@@ -179,7 +181,8 @@ class Attempts:
         # A unit inside that still runs may keep something later.
         inside = [each for each in shared.writers if each not in others]
         is_kept = shared.kept[0] > kept or any(
-            each.shared.state in UNDECIDED for each in inside
+            each.shared is not shared and each.shared.state is not State.ROLLED_BACK
+            for each in inside
         )
         is_wished = unit.reason is not None or unit.cause in NOT_REPLAYED
         return not (is_kept or is_wished or _cancelling() > self._cancelling)
@@ -200,7 +203,7 @@ class Replay(Attempts):
         self._scope, self._send = scope, send
         self._attempted = scope  # then copies of what it was
         self._before = _copy(scope)
-        self._mine = scope.copy()
+        self._state = scope.get("state")
         self._body = Body(receive, retry.max_body)
 
     async def serve(
@@ -236,15 +239,15 @@ class Replay(Attempts):
 
     def _give_back(self) -> None:
         """Leave in the caller's scope what the last attempt has left in its own."""
-        for key, value in self._attempted.items():
-            mine: Any = self._mine.get(key)
-            is_mine = type(mine) is dict and type(value) is dict
-            if is_mine and mine is not value:
-                mine.clear()
-                mine.update(value)
-            self._scope[key] = mine if is_mine else value
-        for key in self._scope.keys() - self._attempted.keys():
-            del self._scope[key]
+        state = self._attempted.get("state")
+        self._scope.clear()
+        self._scope.update(self._attempted)
+        if type(self._state) is dict and type(state) is dict:
+            # The one that applications around may hold.
+            self._scope["state"] = self._state
+            if state is not self._state:
+                self._state.clear()
+                self._state.update(state)
 
 
 def _cancelling() -> int:
@@ -256,28 +259,36 @@ def _copy(scope: Scope) -> dict[str, Any]:
     copied: dict[str, Any] = scope.copy()
     for key in scope:
         if key not in FIXED and type(value := scope[key]) not in PLAIN:
-            # The state has what all requests share, too.
-            is_flat = type(value) is list or (key == "state" and type(value) is dict)
-            copied[key] = value.copy() if is_flat else _copy_of(value)
+            copied[key] = _copy_of(value)
+            if key == "session":
+                with suppress(RecursionError):  # a strange one
+                    _copy_inside(copied[key])
     return copied
 
 
 def _copy_of(value: Any) -> Any:
-    """Copy plain containers, in each other too: a session has a list of a cart."""
-    if type(value) is dict:
-        return {k: v if type(v) in PLAIN else _copy_of(v) for k, v in value.items()}
-    if type(value) is list:
-        return [*map(_copy_of, value)]
-    if not isinstance(value, dict | list):
-        return value
-    copied = copy.copy(value)
-    if hasattr(value, "__dict__"):  # Starlette's session notes that it was changed
-        copied.__dict__ = vars(value).copy()
-    own: Any = dict.__setitem__  # that of its class may note a change
-    for key, each in value.items() if isinstance(value, dict) else ():
-        if type(each) not in PLAIN:
-            own(copied, key, _copy_of(each))
+    """Copy a container; what it holds may be everybody's, as in the state."""
+    if type(value) in CONTAINERS:
+        return value.copy()
+    copied = value
+    if isinstance(value, CONTAINERS):
+        with suppress(Exception):  # whatever its class does
+            copied = copy.copy(value)
+            if hasattr(value, "__dict__"):  # Starlette's notes that it was changed
+                copied.__dict__ = vars(value).copy()
     return copied
+
+
+def _copy_inside(session: Any) -> None:
+    for key, value in session.items() if isinstance(session, dict) else ():
+        if isinstance(value, CONTAINERS):
+            dict.__setitem__(session, key, _deep(value))  # notes no change
+
+
+def _deep(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _deep(each) for key, each in value.items()}
+    return [*map(_deep, value)] if type(value) is list else _copy_of(value)
 
 
 def _is_replayed(error: BaseException) -> bool:

@@ -89,18 +89,26 @@ async def _complete(
     if ended.cause is not None:
         unit.failure = ended.failure(ended.cause, unit.share())
     if ended.outcome is Outcome.ROLLED_BACK:
-        error = unit.doom or ended.error
-        if unit.attempts is not None:
-            unit.again = unit.attempts.schedule(unit, error)
-        elif unit.is_nested and unit.around and unit.cause is not Cause.EXPLICIT:
-            # What is around it may end because of it.
-            first, outages = unit.to_retry(error), unit.around.share().outages
-            outages += [first] if isinstance(first, Exception) and not outages else []
+        _ask_for_another(unit, ended)
     unit.move(STATE_OF[ended.outcome])
     _report(unit, ended.outcome, completion)
     if any(unit.hooks.queues.values()):
         await _run_hooks(unit, completion)
     return None if ended.cause is Cause.DOOMED else ended.error
+
+
+def _ask_for_another(unit: UnitOfWork, ended: Ended) -> None:
+    """Have its work done again, or tell what is around why it was rolled back."""
+    # A hook may have raised what it has made of the first error.
+    is_hooks = ended.cause is Cause.BEFORE_COMMIT
+    error = unit.doom or (None if is_hooks else ended.error)
+    if unit.attempts is not None:
+        unit.again = unit.attempts.schedule(unit, error)
+        unit.is_replayed = unit.again is not None
+    nested = unit.is_nested and unit.again is None and unit.cause is not Cause.EXPLICIT
+    if nested and unit.around is not None:
+        first, outages = unit.to_retry(error), unit.around.share().outages
+        outages += [first] if isinstance(first, Exception) and not outages else []
 
 
 async def _run_hooks(unit: UnitOfWork, completion: Completion) -> None:
@@ -193,9 +201,20 @@ async def prepare(unit: UnitOfWork) -> Ended:
             more = unit.hooks.queues.get("before_commit")
             is_all = participants is unit.participants and not more
             if is_all and (unit.until is None or lift(unit.writers)):
+                _refuse_if_left(unit)
                 return ROLLED_BACK
     except BaseException as error:  # noqa: BLE001  # raised by finish()
         return stopped_by(error)
+
+
+def _refuse_if_left(unit: UnitOfWork) -> None:
+    """Raise in what an attempt that is done again has left; its hooks are none."""
+    for each in (unit, *unit.outwards()) if unit.around is not None else ():
+        if each.is_hook:
+            return
+        if each.is_replayed:
+            operation = "COMMIT of a unit that an attempt before has left"
+            raise errors.UnitOfWorkClosedError(operation, each.state)
 
 
 def register(unit: UnitOfWork, phase: str, hook: Hook) -> None:

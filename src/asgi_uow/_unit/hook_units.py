@@ -119,7 +119,7 @@ def _unit_for_hook(unit: UnitOfWork) -> UnitOfWork:
     own = UnitOfWork()
     own.databases, own.options, own.state = unit.databases, unit.options, NEW
     own.around, own.is_hook = unit, True
-    own.must_see = unit.must_see
+    own.must_see, own.attempt = unit.must_see, unit.attempt
     own.quota = unit.hooks.quota
     if unit.is_nested:
         outer = [db for each in unit.outwards() for db in each.databases]

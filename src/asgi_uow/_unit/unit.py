@@ -64,6 +64,7 @@ class UnitOfWork:
     is_nested: bool = False
     """Whether it is inside `around`, whose savepoints and databases it shares."""
     is_hook: bool = False
+    is_replayed: bool = False  # what this attempt has left behind keeps nothing
 
     is_used: bool = False
     """Whether its end is more than a word: something was opened, registered or set."""
