@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from asgi_uow._asgi import Message, Receive
+
+GONE: dict[str, str] = {"type": "http.disconnect"}
 
 
 class Attempts(Protocol):
@@ -15,6 +18,14 @@ class Attempts(Protocol):
     number: int
     pause: float | None
     is_last: bool
+
+
+class Position:
+    """How far one attempt has read."""
+
+    attempt: int
+    given: int = 0
+    is_ended: bool = False
 
 
 class Body:
@@ -28,36 +39,36 @@ class Body:
         self._bytes = bytearray()
 
     def reader(self, attempts: Attempts) -> Receive:
-        number, given, is_ended = attempts.number, 0, False
+        """Give what an attempt receives with."""
+        at = Position()
+        at.attempt = attempts.number
+        return functools.partial(self._read, attempts, at)
 
-        def known() -> Message | None:
-            nonlocal given, is_ended
-            # An earlier attempt may have left a reader behind.
-            if number != attempts.number or self.is_gone:
-                return {"type": "http.disconnect"}
-            if is_ended or not (given < len(self._bytes) or self.is_complete):
-                return None
-            chunk = bytes(self._bytes[given:])
-            given, is_ended = len(self._bytes), self.is_complete
-            return _request(chunk, more=not is_ended)
-
-        async def receive() -> Message:
-            nonlocal given, is_ended
-            if (message := known()) is not None:
-                return message
-            self._lock = self._lock or asyncio.Lock()
-            async with self._lock:
-                if (message := known()) is not None:  # whoever waited before has it
-                    return message
+    async def _read(self, attempts: Attempts, at: Position) -> Message:
+        message = self._known(attempts, at)
+        if message is not None:
+            return message
+        self._lock = self._lock or asyncio.Lock()
+        async with self._lock:
+            # Whoever waited before may have it, also one that an attempt has left.
+            message = self._known(attempts, at)
+            if message is None:
                 message = await self._receive()
-                is_left = number != attempts.number
+                is_left = at.attempt != attempts.number
                 self._note(message, attempts, is_left=is_left)
                 if is_left:
-                    return {"type": "http.disconnect"}
-                given, is_ended = len(self._bytes), self.is_complete
-                return message
+                    return GONE.copy()
+                at.given, at.is_ended = len(self._bytes), self.is_complete
+            return message
 
-        return receive
+    def _known(self, attempts: Attempts, at: Position) -> Message | None:
+        if self.is_gone or at.attempt != attempts.number:
+            return GONE.copy()
+        if at.is_ended or not (at.given < len(self._bytes) or self.is_complete):
+            return None
+        chunk = bytes(self._bytes[at.given :])
+        at.given, at.is_ended = len(self._bytes), self.is_complete
+        return {"type": "http.request", "body": chunk, "more_body": not at.is_ended}
 
     def _note(self, message: Message, attempts: Attempts, *, is_left: bool) -> None:
         if message["type"] != "http.request":
@@ -67,7 +78,3 @@ class Body:
         if is_left or not attempts.is_last or attempts.pause is not None:
             self._bytes += message.get("body", b"")
             attempts.is_last = attempts.is_last or len(self._bytes) > self._most
-
-
-def _request(body: bytes, *, more: bool) -> Message:
-    return {"type": "http.request", "body": body, "more_body": more}
