@@ -152,7 +152,8 @@ async def test_a_unit_inside(
 
     released: list[asyncio.Event] = []
     async with another(tmp_path) as (other, beside), conflicting_shop(backend) as db:
-        response = await ask(app, db)
+        async with asyncio.timeout(10):
+            response = await ask(app, db)
         for each in released:
             each.set()
         await asyncio.wait(tasks)

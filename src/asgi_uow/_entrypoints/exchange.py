@@ -97,7 +97,7 @@ class Exchange:
             message = await self._decide(message)
         elif is_start and self.stage is REFUSED and message["status"] >= ERROR_STATUS:
             self.stage = ANSWERED
-        if self.stage in {REFUSED, REPLAYED}:
+        if self.stage is REFUSED or self.stage is REPLAYED:
             operation = "sending a response"
             raise self.unit.failure or UnitOfWorkClosedError(operation, self.unit.state)
         await self.forward(message)
@@ -174,7 +174,7 @@ class Exchange:
                 commit_when=rules.commit_when,
             )
             is_good = message["status"] < ERROR_STATUS
-            if self._is_used_up(decision, message["status"]):
+            if not decision.commit and self._is_used_up(decision, message["status"]):
                 unit.doom = unit.doomed_by or unit.to_retry(None)
                 decision = _decision.rollback(Cause.DOOMED, replace_response=True)
             elif unit.writers and is_good and not decision.replace_response:

@@ -50,6 +50,8 @@ async def finish(
     if decision.commit:
         unit.move(State.PREPARING)
         ended = await prepare(unit)
+        if unit.around is not None:
+            ended = _refuse_if_left(unit, ended)
         if ended.cause is not None:
             decision = rollback(ended.cause)
     stopped = error or ended.error
@@ -201,20 +203,20 @@ async def prepare(unit: UnitOfWork) -> Ended:
             more = unit.hooks.queues.get("before_commit")
             is_all = participants is unit.participants and not more
             if is_all and (unit.until is None or lift(unit.writers)):
-                _refuse_if_left(unit)
                 return ROLLED_BACK
     except BaseException as error:  # noqa: BLE001  # raised by finish()
         return stopped_by(error)
 
 
-def _refuse_if_left(unit: UnitOfWork) -> None:
-    """Raise in what an attempt that is done again has left; its hooks are none."""
-    for each in (unit, *unit.outwards()) if unit.around is not None else ():
-        if each.is_hook:
-            return
+def _refuse_if_left(unit: UnitOfWork, ended: Ended) -> Ended:
+    """Stop what an attempt that is done again has left; its hooks are none."""
+    for each in (unit, *unit.outwards()):
         if each.is_replayed:
             operation = "COMMIT of a unit that an attempt before has left"
-            raise errors.UnitOfWorkClosedError(operation, each.state)
+            return stopped_by(errors.UnitOfWorkClosedError(operation, each.state))
+        if each.is_hook:
+            break
+    return ended
 
 
 def register(unit: UnitOfWork, phase: str, hook: Hook) -> None:
