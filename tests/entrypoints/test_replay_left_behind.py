@@ -134,6 +134,9 @@ async def test_a_unit_inside(
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         waits, may_go_on = asyncio.Event(), asyncio.Event()
+        for each in released:
+            each.set()
+            await asyncio.wait(tasks)
 
         async def go_on() -> None:
             waits.set()
@@ -145,8 +148,6 @@ async def test_a_unit_inside(
             released.append(may_go_on)
             await conflict(backend)
         may_go_on.set()
-        for each in released:
-            each.set()
         await asyncio.wait(tasks)
         await respond(send)
 
