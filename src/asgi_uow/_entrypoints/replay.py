@@ -245,9 +245,9 @@ class Replay(Attempts):
         if type(self._state) is dict and type(state) is dict:
             # The one that applications around may hold.
             self._scope["state"] = self._state
-            if state is not self._state:
-                self._state.clear()
-                self._state.update(state)
+            left = state.copy()
+            self._state.clear()
+            self._state.update(left)
 
 
 def _cancelling() -> int:
