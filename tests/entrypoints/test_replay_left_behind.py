@@ -9,6 +9,7 @@ import pytest
 
 import asgi_uow as uow
 from asgi_uow import Retry, errors
+from tests.entrypoints.test_replay import read
 from tests.entrypoints.test_replay_apart import another, ask, attempt
 from tests.support.asgi import respond
 from tests.support.conflicts import READ, WRITE, conflict, conflicting_shop
@@ -40,15 +41,6 @@ class Client:
 
     async def receive(self) -> Message:
         return await self._messages.get()
-
-
-async def read(receive: Receive) -> bytes:
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body += message["body"]
-        more = message["more_body"]
-    return body
 
 
 async def test_who_waits_for_the_end(backend: Backend) -> None:
