@@ -14,6 +14,7 @@ from sqlalchemy.exc import OperationalError
 import asgi_uow as uow
 from asgi_uow import Database, Retry, errors
 from tests.servers import MariaDBBackend, eventually
+from tests.servers.plugin import require
 from tests.servers.process import MariaDB
 from tests.support import shop
 from tests.support.asgi import handle
@@ -30,11 +31,25 @@ READ_ONLY = "SET GLOBAL read_only = {}"
 
 
 @pytest.fixture(scope="module")
-def other_server() -> Iterator[MariaDB]:
-    """A second server."""
-    with closing(MariaDB()) as server:
-        server.start()
-        yield server
+def servers() -> Iterator[tuple[MariaDB, MariaDB]]:
+    """Two that nobody else uses: they are read-only for a while."""
+    require(MariaDB)
+    with closing(MariaDB()) as one, closing(MariaDB()) as other:
+        one.start()
+        other.start()
+        yield one, other
+
+
+@pytest.fixture
+def mariadb_port(servers: tuple[MariaDB, MariaDB]) -> int:
+    """The port of the first one."""
+    return servers[0].port
+
+
+@pytest.fixture
+def other_server(servers: tuple[MariaDB, MariaDB]) -> MariaDB:
+    """The second one."""
+    return servers[1]
 
 
 @asynccontextmanager
