@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import anyio
 import anyio.lowlevel
 import pytest
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
 
 import asgi_uow as uow
 from asgi_uow import Database
@@ -257,6 +259,38 @@ async def test_cancelled_statement_is_stopped(
         await eventually(0, sleeping)
         assert [(1,)] == await backend.fetch("SELECT id FROM items FOR UPDATE")
         assert [0, 0] == checked_out(db)
+
+
+@pytest.mark.parametrize("kind", ["task", "scope"])
+@on(*SERVERS, "psycopg")
+async def test_cancelled_while_a_dead_connection_is_thrown_away(
+    db: Database, backend: ServerBackend, kind: Kind
+) -> None:
+    """P10: what SQLAlchemy leaves half closed keeps no unit from its end."""
+    throwing_away = asyncio.Event()
+    sent: list[uow.UnitOfWork] = []
+    hooks: list[str] = []
+
+    def wait(*_: object) -> None:
+        if not throwing_away.is_set():
+            throwing_away.set()
+            await_only(asyncio.Event().wait())
+
+    async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        sent.append(uow.current_unit_of_work())
+        uow.after_rollback(hooks.append, "rollback")
+        await shop.insert(1)
+        event.listen(db.engine.sync_engine.pool, "invalidate", wait)
+        await backend.kill_connections()
+        await shop.insert(2)
+
+    async with cancelled(request(uow.UnitOfWorkMiddleware(app, db)), kind):
+        await throwing_away.wait()
+
+    assert uow.Outcome.ROLLED_BACK is sent[0].outcome
+    assert ["rollback"] == hooks
+    assert [0, 0] == checked_out(db)
+    assert [] == await shop.items(backend)
 
 
 LOCK = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import closing
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import anyio
 import sqlalchemy as sa
@@ -66,6 +66,15 @@ class Connection(sa.Connection):
         if self.journal is not None and self._transaction is None:
             raise TransactionGoneError  # its unit has ended; nobody would close another
         return super()._revalidate_connection()
+
+    def _handle_dbapi_exception(self, *args: Any, **kwargs: Any) -> NoReturn:
+        try:
+            super()._handle_dbapi_exception(*args, **kwargs)
+        finally:
+            # Cancelled while it closes a dead one, SQLAlchemy forgets only half of it.
+            fairy = self._dbapi_connection
+            if fairy is not None and fairy.dbapi_connection is None:
+                self.invalidate()
 
     def call_alone(
         self, end: Callable[[], object], ending: Journal | None = None
