@@ -272,15 +272,14 @@ async def test_cancelled_while_a_dead_connection_is_thrown_away(
     hooks: list[str] = []
 
     def wait(*_: object) -> None:
-        if not throwing_away.is_set():
-            throwing_away.set()
-            await_only(asyncio.Event().wait())
+        throwing_away.set()
+        await_only(asyncio.Event().wait())
 
     async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
         sent.append(uow.current_unit_of_work())
         uow.after_rollback(hooks.append, "rollback")
         await shop.insert(1)
-        event.listen(db.engine.sync_engine.pool, "invalidate", wait)
+        event.listen(db.engine.sync_engine.pool, "invalidate", wait, once=True)
         await backend.kill_connections()
         await shop.insert(2)
 
