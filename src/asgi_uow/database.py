@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import sys
 import threading
-import warnings
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
 from asgi_uow import errors
 from asgi_uow._databases import configuration
-from asgi_uow._databases.engines import Engines, check_databases
+from asgi_uow._databases.engines import Engines
 from asgi_uow._databases.health import check
 from asgi_uow._databases.loops import derive_engine
-from asgi_uow._decision import UNDECIDED, WRITABLE, Cause, State, decide_exit, rollback
-from asgi_uow._sessions.deadline import earlier
-from asgi_uow._unit.finish import end_unit
-from asgi_uow._unit.options import UnitOptions
-from asgi_uow._unit.unit import UnitOfWork, current, require
+from asgi_uow._unit.block import leave_unit, open_unit, unit_of_work
+from asgi_uow._unit.unit import current, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -30,8 +24,12 @@ if TYPE_CHECKING:
     from asgi_uow._databases.engines import OnBegin
     from asgi_uow._databases.health import Health
     from asgi_uow._sessions.session import Session
+    from asgi_uow._unit.unit import UnitOfWork
 
     Leave: TypeAlias = Callable[..., Coroutine[object, object, None]]
+
+NOTHING: tuple[int, Callable[[], unit_of_work | None]] = 0, lambda: None
+LEAVING = "db.__aexit__() in another context (keep a unit_of_work(db) for that)"
 
 
 class _ExitOfBlock:
@@ -65,8 +63,9 @@ class Database(Engines):
     `engine` is the writer. Reads use `readers`, or else an engine of their own on
     the writer's server, on which the database itself refuses writes.
     `commit_on_exit=False` has `async with db:`, not requests, roll back unless
-    `force_commit()` is called. `resolve_unknown=True` (PostgreSQL): one more round trip
-    before each COMMIT, so that one whose answer was lost can be settled.
+    `force_commit()` is called. `resolve_unknown=True`: one more round trip before
+    each COMMIT, so that one whose answer was lost can be settled; other databases than
+    PostgreSQL need the table of `idempotency_table(metadata)` for it.
     `read_isolation="REPEATABLE READ"` gives the reads of a read session one snapshot,
     at the price of a transaction. `pooler="transaction"`, or `"session"`, says how a
     PgBouncer or a proxy in front of the server pools. `on_begin`: an async function
@@ -168,7 +167,7 @@ class Database(Engines):
         frame, found = getattr(_ExitOfBlock.found, "last", NOTHING)
         block = found() if frame == id(sys._getframe(1)) else None  # noqa: SLF001
         if block is None or block.is_entered:
-            unit = _open((self,))
+            unit = open_unit((self,))
             unit.entered_by_hand = self
             return unit
         block.databases = (self,)
@@ -182,119 +181,8 @@ class Database(Engines):
         for each in () if unit is None else (unit, *unit.outwards()):
             if each.entered_by_hand is self:
                 each.entered_by_hand = None
-                return await _leave(each, exc)
+                return await leave_unit(each, exc)
         raise errors.NoUnitOfWorkError(LEAVING)
 
     if not TYPE_CHECKING:  # pragma: no branch
         __aexit__ = _ExitOfBlock(__aexit__)
-
-
-class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_work(db)
-    """A unit of work outside a request: `async with unit_of_work(db) as uow:`.
-
-    For several databases or, with `independent=True`, with connection and outcome of
-    its own inside another unit of the same database. `deadline`: seconds from now on;
-    a database call that has no answer then raises `DeadlineExceededError`, and nothing
-    is committed any more.
-
-    Leaving the block commits; an exception rolls back and goes on. Raises
-    `NestedUnitOfWorkError` inside an undecided unit of the same database.
-    """
-
-    unit: UnitOfWork
-    independent: bool = False
-    deadline: float | None = None
-    is_entered: bool = False
-
-    def __init__(
-        self,
-        *databases: Engines,
-        independent: bool = False,
-        deadline: float | None = None,
-    ) -> None:
-        check_databases("unit_of_work(db)", databases)
-        configuration.check({"deadline": deadline})
-        self.deadline = deadline
-        self.databases = databases
-        self.independent = independent
-
-    async def __aenter__(self) -> UnitOfWork:
-        """Open the unit; no session and no connection yet."""
-        if self.is_entered:
-            raise errors.BlockReusedError
-        self.unit = _open(self.databases, independent=self.independent)
-        self.unit.until = earlier(self.unit.until, self.deadline)
-        self.is_entered, self._process = True, os.getpid()
-        self._loop = asyncio.get_running_loop()
-        return self.unit
-
-    async def __aexit__(
-        self, exc_type: object, exc: BaseException | None, traceback: object
-    ) -> None:
-        """Commit or roll back, then close; raises if the work was not kept."""
-        await _leave(self.unit, exc)
-
-    def __del__(self) -> None:
-        """Roll back what nobody can leave any more."""
-        if not self.is_entered or self.unit.state not in UNDECIDED:
-            return
-        if self._process != os.getpid():
-            return  # that of the process that this one was forked from
-        message = f"nobody has left the block of {self.unit!r}: it is rolled back"
-        warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
-        if self._loop.is_running():
-            end = end_unit(self.unit, rollback(Cause.ABANDONED))
-            asyncio.run_coroutine_threadsafe(end, self._loop)
-
-
-def _is_no_session(_: UnitOfWork) -> None:
-    message = "`async with db` gives the unit of work; its session is uow.session()."
-    raise AttributeError(message)
-
-
-for _name in ("add", "commit", "execute", "flush", "get", "scalar", "scalars"):
-    setattr(UnitOfWork, _name, property(_is_no_session))
-
-DEFAULTS = UnitOptions()
-NOTHING: tuple[int, Callable[[], unit_of_work | None]] = 0, lambda: None
-LEAVING = "db.__aexit__() in another context (keep a unit_of_work(db) for that)"
-
-
-def _open(databases: tuple[Engines, ...], *, independent: bool = False) -> UnitOfWork:
-    """Make a unit the current one; no session and no connection yet."""
-    around, unit = current.get(), UnitOfWork()
-    unit.databases, unit.options, unit.state = databases, DEFAULTS, State.NEW
-    if around is not None:
-        unit.around, unit.options = around, around.options
-        unit.must_see = around.must_see
-        unit.is_nested = around.state in WRITABLE and not around.is_hook
-        if unit.is_nested:
-            unit.until, unit.attempt = around.until, around.attempt
-        # Otherwise a hook that registers itself in such a block never ends.
-        unit.quota = around.quota
-        for db in databases:
-            # A hook's own unit is in the way only once it is used.
-            taken = around.holds(db) if around.is_hook else around.serves(db)
-            inside = taken and around.state in WRITABLE and not independent
-            if inside or unit.is_blocked_by_others(db):
-                raise errors.NestedUnitOfWorkError(db)
-    current.set(unit)
-    return unit
-
-
-async def _leave(unit: UnitOfWork, error: BaseException | None) -> None:
-    decision = decide_exit(
-        error,
-        rollback_only=unit.state is State.ROLLBACK_ONLY,
-        doomed=unit.doomed_by is not None,
-        forced=unit.forced,
-        commit_on_exit=all(db.commit_on_exit for db in unit.databases),
-    )
-    try:
-        await end_unit(unit, decision)
-    finally:
-        # Not by a token: generators end in another order, or in another task.
-        left = (each for each in unit.outwards() if each.state is not State.CLOSED)
-        unit.around = next(left, None)  # a context may keep the unit, but not a chain
-        if current.get() is unit:
-            current.set(unit.around)

@@ -17,6 +17,7 @@ AsgiUowError
 ├── TransactionGoneError          the database has ended the transaction by itself
 ├── ConcurrentUseError            a call while the session is busy with another
 ├── DeadlineExceededError         a call after the unit's deadline (TimeoutError)
+├── KeyInUseError                 who has the idempotency key has not ended yet
 ├── TooManyHooksError             hooks register hooks without an end
 └── UnitOfWorkFailedError         a commit was wanted and the work was not kept
     ├── BeforeCommitError         a before_commit hook raised
@@ -174,6 +175,12 @@ class DeadlineExceededError(AsgiUowError, TimeoutError):
     """A call had no answer when the deadline of the unit of work was over."""
 
     template = "The unit reached its `deadline`: do less in it, or give it more time."
+
+
+class KeyInUseError(AsgiUowError, RuntimeError):
+    """Who has the idempotency key was not at its end in time; nothing was done."""
+
+    template = "This idempotency key is in use: whoever has it is still at work."
 
 
 class TooManyHooksError(AsgiUowError, RuntimeError):

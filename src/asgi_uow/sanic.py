@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from asgi_uow._asgi import Message, Receive, Scope, Send
     from asgi_uow._decision import CommitWhen
+    from asgi_uow._entrypoints.idempotency import Idempotency
     from asgi_uow._entrypoints.replay import Retry
     from asgi_uow._reading.causal import CausalReads
     from asgi_uow.observers import Observer
@@ -44,6 +45,7 @@ def setup(
     commit_when: CommitWhen = commit_below_400,
     observers: Sequence[Observer] = (LoggingObserver(),),
     retry: Retry | None = None,
+    idempotency: Idempotency | None = None,
     causal_reads: CausalReads | None = None,
     deadline: float | None = None,
     commit_timeout: float | None = 30.0,
@@ -62,11 +64,12 @@ def setup(
 
     Raises `ConfigurationError` if called twice for one application, and at its start
     with HTTP/3 or under an ASGI server: wrap it in `UnitOfWorkMiddleware` there. For
-    `retry` too: this server reads a request once, into an object that handlers change.
+    `retry` and `idempotency` too: this server reads a request once, into an object that
+    handlers change, and writes a response in pieces.
     """
-    if retry is not None:
-        message = "retry needs an ASGI server and UnitOfWorkMiddleware: Sanic's own "
-        message += "keeps nothing to replay."
+    if retry is not None or idempotency is not None:
+        message = "retry and idempotency need an ASGI server and UnitOfWorkMiddleware: "
+        message += "Sanic's own keeps neither a request nor a response."
         raise ConfigurationError(message)
     if hasattr(app.ctx, "asgi_uow"):
         message = "setup() was called for this application: pass all databases at once."

@@ -12,6 +12,7 @@ POOLER = "session"  # no look for one: pg_backend_pid() is no process, and may d
 # https://www.cockroachlabs.com/docs/stable/transaction-retry-error-reference
 CODES, DRIVERS = postgresql.CODES, postgresql.DRIVERS
 code_of, url_query = postgresql.code_of, postgresql.url_query
+insert_if_new = postgresql.insert_if_new
 
 
 def set_up(_: object, *, read_only: bool) -> frozenset[int | str]:  # noqa: ARG001

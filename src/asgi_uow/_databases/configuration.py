@@ -61,21 +61,33 @@ def _is_above_0(it: Any) -> bool:
     return it is not True and it + 0.0 > 0
 
 
+def _has(it: Any, method: str) -> bool:
+    return callable(getattr(it, method)) and not isinstance(it, type)
+
+
 # Names of options, what they must be, and a function that tells whether a value is.
 _BOOLEAN = "True or False", (True, False).__contains__
 _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("app", "the application, which comes first", callable),
     ("attempts", "a whole number above 0", lambda it: range(it) and it is not True),
     ("autoflush commit_flushes commit_on_exit", *_BOOLEAN),
-    ("backoff max_backoff", "seconds", lambda it: it - it == 0 <= it is not True),
+    (
+        "backoff keep max_backoff wait",
+        "seconds",
+        lambda it: it - it == 0 <= it is not True,
+    ),
     ("causal_reads", "CausalReads(secret), or None", lambda it: callable(it.positions)),
     ("commit_timeout deadline hook_timeout", "seconds above 0, or None", _is_above_0),
     ("commit_when", "a function of status and headers", callable),
     ("url", "a URL, or a list of URLs", len),
     ("when", "a function of the scope", lambda it: callable(it) and not _is_async(it)),
+    ("scope", "a function of the scope, or None", _observes),
     ("echo echo_pool", "a boolean or 'debug'", (0, 1, None, "debug").__contains__),
     ("error_app", "an ASGI application, or None", callable),
-    ("expire_on_commit resolve_unknown twophase", *_BOOLEAN),
+    ("expire_on_commit required resolve_unknown twophase", *_BOOLEAN),
+    ("header", "the name of a header", re.compile(r"[\w!#$%&'*+.^`|~-]+").fullmatch),
+    ("idempotency", "Idempotency(...), or None", lambda it: _has(it, "wrap")),
+    ("key", "a text of at least one character, or None", lambda it: len(it + "")),
     ("max_body", "a number of bytes", lambda it: it >= 0 == it % 1),
     ("max_overflow", "a whole number from -1 on", lambda it: it + 1 >= 0 == it % 1),
     ("methods", "a list of methods", lambda it: "," not in "".join(it) != it),
@@ -88,7 +100,8 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("pooler", "'transaction', 'session' or None", POOLERS.get),
     ("poolclass", "a subclass of Pool, or None", lambda it: issubclass(it, sa.Pool)),
     ("read_isolation", "'REPEATABLE READ' or None", {"REPEATABLE READ"}.__contains__),
-    ("retry", "Retry(...), or None", lambda it: not isinstance(it, type) and it.covers),
+    ("table", "the name of a table", lambda it: it.isprintable() and it.strip(".")),
+    ("retry", "Retry(...), or None", lambda it: _has(it, "covers")),
     ("readers read_urls", "a list", lambda s: type(s) not in (str, sa.URL) and iter(s)),
 )
 

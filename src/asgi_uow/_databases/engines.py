@@ -17,6 +17,7 @@ from asgi_uow._databases import known, loops
 from asgi_uow._databases.configuration import OF_SESSIONS, check
 from asgi_uow._databases.connection import POLICY
 from asgi_uow._databases.health import Replica
+from asgi_uow._databases.keys import Claim, was_kept
 from asgi_uow._databases.pool import Use, attach_listeners
 from asgi_uow.errors import ConfigurationError, EngineNotInitialisedError
 from asgi_uow.observers import logger
@@ -103,9 +104,6 @@ class Engines:
             message = "A reader cannot be the writer: it is made read-only."
             raise ConfigurationError(message)
         facts = known.database_of(engine.dialect)
-        if self.resolve_unknown and facts.TRANSACTION_ID is None:
-            message = "resolve_unknown works on PostgreSQL only (pg_xact_status)."
-            raise ConfigurationError(message)
         unfit = self.read_isolation if facts.BEGIN_READ_ONLY else facts.SINGLE_WRITER
         unfit = unfit or self.write_options.get("twophase")
         if self.pooler == "transaction" and unfit:
@@ -181,13 +179,15 @@ class Engines:
         return f"{url.host}:{url.port}/{url.database} {places}"
 
     async def settle(
-        self, xid: str | None, transaction: str | None, seconds: float
+        self, xid: str | None, proof: str | Claim, seconds: float
     ) -> bool | None:
         """Commit what was prepared; else ask what became of the transaction."""
         if xid is not None:
             return await self.end_prepared(xid, seconds, commit=True)
         async with _aside(self.engine) as aside:
-            return await self.facts.was_committed(aside, transaction or "", seconds)
+            if isinstance(proof, str):
+                return await self.facts.was_committed(aside, proof, seconds)
+            return await was_kept(aside, proof, seconds)
 
     async def end_prepared(
         self, xid: str, seconds: float, *, commit: bool

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine.interfaces import ExceptionContext
 
+    from asgi_uow._databases.keys import Claim
+
     Callback: TypeAlias = Callable[[], Coroutine[object, object, None]]
 
 T = TypeVar("T", bound=BaseException)
@@ -101,6 +103,7 @@ class Journal:
     implicit_commit: str | None = None  # the verb of what the database committed for
     kept: str | None = None  # the verb of what was kept at once, as nothing was open
     commits_last: bool = False  # whether one of the two is the last statement so far
+    claim: Claim | None = None  # a key that the transaction has claimed
 
     def __init__(
         self, database: known.Database, driver: known.Driver, savepoints: Savepoints
@@ -110,6 +113,12 @@ class Journal:
         """Errors that aborted the work done at a savepoint depth and deeper."""
         self._database, self._driver = database, driver
         self._names: list[str] = []
+
+    @property
+    def proof(self) -> Claim | None:
+        """Its claim, if the row of that is kept exactly when all else is."""
+        is_apart = self.implicit_commit is not None or self.kept is not None
+        return None if is_apart else self.claim
 
     @property
     def doomed_by(self) -> BaseException | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from asyncio import Task
     from collections.abc import Callable, Collection, Mapping
 
-    from sqlalchemy import URL, Dialect
+    from sqlalchemy import URL, Dialect, Insert, Table
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 Meaning: TypeAlias = Literal[
@@ -134,6 +134,8 @@ class Database(_Facts):
     # Sent likewise for another isolation level, where the driver's would stay.
     BEGIN_AT_LEVEL: str | None = None
     TRANSACTION_ID: str | None = None  # asked before COMMIT, for `was_committed`
+    COMMITS_PROOF: bool = False  # an INSERT alone does not wait for another server's
+    AWAIT_STANDBYS: str | None = None  # its COMMIT waits till they have what is kept
     CODES: Mapping[str, frozenset[int | str]]  # by `Meaning`; "57P" is a class
     SET_LOCAL_LASTS: bool = False  # longer than the transaction
     TRANSACTION_CONTROL: str | None = None  # regular expression, beside `_USUAL`
@@ -142,6 +144,9 @@ class Database(_Facts):
     DRIVERS: Mapping[str, Any]  # by SQLAlchemy's name; see `Driver`
     # Finds the code in a driver's error, or in SQLAlchemy's around it.
     code_of: Callable[[BaseException], int | str | None]
+
+    # Has a `rowcount` of 1 if the row is new, and changes none that is there.
+    insert_if_new: Callable[[Table, dict[str, Any]], Insert]
 
     # What a URL asks for, as the driver wants it; raises ValueError where it cannot.
     def url_query(self, query: Mapping[str, Any], _driver: str, /) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from anyio import current_time, fail_after
 from sqlalchemy import exc as sa_exc
+from sqlalchemy.dialects import mysql
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -26,6 +27,7 @@ IS_READ_ONLY = "SELECT @@global.read_only FROM (SELECT 1) AS here"
 LAG = "SHOW SLAVE STATUS"
 BEGIN_AT_LEVEL = "SET TRANSACTION ISOLATION LEVEL {}"  # of the next one alone
 QUESTION_BEFORE_COMMIT = "SELECT 1"
+COMMITS_PROOF = True  # Galera and Group Replication know of others only at COMMIT
 
 # https://mariadb.com/kb/en/mariadb-error-code-reference/
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
@@ -155,6 +157,14 @@ def set_up(dbapi_connection: Any, *, read_only: bool) -> frozenset[int | str]:
         cursor.execute("SELECT @@innodb_rollback_on_timeout")
         [value] = cursor.fetchone() or [0]
     return frozenset({1205} if value else ())
+
+
+def insert_if_new(table: sa.Table, row: dict[str, Any]) -> sa.Insert:
+    """Count 2 for a row that is there; IGNORE has those who wait for it deadlock."""
+    changed = {
+        "created": table.c.created + 1
+    }  # equal values would count 1, as a new row
+    return mysql.insert(table).values(row).on_duplicate_key_update(changed)
 
 
 async def position(connection: AsyncConnection) -> str | None:

@@ -15,6 +15,7 @@ from weakref import ref
 import sqlalchemy as sa
 from anyio import CancelScope, current_time, move_on_after, sleep
 from sqlalchemy import exc as sa_exc
+from sqlalchemy.dialects import postgresql
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -223,6 +224,10 @@ def _is_refused(conn: Any, text: str) -> bool:
     refused = rf"authentication failed|[^\w\s]\s?(?:{name})\s?(?:[^\w\s]|$)"
     answer = rf"(?ms):  (?!.*too many connections).*(?:{refused})"
     return bool(conn.needs_password or re.search(answer, text))
+
+
+def insert_if_new(table: sa.Table, row: dict[str, Any]) -> sa.Insert:
+    return postgresql.insert(table).values(row).on_conflict_do_nothing()
 
 
 async def position(connection: AsyncConnection) -> str | None:

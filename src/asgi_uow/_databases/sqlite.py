@@ -7,8 +7,10 @@ from contextlib import closing
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.dialects import sqlite
+
 if TYPE_CHECKING:
-    from sqlalchemy import URL
+    from sqlalchemy import URL, Insert, Table
 
 EXTRAS = {"aiosqlite": "sqlite"}
 PACKAGES = frozenset({"aiosqlite", "sqlite3"})
@@ -64,6 +66,10 @@ def is_memory(url: URL) -> bool:
     by_name = database.startswith((":memory:", "file::memory:"))
     by_mode = "mode=memory" in database or url.query.get("mode") == "memory"
     return url.get_backend_name() == "sqlite" and (by_name or by_mode)
+
+
+def insert_if_new(table: Table, row: dict[str, Any]) -> Insert:
+    return sqlite.insert(table).values(row).on_conflict_do_nothing()
 
 
 def set_up(dbapi_connection: Any, *, read_only: bool) -> frozenset[int | str]:  # noqa: ARG001

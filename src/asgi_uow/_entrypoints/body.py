@@ -1,10 +1,15 @@
-"""The body of a request that may be replayed, kept while the application reads it."""
+"""The body of a request: kept while it is read, for a replay, or hashed for a key."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 from typing import TYPE_CHECKING, Protocol
+
+import anyio
+
+from asgi_uow.errors import KeyInUseError
 
 if TYPE_CHECKING:
     from asgi_uow._asgi import Message, Receive
@@ -78,3 +83,60 @@ class Body:
         if is_left or not attempts.is_last or attempts.pause is not None:
             self._bytes += message.get("body", b"")
             attempts.is_last = attempts.is_last or len(self._bytes) > self._most
+
+
+class HashedBody:
+    """The body of a request: read ahead, hashed as it comes, never stored."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._ahead: list[Message] = []
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._is_ended = False
+        self.is_gone = False
+
+    async def fetch(self, least: int) -> None:
+        """Read so many bytes; whoever is slow holds no connection then."""
+        while self._size < least and not (self._is_ended or self.is_gone):
+            self._ahead.append(await self._next())
+
+    async def receive(self) -> Message:
+        return self._ahead.pop(0) if self._ahead else await self._next()
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        chunk = message.get("body", b"")
+        self._hash.update(chunk)
+        self._size += len(chunk)
+        if message["type"] != "http.request":
+            self.is_gone = True
+        elif not message.get("more_body", False):
+            self._is_ended = True
+        return message
+
+    @property
+    def fingerprint(self) -> str:
+        """What was read: how much, whether that was all, and its hash."""
+        return f"{self._size} {self._is_ended:d} {self._hash.hexdigest()}"
+
+    async def is_like(self, fingerprint: str, seconds: float) -> bool:
+        """Tell whether the body is that of another request, as far as that was read.
+
+        Raises `KeyInUseError` if so much does not come in time.
+        """
+        size, was_ended, hashed = fingerprint.split(" ")
+        left, same = int(size), hashlib.sha256()
+        with anyio.CancelScope(deadline=anyio.current_time() + seconds):
+            while True:
+                chunk = b"".join(each.get("body", b"") for each in self._ahead)
+                same.update(chunk[:left])
+                left -= len(chunk)
+                has_enough = left < 0 or (left == 0 and was_ended == "0")
+                if has_enough or self._is_ended or self.is_gone:
+                    break
+                self._ahead = [await self._next()]
+            is_whole = left == 0 and self._is_ended
+            is_same = left <= 0 and same.hexdigest() == hashed
+            return is_same and (was_ended == "0" or is_whole)
+        raise KeyInUseError

@@ -20,16 +20,21 @@ from asgi_uow._unit.unit import CLOSED, NEW, UnitOfWork, current
 from asgi_uow.observers import LoggingObserver
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
     from asgi_uow._databases.engines import Engines
     from asgi_uow._decision import CommitWhen
+    from asgi_uow._entrypoints.idempotency import Idempotency
     from asgi_uow._entrypoints.replay import Retry
     from asgi_uow._reading.causal import CausalReads
     from asgi_uow.observers import Observer
 
 UNIT = "asgi_uow.unit"  # the key in the scope, for another middleware inside
+
+
+def _has_no_key(_: Scope) -> bool:
+    return False
 
 
 class UnitOfWorkMiddleware:
@@ -42,6 +47,7 @@ class UnitOfWorkMiddleware:
     `commit_when(status, headers)`: commit for this response? Default: below 400.
     `observers`: called with every event; default one `LoggingObserver`.
     `retry=Retry()`: requests that met a conflict are replayed, whole.
+    `idempotency=Idempotency()`: what has an `Idempotency-Key` is done once.
     `causal_reads=CausalReads(secret)`: clients see what they wrote, on replicas too.
     `error_app`: the ASGI app that answers when the work was not kept; it finds the
     failure in `scope["asgi_uow.failure"]`. None leaves the answer to what is around.
@@ -60,6 +66,7 @@ class UnitOfWorkMiddleware:
         commit_when: CommitWhen = _decision.commit_below_400,
         observers: Sequence[Observer] = (LoggingObserver(),),
         retry: Retry | None = None,
+        idempotency: Idempotency | None = None,
         causal_reads: CausalReads | None = None,
         error_app: ASGIApp | None = problem_details,
         deadline: float | None = None,
@@ -72,7 +79,10 @@ class UnitOfWorkMiddleware:
             message = "commit_when cannot be async: a handler can set_rollback_only()."
             raise TypeError(message)
         errors.NoUnitOfWorkError.template = errors.NoUnitOfWorkError.wrong_order
-        self.app = app
+        self.app: ASGIApp = app if idempotency is None else idempotency.wrap(app)
+        self.has_key: Callable[[Scope], bool] = _has_no_key
+        if idempotency is not None:
+            self.has_key = idempotency.has_key
         self.deadline: float | None = deadline
         self.retry: Retry | None = retry
         self.databases = databases
@@ -96,7 +106,7 @@ class UnitOfWorkMiddleware:
                 return await self.app(scope, receive, send)
             unit.around, unit.is_nested = outer, True
             unit.until, unit.attempt = outer.until, outer.attempt
-        elif self.retry is not None and replay is None and self.retry.covers(scope):
+        elif self.retry and not replay and self.retry.covers(scope, self.has_key):
             replay = Replay(self.retry, scope, receive, send)
             return await replay.serve(UnitOfWorkMiddleware.__call__, self)
         exchange = Exchange()

@@ -17,7 +17,12 @@ FAILURE = "asgi_uow.failure"  # the key in the scope of what an `error_app` answ
 
 async def problem_details(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
     """Answer with what `problem` gives for the failure in the scope."""
-    status, fields, body = problem(scope[FAILURE])
+    await send_problem(send, *problem(scope[FAILURE]))
+
+
+async def send_problem(
+    send: Send, status: int, fields: dict[str, str], body: bytes
+) -> None:
     headers = [(name.encode(), value.encode()) for name, value in fields.items()]
     await send({"type": START, "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -31,14 +36,19 @@ def problem(failure: Exception) -> tuple[int, dict[str, str], bytes]:
     """
     # A failure of our own says so itself; any other is a database out of reach.
     retry_after: int | None = getattr(failure, "retry_after", RETRY_AFTER)
-    status = HTTPStatus.INTERNAL_SERVER_ERROR
-    detail = "The request could not be completed."
+    if retry_after is None:
+        return described(500, "The request could not be completed.")
+    return described(503, "Nothing was changed; please try again.", retry_after)
+
+
+def described(
+    status: int, detail: str, retry_after: int | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """Give status, headers and body of a problem that has no type of its own."""
+    title = HTTPStatus(status).phrase
+    about = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+    body = json.dumps(about).encode()
     headers = {"content-type": "application/problem+json"}
     if retry_after is not None:
-        status = HTTPStatus.SERVICE_UNAVAILABLE
-        detail = "Nothing was changed; please try again."
         headers["retry-after"] = str(retry_after)
-    about = {"type": "about:blank", "title": status.phrase, "status": status.value}
-    body = json.dumps({**about, "detail": detail}).encode()
-    headers["content-length"] = str(len(body))
-    return status.value, headers, body
+    return status, {**headers, "content-length": str(len(body))}, body

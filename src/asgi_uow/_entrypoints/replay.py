@@ -58,7 +58,8 @@ class Retry:
     the client sees the last response alone. When `attempts` are used up it is a 503.
 
     `attempts`: how often in all. `methods`: of the requests that may be replayed; those
-    that RFC 9110 calls idempotent, unless you name others. `when(scope)`: whether this
+    that RFC 9110 calls idempotent, unless you name others, and what has an idempotency
+    key. `when(scope)`: whether this
     one may be. `max_body`: bytes; with a larger body there is one attempt. Between
     attempts a random time passes, at most `backoff` seconds, doubled each time, and
     never more than `max_backoff`.
@@ -80,9 +81,10 @@ class Retry:
         check(vars(self))
         object.__setattr__(self, "methods", frozenset(map(str.upper, self.methods)))
 
-    def covers(self, scope: Scope) -> bool:
+    def covers(self, scope: Scope, has_key: Callable[[Scope], bool]) -> bool:
         """Tell whether this request may be replayed at all."""
-        return scope.get("method") in self.methods and self.when(scope)
+        may_be = scope.get("method") in self.methods or has_key(scope)
+        return may_be and self.when(scope)
 
     async def run(
         self,

@@ -18,6 +18,7 @@ from asgi_uow import errors
 from asgi_uow._concurrency import Shield
 from asgi_uow._databases.connection import Connection, raw_of
 from asgi_uow._databases.driver_errors import is_in_doubt
+from asgi_uow._databases.keys import leave_mark
 from asgi_uow._databases.loops import inherited
 from asgi_uow._decision import Cause, Outcome
 from asgi_uow._unit.ended import COMMITTED, Ended
@@ -26,6 +27,7 @@ from asgi_uow.observers import ReleaseFailed
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from asgi_uow._databases.keys import Claim
     from asgi_uow._sessions.managed import ManagedSession
     from asgi_uow._sessions.read_session import ReadSession
     from asgi_uow._sessions.session import Session
@@ -42,7 +44,7 @@ class Commit:
     """One COMMIT, and whether the answer to it leaves its outcome in doubt."""
 
     session: Session
-    transaction_id: str | None = None
+    proof: str | Claim | None = None  # asked what became of it, if that is in doubt
     in_doubt: bool = False
 
     def prepare(self) -> None:
@@ -82,8 +84,9 @@ class Commit:
                 sync.journal.look(dbapi)
             if sync.journal.ended_unseen:
                 raise errors.TransactionGoneError from sync.journal.doomed_by
+        self.proof = sync.journal.proof
         if db.resolve_unknown and sync.connections:
-            self.transaction_id = sync.scalar(text(db.facts.TRANSACTION_ID or ""))
+            self.proof = self.proof or leave_mark(sync, db.facts)
         return sync
 
 
@@ -100,12 +103,14 @@ class Completion:
     async def commit(self, writers: Sequence[Session]) -> Ended:
         """COMMIT every session that executed something, in the order of first use.
 
+        One with a key comes last: what a repetition is told has to be kept by all.
+
         Sessions with `twophase=True` are all prepared before the first COMMIT, and
         committed after the others, which may fail; from then on nothing stops them.
         """
         steps: list[tuple[Commit, Callable[[], None]]] = []
         prepared: list[tuple[Commit, Callable[[], None]]] = []
-        for writer in writers:
+        for writer in sorted(writers, key=lambda each: each.journal.claim is not None):
             commit = Commit(writer)
             if writer.sync_session.twophase:
                 steps.insert(len(prepared), (commit, commit.prepare))
@@ -130,13 +135,14 @@ class Completion:
         if not journal.committed:
             is_uncertain = journal.xid is not None or is_in_doubt(error)
             commit.in_doubt = journal.commit_sent and is_uncertain
-            if not commit.in_doubt or not (journal.xid or commit.transaction_id):
+            proof = None if db.is_memory else commit.proof
+            if not commit.in_doubt or not (journal.xid or proof):
                 return False
         # Closed first: MariaDB commits for others only then what it has prepared.
         await self.discard(commit.session, error)
         if not journal.committed:
-            seconds, asked = self._timeout or RESOLVE_SECONDS, commit.transaction_id
-            settling = db.settle(journal.xid, asked, seconds)
+            seconds = self._timeout or RESOLVE_SECONDS
+            settling = db.settle(journal.xid, commit.proof or "", seconds)
             kept = await self.shield.run(settling, at_once=False)
             if journal.xid is not None and kept is False:  # it is prepared no more
                 kept = True if is_in_doubt(error) else None

@@ -50,8 +50,8 @@ async def finish(
     if decision.commit:
         unit.move(State.PREPARING)
         ended = await prepare(unit)
-        if unit.around is not None:
-            ended = _refuse_if_left(unit, ended)
+        if unit.around is not None or unit.last is not None:
+            ended = await _go_last(unit, ended)
         if ended.cause is not None:
             decision = rollback(ended.cause)
     stopped = error or ended.error
@@ -208,14 +208,23 @@ async def prepare(unit: UnitOfWork) -> Ended:
         return stopped_by(error)
 
 
-def _refuse_if_left(unit: UnitOfWork, ended: Ended) -> Ended:
-    """Stop what an attempt that is done again has left; its hooks are none."""
+async def _go_last(unit: UnitOfWork, ended: Ended) -> Ended:
+    """Send what COMMIT follows at once; stop what a replayed attempt has left.
+
+    The hooks of such an attempt are none.
+    """
     for each in (unit, *unit.outwards()):
         if each.is_replayed:
             operation = "COMMIT of a unit that an attempt before has left"
             return stopped_by(errors.UnitOfWorkClosedError(operation, each.state))
         if each.is_hook:
             break
+    if ended.cause is None and unit.last is not None:
+        try:
+            with anyio.fail_after(unit.options.hook_timeout):
+                await unit.last()
+        except BaseException as error:  # noqa: BLE001  # raised by finish()
+            return stopped_by(error)
     return ended
 
 
@@ -267,7 +276,7 @@ async def release(unit: UnitOfWork) -> None:
             if not unit.is_nested:
                 shared.savepoints.clear()
         unit.participants, unit.writers, unit.failure = {}, (), None
-        unit.again = unit.attempts = None
+        unit.again = unit.attempts = unit.last = None
     if completion is not None:
         completion.shield.deliver()
 

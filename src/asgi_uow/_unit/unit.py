@@ -23,7 +23,7 @@ from asgi_uow._unit.participant import Participant
 from asgi_uow.observers import UnitStarted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from asgi_uow._databases.engines import Engines
     from asgi_uow._sessions.session import Session
@@ -65,6 +65,9 @@ class UnitOfWork:
     """Whether it is inside `around`, whose savepoints and databases it shares."""
     is_hook: bool = False
     is_replayed: bool = False  # what this attempt has left behind keeps nothing
+    replayed: bool = False
+    """Whether its idempotency key was used before: what it is for has been done."""
+    last: Callable[[], Awaitable[object]] | None = None  # sends what COMMIT follows
 
     is_used: bool = False
     """Whether its end is more than a word: something was opened, registered or set."""
@@ -125,6 +128,8 @@ class UnitOfWork:
         db = self.databases[0] if db is None else db
         if db not in self.databases:
             return self._around("session()", db).session(db)
+        if self.replayed:
+            self._check("session() for a key that was used before", frozenset())
         if self.state not in WRITABLE:
             self._check("session()", WRITABLE)
         participant = self.participants.get(db) or self._enlist(db)

@@ -1,0 +1,153 @@
+"""Idempotency keys: the rows that say what was done, kept with the work itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import secrets
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import sqlalchemy as sa
+
+from asgi_uow._databases import known
+from asgi_uow._databases.driver_errors import is_of_database
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.orm import Session
+
+TABLE = "idempotency_keys"
+AUTOCOMMIT: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
+PAUSE = 0.1  # seconds between two looks for a row
+FIRST = 10**9  # the first moment at which work can have been done
+TRIES = 4  # at least, as one may meet a server that does not answer
+HASH = 64  # characters of a SHA-256
+BLOB = 2**32 - 1  # bytes; what MySQL would make of less is too small
+
+
+def idempotency_table(metadata: sa.MetaData, name: str = TABLE) -> sa.Table:
+    """Give the table of the keys, for `metadata.create_all` and your migrations.
+
+    It holds hashes of keys and requests, and the responses that are sent again.
+    """
+    return sa.Table(
+        name,
+        metadata,
+        sa.Column("id", sa.CHAR(HASH), primary_key=True),
+        sa.Column("request", sa.CHAR(HASH), nullable=False),
+        sa.Column("created", sa.BigInteger, nullable=False, index=True),
+        sa.Column("status", sa.SmallInteger),
+        sa.Column("fingerprint", sa.String(2 * HASH)),
+        sa.Column("response", sa.LargeBinary(BLOB)),
+    )
+
+
+def table_of(name: str) -> sa.Table:
+    """Give the table for statements; "schema.name" is in that schema."""
+    schema, _, own = name.rpartition(".")
+    return idempotency_table(sa.MetaData(schema=schema or None), own)
+
+
+def digest(*parts: bytes) -> str:
+    """Hash parts so that no two ways to divide the same bytes are alike."""
+    lengths = b",".join(str(len(part)).encode() for part in parts)
+    return hashlib.sha256(b"\n".join((lengths, *parts))).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A key in a table, and of which request it is."""
+
+    table: sa.Table
+    id: str
+    request: str
+
+    @classmethod
+    def of(cls, table: sa.Table, whose: str, key: str, *request: bytes) -> Claim:
+        """Name a key by its hash: no database takes two that differ for the same."""
+        return cls(table, digest(whose.encode(), key.encode()), digest(*request))
+
+    def insert(self, database: known.Database, *, proves: bool = False) -> sa.Insert:
+        """Give what has a `rowcount` of 1 if the key is new; waits for who has it."""
+        created = 0 if proves else int(time.time())
+        row = {"id": self.id, "request": self.request, "created": created}
+        insert = database.insert_if_new(self.table, row)
+        return insert.execution_options(preserve_rowcount=True)
+
+    @property
+    def is_here(self) -> sa.ColumnElement[bool]:
+        return self.table.c.id == self.id
+
+    def select(self) -> sa.Select[Any]:
+        # MySQL shows what was committed since the transaction began to a lock alone.
+        return sa.select(self.table).where(self.is_here).with_for_update()
+
+    def is_kept(self, row: Any) -> bool:
+        """Tell whether a row is that of work that was done, and not of `was_kept`."""
+        return row is not None and row.created >= FIRST
+
+    def take_back(self) -> sa.Delete:
+        """Delete the row of `was_kept`, and no other."""
+        return self.table.delete().where(self.is_here, self.table.c.created < FIRST)
+
+    def update(self, **values: object) -> sa.Update:
+        return self.table.update().where(self.is_here).values(**values)
+
+    def explain(self, error: BaseException) -> None:
+        """Say on an error of the database what it was about."""
+        if is_of_database(error):
+            error.add_note(
+                f"while claiming a key: is the table {self.table.fullname!r} there, as "
+                "idempotency_table(metadata) describes it?"
+            )
+
+
+def leave_mark(session: Session, database: known.Database) -> str | Claim:
+    """Leave with a transaction what tells later whether it was committed."""
+    if (question := database.TRANSACTION_ID) is not None:
+        return str(session.scalar(sa.text(question)) or "")
+    mark = Claim(table_of(TABLE), secrets.token_hex(HASH // 2), digest(b"mark"))
+    session.execute(mark.insert(database))
+    return mark
+
+
+async def was_kept(engine: AsyncEngine, claim: Claim, seconds: float) -> bool | None:
+    """Tell whether the transaction of a claim was committed; None if nobody says.
+
+    Who can make the claim again knows that the transaction is gone for good: as long
+    as it is open, on whatever connection, the insert waits for it. In a cluster it does
+    not: what is inserted has to be committed there, after which the other cannot be.
+    """
+    database = known.database_of(engine.dialect)
+    with anyio.move_on_after(seconds):
+        while True:
+            # Whatever a server, or what is in its place, answers: it is asked again.
+            with suppress(Exception), anyio.fail_after(seconds / TRIES):
+                async with engine.connect() as connection:
+                    return await _is_kept(connection, claim, database)
+            await anyio.sleep(PAUSE)
+    return None
+
+
+async def _is_kept(
+    connection: AsyncConnection, claim: Claim, database: known.Database
+) -> bool:
+    if database.COMMITS_PROOF:
+        await connection.execution_options(**AUTOCOMMIT)
+        await connection.execute(claim.insert(database, proves=True))
+        return (await connection.execute(claim.take_back())).rowcount != 1
+    made = await connection.execute(claim.insert(database))
+    await connection.rollback()
+    if made.rowcount != 1 and database.AWAIT_STANDBYS is not None:
+        await connection.execution_options(**AUTOCOMMIT)
+        await connection.exec_driver_sql(database.AWAIT_STANDBYS)
+    return made.rowcount != 1
+
+
+def expired(table: sa.Table, keep: float, most: int) -> sa.Select[str]:
+    """Find so many keys that are older than `keep` seconds."""
+    is_old = table.c.created < int(time.time() - keep)
+    return sa.select(table.c.id).where(is_old).limit(most)

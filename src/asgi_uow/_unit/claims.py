@@ -1,0 +1,104 @@
+"""Claiming an idempotency key as the first thing that a unit of work does."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import anyio
+
+from asgi_uow._databases.driver_errors import means
+from asgi_uow._unit.ended import ROLLED_BACK
+from asgi_uow._unit.finish import completion_of
+from asgi_uow.errors import KeyInUseError
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
+    import sqlalchemy as sa
+
+    from asgi_uow._databases.keys import Claim
+    from asgi_uow._unit.unit import UnitOfWork
+
+LEAST = 1.0  # seconds for the database, however long the turn took
+PAUSE = 0.01  # seconds, after a conflict
+WAIT = 10.0  # seconds for who has the key; then it is in use
+
+# Who waits in this process holds no connection.
+_turns: WeakValueDictionary[tuple[AbstractEventLoop, str], asyncio.Lock]
+_turns = WeakValueDictionary()
+
+
+class Turn:
+    """That of a key in this event loop: whoever waits for it holds no connection."""
+
+    until: float  # by the clock of the loop; then the key is in use
+    _lock: asyncio.Lock
+    _is_over: bool = False
+
+    @classmethod
+    async def of(cls, claim: Claim, wait: float) -> Turn:
+        """Wait for it; raises `KeyInUseError` after so many seconds."""
+        turn, here = cls(), (asyncio.get_running_loop(), claim.id)
+        turn.until = anyio.current_time() + wait
+        turn._lock = _turns.get(here) or asyncio.Lock()
+        _turns[here] = turn._lock
+        with anyio.CancelScope(deadline=turn.until):
+            await turn._lock.acquire()
+            return turn
+        raise KeyInUseError
+
+    def end(self) -> None:
+        """Let the next one have it; may be called again."""
+        if not self._is_over:
+            self._is_over = True
+            self._lock.release()
+
+
+async def claim_key(
+    unit: UnitOfWork, claim: Claim, until: float
+) -> sa.Row[*tuple[Any, ...]] | None:
+    """Claim a key for the unit; give the row of who had it before, if it was kept.
+
+    It waits in the database for those elsewhere who have it. What conflicts there is
+    begun anew, as nothing else was done yet. Raises `KeyInUseError` past `until`.
+    """
+    until = max(until, anyio.current_time() + LEAST)
+    first = not unit.writers
+    while True:
+        session: Any = unit.session()
+        with anyio.CancelScope(deadline=until):
+            try:
+                made = await session.execute(claim.insert(unit.databases[0].facts))
+                if made.rowcount == 1:
+                    # It proves nothing of what went before, or if it is undone.
+                    session.journal.claim = claim if first else None
+                    return None
+                found = await session.execute(claim.select())
+                row: sa.Row[*tuple[Any, ...]] | None = found.one_or_none()
+            except Exception as error:
+                claim.explain(error)
+                if not first or not means(error, "conflict"):
+                    raise
+                row = None
+            if first:
+                await _begin_anew(unit)
+            if claim.is_kept(row):
+                return row
+            await anyio.sleep(PAUSE)
+            continue
+        raise KeyInUseError
+
+
+async def _begin_anew(unit: UnitOfWork) -> None:
+    """Roll the claim back and return the connection: nothing else was done there."""
+    completion, shared = completion_of(unit), unit.share()
+    for writer in unit.writers:
+        await completion.roll_back(writer, ROLLED_BACK)
+        shared.writers.remove(writer.sync_session)
+    for participant in unit.participants.values():
+        participant.writer = None
+    unit.writers = ()
+    shared.outages.clear()
+    completion.shield.deliver()
