@@ -39,6 +39,7 @@ REMEDIES: list[tuple[errors.AsgiUowError, str]] = [
         "await result.close()",
     ),
     (errors.DeadlineExceededError(), "give it more time"),
+    (errors.KeyInUseError(), "is in use"),
     (errors.TooManyHooksError("after_commit", 100), "register itself again"),
     (errors.UnitOfWorkFailedError(*FAILED), "not committed"),
     (errors.BeforeCommitError(*FAILED, detail="send"), "before_commit hook"),

@@ -53,12 +53,6 @@ def test_a_dialect_that_is_missing() -> None:
         Database.from_url("cockroachdb+unheard_of://node/bank")
 
 
-def test_what_cannot_be_asked() -> None:
-    """Nobody knows there what became of a transaction."""
-    with pytest.raises(errors.ConfigurationError, match="resolve_unknown"):
-        Database.from_url("cockroachdb://node/bank", resolve_unknown=True)
-
-
 async def test_a_unit(backend: ServerBackend) -> None:
     """It reads and writes; its read connections are read-only."""
     async with behind_proxy(backend) as (_, proxy):

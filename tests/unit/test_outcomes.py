@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event
 
 from asgi_uow import CausalReads, Database, Outcome
-from asgi_uow.errors import ConfigurationError, OutcomeUnknownError
+from asgi_uow.errors import OutcomeUnknownError
 from asgi_uow.observers import CommitFailed, ReleaseFailed, UnitFinished
 from tests.servers.process import free_port
 from tests.support import shop
@@ -155,12 +155,6 @@ async def test_outcome_while_the_server_is_away(postgresql: PostgreSQLBackend) -
     db = Database.from_url(url, resolve_unknown=True)
     assert await db.settle(None, "1@never", 0.2) is None
     await db.dispose()
-
-
-def test_resolve_unknown_is_for_postgresql() -> None:
-    """Only PostgreSQL can be asked."""
-    with pytest.raises(ConfigurationError, match="PostgreSQL only"):
-        Database.from_url("sqlite:///app.db", resolve_unknown=True)
 
 
 @on("asyncpg", "psycopg")

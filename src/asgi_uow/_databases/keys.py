@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 TABLE = "idempotency_keys"
-AUTOCOMMIT: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
 PAUSE = 0.1  # seconds between two looks for a row
-FIRST = 10**9  # the first moment at which work can have been done
 TRIES = 4  # at least, as one may meet a server that does not answer
 HASH = 64  # characters of a SHA-256
 BLOB = 2**32 - 1  # bytes; what MySQL would make of less is too small
@@ -72,7 +70,8 @@ class Claim:
 
     def insert(self, database: known.Database, *, proves: bool = False) -> sa.Insert:
         """Give what has a `rowcount` of 1 if the key is new; waits for who has it."""
-        created = 0 if proves else int(time.time())
+        now = int(time.time())
+        created = -now if proves else now
         row = {"id": self.id, "request": self.request, "created": created}
         insert = database.insert_if_new(self.table, row)
         return insert.execution_options(preserve_rowcount=True)
@@ -87,11 +86,11 @@ class Claim:
 
     def is_kept(self, row: Any) -> bool:
         """Tell whether a row is that of work that was done, and not of `was_kept`."""
-        return row is not None and row.created >= FIRST
+        return row is not None and row.created > 0
 
     def take_back(self) -> sa.Delete:
         """Delete the row of `was_kept`, and no other."""
-        return self.table.delete().where(self.is_here, self.table.c.created < FIRST)
+        return self.table.delete().where(self.is_here, self.table.c.created < 0)
 
     def update(self, **values: object) -> sa.Update:
         return self.table.update().where(self.is_here).values(**values)
@@ -118,8 +117,8 @@ async def was_kept(engine: AsyncEngine, claim: Claim, seconds: float) -> bool | 
     """Tell whether the transaction of a claim was committed; None if nobody says.
 
     Who can make the claim again knows that the transaction is gone for good: as long
-    as it is open, on whatever connection, the insert waits for it. In a cluster it does
-    not: what is inserted has to be committed there, after which the other cannot be.
+    as it is open, on whatever connection, the insert waits for it. It is committed, and
+    deleted at once, since the nodes of a cluster know of each other at COMMIT alone.
     """
     database = known.database_of(engine.dialect)
     with anyio.move_on_after(seconds):
@@ -135,19 +134,17 @@ async def was_kept(engine: AsyncEngine, claim: Claim, seconds: float) -> bool | 
 async def _is_kept(
     connection: AsyncConnection, claim: Claim, database: known.Database
 ) -> bool:
-    if database.COMMITS_PROOF:
-        await connection.execution_options(**AUTOCOMMIT)
-        await connection.execute(claim.insert(database, proves=True))
-        return (await connection.execute(claim.take_back())).rowcount != 1
-    made = await connection.execute(claim.insert(database))
-    await connection.rollback()
-    if made.rowcount != 1 and database.AWAIT_STANDBYS is not None:
-        await connection.execution_options(**AUTOCOMMIT)
+    await connection.execution_options(isolation_level="AUTOCOMMIT")
+    await connection.execute(claim.insert(database, proves=True))
+    # Also where it was inserted by a try before this one, whose answer was lost.
+    taken_back = await connection.execute(claim.take_back())
+    is_kept: bool = taken_back.rowcount != 1
+    if is_kept and database.AWAIT_STANDBYS is not None:
         await connection.exec_driver_sql(database.AWAIT_STANDBYS)
-    return made.rowcount != 1
+    return is_kept
 
 
 def expired(table: sa.Table, keep: float, most: int) -> sa.Select[str]:
     """Find so many keys that are older than `keep` seconds."""
-    is_old = table.c.created < int(time.time() - keep)
+    is_old = sa.func.abs(table.c.created) < int(time.time() - keep)
     return sa.select(table.c.id).where(is_old).limit(most)

@@ -134,7 +134,6 @@ class Database(_Facts):
     # Sent likewise for another isolation level, where the driver's would stay.
     BEGIN_AT_LEVEL: str | None = None
     TRANSACTION_ID: str | None = None  # asked before COMMIT, for `was_committed`
-    COMMITS_PROOF: bool = False  # an INSERT alone does not wait for another server's
     AWAIT_STANDBYS: str | None = None  # its COMMIT waits till they have what is kept
     CODES: Mapping[str, frozenset[int | str]]  # by `Meaning`; "57P" is a class
     SET_LOCAL_LASTS: bool = False  # longer than the transaction

@@ -27,7 +27,6 @@ IS_READ_ONLY = "SELECT @@global.read_only FROM (SELECT 1) AS here"
 LAG = "SHOW SLAVE STATUS"
 BEGIN_AT_LEVEL = "SET TRANSACTION ISOLATION LEVEL {}"  # of the next one alone
 QUESTION_BEFORE_COMMIT = "SELECT 1"
-COMMITS_PROOF = True  # Galera and Group Replication know of others only at COMMIT
 
 # https://mariadb.com/kb/en/mariadb-error-code-reference/
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html

@@ -139,7 +139,7 @@ class Idempotency:
         return serve
 
     def _claim(self, scope: Scope, key: bytes) -> Claim:
-        whose: object = "" if self.scope is None else self.scope(scope)
+        whose: Any = "" if self.scope is None else self.scope(scope)
         if not isinstance(whose, str):
             message = f"Idempotency's scope has to return a string, not {whose!r}."
             raise TypeError(message)

@@ -10,9 +10,19 @@ from tests.integration.frameworks.facts import (
     commits,
     context,
     errors,
+    keys,
     replays,
     responses,
     units,
 )
 
-__all__ = ["FACTS", "commits", "context", "errors", "replays", "responses", "units"]
+__all__ = [
+    "FACTS",
+    "commits",
+    "context",
+    "errors",
+    "keys",
+    "replays",
+    "responses",
+    "units",
+]

@@ -286,15 +286,19 @@ class Bank:
             connect_args=CONNECT_ARGS.get(mortal.backend.driver, {}),
             resolve_unknown=plan.resolves and mortal.server.name == "postgresql",
         )
-        self.app = uow.UnitOfWorkMiddleware(
+        self.app = self.make_app()
+
+    # The application
+
+    def make_app(self, **options: Any) -> uow.UnitOfWorkMiddleware:
+        return uow.UnitOfWorkMiddleware(
             self.serve,
             self.db,
             observers=[self.events.append],
             # A late answer may find nobody whose round trips would end the wait.
             commit_timeout=COMMIT_TIMEOUT,
+            **options,
         )
-
-    # The application
 
     async def serve(self, scope: Scope, _: Receive, send: Send) -> None:
         attempt: Attempt = scope["attempt"]
@@ -398,7 +402,7 @@ class Bank:
         async def call() -> None:
             with scope:
                 try:
-                    await self.app(http_scope(attempt=attempt), no_body, attempt.send)
+                    await self.call(attempt)
                 except Exception as error:  # noqa: BLE001  # what the server would log
                     attempt.error = error
 
@@ -412,6 +416,9 @@ class Bank:
         cancel()
         await asyncio.wait((task,))
         return attempt
+
+    async def call(self, attempt: Attempt) -> None:
+        await self.app(http_scope(attempt=attempt), no_body, attempt.send)
 
     # The faults
 
