@@ -291,9 +291,11 @@ async def test_delete_expired(db: Database, backend: Backend) -> None:
         await site.post(key)
     old = int(time.time()) - 90_000
     for start in (0, 600):
-        rows = ", ".join(f"('{n:064}', '', {old})" for n in range(start, start + 600))
+        rows = ", ".join(
+            f"('{n:064}', '', '', {old})" for n in range(start, start + 600)
+        )
         await backend.execute(
-            f"INSERT INTO idempotency_keys (id, request, created) VALUES {rows}"
+            f"INSERT INTO idempotency_keys (id, request, run, created) VALUES {rows}"
         )
     assert 1200 == await Idempotency().delete_expired(db)
     assert 0 == await Idempotency().delete_expired(db)

@@ -292,6 +292,31 @@ async def test_cancelled_while_a_dead_connection_is_thrown_away(
     assert [] == await shop.items(backend)
 
 
+@on(*SERVERS, "psycopg")
+async def test_cancelled_while_it_waits_for_a_statement_in_flight(
+    db: Database, backend: ServerBackend
+) -> None:
+    """P10: a statement past the session fails when its connection is thrown away."""
+    left: list[asyncio.Task[object]] = []
+    is_waiting = asyncio.Event()
+
+    async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        await shop.insert(1)
+        connection = await uow.current_session().connection()
+        left.append(asyncio.create_task(connection.exec_driver_sql(backend.slow)))
+        while not await backend.running(backend.slow):
+            pass
+        is_waiting.set()
+        await shop.insert(2)
+
+    async with cancelled(request(uow.UnitOfWorkMiddleware(app, db)), "task"):
+        await is_waiting.wait()
+    with anyio.fail_after(10), pytest.raises(Exception):  # noqa: B017, PT011
+        await left[0]
+    assert [0, 0] == checked_out(db)
+    assert [] == await shop.items(backend)
+
+
 LOCK = {
     "mariadb": "SELECT GET_LOCK('held', 60)",
     "postgresql": "SELECT 1 FROM (SELECT pg_advisory_lock(1)) AS held",

@@ -233,13 +233,23 @@ async def test_a_server_that_is_away(mariadb: MariaDBBackend) -> None:
     await db.dispose()
 
 
+@on(*DRIVERS)
+async def test_the_row_of_another(db: Database, backend: Backend) -> None:
+    """That the key was used does not say that this transaction was kept."""
+    await create_table(backend)
+    site = Shop(db)
+    await site.post()
+    assert await db.settle(None, CLAIM, 30) is False
+    assert is_replayed(await site.post())
+
+
 @on("asyncmy")
 async def test_what_a_look_has_left(db: Database, backend: Backend) -> None:
     """A row that was left by a look which broke off is nobody's work, and goes."""
     await create_table(backend)
     await backend.execute(
-        "INSERT INTO idempotency_keys (id, request, created)"
-        f" VALUES ('{CLAIM.id}', '{CLAIM.request}', {-int(time.time())})"
+        "INSERT INTO idempotency_keys (id, request, run, created)"
+        f" VALUES ('{CLAIM.id}', '{CLAIM.request}', '', {-int(time.time())})"
     )
     site = Shop(db, idempotency=Idempotency(wait=0.0))
     assert 409 == (await site.post()).status

@@ -36,6 +36,7 @@ def idempotency_table(metadata: sa.MetaData, name: str = TABLE) -> sa.Table:
         metadata,
         sa.Column("id", sa.CHAR(HASH), primary_key=True),
         sa.Column("request", sa.CHAR(HASH), nullable=False),
+        sa.Column("run", sa.CHAR(HASH), nullable=False),
         sa.Column("created", sa.BigInteger, nullable=False, index=True),
         sa.Column("status", sa.SmallInteger),
         sa.Column("fingerprint", sa.String(2 * HASH)),
@@ -57,11 +58,12 @@ def digest(*parts: bytes) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A key in a table, and of which request it is."""
+    """A key in a table, of which request it is, and who claims it."""
 
     table: sa.Table
     id: str
     request: str
+    run: str = dataclasses.field(default_factory=lambda: secrets.token_hex(HASH // 2))
 
     @classmethod
     def of(cls, table: sa.Table, whose: str, key: str, *request: bytes) -> Claim:
@@ -72,7 +74,8 @@ class Claim:
         """Give what has a `rowcount` of 1 if the key is new; waits for who has it."""
         now = int(time.time())
         created = -now if proves else now
-        row = {"id": self.id, "request": self.request, "created": created}
+        about = {"id": self.id, "request": self.request, "run": self.run}
+        row: dict[str, Any] = {**about, "created": created}
         insert = database.insert_if_new(self.table, row)
         return insert.execution_options(preserve_rowcount=True)
 
@@ -114,7 +117,7 @@ def leave_mark(session: Session, database: known.Database) -> str | Claim:
 
 
 async def was_kept(engine: AsyncEngine, claim: Claim, seconds: float) -> bool | None:
-    """Tell whether the transaction of a claim was committed; None if nobody says.
+    """Tell whether the transaction of this claim was committed; None if nobody says.
 
     Who can make the claim again knows that the transaction is gone for good: as long
     as it is open, on whatever connection, the insert waits for it. It is committed, and
@@ -138,7 +141,11 @@ async def _is_kept(
     await connection.execute(claim.insert(database, proves=True))
     # Also where it was inserted by a try before this one, whose answer was lost.
     taken_back = await connection.execute(claim.take_back())
-    is_kept: bool = taken_back.rowcount != 1
+    if taken_back.rowcount == 1:
+        return False
+    # Another may have claimed the key since then, and have done what it is for.
+    run = sa.select(claim.table.c.run).where(claim.is_here)
+    is_kept: bool = (await connection.execute(run)).scalar_one() == claim.run
     if is_kept and database.AWAIT_STANDBYS is not None:
         await connection.exec_driver_sql(database.AWAIT_STANDBYS)
     return is_kept

@@ -10,10 +10,9 @@ from operator import attrgetter, methodcaller
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
-from weakref import ref
 
 import sqlalchemy as sa
-from anyio import CancelScope, current_time, move_on_after, sleep
+from anyio import current_time, move_on_after, sleep
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.dialects import postgresql
 
@@ -133,22 +132,12 @@ class Asyncpg(_Driver):
         return getattr(settings, "default_transaction_read_only", "on") == "off"
 
 
-async def connect(conninfo: str = "", **options: Any) -> Any:
-    """Shield what psycopg does for a cancellation from that of an anyio scope."""
-    raw = await resolve_name("psycopg:AsyncConnection.connect")(conninfo, **options)
-    cancel, own = type(raw).cancel_safe, ref(raw)
-
-    async def cancel_safe(**options: Any) -> None:
-        with CancelScope(shield=True):
-            await cancel(own(), **options)
-
-    raw.cancel_safe = cancel_safe
-    return raw
-
-
 class Psycopg(_Driver):
     # For each host, not 130 seconds.
-    connect_args = (("async_creator_fn", connect), ("connect_timeout", 10))
+    connect_args = (
+        ("async_creator_fn", f"{__package__}.psycopg_connection:connect"),
+        ("connect_timeout", 10),
+    )
     pooled_args = (("prepare_threshold", None),)
     connects_with = "psycopg:AsyncConnection.connect"
     # Past `info`, which makes an object for each question.

@@ -1,0 +1,52 @@
+"""A connection of psycopg that a cancellation leaves in order."""
+
+from __future__ import annotations
+
+import os
+from asyncio import Task, create_task
+from pkgutil import resolve_name
+from socket import SHUT_RDWR, socket
+from typing import Any
+from weakref import ref
+
+from anyio import CancelScope, move_on_after
+
+SECONDS_TO_FAIL = 1.0  # for a statement on a connection that is shut down
+
+_endings: set[Task[None]] = set()
+
+
+async def connect(conninfo: str = "", **options: Any) -> Any:
+    """Connect, and mend two things that psycopg does.
+
+    What it does for a cancellation is shielded from that of an anyio scope. A close()
+    lets what is in flight fail first: that would go on with the number of the socket,
+    which is soon another's.
+    """
+    raw = await resolve_name("psycopg:AsyncConnection.connect")(conninfo, **options)
+    cancel, end, own = type(raw).cancel_safe, type(raw).close, ref(raw)
+
+    async def cancel_safe(**options: Any) -> None:
+        with CancelScope(shield=True):
+            await cancel(own(), **options)
+
+    async def close() -> None:
+        conn: Any = own()
+        if conn.closed or not conn.lock.locked():
+            await end(conn)
+        else:  # not awaited: who closes it may be cancelled
+            ending = create_task(_end_when_idle(conn, end))
+            _endings.add(ending)
+            ending.add_done_callback(_endings.discard)
+
+    raw.cancel_safe, raw.close = cancel_safe, close
+    return raw
+
+
+async def _end_when_idle(conn: Any, end: Any) -> None:
+    with socket(fileno=os.dup(conn.fileno())) as same:
+        same.shutdown(SHUT_RDWR)
+    with move_on_after(SECONDS_TO_FAIL):
+        await conn.lock.acquire()
+        conn.lock.release()
+    await end(conn)
