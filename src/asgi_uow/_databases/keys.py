@@ -87,13 +87,17 @@ class Claim:
         # MySQL shows what was committed since the transaction began to a lock alone.
         return sa.select(self.table).where(self.is_here).with_for_update()
 
-    def is_kept(self, row: Any) -> bool:
-        """Tell whether a row is that of work that was done, and not of `was_kept`."""
-        return row is not None and row.created > 0
+    @property
+    def is_left(self) -> sa.ColumnElement[bool]:
+        """The row of `was_kept`, where that was broken off: it is nobody's."""
+        return self.is_here & (self.table.c.created < 0)
 
     def take_back(self) -> sa.Delete:
-        """Delete the row of `was_kept`, and no other."""
-        return self.table.delete().where(self.is_here, self.table.c.created < 0)
+        return self.table.delete().where(self.is_left)
+
+    def take_over(self) -> sa.Update:
+        row = {"request": self.request, "run": self.run, "created": int(time.time())}
+        return self.table.update().where(self.is_left).values(row)
 
     def update(self, **values: object) -> sa.Update:
         return self.table.update().where(self.is_here).values(**values)
@@ -129,7 +133,11 @@ async def was_kept(engine: AsyncEngine, claim: Claim, seconds: float) -> bool | 
             # Whatever a server, or what is in its place, answers: it is asked again.
             with suppress(Exception), anyio.fail_after(seconds / TRIES):
                 async with engine.connect() as connection:
-                    return await _is_kept(connection, claim, database)
+                    try:
+                        return await _is_kept(connection, claim, database)
+                    finally:
+                        # To reset its level SQLAlchemy has MySQL commit, unlimited.
+                        await connection.invalidate()
             await anyio.sleep(PAUSE)
     return None
 

@@ -70,13 +70,11 @@ async def claim_key(
         session: Any = unit.session()
         with anyio.CancelScope(deadline=until):
             try:
-                made = await session.execute(claim.insert(unit.databases[0].facts))
-                if made.rowcount == 1:
+                is_claimed, row = await _take(session, claim)
+                if is_claimed:
                     # It proves nothing of what went before, or if it is undone.
                     session.journal.claim = claim if first else None
                     return None
-                found = await session.execute(claim.select())
-                row: sa.Row[*tuple[Any, ...]] | None = found.one_or_none()
             except Exception as error:
                 claim.explain(error)
                 if not first or not means(error, "conflict"):
@@ -84,11 +82,24 @@ async def claim_key(
                 row = None
             if first:
                 await _begin_anew(unit)
-            if claim.is_kept(row):
+            if row is not None:
                 return row
             await anyio.sleep(PAUSE)
             continue
         raise KeyInUseError
+
+
+async def _take(
+    session: Any, claim: Claim
+) -> tuple[bool, sa.Row[*tuple[Any, ...]] | None]:
+    """Claim a key; give the row of who has done what it is for."""
+    database = session.sync_session.database.facts
+    made, row = await session.execute(claim.insert(database)), None
+    if made.rowcount != 1:
+        row = (await session.execute(claim.select())).one_or_none()
+        if row is not None and row.created < 0:  # nobody's
+            made, row = await session.execute(claim.take_over()), None
+    return made.rowcount == 1, row
 
 
 async def _begin_anew(unit: UnitOfWork) -> None:
