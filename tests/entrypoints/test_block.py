@@ -22,6 +22,7 @@ from tests.servers.backend import eventually
 from tests.support import shop
 from tests.support.asgi import BODY, START, serve
 from tests.support.databases import DRIVERS, SERVERS, checked_out, memory_database, on
+from tests.support.keys import create_table
 from tests.support.private import Cause, State
 
 if TYPE_CHECKING:
@@ -468,6 +469,24 @@ async def test_block_that_nobody_can_leave(db: Database, backend: Backend) -> No
     async with db:
         await shop.insert(2)
     assert [2] == await shop.items(backend)
+
+
+async def test_block_with_a_key_that_nobody_can_leave(
+    db: Database, backend: Backend
+) -> None:
+    """Its key is free again."""
+    await create_table(backend)
+    block = uow.unit_of_work(db, key="job")
+    unit = await block.__aenter__()
+    with pytest.warns(ResourceWarning, match="nobody has left the block of"):
+        del block
+
+    async def state() -> State:
+        return unit.state
+
+    await eventually(State.CLOSED, state)
+    async with uow.unit_of_work(db, key="job") as later:
+        assert not later.replayed
 
 
 def test_block_that_outlives_its_loop(tmp_path: Path) -> None:

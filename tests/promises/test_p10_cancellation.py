@@ -304,8 +304,7 @@ async def test_cancelled_while_it_waits_for_a_statement_in_flight(
         await shop.insert(1)
         connection = await uow.current_session().connection()
         left.append(asyncio.create_task(connection.exec_driver_sql(backend.slow)))
-        while not await backend.running(backend.slow):
-            pass
+        await eventually(1, functools.partial(backend.running, backend.slow))
         is_waiting.set()
         await shop.insert(2)
 

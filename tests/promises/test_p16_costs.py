@@ -158,13 +158,10 @@ def with_method(app: ASGIApp, method: str) -> ASGIApp:
 
 
 CALLS = {
-    "GET": {
-        "Idempotency.wrap.<locals>.serve": 1,
-        "Idempotency.keys": 1,
-        "Idempotency.covers": 1,
-    },
+    "Idempotency.wrap.<locals>.serve": 1,
+    "Idempotency.keys": 1,
+    "Idempotency.covers": 1,
 }
-CALLS["POST"] = {**CALLS["GET"], "Idempotency.keys.<locals>.<genexpr>": 1}
 
 
 @METHODS
@@ -177,7 +174,9 @@ async def test_calls_without_a_key(method: str) -> None:
         )
         for it in (None, Idempotency())
     ]
-    assert CALLS[method] == ours.functions - without.functions
+    made = ours.functions - without.functions
+    made.pop("Idempotency.keys.<locals>.<listcomp>", None)  # before Python 3.12
+    assert CALLS == made
     assert {} == without.functions - ours.functions
     assert {} == ours.waits
     assert 0 == ours.greenlets

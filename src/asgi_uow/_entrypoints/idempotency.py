@@ -115,9 +115,10 @@ class Idempotency:
 
     def keys(self, scope: Scope) -> list[bytes]:
         """Give the keys of a request, of which there should be one."""
+        if not self.covers(scope):
+            return []
         name = self.header.lower().encode()
-        found = (value for key, value in scope["headers"] if key.lower() == name)
-        return list(found) if self.covers(scope) else []
+        return [value for key, value in scope["headers"] if key.lower() == name]
 
     def wrap(self, app: ASGIApp) -> ASGIApp:
         """Give the application as a unit of work is to call it."""
