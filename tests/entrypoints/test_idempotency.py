@@ -64,7 +64,7 @@ async def test_a_repetition_gets_the_response(db: Database, backend: Backend) ->
     assert [0, 0] == checked_out(db)
 
 
-@on(*DRIVERS)
+@on(*DATABASES)
 async def test_other_keys_are_other_requests(db: Database, backend: Backend) -> None:
     """A key that differs in one character, be it a capital or a space, is another."""
     site = Shop(db)
@@ -75,7 +75,7 @@ async def test_other_keys_are_other_requests(db: Database, backend: Backend) -> 
     assert [(4,)] == await backend.fetch(KEYS)
 
 
-@on(*DRIVERS)
+@on(*DATABASES)
 @pytest.mark.parametrize("status", [409, 503])
 async def test_what_was_rolled_back_is_done(
     db: Database, backend: Backend, status: int

@@ -23,7 +23,6 @@ from tests.support.asgi import Client
 from tests.support.conflicts import rival_of
 from tests.support.databases import (
     DATABASES,
-    DRIVERS,
     SERVER_DRIVERS,
     SERVERS,
     checked_out,
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from asgi_uow._asgi import ASGIApp, Receive, Scope, Send
     from tests.servers import Backend, MariaDBBackend, ServerBackend
 
-pytestmark = on(*DRIVERS)
+pytestmark = on(*DATABASES)
 
 AT_ONCE = 8
 CLAIM = Claim.of(table_of("idempotency_keys"), "http:", "key", b"POST", b"/", b"")

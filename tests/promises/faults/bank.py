@@ -349,7 +349,8 @@ class Bank:
 
         async def read() -> None:
             sent.set()
-            with suppress(SQLAlchemyError, OSError, AsgiUowError):
+            # asyncpg finds no protocol, if it was closed in the middle of preparing.
+            with suppress(SQLAlchemyError, OSError, AsgiUowError, AttributeError):
                 await connection.execute(text("SELECT sum(amount) FROM transfers"))
 
         self.left.append(asyncio.create_task(read()))
