@@ -198,6 +198,14 @@ async def test_messages_of_extensions(db: Database) -> None:
     assert 409 == (await site.post()).status
 
 
+async def test_messages_before_the_start(db: Database) -> None:
+    """A hint that comes first goes at once, and the response is kept."""
+    hint = {"type": "http.response.early_hint", "links": []}
+    site = Shop(db, app=sending(hint, start(), part(b"ok")))
+    assert [hint["type"], START, BODY] == (await site.post()).types
+    assert is_replayed(await site.post())
+
+
 async def test_messages_of_something_else(db: Database) -> None:
     """What is no response goes through with it."""
     other = {"type": "websocket.http.response.start"}

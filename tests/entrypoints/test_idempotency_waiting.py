@@ -275,6 +275,70 @@ async def test_a_replay_of_a_request_with_a_key(
     assert 12 == site.runs
 
 
+async def test_keys_inside_and_outside(db: Database, backend: Backend) -> None:
+    """Where the middleware around has the key, the one inside passes through."""
+    site = Shop(db)
+    app = UnitOfWorkMiddleware(site.app, db, idempotency=Idempotency(wait=0.0))
+    request: dict[str, Any] = {
+        "method": "POST",
+        "headers": [(b"idempotency-key", b"key")],
+    }
+    first = await Client(app).request(**request)
+    second = await Client(app).request(**request)
+    assert [201, 201] == [first.status, second.status]
+    assert is_replayed(second)
+    assert [1] == await shop.items(backend)
+
+
+@on("asyncpg")
+async def test_keys_in_two_databases(
+    db: Database, other: Database, mariadb: MariaDBBackend, backend: Backend
+) -> None:
+    """The same key in another database is another: nobody waits for himself."""
+    await create_table(mariadb)
+    inner = Shop(other, idempotency=Idempotency(wait=0.0))
+
+    async def around(scope: Scope, receive: Receive, send: Send) -> None:
+        await shop.insert(1)
+        await inner.app(scope, receive, send)
+
+    app = UnitOfWorkMiddleware(around, db, idempotency=Idempotency(wait=0.0))
+    headers = [(b"idempotency-key", b"key")]
+    response = await Client(app).request(method="POST", headers=headers)
+    assert 201 == response.status
+    assert [1] == await shop.items(backend) == await shop.items(mariadb)
+
+
+@pytest.mark.parametrize("has_answered", [False, True])
+async def test_a_key_of_the_application(db: Database, has_answered: bool) -> None:
+    """That a key of its own is in use is the application's to answer."""
+
+    def of(site: Shop) -> ASGIApp:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if has_answered:
+                await site.serve(scope, receive, send)
+            raise KeyInUseError
+
+        return app
+
+    response = await Shop(db, app=of).post()
+    assert isinstance(response.error, KeyInUseError)
+    assert (["http.response.start", "http.response.body"] * has_answered) == [
+        each["type"] for each in response.messages
+    ]
+
+
+async def test_the_deadline_ends_the_wait(db: Database) -> None:
+    """Who waits for a key gives up when its own time is over."""
+    site, patient = Shop(db, deadline=0.01), Shop(db)
+    gate = Gate(patient)
+    first = asyncio.create_task(patient.post())
+    await gate.reached.wait()
+    assert 409 == (await site.post()).status
+    gate.opened.set()
+    assert 201 == (await first).status
+
+
 @on(*DATABASES)
 async def test_inside_another_unit(db: Database, backend: Backend) -> None:
     """What a middleware around has written before goes with the key, or without it."""

@@ -90,7 +90,7 @@ BUDGETS = {
         "a key that was used": "3 INSERT SELECT ROLLBACK",
         "no key": "2 INSERT COMMIT",
         "no option": "2 INSERT COMMIT",
-        "a job": "3 INSERT INSERT COMMIT",
+        "a job": "4 INSERT INSERT UPDATE COMMIT",
         "a job that was done": "3 INSERT SELECT ROLLBACK",
     },
     "postgresql": {
@@ -98,7 +98,7 @@ BUDGETS = {
         "a key that was used": "4 BEGIN INSERT SELECT ROLLBACK",
         "no key": "3 BEGIN INSERT COMMIT",
         "no option": "3 BEGIN INSERT COMMIT",
-        "a job": "4 BEGIN INSERT INSERT COMMIT",
+        "a job": "5 BEGIN INSERT INSERT UPDATE COMMIT",
         "a job that was done": "4 BEGIN INSERT SELECT ROLLBACK",
     },
 }

@@ -156,8 +156,8 @@ async def test_unknown_is_resolved_on_cockroachdb(
 
 @on("asyncmy")
 @pytest.mark.parametrize("how", ["cut_after", "cut_before"])
-async def test_ddl_leaves_no_proof(backend: ServerBackend, how: str) -> None:
-    """DDL has kept the key alone: its row says nothing of what came after."""
+async def test_ddl_is_no_proof(backend: ServerBackend, how: str) -> None:
+    """DDL has kept the key alone; that all is done is said as the last thing."""
     await create_table(backend)
     async with behind_proxy(backend) as (db, proxy):
         site = Shop(db)
@@ -169,8 +169,49 @@ async def test_ddl_leaves_no_proof(backend: ServerBackend, how: str) -> None:
         site.before = alter
         getattr(proxy, how)(is_commit)
         response = await site.post()
+        kept = how == "cut_after"
+        outcomes = {Outcome.COMMITTED} if kept else {Outcome.UNKNOWN, Outcome.PARTIAL}
+        assert (201 if kept else 500) == response.status
+        assert site.units[0].outcome in outcomes
+        assert ["commit"] * kept == site.hooks
+        assert ([1, 100] if kept else [1]) == await shop.items(backend)
+
+
+@on("asyncmy")
+@pytest.mark.parametrize("how", ["a statement", "a procedure"])
+async def test_what_kept_the_key_alone(
+    db: Database, backend: ServerBackend, how: str
+) -> None:
+    """A job whose key was kept, and not all of its work, is not called done."""
+    await create_table(backend)
+    await backend.execute("CREATE PROCEDURE keeps() CREATE TABLE made (id INTEGER)")
+    ddl = "CREATE TABLE made (id INTEGER)" if how == "a statement" else "CALL keeps()"
+
+    async def job() -> None:
+        async with unit_of_work(db, key="job"):
+            await uow.current_session().execute(ddl)
+            raise LookupError
+
+    with pytest.raises((LookupError, OutcomeUnknownError, PartialCommitError)):
+        await job()
+    with pytest.raises(PartialCommitError, match="who had this key before"):
+        await job()
+    assert not uow.in_unit_of_work()
+
+
+@on("asyncmy")
+async def test_a_procedure_leaves_no_proof(backend: ServerBackend) -> None:
+    """What it has kept unseen is not all: the outcome of the rest stays unknown."""
+    await create_table(backend)
+    await backend.execute(
+        "CREATE PROCEDURE keeps() BEGIN COMMIT; INSERT INTO items (id) VALUES (9); END"
+    )
+    async with behind_proxy(backend) as (db, proxy):
+        site = Shop(db)
+        site.before = lambda: uow.current_session().execute("CALL keeps()")
+        proxy.cut_before(is_commit)
+        response = await site.post()
         assert 500 == response.status
-        assert isinstance(response.error, OutcomeUnknownError | PartialCommitError)
         assert site.units[0].outcome in {Outcome.UNKNOWN, Outcome.PARTIAL}
         assert [] == site.hooks
 
@@ -221,6 +262,7 @@ async def test_an_open_transaction_is_waited_for(
         await connection.rollback()
         assert await db.settle(None, CLAIM, 30) is False
         await connection.execute(CLAIM.insert(db.facts))
+        await connection.execute(CLAIM.update())
         await connection.commit()
     assert await db.settle(None, CLAIM, 30) is True
     assert [(1,)] == await backend.fetch(KEYS)

@@ -115,12 +115,6 @@ class Journal:
         self._names: list[str] = []
 
     @property
-    def proof(self) -> Claim | None:
-        """Its claim, if the row of that is kept exactly when all else is."""
-        is_apart = self.implicit_commit is not None or self.kept is not None
-        return None if is_apart else self.claim
-
-    @property
     def doomed_by(self) -> BaseException | None:
         """The first error that aborted work, unless a savepoint has undone it since."""
         return self.entries[0][0] if self.entries else None

@@ -55,6 +55,10 @@ def digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\n".join((lengths, *parts))).hexdigest()
 
 
+def _token() -> str:
+    return secrets.token_hex(HASH // 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Claim:
     """A key in a table, of which request it is, and who claims it."""
@@ -62,7 +66,9 @@ class Claim:
     table: sa.Table
     id: str
     request: str
-    run: str = dataclasses.field(default_factory=lambda: secrets.token_hex(HASH // 2))
+    run: str = dataclasses.field(default_factory=_token)
+    """What the row has of this claim at first, and once all is done."""
+    done: str = dataclasses.field(default_factory=_token)
 
     @classmethod
     def of(cls, table: sa.Table, whose: str, key: str, *request: bytes) -> Claim:
@@ -99,7 +105,8 @@ class Claim:
         return self.table.update().where(self.is_left).values(row)
 
     def update(self, **values: object) -> sa.Update:
-        return self.table.update().where(self.is_here).values(**values)
+        """Say as the last thing before COMMIT that all is done."""
+        return self.table.update().where(self.is_here).values(run=self.done, **values)
 
     def explain(self, error: BaseException) -> None:
         """Say on an error what it was about."""
@@ -113,7 +120,8 @@ def leave_mark(session: Session, database: known.Database) -> str | Claim:
     """Leave with a transaction what tells later whether it was committed."""
     if (question := database.TRANSACTION_ID) is not None:
         return str(session.scalar(sa.text(question)) or "")
-    mark = Claim(table_of(TABLE), secrets.token_hex(HASH // 2), digest(b"mark"))
+    token = _token()
+    mark = Claim(table_of(TABLE), _token(), digest(b"mark"), run=token, done=token)
     session.execute(mark.insert(database))
     return mark
 
@@ -142,7 +150,7 @@ async def was_kept(engine: AsyncEngine, claim: Claim, seconds: float) -> bool | 
 
 async def _is_kept(
     connection: AsyncConnection, claim: Claim, database: known.Database
-) -> bool:
+) -> bool | None:
     await connection.execution_options(isolation_level="AUTOCOMMIT")
     await connection.execute(claim.insert(database, proves=True))
     # Also where it was inserted by a try before this one, whose answer was lost.
@@ -150,14 +158,17 @@ async def _is_kept(
     if taken_back.rowcount == 1:
         return False
     # Another may have claimed the key since then, and have done what it is for.
-    run = sa.select(claim.table.c.run).where(claim.is_here)
-    is_kept: bool = (await connection.execute(run)).scalar_one() == claim.run
+    selected = sa.select(claim.table.c.run).where(claim.is_here)
+    run = (await connection.execute(selected)).scalar_one()
+    if run == claim.run != claim.done:
+        return None  # something has kept the claim before all was done
+    is_kept: bool = run == claim.done
     if is_kept and database.AWAIT_STANDBYS is not None:
         await connection.exec_driver_sql(database.AWAIT_STANDBYS)
     return is_kept
 
 
-def expired(table: sa.Table, keep: float, most: int) -> sa.Select[str]:
-    """Find so many keys that are older than `keep` seconds."""
-    is_old = sa.func.abs(table.c.created) < int(time.time() - keep)
-    return sa.select(table.c.id).where(is_old).limit(most)
+def is_expired(table: sa.Table, keep: float) -> sa.ColumnElement[bool]:
+    """Tell of keys that are older than `keep` seconds, also of what a look has left."""
+    then = int(time.time() - keep)
+    return table.c.created.between(1 - then, then - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from asyncio import Task, create_task
+from contextlib import suppress
 from pkgutil import resolve_name
 from socket import SHUT_RDWR, socket
 from typing import Any
@@ -44,9 +45,11 @@ async def connect(conninfo: str = "", **options: Any) -> Any:
 
 
 async def _end_when_idle(conn: Any, end: Any) -> None:
-    with socket(fileno=os.dup(conn.fileno())) as same:
-        same.shutdown(SHUT_RDWR)
-    with move_on_after(SECONDS_TO_FAIL):
-        await conn.lock.acquire()
-        conn.lock.release()
-    await end(conn)
+    try:
+        with suppress(Exception), socket(fileno=os.dup(conn.fileno())) as same:
+            same.shutdown(SHUT_RDWR)  # unless the server was first
+        with move_on_after(SECONDS_TO_FAIL):
+            await conn.lock.acquire()
+            conn.lock.release()
+    finally:
+        await end(conn)

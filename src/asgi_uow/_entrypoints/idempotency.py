@@ -12,21 +12,20 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import sqlalchemy as sa
 
 from asgi_uow._databases.configuration import check
 from asgi_uow._databases.engines import check_databases
-from asgi_uow._databases.keys import TABLE, Claim, expired, table_of
+from asgi_uow._databases.keys import TABLE, Claim, is_expired, table_of
 from asgi_uow._entrypoints.body import HashedBody
 from asgi_uow._entrypoints.problem import START, described, send_problem
 from asgi_uow._unit.block import unit_of_work
-from asgi_uow._unit.claims import Turn, claim_key
+from asgi_uow._unit.claims import Turn, claim_key, end_with, has_claimed
 from asgi_uow._unit.unit import require
 from asgi_uow.errors import KeyInUseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
-
-    import sqlalchemy as sa
 
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
     from asgi_uow._databases.engines import Engines
@@ -59,11 +58,12 @@ class Idempotency:
 
     `header`: that has the key, 1 to 255 visible ASCII characters, else 400. `methods`:
     of the requests whose key counts. `required`: without one they are a 400.
-    `scope(scope)`: a string that says whose keys these are, such as the account, so
-    that nobody gets another's answer. `max_body`: bytes of a response that is kept; a
-    larger one, or a stream, is sent as it comes, and a repetition is told with a 409
-    that all was done. `wait`: seconds for the first request; then a 409 with
-    `Retry-After`. `keep`: seconds until `delete_expired` takes a key.
+    `scope(scope)`: a string that says whose keys these are, such as the account: else
+    whoever sends key and body has the answer, before the application looks who it is.
+    `max_body`: bytes of a response that is kept; a larger one, or a stream, is sent as
+    it comes, and a repetition is told with a 409 that all was done. `wait`: seconds for
+    the first request; then a 409 with `Retry-After`. `keep`: seconds until
+    `delete_expired` takes a key.
 
     The same key with another method, path, query or body is a 422. Up to 64 kB of the
     body are read before the application runs. Raises `ConfigurationError` for an option
@@ -97,11 +97,12 @@ class Idempotency:
         deleted = 0
         while True:
             async with unit_of_work(db, independent=True) as unit:
-                old = expired(table, self.keep, BATCH)
+                is_old = is_expired(table, self.keep)
+                old = sa.select(table.c.id).where(is_old).limit(BATCH)
                 found = (await unit.session().scalars(old)).all()
-                if found:
-                    is_old = table.c.id.in_(found)
-                    await unit.session().execute(table.delete().where(is_old))
+                # Again: somebody may have claimed one of them meanwhile.
+                these = table.delete().where(table.c.id.in_(found), is_old)
+                await unit.session().execute(these)
             deleted += len(found)
             if len(found) < BATCH:
                 return deleted
@@ -134,8 +135,10 @@ class Idempotency:
                 detail = f"{self.header} is one key of 1 to 255 visible ASCII "
                 detail += "characters."
                 return await send_problem(send, *described(400, detail))
+            if has_claimed(unit := require("an idempotency key")):
+                return await app(scope, receive, send)  # one around has the key
             keyed = _Keyed(self, app, scope, send)
-            return await keyed.serve(self._claim(scope, key), receive)
+            return await keyed.serve(unit, self._claim(scope, key), receive)
 
         return serve
 
@@ -161,24 +164,31 @@ class _Keyed:
         self._is_passing = False
         self._since = 0.0
 
-    async def serve(self, claim: Claim, receive: Receive) -> None:
-        unit = require("an idempotency key")
+    async def serve(self, unit: UnitOfWork, claim: Claim, receive: Receive) -> None:
         self._claim, self._body = claim, HashedBody(receive)
         await self._body.fetch(READ_FIRST)
         if self._body.is_gone:
-            return  # not all of the request has come
+            return None  # not all of the request has come
         try:
-            self._turn = await Turn.of(claim, self._options.wait)
-            try:
-                row = await claim_key(unit, claim, self._turn.until)
-                if row is None:
-                    await self._run(unit)
-                else:
-                    await self._repeat(unit, row)
-            finally:
-                self._turn.end()
+            self._turn = await Turn.of(claim, self._options.wait, unit)
+            if (row := await self._claimed(unit)) is not None:
+                return await self._repeat(unit, row)
         except KeyInUseError as error:
-            await self._answer(409, str(error), RETRY_AFTER)
+            return await self._answer(409, str(error), RETRY_AFTER)
+        try:
+            return await self._run(unit)
+        finally:
+            self._turn.end()
+
+    async def _claimed(self, unit: UnitOfWork) -> Any:
+        """Claim the key; give the row of who had it, and then the turn to others."""
+        row: Any = self
+        try:
+            row = await claim_key(unit, self._claim, self._turn.until)
+        finally:
+            if row is not None:
+                self._turn.end()
+        return row
 
     async def _answer(
         self, status: int, detail: str, retry_after: int | None = None
@@ -192,9 +202,10 @@ class _Keyed:
         if row.request != self._claim.request:
             detail = "This idempotency key was used for another method or path."
             await self._answer(422, detail)
-        elif row.fingerprint and not await self._body.is_like(
-            row.fingerprint, self._options.wait
-        ):
+        elif row.fingerprint is None:
+            detail = "A part of this was kept before; whether all was is not known."
+            await self._answer(409, detail)
+        elif not await self._body.is_like(row.fingerprint, self._options.wait):
             detail = "This idempotency key was used with another body."
             await self._answer(422, detail)
         elif row.status is None:
@@ -215,7 +226,7 @@ class _Keyed:
 
     async def _hold(self, message: Message) -> None:
         """Hold the response until its end; or pass it on, if it is too large."""
-        if self._is_passing:
+        if self._is_passing or not (self._held or message["type"] == START):
             return await self._send(message)
         if message["type"] == START:  # whose headers may be a generator
             message = {**message, "headers": [*message.get("headers", ())]}
@@ -252,11 +263,10 @@ class _Keyed:
             response = json.dumps(headers).encode() + b"\n" + body
             values = {"status": start["status"], "response": response}
 
-        async def keep() -> None:
-            values["fingerprint"] = self._body.fingerprint
-            await self._unit.session().execute(self._claim.update(**values))
+        def done() -> dict[str, object]:
+            return {**values, "fingerprint": self._body.fingerprint}
 
-        self._unit.last = keep
+        end_with(self._unit, self._claim, done)
         held, self._held = self._held, []
         for message in held:
             await self._send(message)

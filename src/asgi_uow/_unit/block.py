@@ -11,9 +11,17 @@ from asgi_uow import errors
 from asgi_uow._databases.configuration import check
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._databases.keys import TABLE, Claim, table_of
-from asgi_uow._decision import UNDECIDED, WRITABLE, Cause, State, decide_exit, rollback
+from asgi_uow._decision import (
+    UNDECIDED,
+    WRITABLE,
+    Cause,
+    Outcome,
+    State,
+    decide_exit,
+    rollback,
+)
 from asgi_uow._sessions.deadline import earlier
-from asgi_uow._unit.claims import WAIT, Turn, claim_key
+from asgi_uow._unit.claims import WAIT, Turn, claim_key, end_with
 from asgi_uow._unit.finish import end_unit
 from asgi_uow._unit.options import UnitOptions
 from asgi_uow._unit.unit import UnitOfWork, current
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
     from asgi_uow._decision import Decision
 
 DEFAULTS = UnitOptions()
+DONE: dict[str, object] = {"fingerprint": ""}
 
 
 class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_work(db)
@@ -77,8 +86,12 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
     async def _claim(self, key: str) -> None:
         claim = Claim.of(table_of(TABLE), "job", key)
         try:
-            self.turn = await Turn.of(claim, WAIT)
-            if await claim_key(self.unit, claim, self.turn.until) is not None:
+            self.turn = await Turn.of(claim, WAIT, self.unit)
+            row = await claim_key(self.unit, claim, self.turn.until)
+            if row is None:
+                end_with(self.unit, claim, DONE.copy)
+            else:
+                _refuse_a_part(row.fingerprint)
                 self.unit.set_rollback_only("its key was used before")
                 self.unit.replayed = True
         except BaseException as error:
@@ -115,6 +128,13 @@ async def _end(unit: UnitOfWork, turn: Turn | None, decision: Decision) -> None:
     finally:
         if turn is not None:
             turn.end()
+
+
+def _refuse_a_part(fingerprint: str | None) -> None:
+    if fingerprint is None:
+        part, why = Outcome.PARTIAL, Cause.COMMIT_FAILED
+        detail = "of who had this key before; DDL keeps what came before it"
+        raise errors.PartialCommitError(part, why, detail=detail)
 
 
 def open_unit(

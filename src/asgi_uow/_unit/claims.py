@@ -14,7 +14,7 @@ from asgi_uow._unit.finish import completion_of
 from asgi_uow.errors import KeyInUseError
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
+    from collections.abc import Callable, Mapping
 
     import sqlalchemy as sa
 
@@ -26,8 +26,7 @@ PAUSE = 0.01  # seconds, after a conflict
 WAIT = 10.0  # seconds for who has the key; then it is in use
 
 # Who waits in this process holds no connection.
-_turns: WeakValueDictionary[tuple[AbstractEventLoop, str], asyncio.Lock]
-_turns = WeakValueDictionary()
+_turns: WeakValueDictionary[tuple[object, ...], asyncio.Lock] = WeakValueDictionary()
 
 
 class Turn:
@@ -38,10 +37,13 @@ class Turn:
     _is_over: bool = False
 
     @classmethod
-    async def of(cls, claim: Claim, wait: float) -> Turn:
+    async def of(cls, claim: Claim, wait: float, unit: UnitOfWork) -> Turn:
         """Wait for it; raises `KeyInUseError` after so many seconds."""
-        turn, here = cls(), (asyncio.get_running_loop(), claim.id)
+        table, turn = claim.table.fullname, cls()
+        here = asyncio.get_running_loop(), unit.databases[0], table, claim.id
         turn.until = anyio.current_time() + wait
+        if unit.until is not None:
+            turn.until = min(turn.until, unit.until)
         turn._lock = _turns.get(here) or asyncio.Lock()
         _turns[here] = turn._lock
         with anyio.CancelScope(deadline=turn.until):
@@ -100,6 +102,21 @@ async def _take(
         if row is not None and row.created < 0:  # nobody's
             made, row = await session.execute(claim.take_over()), None
     return made.rowcount == 1, row
+
+
+def has_claimed(unit: UnitOfWork) -> bool:
+    return any(writer.journal.claim is not None for writer in unit.writers)
+
+
+def end_with(
+    unit: UnitOfWork, claim: Claim, values: Callable[[], Mapping[str, object]]
+) -> None:
+    """Have the unit say, as the last thing before COMMIT, that all is done."""
+
+    async def send() -> None:
+        await unit.session().execute(claim.update(**values()))
+
+    unit.last = send
 
 
 async def _begin_anew(unit: UnitOfWork) -> None:

@@ -84,7 +84,7 @@ class Commit:
                 sync.journal.look(dbapi)
             if sync.journal.ended_unseen:
                 raise errors.TransactionGoneError from sync.journal.doomed_by
-        self.proof = sync.journal.proof
+        self.proof = sync.journal.claim
         if db.resolve_unknown and sync.connections:
             self.proof = self.proof or leave_mark(sync, db.facts)
         return sync
