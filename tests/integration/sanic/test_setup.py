@@ -320,10 +320,15 @@ async def test_twice(db: Database, app: Sanic[Any, Any]) -> None:
         setup(app, db)
 
 
-async def test_retry(db: Database, app: Sanic[Any, Any]) -> None:
-    """Its own server reads a request once: it is refused, not ignored."""
-    with pytest.raises(ConfigurationError, match="keeps nothing to replay"):
-        setup(app, db, retry=uow.Retry())
+@pytest.mark.parametrize("option", ["retry", "idempotency"])
+async def test_what_needs_an_asgi_server(
+    db: Database, app: Sanic[Any, Any], option: str
+) -> None:
+    """Its own server reads a request once: they are refused, not ignored."""
+    given = {"retry": uow.Retry(), "idempotency": uow.Idempotency()}[option]
+    options: dict[str, Any] = {option: given}
+    with pytest.raises(ConfigurationError, match="need an ASGI server"):
+        setup(app, db, **options)
 
 
 async def test_asgi_server(db: Database, app: Sanic[Any, Any]) -> None:
