@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 import asgi_uow as uow
 from asgi_uow import Database, Idempotency, Outcome, unit_of_work
@@ -253,6 +254,16 @@ async def test_a_table_that_is_missing(db: Database, backend: Backend) -> None:
     error = (await site.post()).error
     assert "idempotency_table(metadata)" in "".join(getattr(error, "__notes__", ()))
     assert [] == await shop.items(backend)
+
+
+@on("asyncpg", pool_size=1, max_overflow=0, pool_timeout=0.01)
+async def test_a_pool_that_is_empty(db: Database) -> None:
+    """That has nothing to do with a table, and nobody is told so."""
+    async with db:
+        await shop.insert(50)
+        response = await Shop(db).post()
+    assert isinstance(response.error, PoolTimeoutError)
+    assert "idempotency_table" not in "".join(response.error.__notes__)
 
 
 async def test_in_memory() -> None:

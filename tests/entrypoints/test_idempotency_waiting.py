@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 pytestmark = on(*DATABASES)
 
 AT_ONCE = 8
+POST: dict[str, Any] = {"method": "POST", "headers": [(b"idempotency-key", b"key")]}
 CLAIM = Claim.of(table_of("idempotency_keys"), "http:", "key", b"POST", b"/", b"")
 
 
@@ -279,12 +280,7 @@ async def test_keys_inside_and_outside(db: Database, backend: Backend) -> None:
     """Where the middleware around has the key, the one inside passes through."""
     site = Shop(db)
     app = UnitOfWorkMiddleware(site.app, db, idempotency=Idempotency(wait=0.0))
-    request: dict[str, Any] = {
-        "method": "POST",
-        "headers": [(b"idempotency-key", b"key")],
-    }
-    first = await Client(app).request(**request)
-    second = await Client(app).request(**request)
+    first, second = [await Client(app).request(**POST) for _ in range(2)]
     assert [201, 201] == [first.status, second.status]
     assert is_replayed(second)
     assert [1] == await shop.items(backend)
@@ -303,8 +299,7 @@ async def test_keys_in_two_databases(
         await inner.app(scope, receive, send)
 
     app = UnitOfWorkMiddleware(around, db, idempotency=Idempotency(wait=0.0))
-    headers = [(b"idempotency-key", b"key")]
-    response = await Client(app).request(method="POST", headers=headers)
+    response = await Client(app).request(**POST)
     assert 201 == response.status
     assert [1] == await shop.items(backend) == await shop.items(mariadb)
 
@@ -350,12 +345,7 @@ async def test_inside_another_unit(db: Database, backend: Backend) -> None:
         await site.app(scope, receive, send)
 
     app = UnitOfWorkMiddleware(around, db)
-    request: dict[str, Any] = {
-        "method": "POST",
-        "headers": [(b"idempotency-key", b"key")],
-    }
-    first = await Client(app).request(**request)
-    second = await Client(app).request(**request)
+    first, second = [await Client(app).request(**POST) for _ in range(2)]
     assert [201, 201] == [first.status, second.status]
     assert is_replayed(second)
     assert [1, 100] == await shop.items(backend)

@@ -158,7 +158,7 @@ class Trial:
         status = 201 if failure is None else int(failure)
         headers = [
             (b"content-type", b"text/plain; charset=utf-8"),
-            (b"location", f"/work/{key}".encode()),
+            (b"location", f"/orders/{key}".encode()),
             (b"run", str(number).encode()),
         ]
         await send({"type": START, "status": status, "headers": headers})
@@ -230,7 +230,7 @@ def answer(key: object, number: object) -> Answer:
     """The response of a run of the handler."""
     headers = {
         "content-type": "text/plain; charset=utf-8",
-        "location": f"/work/{key}",
+        "location": f"/orders/{key}",
         "run": f"{number}",
     }
     return 201, tuple(headers.items()), f"{key} £ {number}"

@@ -13,6 +13,7 @@ import anyio
 import sqlalchemy as sa
 
 from asgi_uow._databases import known
+from asgi_uow._databases.driver_errors import is_of_database
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -109,11 +110,12 @@ class Claim:
         return self.table.update().where(self.is_here).values(run=self.done, **values)
 
     def explain(self, error: BaseException) -> None:
-        """Say on an error what it was about."""
-        error.add_note(
-            f"while claiming a key: is the table {self.table.fullname!r} there, as "
-            "idempotency_table(metadata) describes it?"
-        )
+        """Say on an error of the database what it was about."""
+        if is_of_database(error):
+            error.add_note(
+                f"while claiming a key: is the table {self.table.fullname!r} there, as "
+                "idempotency_table(metadata) describes it?"
+            )
 
 
 def leave_mark(session: Session, database: known.Database) -> str | Claim:

@@ -160,9 +160,8 @@ def set_up(dbapi_connection: Any, *, read_only: bool) -> frozenset[int | str]:
 
 def insert_if_new(table: sa.Table, row: dict[str, Any]) -> sa.Insert:
     """Count 2 for a row that is there; IGNORE has those who wait for it deadlock."""
-    changed = {
-        "created": table.c.created + 1
-    }  # equal values would count 1, as a new row
+    # With equal values it would count 1, as for a new one.
+    changed = {"created": table.c.created + 1}
     return mysql.insert(table).values(row).on_duplicate_key_update(changed)
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from asyncio import Task, create_task
 from contextlib import suppress
 from pkgutil import resolve_name
-from socket import SHUT_RDWR, socket
 from typing import Any
 from weakref import ref
 
 from anyio import CancelScope, move_on_after
 
+from asgi_uow._databases import known, postgresql
+
 SECONDS_TO_FAIL = 1.0  # for a statement on a connection that is shut down
 
+DRIVER = known.Driver(postgresql.Psycopg())
 _endings: set[Task[None]] = set()
 
 
@@ -33,7 +34,7 @@ async def connect(conninfo: str = "", **options: Any) -> Any:
 
     async def close() -> None:
         conn: Any = own()
-        if conn.closed or not conn.lock.locked():
+        if conn.closed or not DRIVER.is_busy(conn):
             await end(conn)
         else:  # not awaited: who closes it may be cancelled
             ending = create_task(_end_when_idle(conn, end))
@@ -46,8 +47,8 @@ async def connect(conninfo: str = "", **options: Any) -> Any:
 
 async def _end_when_idle(conn: Any, end: Any) -> None:
     try:
-        with suppress(Exception), socket(fileno=os.dup(conn.fileno())) as same:
-            same.shutdown(SHUT_RDWR)  # unless the server was first
+        with suppress(Exception):  # psycopg's: the server was first
+            DRIVER.cut_off(conn)
         with move_on_after(SECONDS_TO_FAIL):
             await conn.lock.acquire()
             conn.lock.release()

@@ -20,7 +20,7 @@ from asgi_uow._databases.keys import TABLE, Claim, is_expired, table_of
 from asgi_uow._entrypoints.body import HashedBody
 from asgi_uow._entrypoints.problem import START, described, send_problem
 from asgi_uow._unit.block import unit_of_work
-from asgi_uow._unit.claims import Turn, claim_key, end_with, has_claimed
+from asgi_uow._unit.claims import claim_key, end_with, has_claimed
 from asgi_uow._unit.unit import require
 from asgi_uow.errors import KeyInUseError
 
@@ -143,6 +143,7 @@ class Idempotency:
         return serve
 
     def _claim(self, scope: Scope, key: bytes) -> Claim:
+        # Typed or not, it may return anything.
         whose: Any = "" if self.scope is None else self.scope(scope)
         if not isinstance(whose, str):
             message = f"Idempotency's scope has to return a string, not {whose!r}."
@@ -170,8 +171,9 @@ class _Keyed:
         if self._body.is_gone:
             return None  # not all of the request has come
         try:
-            self._turn = await Turn.of(claim, self._options.wait, unit)
-            if (row := await self._claimed(unit)) is not None:
+            self._turn, row = await claim_key(unit, claim, self._options.wait)
+            if row is not None:
+                self._turn.end()
                 return await self._repeat(unit, row)
         except KeyInUseError as error:
             return await self._answer(409, str(error), RETRY_AFTER)
@@ -179,16 +181,6 @@ class _Keyed:
             return await self._run(unit)
         finally:
             self._turn.end()
-
-    async def _claimed(self, unit: UnitOfWork) -> Any:
-        """Claim the key; give the row of who had it, and then the turn to others."""
-        row: Any = self
-        try:
-            row = await claim_key(unit, self._claim, self._turn.until)
-        finally:
-            if row is not None:
-                self._turn.end()
-        return row
 
     async def _answer(
         self, status: int, detail: str, retry_after: int | None = None

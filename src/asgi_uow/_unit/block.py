@@ -86,8 +86,7 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
     async def _claim(self, key: str) -> None:
         claim = Claim.of(table_of(TABLE), "job", key)
         try:
-            self.turn = await Turn.of(claim, WAIT, self.unit)
-            row = await claim_key(self.unit, claim, self.turn.until)
+            self.turn, row = await claim_key(self.unit, claim, WAIT)
             if row is None:
                 end_with(self.unit, claim, DONE.copy)
             else:

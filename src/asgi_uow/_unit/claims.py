@@ -59,14 +59,29 @@ class Turn:
 
 
 async def claim_key(
+    unit: UnitOfWork, claim: Claim, wait: float
+) -> tuple[Turn, sa.Row[*tuple[Any, ...]] | None]:
+    """Claim a key for the unit; give the turn, which is to be ended, and the row.
+
+    That is of who had the key before, if it was kept. Raises `KeyInUseError` after
+    `wait` seconds, of which the database gets one at least.
+    """
+    turn = await Turn.of(claim, wait, unit)
+    try:
+        until = max(turn.until, anyio.current_time() + LEAST)
+        return turn, await _claim(unit, claim, until)
+    except BaseException:
+        turn.end()
+        raise
+
+
+async def _claim(
     unit: UnitOfWork, claim: Claim, until: float
 ) -> sa.Row[*tuple[Any, ...]] | None:
-    """Claim a key for the unit; give the row of who had it before, if it was kept.
+    """Wait in the database for those elsewhere who have the key.
 
-    It waits in the database for those elsewhere who have it. What conflicts there is
-    begun anew, as nothing else was done yet. Raises `KeyInUseError` past `until`.
+    What conflicts there is begun anew, as nothing else was done yet.
     """
-    until = max(until, anyio.current_time() + LEAST)
     first = not unit.writers
     while True:
         session: Any = unit.session()
