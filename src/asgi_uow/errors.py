@@ -18,6 +18,7 @@ AsgiUowError
 ├── ConcurrentUseError            a call while the session is busy with another
 ├── DeadlineExceededError         a call after the unit's deadline (TimeoutError)
 ├── KeyInUseError                 who has the idempotency key has not ended yet
+├── SandboxError                  what a sandbox of a test cannot do (RuntimeError)
 ├── TooManyHooksError             hooks register hooks without an end
 └── UnitOfWorkFailedError         a commit was wanted and the work was not kept
     ├── BeforeCommitError         a before_commit hook raised
@@ -104,6 +105,10 @@ class NestedUnitOfWorkError(AsgiUowError, RuntimeError):
         "A unit of work for {!r} is open here. Use savepoint() for a part that may "
         "fail, or unit_of_work(db, independent=True), which has its own connection."
     )
+
+
+class SandboxError(AsgiUowError, RuntimeError):
+    """Something that cannot be done, or undone, in a sandbox of `asgi_uow.testing`."""
 
 
 class UnitOfWorkClosedError(AsgiUowError, RuntimeError):

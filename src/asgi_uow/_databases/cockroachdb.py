@@ -11,6 +11,7 @@ QUESTION_BEFORE_COMMIT = postgresql.QUESTION_BEFORE_COMMIT
 POOLER = "session"  # no look for one: pg_backend_pid() is no process, and may differ
 # https://www.cockroachlabs.com/docs/stable/transaction-retry-error-reference
 CODES, DRIVERS = postgresql.CODES, postgresql.DRIVERS
+REFUSED, CONFLICT = postgresql.REFUSED, postgresql.CONFLICT
 code_of, url_query = postgresql.code_of, postgresql.url_query
 insert_if_new = postgresql.insert_if_new
 

@@ -136,6 +136,8 @@ class Database(_Facts):
     TRANSACTION_ID: str | None = None  # asked before COMMIT, for `was_committed`
     AWAIT_STANDBYS: str | None = None  # its COMMIT waits till they have what is kept
     CODES: Mapping[str, frozenset[int | str]]  # by `Meaning`; "57P" is a class
+    REFUSED: int | str  # the code of a constraint that fails at COMMIT, for tests
+    CONFLICT: int | str  # likewise: one of CODES["conflict"]
     SET_LOCAL_LASTS: bool = False  # longer than the transaction
     TRANSACTION_CONTROL: str | None = None  # regular expression, beside `_USUAL`
     IMPLICIT_COMMIT: str | None = None  # likewise: what commits what came before

@@ -22,7 +22,7 @@ from asgi_uow._databases import known
 from asgi_uow.errors import ConfigurationError, WrongLoopError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
     Loop: TypeAlias = asyncio.AbstractEventLoop
 
@@ -31,6 +31,8 @@ owners: WeakKeyDictionary[object, tuple[Loop, known.Driver]] = WeakKeyDictionary
 """Whose each driver's connection is that this process has made."""
 inherited: list[object] = []
 """What belongs to the process that this one was forked from."""
+find_sandbox: Callable[[LoopEngine], sa.Pool | None] | None = None
+"""Set by `asgi_uow.testing`: gives the pool of the sandbox that the caller is in."""
 
 
 class LoopEngine(sa.Engine):
@@ -51,6 +53,8 @@ class LoopEngine(sa.Engine):
     @property
     def pool(self) -> sa.Pool:
         """That of the running loop; where none runs, of the only one that is open."""
+        if find_sandbox is not None and (pool := find_sandbox(self)) is not None:
+            return pool
         loop = _get_running_loop()
         if loop is None or self.is_memory:
             found = [p for each, p in [*self.pools.items()] if not each.is_closed()]
@@ -59,7 +63,9 @@ class LoopEngine(sa.Engine):
 
     @pool.setter
     def pool(self, pool: sa.Pool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Begin anew, as dispose() does."""
+        """Begin anew, as dispose() does, but in a sandbox, which has an end itself."""
+        if find_sandbox is not None and pool is find_sandbox(self):
+            return
         events: Any = self.like.dispatch
         vars(pool)["dispatch"] = events
         events.connect.for_modify(events)._exec_once_mutex = SetUpLock()  # noqa: SLF001
@@ -67,6 +73,8 @@ class LoopEngine(sa.Engine):
 
     def raw_connection(self) -> sa.PoolProxiedConnection:
         """Connect; raises `WrongLoopError` for what cannot be in this loop."""
+        if find_sandbox is not None and (pool := find_sandbox(self)) is not None:
+            return pool.connect()
         loop = _get_running_loop()
         if self.is_memory and loop not in self.pools and loop is not None:
             self._move_to(loop)

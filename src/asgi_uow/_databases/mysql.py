@@ -55,6 +55,8 @@ CODES = {
     "syntax": frozenset({1064}),
     "unsupported": frozenset({1235}),
 }
+# Of a constraint that fails at COMMIT, and of a conflict, for tests.
+REFUSED, CONFLICT = 1452, 1213
 
 SET_LOCAL_LASTS = True  # it is SET SESSION
 TRANSACTION_CONTROL = (

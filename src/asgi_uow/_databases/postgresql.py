@@ -50,6 +50,8 @@ CODES = {
     "in_doubt": frozenset({"08", "40003"}),
     "unsupported": frozenset({"0A000"}),
 }
+# Of a constraint that fails at COMMIT, and of a conflict, for tests.
+REFUSED, CONFLICT = "23503", "40001"
 
 # Not pg_current_wal_lsn(): with synchronous_commit=off a commit is beyond that.
 LSN_WRITTEN = (

@@ -34,6 +34,8 @@ CODES = {
         {"SQLITE_BUSY", "SQLITE_BUSY_SNAPSHOT", "SQLITE_LOCKED_SHAREDCACHE"}
     ),
 }
+# Of a constraint that fails at COMMIT, and of a conflict, for tests.
+REFUSED, CONFLICT = "SQLITE_CONSTRAINT_FOREIGNKEY", "SQLITE_BUSY"
 
 
 class Aiosqlite:

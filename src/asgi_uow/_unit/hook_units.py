@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     EndUnit = Callable[[UnitOfWork, Decision], Work]
 
+capture: Callable[[str, UnitOfWork, Hook], bool] | None = None
+"""Set by `asgi_uow.testing`: tells whether a hook is not to be called."""
+
 
 @dataclasses.dataclass(slots=True, eq=False)
 class HookRun:
@@ -55,6 +58,8 @@ class HookRun:
         while self.waiting:
             hook = self.waiting.pop(0)
             if phase != "after_rollback" and hook.is_dropped:
+                continue
+            if capture is not None and capture(phase, unit, hook):
                 continue
             own = unit if phase == "before_commit" else _unit_for_hook(unit)
             context = contextvars.copy_context()

@@ -1,0 +1,30 @@
+"""A kit for the tests of applications: nothing that they do is left behind."""
+
+from __future__ import annotations
+
+from asgi_uow.testing.faults import (
+    drop_connection,
+    fail_commit,
+    lose_commit_answer,
+    serialization_failure,
+)
+from asgi_uow.testing.sandbox import SandboxMiddleware, sandbox
+from asgi_uow.testing.watching import (
+    CapturedHook,
+    assert_no_connection_held,
+    capture_hooks,
+    count_statements,
+)
+
+__all__ = [
+    "CapturedHook",
+    "SandboxMiddleware",
+    "assert_no_connection_held",
+    "capture_hooks",
+    "count_statements",
+    "drop_connection",
+    "fail_commit",
+    "lose_commit_answer",
+    "sandbox",
+    "serialization_failure",
+]

@@ -1,0 +1,275 @@
+"""A connection of a sandbox, as SQLAlchemy and the drivers' facts see one.
+
+What is done on it is handed over to the one connection of the sandbox, in whose loop
+and thread it is executed; rows come back all at once. Its transaction is a savepoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections import deque
+from contextlib import suppress
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
+
+from asgi_uow._concurrency import run_to_completion
+from asgi_uow._databases import known, loops
+from asgi_uow._databases.pool import ABORTING_CODES
+from asgi_uow._unit.unit import current
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from asgi_uow._unit.unit import UnitOfWork
+    from asgi_uow.testing.shared import SharedConnection
+
+T = TypeVar("T")
+
+IN_TRANSACTION, IN_ERROR = 2, 3  # of libpq; 0 is idle
+BEGIN = re.compile(r"(?i)\s*(?:BEGIN|START\s+TRANSACTION)\b")
+COMMIT = re.compile(r"(?i)\s*(?:COMMIT|END)\b(?!\s+PREPARED)")
+ROLLBACK = re.compile(r"(?i)\s*ROLLBACK\b(?!\s+(?:TO|PREPARED)\b)")
+
+
+async def hand_over(
+    loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]
+) -> T:
+    """Await here what runs in another loop; it has ended when this has."""
+    here, tasks = asyncio.get_running_loop(), list[asyncio.Task[T]]()
+    ended = here.create_future()
+
+    def tell(_: object) -> None:
+        with suppress(RuntimeError):  # nobody waits: this loop is closed
+            here.call_soon_threadsafe(ended.set_result, None)
+
+    def start() -> None:
+        tasks.append(loop.create_task(work))
+        tasks[0].add_done_callback(tell)
+
+    loop.call_soon_threadsafe(start)
+    try:
+        await asyncio.wait((ended,))
+    except asyncio.CancelledError:
+        loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+        with suppress(asyncio.CancelledError):
+            await run_to_completion(asyncio.wait((ended,)))
+        raise
+    return tasks[0].result()
+
+
+class Answers:
+    """What is asked of a driver's own connection, in the words of each of them."""
+
+    is_open = has_failed = is_gone = False
+    _cancellations: tuple[()] = ()
+    _result = _protocol = _read_waiter = None
+    _stream_broken = is_hurried = False
+    length = pos = 0
+    lock = known.NO_LOCK
+
+    @property
+    def itself(self) -> Any:
+        return self
+
+    driver_connection = _connection = _transport = _proto = pgconn = itself
+
+    @property
+    def closed(self) -> bool:
+        return self.is_gone
+
+    broken = closed
+
+    @property
+    def in_transaction(self) -> bool:
+        return self.is_open
+
+    @property
+    def transaction_status(self) -> int:
+        return (IN_ERROR if self.has_failed else IN_TRANSACTION) if self.is_open else 0
+
+    def is_closed(self) -> bool:
+        return self.is_gone
+
+    def is_in_transaction(self) -> bool:
+        return self.is_open
+
+    get_transaction_status = is_in_transaction
+
+    def fileno(self) -> int:
+        return _silent()
+
+    def get_extra_info(self, *_: object) -> None:
+        """It has no socket, settings or parameters."""
+
+    get_settings = parameter_status = get_extra_info
+
+
+@cache
+def _silent() -> int:
+    return os.pipe()[0]  # nothing is ever to be read from it
+
+
+class HandedConnection(Answers):
+    """A DBAPI connection whose transaction is a savepoint in that of the sandbox."""
+
+    isolation_level: Any = None  # of SQLite: BEGIN is a statement
+
+    def __init__(self, shared: SharedConnection, *, read_only: bool, auto: bool):
+        self.shared, self.read_only, self.is_auto = shared, read_only, auto
+        self.unit: UnitOfWork | None = current.get()
+        self.savepoints: list[str] = []  # of the user, in its transaction
+        self.settings: list[tuple[str, Any]] = []  # of a transaction that only reads
+        loops.owners[self] = asyncio.get_running_loop(), shared.driver
+
+    @property
+    def autocommit(self) -> Any:  # MySQL's drivers have a method in its place
+        is_method = self.shared.facts.IMPLICIT_COMMIT is not None
+        return self.set_autocommit if is_method else self.is_auto
+
+    @autocommit.setter
+    def autocommit(self, value: bool) -> None:
+        self.is_auto = value
+
+    def set_autocommit(self, value: bool) -> None:  # noqa: FBT001  # the drivers'
+        self.is_auto = bool(value)
+
+    def get_autocommit(self) -> bool:
+        return self.is_auto
+
+    def set_isolation_level(self, level: object) -> None:
+        """Accept any: the sandbox's transaction has one already."""
+        if isinstance(level, str):  # asyncpg's; psycopg's is a number
+            self.is_auto = level == "autocommit"
+
+    def cursor(self, *_: object, **__: object) -> HandedCursor:
+        return HandedCursor(self)
+
+    def commit(self) -> None:
+        if self.is_open:
+            self.run(self.shared.commit, self)
+
+    def rollback(self) -> None:
+        if self.is_open and not self.is_gone:
+            self.run(self.shared.rollback, self)
+
+    def ping(self, *_: object) -> None:
+        """Answer: nobody else closes the connection of a sandbox."""
+
+    def run(self, work: Callable[..., T], *args: Any) -> T:
+        """Run in the sandbox's thread, when it is this connection's turn."""
+        if self.is_gone:
+            message = "connection is closed"
+            raise self.shared.dialect.loaded_dbapi.InterfaceError(message)
+        running = self.shared.run(self, partial(work, *args))
+        return await_only(hand_over(self.shared.loop, running))
+
+    def close(self) -> None:
+        """Undo what is open, as a server does; nobody waits for it."""
+        if not self.is_gone:
+            self.is_gone = True
+            self.shared.give_up(self)
+
+    terminate = abandon = abort = close
+
+    def __getattr__(self, name: str) -> Any:
+        message = (
+            f"{name}: in a sandbox the driver's own connection cannot be had, as what "
+            "it does would be in nobody's transaction. Go through SQLAlchemy."
+        )
+        raise AttributeError(message)
+
+
+class HandedCursor:
+    """A cursor whose rows are all here once it has executed."""
+
+    description: Any = None
+    rowcount: int = -1
+    lastrowid: Any = None
+    arraysize: int = 1
+
+    def __init__(self, connection: HandedConnection) -> None:
+        self._handed, self._connection = connection, connection._connection  # noqa: SLF001
+        self._rows: deque[Any] = deque()
+        self._sizes: tuple[Any, ...] = ()
+
+    def setinputsizes(self, *sizes: Any) -> None:
+        self._sizes = sizes
+
+    def execute(self, statement: str, parameters: Any = None) -> None:
+        handed = self._handed
+        if BEGIN.match(statement):
+            work = partial(handed.shared.begin, handed)
+        elif COMMIT.match(statement):
+            work = partial(handed.shared.commit, handed)
+        elif ROLLBACK.match(statement):
+            work = partial(handed.shared.rollback, handed)
+        else:
+            args = (statement,) if parameters is None else (statement, parameters)
+            call = partial(self._call, "execute", args)
+            work = partial(handed.shared.execute, handed, args, call)
+        handed.run(work)
+
+    def executemany(self, statement: str, parameters: Any) -> None:
+        args = statement, parameters
+        call = partial(self._call, "executemany", args)
+        self._handed.run(self._handed.shared.execute, self._handed, args, call)
+
+    def _call(self, method: str, args: tuple[Any, ...]) -> None:
+        cursor: Any = self._handed.shared.dbapi.cursor()
+        with suppress(AttributeError):  # SQLAlchemy's own, for asyncpg
+            cursor._invalidate_schema_cache_asof = self._invalidate_schema_cache_asof  # type: ignore[attr-defined]  # noqa: SLF001
+        try:
+            if self._sizes:
+                cursor.setinputsizes(*self._sizes)
+            getattr(cursor, method)(*args)
+            self.description, self.rowcount = cursor.description, cursor.rowcount
+            self.lastrowid = getattr(cursor, "lastrowid", None)
+            self._rows = deque(cursor.fetchall() if cursor.description else ())
+        finally:
+            cursor.close()
+
+    def fetchone(self) -> Any:
+        return self._rows.popleft() if self._rows else None
+
+    def fetchmany(self, size: int | None = None) -> list[Any]:
+        wanted = self.arraysize if size is None else size
+        return [self._rows.popleft() for _ in range(min(wanted, len(self._rows)))]
+
+    def fetchall(self) -> list[Any]:
+        return self.fetchmany(len(self._rows))
+
+    def close(self) -> None:
+        self._rows.clear()
+
+    async def _async_soft_close(self) -> None:
+        """Has no result on the server, which SQLAlchemy would close here."""
+
+
+@cache
+def _silent() -> int:
+    return os.pipe()[0]  # nothing is ever to be read from it
+
+
+class HandedPool(NullPool):
+    """Gives connections of a sandbox in the place of an engine's own pool."""
+
+    def __init__(self, shared: SharedConnection, engine: loops.LoopEngine) -> None:
+        use: Any = engine.use
+        read_only = use is not None and use.read_only
+        auto = shared.facts.BEGIN_WRITE is not None or (read_only and use.level is None)
+
+        def create(entry: Any) -> Any:
+            entry.info[ABORTING_CODES] = shared.aborting
+            handed = HandedConnection(shared, read_only=read_only, auto=auto)
+            shared.handed.add(handed)
+            return handed
+
+        super().__init__(create, dialect=engine.dialect)
+
+    def recreate(self) -> HandedPool:
+        return self  # what an application disposes of in a test is not its sandbox
