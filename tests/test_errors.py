@@ -10,6 +10,7 @@ import re
 import pytest
 
 from asgi_uow import Database, Outcome, errors
+from asgi_uow.testing.shared import HELD
 from tests.support.private import Cause, State
 
 LINE = re.compile(
@@ -40,6 +41,7 @@ REMEDIES: list[tuple[errors.AsgiUowError, str]] = [
     ),
     (errors.DeadlineExceededError(), "give it more time"),
     (errors.KeyInUseError(), "is in use"),
+    (errors.SandboxError(HELD), "Leave its block"),
     (errors.TooManyHooksError("after_commit", 100), "register itself again"),
     (errors.UnitOfWorkFailedError(*FAILED), "not committed"),
     (errors.BeforeCommitError(*FAILED, detail="send"), "before_commit hook"),

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from asgi_uow.testing import capture_hooks, count_statements, sandbox
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from asgi_uow import Database
+    from asgi_uow.database import Database
+    from asgi_uow.testing import Statements, capture_hooks, sandbox
 
 
 @pytest.fixture
-def uow_database() -> Any:
+def uow_database() -> Database | Sequence[Database]:
     """Give your `Database`, or several in a list: override it in conftest.py."""
     message = (
         "The fixture uow_database is yours: define it in conftest.py, and have it "
@@ -25,32 +25,42 @@ def uow_database() -> Any:
 
 
 @pytest.fixture
-def uow_sandbox(uow_database: Database | Sequence[Database]) -> Iterator[sandbox]:
+def uow_sandbox(
+    uow_database: Database | Sequence[Database],
+) -> Iterator[sandbox]:
     """Roll back, after the test, whatever it has had the databases do."""
-    several = isinstance(uow_database, list | tuple)
-    with sandbox(*(uow_database if several else (uow_database,))) as box:  # type: ignore[arg-type,misc]
+    with _kit().sandbox(*_all(uow_database)) as box:
         yield box
 
 
 @pytest.fixture
 def uow_hooks(request: pytest.FixtureRequest) -> Iterator[capture_hooks]:
     """Capture the hooks of the test, which are not called."""
-    _enter_first(request)
-    with capture_hooks() as hooks:
+    _enter_sandbox(request)
+    with _kit().capture_hooks() as hooks:
         yield hooks
 
 
 @pytest.fixture
 def uow_statements(
     request: pytest.FixtureRequest, uow_database: Database | Sequence[Database]
-) -> Iterator[list[str]]:
+) -> Iterator[Statements]:
     """List what the test has executed on the first database."""
-    _enter_first(request)
-    first = uow_database[0] if isinstance(uow_database, list | tuple) else uow_database
-    with count_statements(first) as statements:  # type: ignore[arg-type]
+    _enter_sandbox(request)
+    with _kit().count_statements(_all(uow_database)[0]) as statements:
         yield statements
 
 
-def _enter_first(request: pytest.FixtureRequest) -> None:
+def _kit() -> Any:
+    # Not at import: every run of pytest on the machine loads this file.
+    return import_module("asgi_uow.testing")
+
+
+def _all(databases: Any) -> Sequence[Database]:
+    return databases if isinstance(databases, list | tuple) else (databases,)
+
+
+def _enter_sandbox(request: pytest.FixtureRequest) -> None:
+    """Have the sandbox of the test, if it has one, entered first."""
     if "uow_sandbox" in request.fixturenames:
         request.getfixturevalue("uow_sandbox")

@@ -78,9 +78,8 @@ async def test_lost_answer(boxed: Database) -> None:
 
 async def test_lost_answer_is_settled_by_a_key(boxed: Database) -> None:
     """With an idempotency key the work is found, and the unit is committed."""
-    async with lose_commit_answer(boxed):
-        async with uow.unit_of_work(boxed, key="job") as unit:
-            await shop.insert(1)
+    async with lose_commit_answer(boxed), uow.unit_of_work(boxed, key="job") as unit:
+        await shop.insert(1)
     assert uow.Outcome.COMMITTED is unit.outcome
     assert [1] == await kept(boxed)
 

@@ -11,6 +11,7 @@ from asgi_uow.testing.faults import (
 from asgi_uow.testing.sandbox import SandboxMiddleware, sandbox
 from asgi_uow.testing.watching import (
     CapturedHook,
+    Statements,
     assert_no_connection_held,
     capture_hooks,
     count_statements,
@@ -19,6 +20,7 @@ from asgi_uow.testing.watching import (
 __all__ = [
     "CapturedHook",
     "SandboxMiddleware",
+    "Statements",
     "assert_no_connection_held",
     "capture_hooks",
     "count_statements",

@@ -6,7 +6,7 @@ import copy
 import threading
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from asgi_uow._databases.connection import raw_of
 from asgi_uow._databases.engines import check_databases
@@ -14,6 +14,7 @@ from asgi_uow.testing.sandbox import here
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
+    from contextlib import AbstractAsyncContextManager
 
     from asgi_uow._databases.engines import Engines
 
@@ -21,19 +22,20 @@ if TYPE_CHECKING:
     Fault: TypeAlias = Callable[[Any, Send], None]
 
 _lock = threading.Lock()
-_faults: dict[Any, list[tuple[object, Fault]]] = {}  # by dialect, with whose sandbox
+_faults: dict[Any, list[tuple[object, list[Fault]]]] = {}
+"""By dialect, and by block: whose sandbox it is in, and what is still to happen."""
+_drops: dict[Any, list[list[Any]]] = {}  # by database, and by block: its sandbox
 
 
 def _do_commit(dialect: Any, send: Send, dbapi: Any) -> None:
     with _lock:
-        waiting = _faults.get(dialect, [])
-        found = next((each for each in waiting if each[0] is here()), None)
-        if found is not None:
-            waiting.remove(found)
-    if found is None:
+        blocks = _faults.get(dialect, ())
+        mine = next((left for box, left in blocks if left and box is here()), None)
+        fault = mine.pop(0) if mine else None
+    if fault is None:
         send(dbapi)
     else:
-        found[1](dbapi, send)
+        fault(dbapi, send)
 
 
 @asynccontextmanager
@@ -41,16 +43,16 @@ async def _at_commit(db: Engines, *faults: Fault) -> AsyncGenerator[None]:
     """Have the next commits of `db`, in this sandbox or outside of any, go wrong."""
     check_databases("a fault", (db,))
     dialect: Any = db.engine.dialect
-    added = [(here(), each) for each in faults]
+    block = here(), [*faults]
     with _lock:
         if dialect not in _faults:
             dialect.do_commit = partial(_do_commit, dialect, dialect.do_commit)
-        _faults.setdefault(dialect, []).extend(added)
+        _faults.setdefault(dialect, []).append(block)
     try:
         yield
     finally:
         with _lock:
-            _faults[dialect] = [e for e in _faults[dialect] if e not in added]
+            _faults[dialect].remove(block)
             if not _faults[dialect]:
                 del _faults[dialect], dialect.do_commit
 
@@ -58,7 +60,7 @@ async def _at_commit(db: Engines, *faults: Fault) -> AsyncGenerator[None]:
 def _error(db: Engines, code: int | str, kind: str, what: str) -> Exception:
     message = f"{what} (asgi_uow.testing)"
     args = (code, message) if isinstance(code, int) else (message,)
-    dbapi: Any = db.engine.dialect.loaded_dbapi  # type: ignore[attr-defined]
+    dbapi: Any = db.engine.dialect.loaded_dbapi
     error: Any = getattr(dbapi, kind)(*args)
     if isinstance(code, str):
         error.sqlstate = error.sqlite_errorname = code
@@ -66,8 +68,10 @@ def _error(db: Engines, code: int | str, kind: str, what: str) -> Exception:
     return found
 
 
-def fail_commit(db: Engines, *, error: Exception | None = None) -> Any:
-    """Have the next COMMIT inside the block refused: `async with fail_commit(db):`.
+def fail_commit(
+    db: Engines, *, error: Exception | None = None
+) -> AbstractAsyncContextManager[None]:
+    """Have the next COMMIT inside the `async with` block refused.
 
     The work is rolled back and the client gets a 500, or what `Retry` makes of an
     `error` that can be tried again. Default: the database's error for a constraint that
@@ -81,7 +85,9 @@ def fail_commit(db: Engines, *, error: Exception | None = None) -> Any:
     return _at_commit(db, refuse)
 
 
-def serialization_failure(db: Engines, *, times: int = 1) -> Any:
+def serialization_failure(
+    db: Engines, *, times: int = 1
+) -> AbstractAsyncContextManager[None]:
     """Have so many COMMITs inside the block meet a conflict, which `Retry` replays."""
 
     def conflict(*_: object) -> None:
@@ -90,7 +96,7 @@ def serialization_failure(db: Engines, *, times: int = 1) -> Any:
     return _at_commit(db, *[conflict] * times)
 
 
-def lose_commit_answer(db: Engines) -> Any:
+def lose_commit_answer(db: Engines) -> AbstractAsyncContextManager[None]:
     """Have the next COMMIT inside the block carried out, and its answer lost.
 
     The outcome is UNKNOWN, or COMMITTED where a key or `resolve_unknown` settles it.
@@ -112,24 +118,32 @@ async def drop_connection(db: Engines) -> AsyncGenerator[None]:
     The work is rolled back for certain: 503 with `Retry-After`, or another attempt.
     """
     check_databases("drop_connection(db)", (db,))
-    before, mine = vars(db).get("driver"), here()
-    driver: Any = copy.copy(db.driver)
-
-    def is_dead(raw: Any) -> bool:
-        waits = vars(db)["driver"] is driver and mine is here()
-        if waits and driver.in_transaction(raw):
-            vars(db)["driver"] = known
-            _cut_off(db, raw)
-            return True
-        return bool(known.is_dead(raw))
-
-    known, driver.is_dead = db.driver, is_dead
-    vars(db)["driver"] = driver
+    block = [here()]
+    with _lock:
+        if db not in _drops:
+            known, driver = db.driver, copy.copy(db.driver)
+            driver.is_dead = partial(_is_dead, db, known)  # type: ignore[method-assign]
+            vars(db)["driver"] = driver
+        _drops.setdefault(db, []).append(block)
     try:
         yield
     finally:
-        if vars(db)["driver"] is driver:
-            vars(db)["driver"] = before or known
+        with _lock:
+            _drops[db].remove(block)
+            if not _drops[db]:
+                del _drops[db], vars(db)["driver"]
+
+
+def _is_dead(db: Engines, known: Any, raw: Any) -> bool:
+    with _lock:
+        blocks = _drops.get(db, ()) if known.in_transaction(raw) else ()
+        mine = next((each for each in blocks if each and each[0] is here()), None)
+        if mine:
+            mine.clear()
+    if mine is None:
+        return bool(known.is_dead(raw))
+    _cut_off(db, raw)
+    return True
 
 
 def _cut_off(db: Engines, raw: Any) -> None:

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
-from asgi_uow._concurrency import run_to_completion
 from asgi_uow._databases import known, loops
 from asgi_uow._databases.pool import ABORTING_CODES
 from asgi_uow._unit.unit import current
+from asgi_uow.testing.nesting import Part
+from asgi_uow.testing.thread import hand_over
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
-    from asgi_uow._unit.unit import UnitOfWork
     from asgi_uow.testing.shared import SharedConnection
 
 T = TypeVar("T")
@@ -36,36 +36,9 @@ COMMIT = re.compile(r"(?i)\s*(?:COMMIT|END)\b(?!\s+PREPARED)")
 ROLLBACK = re.compile(r"(?i)\s*ROLLBACK\b(?!\s+(?:TO|PREPARED)\b)")
 
 
-async def hand_over(
-    loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]
-) -> T:
-    """Await here what runs in another loop; it has ended when this has."""
-    here, tasks = asyncio.get_running_loop(), list[asyncio.Task[T]]()
-    ended = here.create_future()
-
-    def tell(_: object) -> None:
-        with suppress(RuntimeError):  # nobody waits: this loop is closed
-            here.call_soon_threadsafe(ended.set_result, None)
-
-    def start() -> None:
-        tasks.append(loop.create_task(work))
-        tasks[0].add_done_callback(tell)
-
-    loop.call_soon_threadsafe(start)
-    try:
-        await asyncio.wait((ended,))
-    except asyncio.CancelledError:
-        loop.call_soon_threadsafe(lambda: tasks[0].cancel())
-        with suppress(asyncio.CancelledError):
-            await run_to_completion(asyncio.wait((ended,)))
-        raise
-    return tasks[0].result()
-
-
-class Answers:
+class Answers(Part):
     """What is asked of a driver's own connection, in the words of each of them."""
 
-    is_open = has_failed = is_gone = False
     _cancellations: tuple[()] = ()
     _result = _protocol = _read_waiter = None
     _stream_broken = is_hurried = False
@@ -119,11 +92,9 @@ class HandedConnection(Answers):
 
     isolation_level: Any = None  # of SQLite: BEGIN is a statement
 
-    def __init__(self, shared: SharedConnection, *, read_only: bool, auto: bool):
-        self.shared, self.read_only, self.is_auto = shared, read_only, auto
-        self.unit: UnitOfWork | None = current.get()
-        self.savepoints: list[str] = []  # of the user, in its transaction
-        self.settings: list[tuple[str, Any]] = []  # of a transaction that only reads
+    def __init__(self, shared: SharedConnection, **how: bool) -> None:
+        super().__init__(current.get(), **how)
+        self.shared = shared
         loops.owners[self] = asyncio.get_running_loop(), shared.driver
 
     @property
@@ -202,6 +173,8 @@ class HandedCursor:
 
     def execute(self, statement: str, parameters: Any = None) -> None:
         handed = self._handed
+        if statement == handed.shared.facts.TRANSACTION_ID:
+            statement = "SELECT NULL"  # later nobody could tell what became of a part
         if BEGIN.match(statement):
             work = partial(handed.shared.begin, handed)
         elif COMMIT.match(statement):
@@ -250,23 +223,18 @@ class HandedCursor:
         """Has no result on the server, which SQLAlchemy would close here."""
 
 
-@cache
-def _silent() -> int:
-    return os.pipe()[0]  # nothing is ever to be read from it
-
-
 class HandedPool(NullPool):
     """Gives connections of a sandbox in the place of an engine's own pool."""
 
     def __init__(self, shared: SharedConnection, engine: loops.LoopEngine) -> None:
-        use: Any = engine.use
+        use: Any = engine.use  # none of an engine that is derived for a moment
         read_only = use is not None and use.read_only
-        auto = shared.facts.BEGIN_WRITE is not None or (read_only and use.level is None)
+        auto = shared.facts.BEGIN_WRITE is not None or (read_only and not use.level)
 
-        def create(entry: Any) -> Any:
-            entry.info[ABORTING_CODES] = shared.aborting
-            handed = HandedConnection(shared, read_only=read_only, auto=auto)
-            shared.handed.add(handed)
+        def create(rec: Any) -> Any:
+            rec.info[ABORTING_CODES] = shared.aborting
+            handed = HandedConnection(shared, read_only=read_only, is_auto=auto)
+            shared.parts.add(handed)
             return handed
 
         super().__init__(create, dialect=engine.dialect)

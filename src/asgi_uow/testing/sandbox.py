@@ -7,7 +7,7 @@ import os
 import secrets
 from asyncio import _get_running_loop
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from sqlalchemy.engine.base import OptionEngine
 
@@ -15,8 +15,9 @@ from asgi_uow import errors
 from asgi_uow._concurrency import run_to_completion
 from asgi_uow._databases import loops
 from asgi_uow._databases.engines import check_databases
-from asgi_uow.testing.handed import hand_over
-from asgi_uow.testing.shared import SharedConnection, background
+from asgi_uow.testing.handed import HandedPool
+from asgi_uow.testing.shared import SharedConnection
+from asgi_uow.testing.thread import background, hand_over
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -50,11 +51,16 @@ class sandbox:  # noqa: N801  # used like a function: async with sandbox(db)
         self.databases = databases
         self.headers: dict[str, str] = {HEADER: secrets.token_hex(16)}
         self.connections: dict[Any, SharedConnection] = {}
+        self.pools: dict[loops.LoopEngine, HandedPool] = {}
         self._around: sandbox | None = None
 
-    async def __aenter__(self) -> sandbox:
+    async def __aenter__(self) -> Self:
         """Connect and begin."""
-        await run_to_completion(hand_over(background(), self._open()))
+        try:
+            await run_to_completion(hand_over(background(), self._open()))
+        except asyncio.CancelledError:
+            await run_to_completion(hand_over(background(), self._close()))
+            raise
         self._around = _entered.get()
         _entered.set(self)
         return self
@@ -64,7 +70,7 @@ class sandbox:  # noqa: N801  # used like a function: async with sandbox(db)
         _entered.set(self._around)
         await run_to_completion(hand_over(background(), self._close()))
 
-    def __enter__(self) -> sandbox:
+    def __enter__(self) -> Self:
         """Connect and begin, for the whole process."""
         asyncio.run_coroutine_threadsafe(self._open(), background()).result()
         self._around = _entered.get()
@@ -102,8 +108,13 @@ class sandbox:  # noqa: N801  # used like a function: async with sandbox(db)
         for each in dict.fromkeys(self.connections.values()):
             await each.end()
 
-    def connection_to(self, db: Engines) -> SharedConnection | None:
-        return self.connections.get(loops.attach(db.engine.sync_engine))
+    def connection_to(self, engine: Any) -> SharedConnection | None:
+        """Give that of an engine, or of what it is derived from; also one around."""
+        while engine not in self.connections and isinstance(engine, OptionEngine):
+            engine = engine._proxied  # noqa: SLF001
+        found = self.connections.get(engine)
+        outside = self._around if found is None else None
+        return found if outside is None else outside.connection_to(engine)
 
 
 def here() -> sandbox | None:
@@ -115,11 +126,9 @@ def _pool_for(engine: loops.LoopEngine) -> sa.Pool | None:
     found = here()
     if found is None or _get_running_loop() is background():
         return None
-    root: Any = engine
-    while root not in found.connections and isinstance(root, OptionEngine):
-        root = root._proxied  # noqa: SLF001
-    shared = found.connections.get(root)
-    return None if shared is None else shared.pool_for(engine)
+    if engine not in found.pools and (shared := found.connection_to(engine)):
+        found.pools[engine] = HandedPool(shared, engine)
+    return found.pools.get(engine)
 
 
 class SandboxMiddleware:
@@ -157,7 +166,8 @@ class SandboxMiddleware:
 
 async def _refuse(scope: Scope, send: Send) -> None:
     if scope["type"] != "http":
-        return await send({"type": "websocket.close", "code": 1008})
+        await send({"type": "websocket.close", "code": 1008})
+        return
     headers = [(b"content-type", b"text/plain; charset=utf-8")]
     await send({"type": "http.response.start", "status": 409, "headers": headers})
     body = b"The sandbox of this test is not open, or is of another process."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from sqlalchemy import event
 from sqlalchemy.engine.base import OptionEngine
@@ -56,7 +56,7 @@ class capture_hooks(list[CapturedHook]):  # noqa: N801  # used like a function
     `before_commit` hooks are part of the transaction and called as ever.
     """
 
-    _active: list[capture_hooks] = []
+    _active: ClassVar[list[capture_hooks]] = []
 
     def __init__(self, *, execute: bool = False) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class capture_hooks(list[CapturedHook]):  # noqa: N801  # used like a function
         """Give those of one phase, such as "after_commit"."""
         return [each for each in self if each.phase == phase]
 
-    def __enter__(self) -> capture_hooks:
+    def __enter__(self) -> Self:
         """Capture from now on."""
         if self._execute:
             message = "execute=True needs `async with`: hooks are called in a loop."
@@ -75,22 +75,25 @@ class capture_hooks(list[CapturedHook]):  # noqa: N801  # used like a function
 
     def __exit__(self, *_: object) -> None:
         """Have hooks called again."""
-        self._active.remove(self)
+        self._end()
 
-    async def __aenter__(self) -> capture_hooks:
+    async def __aenter__(self) -> Self:
         """Capture from now on."""
         return self._begin()
 
     async def __aexit__(self, exc_type: object, *_: object) -> None:
         """Have hooks called again; with `execute`, call those captured."""
-        self._active.remove(self)
+        self._end()
         for each in self if self._execute and exc_type is None else ():
             await each.execute()
 
-    def _begin(self) -> capture_hooks:
+    def _begin(self) -> Self:
         hook_units.capture = self._capture
         self._active.append(self)
         return self
+
+    def _end(self) -> None:
+        self._active[:] = [each for each in self._active if each is not self]
 
     @classmethod
     def _capture(cls, phase: str, unit: UnitOfWork, hook: Hook) -> bool:
@@ -99,9 +102,6 @@ class capture_hooks(list[CapturedHook]):  # noqa: N801  # used like a function
             told = phase, hook.fn, hook.args, hook.kwargs, unit, hook
             mine[-1].append(CapturedHook(*told))
         return bool(mine) and phase != "before_commit"
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
 
 
 class Statements(list[str]):
@@ -115,10 +115,8 @@ class Statements(list[str]):
 
 
 @contextmanager
-def count_statements(
-    db: Engines, expected: int | None = None
-) -> Generator[Statements]:
-    """Count what is executed inside the block: `with count_statements(db) as all:`.
+def count_statements(db: Engines, expected: int | None = None) -> Generator[Statements]:
+    """Count what is executed inside the `with` block; gives the list.
 
     Of writer and readers, in this sandbox or outside of any; BEGIN and COMMIT are none.
     With `expected`, the end of the block raises `AssertionError` with the list.
@@ -131,7 +129,9 @@ def count_statements(
             found.append(statement)
 
     # Those derived from the writer's engine have its listeners.
-    own = (e.sync_engine for e in db.readers if not isinstance(e.sync_engine, OptionEngine))
+    own = (
+        e.sync_engine for e in db.readers if not isinstance(e.sync_engine, OptionEngine)
+    )
     engines = (db.engine.sync_engine, *own)
     for each in engines:
         event.listen(each, "before_cursor_execute", note)
@@ -149,15 +149,17 @@ def assert_no_connection_held(db: Engines) -> None:
     """Raise `AssertionError` if a connection of `db` is in use, in whatever loop."""
     check_databases("assert_no_connection_held(db)", (db,))
     box = here()
-    shared = box and box.connection_to(db)
+    shared = box and box.connection_to(db.engine.sync_engine)
     if shared:
-        held = {db.name: sum(not each.is_gone for each in shared.handed)}
+        held = {db.name: sum(not each.is_gone for each in shared.parts)}
     else:
         held = {}
         for each in db.engines:
             pools = loops.attach(each.sync_engine).pools.values()
             held[str(each)] = sum(getattr(pool, "checkedout", int)() for pool in pools)
     if any(held.values()):
-        told = ", ".join(f"{number} of {name}" for name, number in held.items() if number)
+        told = ", ".join(
+            f"{number} of {name}" for name, number in held.items() if number
+        )
         message = f"Connections are in use: {told}. Leave blocks, close streams first."
         raise AssertionError(message)

@@ -1,0 +1,239 @@
+"""Savepoints in the place of transactions, on the one connection of a sandbox."""
+
+from __future__ import annotations
+
+import re
+from contextlib import closing, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from asgi_uow import errors
+from asgi_uow._databases import known
+from asgi_uow._databases.connection import execute, raw_of
+from asgi_uow._databases.driver_errors import code_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from asgi_uow._databases.engines import Engines
+    from asgi_uow._unit.unit import UnitOfWork
+
+OUTER, UNIT, CALL, CHECK = (
+    f"asgi_uow_{name}" for name in ("sandbox", "unit", "call", "check")
+)
+WRITES = re.compile(r"(?i)\s*(?:INSERT|UPDATE|DELETE|REPLACE|LOAD)\b")
+TWO_PHASE = re.compile(r"(?i)\s*(?:XA|PREPARE\s+TRANSACTION)\b")
+SAVEPOINT = re.compile(r"(?i)\s*(SAVEPOINT|RELEASE|ROLLBACK)\b.*?(\S+)\s*$")
+ABORTED = "25P02"  # of PostgreSQL: only ROLLBACK is accepted
+REFUSED = 1792, "Cannot execute statement in a READ ONLY transaction"  # of MySQL
+WITHOUT_SAVEPOINTS = (
+    "SELECT t.table_name FROM information_schema.tables t"
+    " JOIN information_schema.engines e ON e.engine = t.engine"
+    " WHERE t.table_schema = DATABASE() AND e.savepoints <> 'YES'"
+)
+
+KEPT = (
+    "{} would end the transaction of the sandbox on this database, and keep all that "
+    "the test has done: do it before, or without a sandbox."
+)
+NO_ROLLBACK = (
+    "What is written to {} stays, since its engine has no savepoints: make it InnoDB, "
+    "or test without a sandbox."
+)
+
+
+class Part:
+    """What is known of one of those who share the connection."""
+
+    is_open = False  # has its transaction begun?
+    has_failed = False  # and an error aborted it, or what follows a savepoint?
+    is_gone = False  # has it been closed?
+
+    def __init__(
+        self, unit: UnitOfWork | None, *, read_only: bool, is_auto: bool
+    ) -> None:
+        self.unit, self.read_only, self.is_auto = unit, read_only, is_auto
+        self.savepoints: list[str] = []  # of the user, in its transaction
+        self.settings: list[tuple[Any, ...]] = []  # of a transaction that only reads
+
+
+class Nesting:
+    """What is done in a greenlet, in the turn of one who shares the connection."""
+
+    dbapi: Any
+    is_gone = False  # has the database ended the transaction by itself?
+    is_changed = False  # is something left on the connection when it is rolled back?
+    holder: Part | None = None
+    """Whose transaction is open: a savepoint; what another writes has to wait."""
+
+    def __init__(self, db: Engines) -> None:
+        self.facts, self.driver = db.facts, db.driver
+        self.dialect: Any = db.engine.dialect
+        self.commits_for_ddl = db.facts.IMPLICIT_COMMIT is not None
+
+    def begin_all(self, seconds: float) -> None:
+        """Begin what is rolled back at the end; raises where that cannot be."""
+        if self.commits_for_ddl:
+            if found := self._ask(WITHOUT_SAVEPOINTS):
+                names = ", ".join(sorted(row[0] for row in found))
+                raise errors.SandboxError(NO_ROLLBACK.format(names))
+            execute(self.dbapi, "START TRANSACTION")
+        elif self.facts.BEGIN_WRITE is not None:
+            [(timeout,)] = self._ask("PRAGMA busy_timeout")
+            execute(self.dbapi, f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
+            try:
+                execute(self.dbapi, self.facts.BEGIN_WRITE)
+            finally:
+                execute(self.dbapi, f"PRAGMA busy_timeout = {timeout}")
+            self.orphans = set(self._ask("PRAGMA foreign_key_check"))
+        execute(self.dbapi, f"SAVEPOINT {OUTER}")
+
+    def execute(
+        self, part: Part, args: tuple[Any, ...], call: Callable[[], None]
+    ) -> None:
+        """Make a call in the transaction of `part`, or in one of its own."""
+        statement: str = args[0]
+        kind = known.kind_of(statement)
+        self._check(part, statement, kind)
+        try:
+            if part.read_only:
+                with self._read_only(part):
+                    call()
+            elif part.is_auto and not part.is_open:
+                with self._savepoint(keep=True):
+                    call()
+            else:
+                self.begin(part)
+                call()
+        except self.dialect.loaded_dbapi.Error:
+            part.has_failed = True
+            raise
+        if kind in {"setting", "local"} and part.read_only and part.is_open:
+            part.settings.append(args)
+        # DDL that is undone leaves plans behind that fit no more.
+        self.is_changed = self.is_changed or kind in {"setting", "implicit_commit"}
+        if (found := SAVEPOINT.match(statement)) is not None:
+            _note(part, found[1].upper(), found[2])
+
+    def _check(self, part: Part, statement: str, kind: known.Kind | None) -> None:
+        if self.commits_for_ddl and kind == "implicit_commit":
+            verb = known.without_literals(statement)
+            raise errors.SandboxError(KEPT.format(verb))
+        if TWO_PHASE.match(statement):
+            raise errors.SandboxError(KEPT.format("A two-phase commit"))
+        if part.read_only and self.commits_for_ddl and WRITES.match(statement):
+            # Within a transaction there is no way to have the server refuse it.
+            raise self.dialect.loaded_dbapi.OperationalError(*REFUSED)
+
+    def begin(self, part: Part) -> None:
+        if not part.is_open and not part.read_only:
+            execute(self.dbapi, f"SAVEPOINT {UNIT}")
+            self.holder = part
+        part.is_open = True
+
+    def commit(self, part: Part) -> None:
+        """Check what is left for COMMIT to check, and keep the savepoint's work."""
+        if part is self.holder:
+            try:
+                self._check_constraints()
+            except self.dialect.loaded_dbapi.Error as error:
+                if code_of(error) != ABORTED:
+                    raise
+                return self.rollback(part)  # which is what the server does
+            execute(self.dbapi, f"RELEASE SAVEPOINT {UNIT}")
+        return self._end(part)
+
+    def rollback(self, part: Part) -> None:
+        if part is self.holder:
+            try:
+                execute(self.dbapi, f"ROLLBACK TO SAVEPOINT {UNIT}")
+                execute(self.dbapi, f"RELEASE SAVEPOINT {UNIT}")
+            except self.dialect.loaded_dbapi.Error:
+                self.is_gone = True  # with all savepoints, as after a deadlock
+        self._end(part)
+
+    def _end(self, part: Part) -> None:
+        if part is self.holder:
+            self.holder = None
+        part.is_open = part.has_failed = False
+        part.settings, part.savepoints = [], []
+
+    def _check_constraints(self) -> None:
+        if self.facts.BEGIN_WRITE is not None:
+            if set(self._ask("PRAGMA foreign_key_check")) - self.orphans:
+                message = "FOREIGN KEY constraint failed"
+                error = self.dialect.loaded_dbapi.IntegrityError(message)
+                error.sqlite_errorname = self.facts.REFUSED
+                raise error
+        elif not self.commits_for_ddl:
+            execute(self.dbapi, f"SAVEPOINT {CHECK}")
+            execute(self.dbapi, "SET CONSTRAINTS ALL IMMEDIATE")
+            execute(self.dbapi, f"ROLLBACK TO SAVEPOINT {CHECK}")
+            execute(self.dbapi, f"RELEASE SAVEPOINT {CHECK}")
+
+    @contextmanager
+    def _savepoint(self, *, keep: bool) -> Generator[None]:
+        execute(self.dbapi, f"SAVEPOINT {CALL}")
+        is_kept = False
+        try:
+            yield
+            if keep:
+                self._check_constraints()
+            is_kept = keep
+        finally:
+            self.is_gone = not self.driver.in_transaction(raw_of(self.dbapi))
+            if not (self.is_gone or is_kept):
+                execute(self.dbapi, f"ROLLBACK TO SAVEPOINT {CALL}")
+            if not self.is_gone:
+                execute(self.dbapi, f"RELEASE SAVEPOINT {CALL}")
+
+    @contextmanager
+    def _read_only(self, part: Part) -> Generator[None]:
+        is_sqlite = self.facts.BEGIN_WRITE is not None
+        with self._whole(), self._savepoint(keep=False):
+            if is_sqlite:
+                execute(self.dbapi, self.facts.READ_ONLY_STATEMENT)
+            elif not self.commits_for_ddl:
+                execute(self.dbapi, "SET TRANSACTION READ ONLY")
+            try:
+                for each in part.settings:
+                    with closing(self.dbapi.cursor()) as cursor:
+                        cursor.execute(*each)
+                yield
+            finally:
+                if is_sqlite:
+                    execute(self.dbapi, "PRAGMA query_only = OFF")
+        part.is_open = not part.is_auto
+
+    @contextmanager
+    def _whole(self) -> Generator[None]:
+        """Let a unit read beside its own transaction, also if that is aborted."""
+        try:
+            execute(self.dbapi, f"SAVEPOINT {CHECK}")
+            execute(self.dbapi, f"RELEASE SAVEPOINT {CHECK}")
+        except self.dialect.loaded_dbapi.Error as error:
+            if code_of(error) != ABORTED or self.holder is None:
+                raise
+            innermost = [UNIT, *self.holder.savepoints][-1]
+            execute(self.dbapi, f"ROLLBACK TO SAVEPOINT {innermost}")
+            try:
+                yield
+            finally:
+                with suppress(self.dialect.loaded_dbapi.Error):
+                    execute(self.dbapi, "SELECT 1 / 0")  # aborted, as it was
+        else:
+            yield
+
+    def _ask(self, statement: str) -> list[Any]:
+        with closing(self.dbapi.cursor()) as cursor:
+            cursor.execute(statement)
+            return [tuple(row) for row in cursor.fetchall()]
+
+
+def _note(part: Part, verb: str, name: str) -> None:
+    """Keep the names of the user's open savepoints."""
+    if verb == "SAVEPOINT":
+        part.savepoints.append(name)
+    elif name in part.savepoints:
+        is_rollback = verb == "ROLLBACK"
+        del part.savepoints[part.savepoints.index(name) + is_rollback :]
+        part.has_failed = part.has_failed and not is_rollback
