@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
+from asgi_uow import errors
 from asgi_uow._databases import known, loops
 from asgi_uow._databases.pool import ABORTING_CODES
 from asgi_uow._unit.unit import current
@@ -59,17 +60,19 @@ class Answers(Part):
 
     @property
     def in_transaction(self) -> bool:
-        return self.is_open
+        return self.is_open or self.is_due
 
     @property
     def transaction_status(self) -> int:
-        return (IN_ERROR if self.has_failed else IN_TRANSACTION) if self.is_open else 0
+        if not self.in_transaction:
+            return 0
+        return IN_ERROR if self.has_failed else IN_TRANSACTION
 
     def is_closed(self) -> bool:
         return self.is_gone
 
     def is_in_transaction(self) -> bool:
-        return self.is_open
+        return self.in_transaction
 
     get_transaction_status = is_in_transaction
 
@@ -117,15 +120,20 @@ class HandedConnection(Answers):
         if isinstance(level, str):  # asyncpg's; psycopg's is a number
             self.is_auto = level == "autocommit"
 
+    def begin_with(self, _: str) -> None:  # of SQLite: with the first statement
+        self.is_due = True
+
     def cursor(self, *_: object, **__: object) -> HandedCursor:
         return HandedCursor(self)
 
     def commit(self) -> None:
+        self.is_due = False
         if self.is_open:
             self.run(self.shared.commit, self)
 
     def rollback(self) -> None:
-        if self.is_open and not self.is_gone:
+        self.is_due = False
+        if self.is_open and not (self.is_gone or self.shared.is_over):
             self.run(self.shared.rollback, self)
 
     def ping(self, *_: object) -> None:
@@ -137,7 +145,11 @@ class HandedConnection(Answers):
             message = "connection is closed"
             raise self.shared.dialect.loaded_dbapi.InterfaceError(message)
         running = self.shared.run(self, partial(work, *args))
-        return await_only(hand_over(self.shared.loop, running))
+        try:
+            return await_only(hand_over(self.shared.loop, running))
+        except errors.SandboxError:
+            self.is_due |= not self.is_auto  # nobody has ended its transaction
+            raise
 
     def close(self) -> None:
         """Undo what is open, as a server does; nobody waits for it."""

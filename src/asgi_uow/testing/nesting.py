@@ -44,7 +44,8 @@ NO_ROLLBACK = (
 class Part:
     """What is known of one of those who share the connection."""
 
-    is_open = False  # has its transaction begun?
+    is_due = False  # is a transaction to begin, or was what begins it refused?
+    is_open = False  # has it begun?
     has_failed = False  # and an error aborted it, or what follows a savepoint?
     is_gone = False  # has it been closed?
 
@@ -98,7 +99,7 @@ class Nesting:
             if part.read_only:
                 with self._read_only(part):
                     call()
-            elif part.is_auto and not part.is_open:
+            elif part.is_auto and not (part.is_open or part.is_due):
                 with self._savepoint(keep=True):
                     call()
             else:
@@ -116,8 +117,9 @@ class Nesting:
 
     def _check(self, part: Part, statement: str, kind: known.Kind | None) -> None:
         if self.commits_for_ddl and kind == "implicit_commit":
-            verb = known.without_literals(statement)
-            raise errors.SandboxError(KEPT.format(verb))
+            # A syntax error is what the journal knows to have done nothing.
+            message = KEPT.format(known.without_literals(statement))
+            raise self.dialect.loaded_dbapi.ProgrammingError(1064, message)
         if TWO_PHASE.match(statement):
             raise errors.SandboxError(KEPT.format("A two-phase commit"))
         if part.read_only and self.commits_for_ddl and WRITES.match(statement):
