@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from asgi_uow.testing import capture_hooks, count_statements, sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from asgi_uow.database import Database
-    from asgi_uow.testing import Statements, capture_hooks, sandbox
+    from asgi_uow.testing import Statements
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def uow_sandbox(
     uow_database: Database | Sequence[Database],
 ) -> Iterator[sandbox]:
     """Roll back, after the test, whatever it has had the databases do."""
-    with _kit().sandbox(*_all(uow_database)) as box:
+    with sandbox(*_all(uow_database)) as box:
         yield box
 
 
@@ -37,7 +38,7 @@ def uow_sandbox(
 def uow_hooks(request: pytest.FixtureRequest) -> Iterator[capture_hooks]:
     """Capture the hooks of the test, which are not called."""
     _enter_sandbox(request)
-    with _kit().capture_hooks() as hooks:
+    with capture_hooks() as hooks:
         yield hooks
 
 
@@ -47,13 +48,8 @@ def uow_statements(
 ) -> Iterator[Statements]:
     """List what the test has executed on the first database."""
     _enter_sandbox(request)
-    with _kit().count_statements(_all(uow_database)[0]) as statements:
+    with count_statements(_all(uow_database)[0]) as statements:
         yield statements
-
-
-def _kit() -> Any:
-    # Not at import: every run of pytest on the machine loads this file.
-    return import_module("asgi_uow.testing")
 
 
 def _all(databases: Any) -> Sequence[Database]:

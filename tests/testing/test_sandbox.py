@@ -313,9 +313,9 @@ async def test_two_phase_commits_are_refused(backend: Backend, db: Database) -> 
 async def test_driver_itself_is_out_of_reach(db: Database) -> None:
     """What goes past SQLAlchemy is refused with the reason."""
     async with sandbox(db), db.engine.connect() as connection:
-        raw = await connection.get_raw_connection()
+        raw: Any = await connection.get_raw_connection()
         with pytest.raises(AttributeError, match="Go through SQLAlchemy"):
-            _ = raw.driver_connection.copy_records_to_table
+            assert raw.driver_connection.copy_records_to_table
 
 
 async def test_sandbox_is_entered_once(db: Database) -> None:
