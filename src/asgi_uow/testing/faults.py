@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from contextlib import asynccontextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,8 +13,8 @@ from asgi_uow._databases.engines import check_databases
 from asgi_uow.testing.sandbox import here
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import Callable, Generator
+    from contextlib import AbstractContextManager
 
     from asgi_uow._databases.engines import Engines
 
@@ -38,8 +38,31 @@ def _do_commit(dialect: Any, send: Send, dbapi: Any) -> None:
         fault(dbapi, send)
 
 
-@asynccontextmanager
-async def _at_commit(db: Engines, *faults: Fault) -> AsyncGenerator[None]:
+class Block:
+    """A block with a fault: of `async with`, and in synchronous tests of `with`."""
+
+    def __init__(self, block: AbstractContextManager[None]) -> None:
+        self._block = block
+
+    def __enter__(self) -> None:
+        """Have it happen from now on."""
+        self._block.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:  # noqa: PYI036
+        """Have it happen no more."""
+        self._block.__exit__(*raised)
+
+    async def __aenter__(self) -> None:
+        """Have it happen from now on."""
+        self.__enter__()
+
+    async def __aexit__(self, *raised: Any) -> None:  # noqa: PYI036
+        """Have it happen no more."""
+        self.__exit__(*raised)
+
+
+@contextmanager
+def _at_commit(db: Engines, *faults: Fault) -> Generator[None]:
     """Have the next commits of `db`, in this sandbox or outside of any, go wrong."""
     check_databases("a fault", (db,))
     dialect: Any = db.engine.dialect
@@ -68,10 +91,8 @@ def _error(db: Engines, code: int | str, kind: str, what: str) -> Exception:
     return found
 
 
-def fail_commit(
-    db: Engines, *, error: Exception | None = None
-) -> AbstractAsyncContextManager[None]:
-    """Have the next COMMIT inside the `async with` block refused.
+def fail_commit(db: Engines, *, error: Exception | None = None) -> Block:
+    """Have the next COMMIT inside the block refused: `async with`, or `with`.
 
     The work is rolled back and the client gets a 500, or what `Retry` makes of an
     `error` that can be tried again. Default: the database's error for a constraint that
@@ -82,21 +103,19 @@ def fail_commit(
     def refuse(*_: object) -> None:
         raise what
 
-    return _at_commit(db, refuse)
+    return Block(_at_commit(db, refuse))
 
 
-def serialization_failure(
-    db: Engines, *, times: int = 1
-) -> AbstractAsyncContextManager[None]:
+def serialization_failure(db: Engines, *, times: int = 1) -> Block:
     """Have so many COMMITs inside the block meet a conflict, which `Retry` replays."""
 
     def conflict(*_: object) -> None:
         raise _error(db, db.facts.CONFLICT, "OperationalError", "a conflict")
 
-    return _at_commit(db, *[conflict] * times)
+    return Block(_at_commit(db, *[conflict] * times))
 
 
-def lose_commit_answer(db: Engines) -> AbstractAsyncContextManager[None]:
+def lose_commit_answer(db: Engines) -> Block:
     """Have the next COMMIT inside the block carried out, and its answer lost.
 
     The outcome is UNKNOWN, or COMMITTED where a key or `resolve_unknown` settles it.
@@ -108,15 +127,19 @@ def lose_commit_answer(db: Engines) -> AbstractAsyncContextManager[None]:
         message = "the answer to COMMIT was lost (asgi_uow.testing)"
         raise ConnectionResetError(message)
 
-    return _at_commit(db, lose)
+    return Block(_at_commit(db, lose))
 
 
-@asynccontextmanager
-async def drop_connection(db: Engines) -> AsyncGenerator[None]:
+def drop_connection(db: Engines) -> Block:
     """Have the connection lost before the next COMMIT inside the block is sent.
 
     The work is rolled back for certain: 503 with `Retry-After`, or another attempt.
     """
+    return Block(_dropping(db))
+
+
+@contextmanager
+def _dropping(db: Engines) -> Generator[None]:
     check_databases("drop_connection(db)", (db,))
     block = [here()]
     with _lock:

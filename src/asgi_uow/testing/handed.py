@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import weakref
 from collections import deque
 from contextlib import suppress
 from functools import cache, partial
@@ -239,17 +240,23 @@ class HandedPool(NullPool):
     """Gives connections of a sandbox in the place of an engine's own pool."""
 
     def __init__(self, shared: SharedConnection, engine: loops.LoopEngine) -> None:
-        use: Any = engine.use  # none of an engine that is derived for a moment
-        read_only = use is not None and use.read_only
-        auto = shared.facts.BEGIN_WRITE is not None or (read_only and not use.level)
-
         def create(rec: Any) -> Any:
+            use: Any = engine.use  # none of an engine that is derived for a moment
+            read_only = use is not None and use.read_only
+            auto = shared.facts.BEGIN_WRITE is not None or (read_only and not use.level)
             rec.info[ABORTING_CODES] = shared.aborting
             handed = HandedConnection(shared, read_only=read_only, is_auto=auto)
-            shared.parts.add(handed)
+            self._own.add(handed)
             return handed
 
+        self._own: weakref.WeakSet[HandedConnection] = weakref.WeakSet()
         super().__init__(create, dialect=engine.dialect)
+
+    def checkedout(self) -> int:
+        return sum(not each.is_gone for each in self._own)
+
+    def checkedin(self) -> int:
+        return 0  # none is kept: making one costs nothing
 
     def recreate(self) -> HandedPool:
         return self  # what an application disposes of in a test is not its sandbox

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
@@ -54,7 +53,6 @@ class SharedConnection(Nesting):
         super().__init__(db)
         self.engine, self.is_memory = db.engine.sync_engine, db.is_memory
         self.loop = background()
-        self.parts: weakref.WeakSet[Part] = weakref.WeakSet()
         self._undoing: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextvars
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -54,7 +55,8 @@ async def hand_over(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T
         tasks.append(loop.create_task(work))
         tasks[0].add_done_callback(tell)
 
-    loop.call_soon_threadsafe(start)
+    # A context of its own: timers that were cancelled keep theirs, and units in it.
+    loop.call_soon_threadsafe(start, context=contextvars.Context())
     try:
         await asyncio.wait((ended,))
     except asyncio.CancelledError:

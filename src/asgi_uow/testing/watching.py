@@ -148,18 +148,10 @@ def count_statements(db: Engines, expected: int | None = None) -> Generator[Stat
 def assert_no_connection_held(db: Engines) -> None:
     """Raise `AssertionError` if a connection of `db` is in use, in whatever loop."""
     check_databases("assert_no_connection_held(db)", (db,))
-    box = here()
-    shared = box and box.connection_to(db.engine.sync_engine)
-    if shared:
-        held = {db.name: sum(not each.is_gone for each in shared.parts)}
-    else:
-        held = {}
-        for each in db.engines:
-            pools = loops.attach(each.sync_engine).pools.values()
-            held[str(each)] = sum(getattr(pool, "checkedout", int)() for pool in pools)
-    if any(held.values()):
-        told = ", ".join(
-            f"{number} of {name}" for name, number in held.items() if number
-        )
-        message = f"Connections are in use: {told}. Leave blocks, close streams first."
+    pools: list[Any] = []
+    for root in (loops.attach(each.sync_engine) for each in db.engines):
+        pools += root.pools.values() if here() is None else (root.pool,)
+    if held := sum(getattr(pool, "checkedout", int)() for pool in pools):
+        message = f"{held} of the connections to {db.name} are in use: leave the "
+        message += "blocks and close the streams that are open before."
         raise AssertionError(message)
