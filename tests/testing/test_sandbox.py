@@ -276,6 +276,27 @@ async def test_ddl_is_refused(db: Database) -> None:
 
 
 @on("asyncmy")
+async def test_locking_tables_is_refused(db: Database) -> None:
+    """MariaDB commits for it too."""
+    async with sandbox(db):
+        with pytest.raises(errors.SandboxError, match="LOCK would end"):
+            async with db:
+                await db.read.execute("LOCK TABLES items READ")
+
+
+async def test_database_made_in_a_sandbox(db: Database) -> None:
+    """A second `Database` on the engine is in it, reads alike, and lives on."""
+    async with sandbox(db):
+        mine = Database(db.engine)
+        with pytest.raises(errors.ReadOnlySessionError):
+            async with mine:
+                await mine.read.execute(INSERT, id=1)
+        assert [] == await ids(mine)
+    assert [] == await ids(mine)
+    await mine.dispose()
+
+
+@on("asyncmy")
 async def test_tables_without_savepoints_are_refused(
     db: Database, backend: Backend
 ) -> None:

@@ -146,7 +146,8 @@ class DerivedEngine(LoopEngine, OptionEngine):
         self.url, self.process, self.is_memory = place.url, os.getpid(), False
         # The place's creator knows its own dialect alone.
         vars(place.dialect).update(dispatch=source.dialect.dispatch, _has_events=True)
-        self.like, pool = attach(source).like, place.pool.recreate()
+        self.like = attach(source).like
+        pool = getattr(place, "like", place.pool).recreate()
         vars(pool)["_dialect"] = source.dialect
         self.pool = pool
         _engines.add(self)

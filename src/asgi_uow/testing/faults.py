@@ -118,7 +118,8 @@ def serialization_failure(db: Engines, *, times: int = 1) -> Block:
 def lose_commit_answer(db: Engines) -> Block:
     """Have the next COMMIT inside the block carried out, and its answer lost.
 
-    The outcome is UNKNOWN, or COMMITTED where a key or `resolve_unknown` settles it.
+    The outcome is UNKNOWN, or COMMITTED where a key or `resolve_unknown` settles it; in
+    a sandbox on PostgreSQL a key alone can.
     """
 
     def lose(dbapi: Any, send: Send) -> None:

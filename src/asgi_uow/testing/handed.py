@@ -156,6 +156,7 @@ class HandedConnection(Answers):
         """Undo what is open, as a server does; nobody waits for it."""
         if not self.is_gone:
             self.is_gone = True
+            self.is_due |= self.is_open  # a driver's flag stays as it was
             self.shared.give_up(self)
 
     terminate = abandon = abort = close
@@ -241,9 +242,10 @@ class HandedPool(NullPool):
 
     def __init__(self, shared: SharedConnection, engine: loops.LoopEngine) -> None:
         def create(rec: Any) -> Any:
-            use: Any = engine.use  # none of an engine that is derived for a moment
-            read_only = use is not None and use.read_only
-            auto = shared.facts.BEGIN_WRITE is not None or (read_only and not use.level)
+            # An engine that is derived for a moment has no use: it writes.
+            read_only: bool = getattr(engine.use, "read_only", False)
+            auto = read_only and getattr(engine.use, "level", None) is None
+            auto = auto or shared.facts.BEGIN_WRITE is not None
             rec.info[ABORTING_CODES] = shared.aborting
             handed = HandedConnection(shared, read_only=read_only, is_auto=auto)
             self._own.add(handed)

@@ -21,7 +21,7 @@ OUTER, UNIT, CALL, CHECK = (
     f"asgi_uow_{name}" for name in ("sandbox", "unit", "call", "check")
 )
 WRITES = re.compile(r"(?i)\s*(?:INSERT|UPDATE|DELETE|REPLACE|LOAD)\b")
-TWO_PHASE = re.compile(r"(?i)\s*(?:XA|PREPARE\s+TRANSACTION)\b")
+ENDS = re.compile(r"(?i)\s*(?:XA|PREPARE\s+TRANSACTION|(?:UN)?LOCK\s+TABLES?)\b")
 SAVEPOINT = re.compile(r"(?i)\s*(SAVEPOINT|RELEASE|ROLLBACK)\b.*?(\S+)\s*$")
 ABORTED = "25P02"  # of PostgreSQL: only ROLLBACK is accepted
 REFUSED = 1792, "Cannot execute statement in a READ ONLY transaction"  # of MySQL
@@ -30,6 +30,7 @@ WITHOUT_SAVEPOINTS = (
     " JOIN information_schema.engines e ON e.engine = t.engine"
     " WHERE t.table_schema = DATABASE() AND e.savepoints <> 'YES'"
 )
+DEFERRABLE = "SELECT 1 FROM pg_constraint WHERE condeferrable LIMIT 1"
 
 KEPT = (
     "{} would end the transaction of the sandbox on this database, and keep all that "
@@ -120,8 +121,9 @@ class Nesting:
             # A syntax error is what the journal knows to have done nothing.
             message = KEPT.format(known.without_literals(statement))
             raise self.dialect.loaded_dbapi.ProgrammingError(1064, message)
-        if TWO_PHASE.match(statement):
-            raise errors.SandboxError(KEPT.format("A two-phase commit"))
+        locks = statement.lstrip()[:4].upper() == "LOCK" and not self.commits_for_ddl
+        if ENDS.match(statement) and not locks:  # PostgreSQL's ends with a transaction
+            raise errors.SandboxError(KEPT.format(known.without_literals(statement)))
         if part.read_only and self.commits_for_ddl and WRITES.match(statement):
             # Within a transaction there is no way to have the server refuse it.
             raise self.dialect.loaded_dbapi.OperationalError(*REFUSED)
@@ -166,7 +168,7 @@ class Nesting:
                 error = self.dialect.loaded_dbapi.IntegrityError(message)
                 error.sqlite_errorname = self.facts.REFUSED
                 raise error
-        elif not self.commits_for_ddl:
+        elif not self.commits_for_ddl and self._ask(DEFERRABLE):
             execute(self.dbapi, f"SAVEPOINT {CHECK}")
             execute(self.dbapi, "SET CONSTRAINTS ALL IMMEDIATE")
             execute(self.dbapi, f"ROLLBACK TO SAVEPOINT {CHECK}")
@@ -190,40 +192,35 @@ class Nesting:
 
     @contextmanager
     def _read_only(self, part: Part) -> Generator[None]:
-        is_sqlite = self.facts.BEGIN_WRITE is not None
-        with self._whole(), self._savepoint(keep=False):
-            if is_sqlite:
-                execute(self.dbapi, self.facts.READ_ONLY_STATEMENT)
-            elif not self.commits_for_ddl:
-                execute(self.dbapi, "SET TRANSACTION READ ONLY")
+        if self.facts.BEGIN_WRITE is not None:
+            execute(self.dbapi, self.facts.READ_ONLY_STATEMENT)
             try:
+                yield
+            finally:
+                execute(self.dbapi, "PRAGMA query_only = OFF")
+        else:
+            with self._whole(), self._savepoint(keep=False):
+                if not self.commits_for_ddl:
+                    execute(self.dbapi, "SET TRANSACTION READ ONLY")
                 for each in part.settings:
                     with closing(self.dbapi.cursor()) as cursor:
                         cursor.execute(*each)
                 yield
-            finally:
-                if is_sqlite:
-                    execute(self.dbapi, "PRAGMA query_only = OFF")
         part.is_open = not part.is_auto
 
     @contextmanager
     def _whole(self) -> Generator[None]:
         """Let a unit read beside its own transaction, also if that is aborted."""
-        try:
-            execute(self.dbapi, f"SAVEPOINT {CHECK}")
-            execute(self.dbapi, f"RELEASE SAVEPOINT {CHECK}")
-        except self.dialect.loaded_dbapi.Error as error:
-            if code_of(error) != ABORTED or self.holder is None:
-                raise
-            innermost = [UNIT, *self.holder.savepoints][-1]
-            execute(self.dbapi, f"ROLLBACK TO SAVEPOINT {innermost}")
-            try:
-                yield
-            finally:
-                with suppress(self.dialect.loaded_dbapi.Error):
-                    execute(self.dbapi, "SELECT 1 / 0")  # aborted, as it was
-        else:
+        holder = self.holder
+        if holder is None or self.commits_for_ddl or not holder.has_failed:
             yield
+            return
+        execute(self.dbapi, f"ROLLBACK TO SAVEPOINT {[UNIT, *holder.savepoints][-1]}")
+        try:
+            yield
+        finally:
+            with suppress(self.dialect.loaded_dbapi.Error):
+                execute(self.dbapi, "SELECT 1 / 0")  # aborted, as it was
 
     def _ask(self, statement: str) -> list[Any]:
         with closing(self.dbapi.cursor()) as cursor:

@@ -13,11 +13,11 @@ import pytest
 
 from asgi_uow import errors
 from asgi_uow.testing import SandboxMiddleware
+from tests.integration.testing import project
 from tests.servers import eventually
 from tests.support import shop
 from tests.support.asgi import endpoint, no_body
 from tests.support.databases import DATABASES, on
-from tests.testing import project
 
 if TYPE_CHECKING:
     from collections.abc import Generator
