@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 import tomllib
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 from mutmut import __main__ as mutmut
@@ -16,7 +20,16 @@ from mutmut.mutation.data import SourceFileMutationData
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 from mutmut.stats import status_by_exit_code
 
-from tests.mutation.verdict import Mutant, Verdict, read_diff, read_explained, stale
+from tests.mutation.plugin import PORTS
+from tests.mutation.verdict import (
+    NOTICED,
+    Mutant,
+    Verdict,
+    read_diff,
+    read_explained,
+    stale,
+)
+from tests.servers.plugin import RunningServers
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("src", "tests", "docs", "benchmarks", "pyproject.toml", "tox.ini")
@@ -46,16 +59,32 @@ def read() -> list[Mutant]:
     return mutants
 
 
+def try_out(names: list[str], ports: dict[str, int | None]) -> dict[str, str]:
+    """Run the tests on these mutants: on SQLite, or those that need a server."""
+    Path("mutants/mutmut-stats.json").unlink(missing_ok=True)
+    tool = str(Path(sys.executable).with_name("mutmut"))
+    log = Path("log")
+    with log.open("wb") as out:
+        code = subprocess.call(
+            [tool, "run", "--max-children", "1", *names],
+            env={**os.environ, PORTS: json.dumps(ports)},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    if code:
+        sys.exit(log.read_text("utf-8", "replace")[-5000:])
+    return {each.name: each.status for each in read()}
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="tests.mutation")
+    parser = argparse.ArgumentParser(prog="tests.mutation", description=__doc__)
     parser.add_argument("folder", type=Path, help="is emptied, and worked in")
-    parser.add_argument(
-        "--part", default=None, help="1/3: the first third; 1/1: all; 1/90: a try"
-    )
-    options = parser.parse_args()
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     own = settings["tool"]["asgi-uow"]["mutation"]
-    first, every = map(int, (options.part or own["part"]).split("/"))
+    help_of_part = "2/3: the second third of the mutants; 1/1: all"
+    parser.add_argument("--part", default=own["part"], help=help_of_part)
+    options = parser.parse_args()
+    first, every = map(int, options.part.split("/"))
     explained = read_explained((ROOT / own["explained"]).read_text("utf-8"))
 
     shutil.rmtree(options.folder, ignore_errors=True)
@@ -65,25 +94,34 @@ def main() -> int:
         copy(ROOT / each, options.folder / each)
     os.chdir(options.folder)
     began = time.monotonic()
-    make()
+    with redirect_stdout(StringIO()):  # mutmut names every file
+        make()
     made = read()
     if gone := stale(explained, made):
         print("Explained, but no mutant of the code:", *gone, sep="\n    ")
         return 1
     wanted = [each for each in made if not each.is_of_text]
-    names = [each.name for each in wanted][first - 1 :: every]
+    tried = wanted[first - 1 :: every]
     texts = len(made) - len(wanted)
     print(f"{len(made)} mutants, {texts} of them of texts, which are left out.")
-    print(f"Part {first} of {every}: {len(names)} are tried. --part 1/1 tries all.")
+    print(f"Part {first} of {every}: {len(tried)} are tried. --part 1/1 tries all.")
     sys.stdout.flush()
-    tool = Path(sys.executable).with_name("mutmut")
-    with Path("log").open("wb") as log:
-        command = [str(tool), "run", "--max-children", "1", *names]
-        code = subprocess.call(command, stdout=log, stderr=subprocess.STDOUT)
-    if code:
-        print(Path("log").read_text("utf-8", "replace").rpartition("\r")[2])
-        return code
-    verdict = Verdict([each for each in read() if each.name in set(names)], explained)
+    found = try_out([each.name for each in tried], {})
+    left = [each.name for each in tried if found[each.name] not in NOTICED]
+    print(f"{len(left)} survive the tests on SQLite; these get those with servers.")
+    sys.stdout.flush()
+    servers = RunningServers({})
+    try:
+        ports = {kind: servers.port(kind) for kind in ("mariadb", "postgresql")}
+        found |= {
+            name: status
+            for name, status in (try_out(left, ports) if left else {}).items()
+            if name in left and status != "no tests"
+        }
+    finally:
+        servers.stop()
+    tried = [dataclasses.replace(each, status=found[each.name]) for each in tried]
+    verdict = Verdict(tried, explained)
     print(*verdict.report(), sep="\n")
     print(f"Took {(time.monotonic() - began) / 60:.0f} minutes.")
     return 1 if verdict.wrong or verdict.score < own["fail_under"] else 0

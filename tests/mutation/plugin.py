@@ -1,4 +1,4 @@
-"""A plugin of pytest for the run of a mutant: quick tests first, none for ever."""
+"""A plugin of pytest for the run of a mutant: which tests, in which order, how long."""
 
 from __future__ import annotations
 
@@ -13,23 +13,56 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+PORTS = "ASGI_UOW_MUTATION_PORTS"  # of the servers, for the tests that need one
 STATS = Path("mutmut-stats.json")  # in the folder that mutmut runs the tests in
 SLOW = 0.25  # seconds; of the variants of a test that takes longer, one runs
-LIMIT = 10  # seconds for a test; none takes 2
+LIMIT = 15  # seconds for a test; none takes 7
 TIMEOUT = 36  # mutmut's exit code for it
 
 
+def ports() -> dict[str, int | None]:
+    found: dict[str, int | None] = json.loads(os.environ.get(PORTS, "{}"))
+    return found
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the databases that `--db` names."""
+    config.option.db = ["sqlite", *ports()]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Use the servers that run already."""
+    # Imported before, its assertions could not be rewritten.
+    from tests.servers.plugin import SERVERS, RunningServers
+
+    session.config.stash[SERVERS] = RunningServers(ports())
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort by what each test took on the code as it is; leave slow variants out."""
+    """Sort by what each test took on the code as it is; leave slow variants out.
+
+    A server has the tests alone that do not run on SQLite.
+    """
+    from tests.servers.plugin import needs
+
+    if ports():
+        on_sqlite = {function_of(item) for item in items if needs(item) <= {"sqlite"}}
+        items[:] = [item for item in items if function_of(item) not in on_sqlite]
     if not STATS.exists():
         return
     taken: dict[str, float] = json.loads(STATS.read_text())["duration_by_test"]
     chosen: dict[object, pytest.Item] = {}
     for item in sorted(items, key=lambda item: taken.get(item.nodeid, 0.0)):
         is_slow = taken.get(item.nodeid, 0.0) > SLOW
-        test = item.nodeid.partition("[")[0] if is_slow else item.nodeid
-        chosen.setdefault(test, item)
+        chosen.setdefault(function_of(item) if is_slow else item.nodeid, item)
     items[:] = chosen.values()
+
+
+def function_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -43,7 +43,8 @@ def read_diff(diff: str) -> tuple[str, str]:
     """Give the statement before and after, each as one line."""
     lines = [line for line in diff.splitlines() if not line.startswith(("---", "+++"))]
     changed = ((line[:1], line[1:].strip()) for line in lines)
-    removed, added = [], []
+    removed: list[str] = []
+    added: list[str] = []
     for sign, line in changed:
         if sign in {"-", "+"}:
             (removed if sign == "-" else added).append(line)
