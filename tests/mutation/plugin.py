@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PORTS = "ASGI_UOW_MUTATION_PORTS"  # of the servers, for the tests that need one
 STATS = Path("mutmut-stats.json")  # in the folder that mutmut runs the tests in
+UNITS = ("tests/unit/", "tests/promises/test_p10")
 SLOW = 0.25  # seconds; of the variants of a test that takes longer, one runs
 LIMIT = 15  # seconds for a test; none takes 7
 TIMEOUT = 36  # mutmut's exit code for it
@@ -44,13 +45,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort by what each test took on the code as it is; leave slow variants out.
 
-    A server has the tests alone that do not run on SQLite.
+    On servers run those of `_unit` alone, and of them what does not run on SQLite.
     """
     from tests.servers.plugin import needs
 
     if ports():
         on_sqlite = {function_of(item) for item in items if needs(item) <= {"sqlite"}}
-        items[:] = [item for item in items if function_of(item) not in on_sqlite]
+        items[:] = [
+            item
+            for item in items
+            if item.nodeid.startswith(UNITS) and function_of(item) not in on_sqlite
+        ]
     if not STATS.exists():
         return
     taken: dict[str, float] = json.loads(STATS.read_text())["duration_by_test"]
