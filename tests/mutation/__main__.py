@@ -14,6 +14,7 @@ import tomllib
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mutmut import __main__ as mutmut
 from mutmut.mutation.data import SourceFileMutationData
@@ -31,6 +32,9 @@ from tests.mutation.verdict import (
 )
 from tests.servers.plugin import RunningServers
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 ROOT = Path(__file__).parents[2]
 COPIED = ("src", "tests", "docs", "benchmarks", "pyproject.toml", "tox.ini")
 CHILDREN = "2"  # on one core: the tests wait for half of their time
@@ -46,18 +50,19 @@ def make() -> None:
     mutmut.create_mutants(1)
 
 
-def read() -> list[Mutant]:
-    """Read the mutants of all files, and what the tests said of each so far."""
-    mutants = []
-    for path in mutmut.walk_mutatable_files():
+def results() -> Iterator[tuple[Path, str, str]]:
+    """Give of each mutant its file, its name, and what the tests said of it so far."""
+    for path in map(Path, mutmut.walk_mutatable_files()):
         data = SourceFileMutationData(path=path)
         data.load()
-        module = Path(path).relative_to(PACKAGE).as_posix()
         for name, code in data.exit_code_by_key.items():
-            before, after = read_diff(get_diff_for_mutant(name, path=path))
-            status = status_by_exit_code[code]
-            mutants.append(Mutant(module, name, before, after, status))
-    return mutants
+            yield path, name, status_by_exit_code[code]
+
+
+def read() -> Iterator[Mutant]:
+    for path, name, status in results():
+        change = read_diff(get_diff_for_mutant(name, path=path))
+        yield Mutant(path.relative_to(PACKAGE).as_posix(), name, *change, status)
 
 
 def try_out(names: list[str], ports: dict[str, int | None]) -> dict[str, str]:
@@ -74,7 +79,7 @@ def try_out(names: list[str], ports: dict[str, int | None]) -> dict[str, str]:
         )
     if code:
         sys.exit(log.read_text("utf-8", "replace")[-5000:])
-    return {each.name: each.status for each in read()}
+    return {name: status for _, name, status in results()}
 
 
 def main() -> int:
@@ -97,7 +102,7 @@ def main() -> int:
     began = time.monotonic()
     with redirect_stdout(StringIO()):  # mutmut names every file
         make()
-    made = read()
+    made = list(read())
     if gone := stale(explained, made):
         print("Explained, but no mutant of the code:", *gone, sep="\n    ")
         return 1

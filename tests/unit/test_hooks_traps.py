@@ -470,6 +470,7 @@ async def test_listener_that_breaks_giving_back(db: Database) -> None:
     assert ["hook"] == called
     failed = response.events.only(ReleaseFailed)
     assert "giving a read connection back" == failed.operation
+    assert isinstance(failed.error, ZeroDivisionError)
 
 
 @on("aiosqlite")

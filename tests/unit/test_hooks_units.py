@@ -14,7 +14,7 @@ import asgi_uow as uow
 from asgi_uow import Database, errors
 from asgi_uow.observers import CommitFailed
 from tests.support import shop
-from tests.support.asgi import endpoint, handle, serve
+from tests.support.asgi import Response, endpoint, handle, serve
 from tests.support.databases import SERVERS, checked_out, on, shop_database
 from tests.support.private import MOST_BY_HOOKS
 
@@ -328,6 +328,25 @@ async def test_registering_for_a_later_phase(db: Database) -> None:
     await call(functools.partial(uow.before_commit, first), db)
 
     assert ["first", "middle", "last", "the commit is proven still"] == called
+
+
+@on("aiosqlite")
+async def test_registering_for_after_the_response(db: Database) -> None:
+    """What an after_commit hook registers for after the response waits for its end."""
+    response, was_over = Response(), list[bool]()
+
+    def look() -> None:
+        was_over.append(bool(response.messages) and response.is_over)
+
+    async def commit() -> None:
+        uow.after_response(look)
+
+    async def handler() -> None:
+        uow.after_commit(commit)
+
+    await handle(handler, db, into=response)
+
+    assert [True] == was_over
 
 
 @on("aiosqlite")
