@@ -18,7 +18,7 @@ STATS = Path("mutmut-stats.json")  # in the folder that mutmut runs the tests in
 UNITS = ("tests/unit/", "tests/promises/test_p10")
 SLOW = 0.25  # seconds; of the variants of a test that takes longer, one runs
 LIMIT = 15  # seconds for a test; none takes 7
-TIMEOUT = 36  # mutmut's exit code for it
+FAILED, TIMEOUT = 1, 36  # exit codes of a process of mutmut
 
 
 def ports() -> dict[str, int | None]:
@@ -64,6 +64,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_slow = taken.get(item.nodeid, 0.0) > SLOW
         chosen.setdefault(function_of(item) if is_slow else item.nodeid, item)
     items[:] = chosen.values()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """End a process whose tests failed; what a mutant has left may break the end."""
+    if exitstatus == FAILED:
+        os._exit(FAILED)
 
 
 def function_of(item: pytest.Item) -> str:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from tests.servers.backend import Backend, SQLiteBackend
-    from tests.support.asgi import Response
 
     Register = Callable[..., None]
     Work = Callable[[], Awaitable[object]]
