@@ -9,17 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 import asgi_uow as uow
 from asgi_uow import Database, Idempotency, Outcome, unit_of_work
-from asgi_uow.errors import ConfigurationError
+from asgi_uow.errors import CommitFailedError, ConfigurationError
 from asgi_uow.observers import UnitFinished
+from tests.servers.backend import SQLiteBackend
 from tests.support import shop
-from tests.support.databases import DATABASES, DRIVERS, checked_out, memory_database, on
+from tests.support.databases import (
+    DATABASES,
+    DRIVERS,
+    checked_out,
+    memory_database,
+    on,
+    shop_database,
+)
 from tests.support.keys import KEYS, Shop, create_table, is_replayed
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from asgi_uow._asgi import Scope
     from tests.servers import Backend
     from tests.support.asgi import Response
@@ -133,6 +144,42 @@ async def test_a_key_of_another_request(
         response
     )
     assert [1] == await shop.items(backend)
+
+
+async def test_several_databases(
+    db: Database, backend: Backend, tmp_path: Path
+) -> None:
+    """The database with the key is the last to be committed: all keep it, or none."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    async with SQLiteBackend(folder) as beside, shop_database(beside) as other:
+        site = Shop(db, other)
+
+        async def insert_orphan() -> None:
+            await uow.current_session(other).execute(
+                "INSERT INTO items VALUES (9, 404)"
+            )
+
+        site.before = insert_orphan
+        response = await site.post()
+        assert (500, ["rollback"]) == (response.status, site.hooks)
+        assert 0 == await backend.scalar(KEYS)
+
+
+async def test_the_last_statement_fails(db: Database, backend: Backend) -> None:
+    """A key that cannot be marked as done is the error, and nothing is committed."""
+    site = Shop(db)
+
+    async def drop() -> None:
+        await uow.current_session().execute("DROP TABLE idempotency_keys")
+
+    site.before = drop
+    response = await site.post()
+    assert 500 == response.status
+    assert isinstance(response.error, CommitFailedError)
+    assert isinstance(response.error.__cause__, DBAPIError)
+    assert ["rollback"] == site.hooks
+    assert [] == await shop.items(backend)
 
 
 async def test_the_same_body_in_other_parts(db: Database) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("src", "tests", "docs", "benchmarks", "pyproject.toml", "tox.ini")
-ERROR = 255  # exit code where pytest itself has failed
+ERRORS = {3, 255}  # exit codes where pytest itself has failed: nothing is noticed
 CHILDREN = "2"  # on one core: the tests wait for half of their time
 PACKAGE = Path("src/asgi_uow")
 
@@ -57,8 +57,7 @@ def results() -> Iterator[tuple[Path, str, str]]:
         data = SourceFileMutationData(path=path)
         data.load()
         for name, code in data.exit_code_by_key.items():
-            # mutmut takes it for a timeout.
-            yield path, name, "error" if code == ERROR else status_by_exit_code[code]
+            yield path, name, "error" if code in ERRORS else status_by_exit_code[code]
 
 
 def read() -> Iterator[Mutant]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
@@ -162,6 +163,19 @@ async def test_times(db: Database) -> None:
     ended = ["ConnectionReleased", "UnitFinished"]
     own = ["HookStarted", "UnitStarted", "HookFinished", *ended]
     assert ["UnitStarted", *ended, *own] == [type(each).__name__ for each in in_order]
+
+
+async def test_seconds_of_a_hook(db: Database) -> None:
+    """What observers are told of a hook is the time that it took."""
+
+    async def work() -> None:
+        uow.after_commit(insert, 1)
+
+    began = time.perf_counter()
+    recorded = await request(db, work)
+    took = time.perf_counter() - began
+    [finished] = [each for each in recorded if isinstance(each, HookFinished)]
+    assert 0 < finished.seconds < took
 
 
 @pytest.mark.parametrize(

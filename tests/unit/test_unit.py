@@ -41,9 +41,11 @@ async def test_dropped_unit_with_hooks_warns(db: Database) -> None:
     unit: UnitOfWork | None = make_unit(db)
     assert unit is not None
     unit.register("after_commit", Hook(print, (), {}))
-    with pytest.warns(ResourceWarning, match="hooks that never ran"):
+    unit.register("after_response", Hook(gc.collect, (), {}))
+    with pytest.warns(ResourceWarning, match=r"never ran: print, collect$") as warned:
         unit = None
         gc.collect()
+    assert [__file__] == [each.filename for each in warned]
 
 
 async def test_long_chain(db: Database) -> None:
