@@ -209,6 +209,36 @@ def streaming(
     return Starlette(routes=[Route("/", respond)])
 
 
+@on("aiosqlite")
+async def test_stream_beside_a_call_that_hangs(stocked: Backend) -> None:
+    """The start of a response waits for `commit_timeout` whether a stream is read."""
+    db = Database.from_url(stocked.url)
+    go_on, has_begun = asyncio.Event(), asyncio.Event()
+    streams: list[object] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    async def hang(session: Session) -> None:
+        async with session.own_lock:
+            has_begun.set()
+            await go_on.wait()
+
+    async def handler() -> None:
+        session = current_session()
+        streams.append(await session.stream_scalars(SELECT))
+        tasks.append(asyncio.create_task(hang(session)))
+        await has_begun.wait()
+
+    response = await asyncio.wait_for(handle(handler, db, commit_timeout=0.1), 5)
+    go_on.set()
+    await tasks[0]
+
+    assert 500 == response.status
+    assert isinstance(response.error, CommitFailedError)
+    assert isinstance(response.error.__cause__, TimeoutError)
+    assert [0, 0] == checked_out(db)
+    await db.dispose()
+
+
 @SESSIONS
 @pytest.mark.parametrize(
     "begin", [list, functools.partial(set_rollback_only, "a rehearsal")]
