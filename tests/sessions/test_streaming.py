@@ -228,8 +228,10 @@ async def test_stream_beside_a_call_that_hangs(stocked: Backend) -> None:
         tasks.append(asyncio.create_task(hang(session)))
         await has_begun.wait()
 
-    response = await asyncio.wait_for(handle(handler, db, commit_timeout=0.1), 5)
-    go_on.set()
+    try:
+        response = await asyncio.wait_for(handle(handler, db, commit_timeout=0.1), 5)
+    finally:
+        go_on.set()
     await tasks[0]
 
     assert 500 == response.status

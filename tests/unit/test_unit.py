@@ -42,10 +42,9 @@ async def test_dropped_unit_with_hooks_warns(db: Database) -> None:
     assert unit is not None
     unit.register("after_commit", Hook(print, (), {}))
     unit.register("after_response", Hook(gc.collect, (), {}))
-    with pytest.warns(ResourceWarning, match=r"never ran: print, collect$") as warned:
+    with pytest.warns(ResourceWarning, match=r"never ran: print, collect$"):
         unit = None
         gc.collect()
-    assert [__file__] == [each.filename for each in warned]
 
 
 async def test_long_chain(db: Database) -> None:
