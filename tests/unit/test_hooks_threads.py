@@ -77,6 +77,17 @@ async def borrowed() -> int:
     return 0 if limiter is None else limiter.borrowed_tokens
 
 
+async def test_the_loop_frees_a_thread() -> None:
+    """A thread that ends asks the event loop to free it, and does not do so itself."""
+    free = await Hook(print, (), {})._take_thread()
+
+    free()
+
+    assert 1 == await borrowed()
+    await asyncio.sleep(0)
+    assert 0 == await borrowed()
+
+
 async def test_busy_endpoints(db: Database) -> None:
     """Hooks start although sync endpoints keep every thread of the server busy."""
     limiter = anyio.to_thread.current_default_thread_limiter()
