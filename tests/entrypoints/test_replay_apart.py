@@ -253,6 +253,23 @@ async def test_hooks_of_units_inside(backend: Backend, tmp_path: Path) -> None:
     assert isinstance(response.error, DBAPIError)
 
 
+async def test_a_unit_inside_with_a_hook(backend: Backend, tmp_path: Path) -> None:
+    """What a unit inside has committed is not done again, whatever its hooks are."""
+    attempts: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        attempts.append(attempt())
+        async with other:
+            await other.write.execute(WRITE)
+            uow.after_rollback(attempts.clear)
+        await conflict(backend)
+
+    async with another(tmp_path) as (other, _), conflicting_shop(backend) as db:
+        response = await ask(app, db)
+    assert [1] == attempts
+    assert isinstance(response.error, DBAPIError)
+
+
 async def test_a_unit_inside_that_still_runs(backend: Backend, tmp_path: Path) -> None:
     """What the first attempt may yet keep is not kept twice."""
     go_on, entered = asyncio.Event(), asyncio.Event()
