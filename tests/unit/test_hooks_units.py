@@ -349,6 +349,26 @@ async def test_registering_for_after_the_response(db: Database) -> None:
 
 
 @on("aiosqlite")
+async def test_task_that_a_hook_has_left(db: Database) -> None:
+    """P9: the unit of a hook that used nothing is closed for who comes late, too."""
+    go_on = asyncio.Event()
+    tasks: list[asyncio.Task[object]] = []
+
+    async def use_late() -> object:
+        await go_on.wait()
+        return uow.current_session()
+
+    async def hook() -> None:
+        tasks.append(asyncio.create_task(use_late()))
+
+    await call(functools.partial(uow.after_commit, hook), db)
+    go_on.set()
+
+    with pytest.raises(errors.UnitOfWorkClosedError, match="unit of work is closed"):
+        await tasks[0]
+
+
+@on("aiosqlite")
 async def test_registering_after_a_rollback(
     db: Database, backend: SQLiteBackend
 ) -> None:
