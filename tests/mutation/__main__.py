@@ -16,10 +16,11 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mutmut import __main__ as mutmut
+from mutmut.__main__ import create_mutants
 from mutmut.mutation.data import SourceFileMutationData
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 from mutmut.stats import status_by_exit_code
+from mutmut.utils import file_utils
 
 from tests.mutation.plugin import PORTS
 from tests.mutation.verdict import (
@@ -45,15 +46,15 @@ PACKAGE = Path("src/asgi_uow")
 def make() -> None:
     """Write the mutants of each file, as `mutmut run` does first."""
     Path("mutants").mkdir()
-    mutmut.copy_src_dir()
-    mutmut.copy_also_copy_files()
-    mutmut.setup_source_paths()
-    mutmut.create_mutants(1)
+    file_utils.copy_src_dir()
+    file_utils.copy_also_copy_files()
+    file_utils.setup_source_paths()
+    create_mutants(1)
 
 
 def results() -> Iterator[tuple[Path, str, str]]:
     """Give of each mutant its file, its name, and what the tests said of it so far."""
-    for path in map(Path, mutmut.walk_mutatable_files()):
+    for path in map(Path, file_utils.walk_mutatable_files()):
         data = SourceFileMutationData(path=path)
         data.load()
         for name, code in data.exit_code_by_key.items():
