@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 PORTS = "ASGI_UOW_MUTATION_PORTS"  # of the servers, for the tests that need one
 STATS = Path("mutmut-stats.json")  # in the folder that mutmut runs the tests in
-UNITS = ("tests/unit/", "tests/promises/test_p10")
+ON_SERVERS = (
+    "tests/databases/test_journal.py",
+    "tests/promises/test_p10",
+    "tests/unit/",
+)
 SLOW = 0.25  # seconds; of the variants of a test that takes longer, one runs
 LIMIT = 15  # seconds for a test; none takes 7
 FAILED, TIMEOUT = 1, 36  # exit codes of a process of mutmut
@@ -45,7 +49,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort by what each test took on the code as it is; leave slow variants out.
 
-    On servers run those of `_unit` alone, and of them what does not run on SQLite.
+    On servers run some of them alone, and of these what does not run on SQLite.
     """
     from tests.servers.plugin import needs
 
@@ -54,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items[:] = [
             item
             for item in items
-            if item.nodeid.startswith(UNITS) and function_of(item) not in on_sqlite
+            if item.nodeid.startswith(ON_SERVERS) and function_of(item) not in on_sqlite
         ]
     if not STATS.exists():
         return
