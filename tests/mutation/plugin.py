@@ -73,8 +73,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(exitstatus: int) -> None:
     """End a process whose tests failed; what a mutant has left may break the end."""
-    if exitstatus == FAILED and "__mutmut_" in os.environ["MUTANT_UNDER_TEST"]:
+    if exitstatus == FAILED and is_mutant():
         os._exit(FAILED)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Show what fails on the code as it is; mutmut does not."""
+    if report.failed and not is_mutant():
+        os.write(2, f"\n{report.nodeid}\n{report.longreprtext}\n".encode())
+
+
+def is_mutant() -> bool:
+    return "__mutmut_" in os.environ["MUTANT_UNDER_TEST"]
 
 
 def function_of(item: pytest.Item) -> str:
