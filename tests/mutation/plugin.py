@@ -17,6 +17,7 @@ PORTS = "ASGI_UOW_MUTATION_PORTS"  # of the servers, for the tests that need one
 STATS = Path("mutmut-stats.json")  # in the folder that mutmut runs the tests in
 ON_SERVERS = (
     "tests/databases/test_journal.py",
+    "tests/entrypoints/test_replay.py",
     "tests/promises/test_p10",
     "tests/unit/",
 )
