@@ -95,9 +95,13 @@ def function_of(item: pytest.Item) -> str:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Generator[None, object, object]:
     """End the process where a test hangs."""
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(TIMEOUT))
+    signal.signal(signal.SIGALRM, _give_up)
     signal.alarm(LIMIT)
     try:
         return (yield)
     finally:
         signal.alarm(0)
+
+
+def _give_up(*_: object) -> None:
+    os._exit(TIMEOUT)
