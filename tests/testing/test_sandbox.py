@@ -233,6 +233,8 @@ async def test_settings_of_on_begin_hold_for_its_reads(
         asked = "SELECT current_setting('app.tenant')"
         assert "t" == await own.read.scalar(asked)
         assert "t" == await own.write.scalar(asked)
+        async with own.read_engine.begin() as connection:
+            assert 1 == await connection.scalar(text("SELECT 1"))
 
 
 # What cannot be done in a sandbox
@@ -262,6 +264,51 @@ async def test_waiting_has_an_end(
         await connection.execute(text(INSERT), {"id": 1})
         with pytest.raises(errors.SandboxError, match="A connection of an engine"):
             await ids(db)
+
+
+async def test_transaction_control_by_text(db: Database) -> None:
+    """BEGIN, COMMIT and ROLLBACK by text are those of their connection."""
+    async with sandbox(db):
+        async with db.engine.begin():
+            pass  # there is nothing to commit
+        async with db.engine.connect() as connection:
+            for number, end in (1, "COMMIT"), (2, "ROLLBACK"):
+                await connection.exec_driver_sql("BEGIN")
+                await connection.execute(text(INSERT), {"id": number})
+                await connection.exec_driver_sql(end)
+        assert [1] == await ids(db)
+
+
+@on("asyncpg")
+async def test_savepoints_by_text(db: Database) -> None:
+    """However a savepoint is spelt, the server knows it."""
+    async with sandbox(db):
+        async with db.engine.begin() as connection:
+            await connection.exec_driver_sql("SAVEPOINT mine")
+            await connection.execute(text(INSERT), {"id": 1})
+            await connection.exec_driver_sql("RELEASE SAVEPOINT MINE")
+        assert [1] == await ids(db)
+
+
+async def test_stream_of_the_read_session(db: Database) -> None:
+    """A stream that a read session opens first gives its rows."""
+    async with sandbox(db):
+        async with db:
+            await shop.insert(1)
+        async with db:
+            rows = [row.id async for row in await db.read.stream(IDS)]
+        assert [1] == rows
+
+
+async def test_connection_that_was_closed(db: Database) -> None:
+    """What is left of a connection is refused as a driver would."""
+    async with sandbox(db):
+        async with db.engine.connect() as connection:
+            raw: Any = await connection.get_raw_connection()
+            raw.dbapi_connection.close()
+            with pytest.raises(sa_exc.OperationalError, match="connection is closed"):
+                await connection.execute(text(IDS))
+        assert [] == await ids(db)
 
 
 @on("asyncmy")
@@ -304,6 +351,20 @@ async def test_tables_without_savepoints_are_refused(
     await backend.execute("CREATE TABLE old (id INTEGER) ENGINE=MyISAM")
     with pytest.raises(errors.SandboxError, match="written to old stays"):
         await sandbox(db).__aenter__()
+
+
+@on("asyncmy")
+async def test_autocommitted_procedure_ends_the_sandbox(
+    db: Database, backend: Backend
+) -> None:
+    """The same on a connection past units."""
+    await backend.execute("CREATE PROCEDURE commits() COMMIT")
+    async with sandbox(db):
+        with pytest.raises(errors.SandboxError, match="nothing more can be done"):
+            async with db.engine.connect() as connection:
+                await connection.execution_options(isolation_level="AUTOCOMMIT")
+                await connection.execute(text("CALL commits()"))
+                await connection.execute(text(IDS))
 
 
 @on("asyncmy")
@@ -397,6 +458,18 @@ async def test_memory() -> None:
                 await shop.insert(1)
                 assert [1] == list(await db.read.scalars(IDS))
             assert [1] == await ids(db)
+        assert [] == await ids(db)
+
+
+async def test_second_sandbox_of_a_memory_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is one connection, which the first has; the second gives up in time."""
+    async with memory_database() as db:
+        async with sandbox(db):
+            monkeypatch.setattr(shared, "WAIT", 0.1)
+            with pytest.raises(errors.SandboxError, match="in use by another sandbox"):
+                await sandbox(db).__aenter__()
         assert [] == await ids(db)
 
 

@@ -106,10 +106,6 @@ class HandedConnection(Answers):
         is_method = self.shared.facts.IMPLICIT_COMMIT is not None
         return self.set_autocommit if is_method else self.is_auto
 
-    @autocommit.setter
-    def autocommit(self, value: bool) -> None:
-        self.is_auto = value
-
     def set_autocommit(self, value: bool) -> None:  # noqa: FBT001  # the drivers'
         self.is_auto = bool(value)
 
@@ -137,14 +133,11 @@ class HandedConnection(Answers):
         if self.is_open and not (self.is_gone or self.shared.is_over):
             self.run(self.shared.rollback, self)
 
-    def ping(self, *_: object) -> None:
-        """Answer: nobody else closes the connection of a sandbox."""
-
     def run(self, work: Callable[..., T], *args: Any) -> T:
         """Run in the sandbox's thread, when it is this connection's turn."""
         if self.is_gone:
             message = "connection is closed"
-            raise self.shared.dialect.loaded_dbapi.InterfaceError(message)
+            raise self.shared.dialect.loaded_dbapi.OperationalError(message)
         running = self.shared.run(self, partial(work, *args))
         try:
             return await_only(hand_over(self.shared.loop, running))
@@ -180,10 +173,6 @@ class HandedCursor:
     def __init__(self, connection: HandedConnection) -> None:
         self._handed, self._connection = connection, connection._connection  # noqa: SLF001
         self._rows: deque[Any] = deque()
-        self._sizes: tuple[Any, ...] = ()
-
-    def setinputsizes(self, *sizes: Any) -> None:
-        self._sizes = sizes
 
     def execute(self, statement: str, parameters: Any = None) -> None:
         handed = self._handed
@@ -211,8 +200,6 @@ class HandedCursor:
         with suppress(AttributeError):  # SQLAlchemy's own, for asyncpg
             cursor._invalidate_schema_cache_asof = self._invalidate_schema_cache_asof  # type: ignore[attr-defined]  # noqa: SLF001
         try:
-            if self._sizes:
-                cursor.setinputsizes(*self._sizes)
             getattr(cursor, method)(*args)
             self.description, self.rowcount = cursor.description, cursor.rowcount
             self.lastrowid = getattr(cursor, "lastrowid", None)

@@ -36,7 +36,7 @@ def background() -> asyncio.AbstractEventLoop:
 
 
 def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    if thread.is_alive():  # not in a forked process
+    if thread.is_alive():  # pragma: no branch  # it is not in a forked process
         closing = asyncio.run_coroutine_threadsafe(loop.shutdown_asyncgens(), loop)
         with suppress(TimeoutError):
             closing.result(CLOSE_SECONDS)

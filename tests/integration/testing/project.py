@@ -142,6 +142,9 @@ _ANYIO = """
     async def test_fixture(seed):
         await of_async_client(seed)
 
+    def test_fixtures_without_a_sandbox(uow_hooks, uow_statements):
+        assert ([], []) == (uow_hooks, uow_statements)
+
     async def test_hooks_and_statements(uow_hooks, uow_statements, uow_sandbox):
         async with client() as shop:
             await post(shop, 1)

@@ -76,7 +76,7 @@ async def test_runners_and_clients(
     )
     result = project_tests.runpytest_subprocess(*OURS, *RUNNERS, timeout=120)
     one_at_a_time = backend.name == "sqlite"
-    result.assert_outcomes(passed=27 - one_at_a_time, skipped=int(one_at_a_time))
+    result.assert_outcomes(passed=29 - one_at_a_time, skipped=int(one_at_a_time))
     assert [] == await shop.items(backend)
 
 
