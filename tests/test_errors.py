@@ -10,7 +10,7 @@ import re
 import pytest
 
 from asgi_uow import Database, Outcome, errors
-from asgi_uow.testing.shared import HELD
+from asgi_uow._testing.shared import HELD
 from tests.support.private import Cause, State
 
 LINE = re.compile(

@@ -13,7 +13,8 @@ from sqlalchemy import text
 
 import asgi_uow as uow
 from asgi_uow import Database, errors
-from asgi_uow.testing import lose_commit_answer, sandbox, shared
+from asgi_uow._testing import shared
+from asgi_uow.testing import lose_commit_answer, sandbox
 from tests.support import shop
 from tests.support.asgi import handle
 from tests.support.databases import DRIVERS, memory_database, on

@@ -59,7 +59,7 @@ class Inside:
                 await self.fetch(each)
 
     async def open_transactions(self) -> int:
-        shared = set(self._box.connections.values())
+        shared = set(self._box._connections.values())
         return sum(each.holder is not None for each in shared)
 
 

@@ -15,7 +15,8 @@ from sqlalchemy import exc as sa_exc
 
 import asgi_uow as uow
 from asgi_uow import Database, errors
-from asgi_uow.testing import sandbox, shared
+from asgi_uow._testing import shared
+from asgi_uow.testing import sandbox
 from tests.support import shop
 from tests.support.databases import DATABASES, SERVERS, on
 

@@ -21,14 +21,14 @@ from sqlalchemy.util import await_only
 from asgi_uow import errors
 from asgi_uow._databases import known, loops
 from asgi_uow._databases.pool import ABORTING_CODES
+from asgi_uow._testing.nesting import Part
+from asgi_uow._testing.thread import hand_over
 from asgi_uow._unit.unit import current
-from asgi_uow.testing.nesting import Part
-from asgi_uow.testing.thread import hand_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from asgi_uow.testing.shared import SharedConnection
+    from asgi_uow._testing.shared import SharedConnection
 
 T = TypeVar("T")
 

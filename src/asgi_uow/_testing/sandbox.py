@@ -15,9 +15,9 @@ from asgi_uow import errors
 from asgi_uow._concurrency import run_to_completion
 from asgi_uow._databases import loops
 from asgi_uow._databases.engines import check_databases
-from asgi_uow.testing.handed import HandedPool
-from asgi_uow.testing.shared import SharedConnection
-from asgi_uow.testing.thread import background, hand_over
+from asgi_uow._testing.handed import HandedPool
+from asgi_uow._testing.shared import SharedConnection
+from asgi_uow._testing.thread import background, hand_over
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -50,8 +50,8 @@ class sandbox:  # noqa: N801  # used like a function: async with sandbox(db)
         check_databases("sandbox(db)", databases)
         self.databases = databases
         self.headers: dict[str, str] = {HEADER: secrets.token_hex(16)}
-        self.connections: dict[Any, SharedConnection] = {}
-        self.pools: dict[loops.LoopEngine, HandedPool] = {}
+        self._connections: dict[Any, SharedConnection] = {}
+        self._pools: dict[loops.LoopEngine, HandedPool] = {}
         self._around: sandbox | None = None
 
     async def __aenter__(self) -> Self:
@@ -85,7 +85,7 @@ class sandbox:  # noqa: N801  # used like a function: async with sandbox(db)
         asyncio.run_coroutine_threadsafe(self._close(), background()).result()
 
     async def _open(self) -> None:
-        if self.connections:
+        if self._connections:
             message = "Entered before: a new sandbox(db) for each block."
             raise errors.SandboxError(message)
         loops.find_sandbox = _pool_for
@@ -94,7 +94,7 @@ class sandbox:  # noqa: N801  # used like a function: async with sandbox(db)
                 shared = SharedConnection(db)
                 await shared.open()
                 for each in (db.engine, *db.readers):
-                    self.connections[loops.attach(each.sync_engine)] = shared
+                    self._connections[loops.attach(each.sync_engine)] = shared
                     # One that has never connected knows nothing of its server.
                     for name, value in vars(shared.dialect).items():
                         vars(each.dialect).setdefault(name, value)
@@ -105,16 +105,22 @@ class sandbox:  # noqa: N801  # used like a function: async with sandbox(db)
 
     async def _close(self) -> None:
         _by_token.pop(self.headers[HEADER], None)
-        for each in dict.fromkeys(self.connections.values()):
+        for each in dict.fromkeys(self._connections.values()):
             await each.end()
 
-    def connection_to(self, engine: Any) -> SharedConnection | None:
+    def pool_for(self, engine: loops.LoopEngine) -> sa.Pool | None:
+        """Give what connects in the place of an engine's own pool, if it is inside."""
+        if engine not in self._pools and (shared := self._connection_to(engine)):
+            self._pools[engine] = HandedPool(shared, engine)
+        return self._pools.get(engine)
+
+    def _connection_to(self, engine: Any) -> SharedConnection | None:
         """Give that of an engine, or of what it is derived from; also one around."""
-        while engine not in self.connections and isinstance(engine, OptionEngine):
+        while engine not in self._connections and isinstance(engine, OptionEngine):
             engine = engine._proxied  # noqa: SLF001
-        found = self.connections.get(engine)
+        found = self._connections.get(engine)
         outside = self._around if found is None else None
-        return found if outside is None else outside.connection_to(engine)
+        return found if outside is None else outside._connection_to(engine)  # noqa: SLF001
 
 
 def here() -> sandbox | None:
@@ -126,9 +132,7 @@ def _pool_for(engine: loops.LoopEngine) -> sa.Pool | None:
     found = here()
     if found is None or _get_running_loop() is background():
         return None
-    if engine not in found.pools and (shared := found.connection_to(engine)):
-        found.pools[engine] = HandedPool(shared, engine)
-    return found.pools.get(engine)
+    return found.pool_for(engine)
 
 
 class SandboxMiddleware:

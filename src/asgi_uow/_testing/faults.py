@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from asgi_uow._databases.connection import raw_of
 from asgi_uow._databases.engines import check_databases
-from asgi_uow.testing.sandbox import here
+from asgi_uow._testing.sandbox import here
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from asgi_uow.testing.faults import (
+from asgi_uow._testing.faults import (
     drop_connection,
     fail_commit,
     lose_commit_answer,
     serialization_failure,
 )
-from asgi_uow.testing.sandbox import SandboxMiddleware, sandbox
-from asgi_uow.testing.watching import (
+from asgi_uow._testing.sandbox import SandboxMiddleware, sandbox
+from asgi_uow._testing.watching import (
     CapturedHook,
     Statements,
     assert_no_connection_held,

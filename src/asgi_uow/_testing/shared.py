@@ -13,8 +13,8 @@ from asgi_uow._databases.connection import raw_of
 from asgi_uow._databases.driver_errors import means
 from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.pool import ABORTING_CODES
-from asgi_uow.testing.nesting import Nesting, Part
-from asgi_uow.testing.thread import background
+from asgi_uow._testing.nesting import Nesting, Part
+from asgi_uow._testing.thread import background
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable

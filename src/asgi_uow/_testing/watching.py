@@ -12,11 +12,11 @@ from sqlalchemy.engine.base import OptionEngine
 from asgi_uow._concurrency import Shield
 from asgi_uow._databases import loops
 from asgi_uow._databases.engines import check_databases
+from asgi_uow._testing.sandbox import here
 from asgi_uow._unit import hook_units
 from asgi_uow._unit.finish import end_unit
 from asgi_uow._unit.hook_units import HookRun
 from asgi_uow.observers import HookFailed
-from asgi_uow.testing.sandbox import here
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
