@@ -33,16 +33,13 @@ if TYPE_CHECKING:
 LEFT_OUT: dict[str, dict[str, list[str]]] = tomllib.loads(
     Path(__file__).with_name("left_out.toml").read_text()
 )
-DDL = ("CREATE", "ALTER", "DROP")
 shop_database, create_table = databases.shop_database, keys.create_table
 
 
 class Inside:
     """What a backend answers while its database is in a sandbox."""
 
-    def __init__(self, backend: Backend, db: Database, box: sandbox) -> None:
-        self._outside = backend.execute
-        self._commits_ddl = backend.name == "mariadb"
+    def __init__(self, db: Database, box: sandbox) -> None:
         self.engine = db.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._box = box
 
@@ -53,10 +50,7 @@ class Inside:
 
     async def execute(self, *statements: str) -> None:
         for each in statements:
-            if self._commits_ddl and each.startswith(DDL):
-                await self._outside(each)
-            else:
-                await self.fetch(each)
+            await self.fetch(each)
 
     async def open_transactions(self) -> int:
         shared = set(self._box._connections.values())
@@ -68,7 +62,7 @@ async def shop_in_sandbox(
     backend: Backend, *args: Any, **options: Any
 ) -> AsyncGenerator[Database]:
     async with shop_database(backend, *args, **options) as db, sandbox(db) as box:
-        inside, before = Inside(backend, db, box), vars(backend).copy()
+        inside, before = Inside(db, box), vars(backend).copy()
         answers = ("fetch", "execute", "open_transactions")
         vars(backend).update({name: getattr(inside, name) for name in answers})
         vars(backend)["inside"] = inside
