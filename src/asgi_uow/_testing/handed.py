@@ -20,6 +20,7 @@ from sqlalchemy.util import await_only
 
 from asgi_uow import errors
 from asgi_uow._databases import known, loops
+from asgi_uow._databases.connection import POLICY
 from asgi_uow._databases.pool import ABORTING_CODES
 from asgi_uow._testing.nesting import Part
 from asgi_uow._testing.thread import hand_over
@@ -229,10 +230,10 @@ class HandedPool(NullPool):
 
     def __init__(self, shared: SharedConnection, engine: loops.LoopEngine) -> None:
         def create(rec: Any) -> Any:
-            # An engine that is derived for a moment has no use: it writes.
-            read_only: bool = getattr(engine.use, "read_only", False)
-            auto = read_only and getattr(engine.use, "level", None) is None
-            auto = auto or shared.facts.BEGIN_WRITE is not None
+            policy: Any = engine.get_execution_options()[POLICY]
+            in_transactions = policy.use.level or policy.pooler == "transaction"
+            auto = policy.read_only and not in_transactions
+            auto, read_only = auto or bool(shared.facts.BEGIN_WRITE), policy.read_only
             rec.info[ABORTING_CODES] = shared.aborting
             handed = HandedConnection(shared, read_only=read_only, is_auto=auto)
             self._own.add(handed)
