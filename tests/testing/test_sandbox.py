@@ -309,6 +309,13 @@ async def test_connection_that_was_closed(db: Database) -> None:
             raw.dbapi_connection.close()
             with pytest.raises(sa_exc.OperationalError, match="connection is closed"):
                 await connection.execute(text(IDS))
+        async with db.engine.connect() as connection:
+            await connection.execute(text(INSERT), {"id": 1})
+            raw = await connection.get_raw_connection()
+            raw.dbapi_connection.close()
+            assert [] == await ids(db)  # what was open has been rolled back by now
+            with pytest.raises(sa_exc.OperationalError, match="connection is closed"):
+                await connection.commit()
         assert [] == await ids(db)
 
 

@@ -126,7 +126,7 @@ class HandedConnection(Answers):
 
     def commit(self) -> None:
         self.is_due = False
-        if self.is_open:
+        if self.is_open or self.is_gone:  # which is refused
             self.run(self.shared.commit, self)
 
     def rollback(self) -> None:

@@ -184,7 +184,7 @@ class Nesting:
                 self._check_constraints()
             is_kept = keep
         finally:
-            self.is_gone = not self.driver.in_transaction(raw_of(self.dbapi))
+            self.is_gone |= not self.driver.in_transaction(raw_of(self.dbapi))
             if not (self.is_gone or is_kept):
                 execute(self.dbapi, f"ROLLBACK TO SAVEPOINT {CALL}")
             if not self.is_gone:
