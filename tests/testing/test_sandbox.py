@@ -121,10 +121,12 @@ async def test_concurrent_units_take_turns(db: Database) -> None:
             await db.write.execute(INSERT, id=number)
             await asyncio.sleep(0)
             await db.write.execute(INSERT, id=100 + number)
+            if number % 2:
+                uow.set_rollback_only("odd")
 
     async with sandbox(db):
         await asyncio.gather(*(work(each) for each in range(1, 9)))
-        assert [*range(1, 9), *range(101, 109)] == await ids(db)
+        assert [2, 4, 6, 8, 102, 104, 106, 108] == await ids(db)
 
 
 async def test_engine_itself_is_in_the_sandbox(db: Database, backend: Backend) -> None:
@@ -193,6 +195,21 @@ async def test_error_page_reads_beside_an_aborted_transaction(db: Database) -> N
         await handle(fail_then_read, db, status=409)
         assert 1 in found
         assert [1] == await ids(db)
+
+
+@on("asyncpg", "psycopg")
+async def test_aborted_transaction_stays_aborted(db: Database) -> None:
+    """A read beside it does not let the unit go on."""
+    async with sandbox(db):
+        with suppress(errors.DoomedError):
+            async with db:
+                await shop.insert(1)
+                with pytest.raises(sa_exc.IntegrityError):
+                    await shop.insert(1)
+                await db.read.scalars(IDS)
+                with pytest.raises(sa_exc.DBAPIError, match="aborted"):
+                    await shop.insert(2)
+        assert [] == await ids(db)
 
 
 @on("asyncpg", "psycopg")

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from asgi_uow._databases.connection import raw_of
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._testing.sandbox import here
 
@@ -124,7 +123,6 @@ def lose_commit_answer(db: Engines) -> Block:
 
     def lose(dbapi: Any, send: Send) -> None:
         send(dbapi)
-        _cut_off(db, raw_of(dbapi))
         message = "the answer to COMMIT was lost (asgi_uow.testing)"
         raise ConnectionResetError(message)
 
