@@ -22,6 +22,7 @@ __all__ = [
     "CommitFailed",
     "ConnectionReleased",
     "Event",
+    "HeldIdle",
     "HookFailed",
     "HookFinished",
     "HookStarted",
@@ -33,11 +34,65 @@ __all__ = [
     "ReaderRestored",
     "ReleaseFailed",
     "RetryScheduled",
+    "Statements",
+    "Step",
+    "UnitClosed",
     "UnitFinished",
     "UnitStarted",
+    "Usage",
 ]
 
 logger: logging.Logger = logging.getLogger("asgi_uow")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Statements:
+    """How many there were, and their seconds: of all, and of the slowest."""
+
+    count: int = 0
+    seconds: float = 0.0
+    slowest: float = 0.0
+
+    def __add__(self, other: Statements) -> Statements:
+        """Give what both are together."""
+        slowest = max(self.slowest, other.slowest)
+        return Statements(
+            self.count + other.count, self.seconds + other.seconds, slowest
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Usage:
+    """What a unit did to one database with its write session, or its read sessions."""
+
+    database: str
+    """The URL of the writer, without its password."""
+    access: Literal["read", "write"]
+    statements: Statements
+    """What SQLAlchemy was asked to execute, failed ones and savepoints too; not BEGIN,
+    COMMIT, what `on_begin` executes, or what is asgi-uow's own."""
+    waited: float
+    """Seconds for which connections were waited for, up to BEGIN."""
+    held: float
+    """Seconds for which connections were held."""
+    idle: float
+    """Seconds of `held` in which no call was made."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One thing in the timeline of a unit."""
+
+    kind: Literal["connection", "statement", "commit", "rollback"]
+    """`connection`: the wait for it, up to BEGIN."""
+    database: str
+    access: Literal["read", "write"]
+    start: float
+    """Seconds after the unit was opened."""
+    seconds: float
+    text: str
+    """Of a statement: SQL with placeholders, without values or literals."""
+    failed: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +127,64 @@ class UnitFinished(Event):
     """From opening the unit to its outcome."""
     ending: float = 0.0
     """The last part of `seconds`: `before_commit` hooks, flush, COMMIT or ROLLBACK."""
+    method: str | None = None
+    """Of the request; None outside of requests."""
+    path: str | None = None
+    """Of the request: the template where the framework tells it; without the query."""
+    attempt: int = 1
+    replayed: bool = False
+    """Whether its idempotency key was used before."""
+    usage: tuple[Usage, ...] = ()
+    """What was done to each database, by write session and read sessions, so far."""
+    hooks: int = 0
+    """How many were called until the response could leave, `before_commit` included."""
+    hook_seconds: float = 0.0
+
+    @property
+    def statements(self) -> Statements:
+        """All statements of the unit; see `Usage`."""
+        return sum((each.statements for each in self.usage), Statements())
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which connections were waited for."""
+        return sum(each.waited for each in self.usage)
+
+    @property
+    def held(self) -> float:
+        """Seconds for which connections were held, each counted by itself."""
+        return sum(each.held for each in self.usage)
+
+    @property
+    def idle(self) -> float:
+        """Seconds of `held` in which no call was made."""
+        return sum(each.idle for each in self.usage)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnitClosed(Event):
+    """A unit is over, its response too; told last, and only where an inspector runs."""
+
+    status: int | None
+    """Of the response that left; None where none did."""
+    response: tuple[float, float] | None
+    """When its start left and when its end: seconds after the unit was opened."""
+    timeline: tuple[Step, ...]
+    """What took time, in the order of its end."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HeldIdle(Event):
+    """A connection with a transaction is held while nothing is executed; once per unit.
+
+    Told at once, in the context in which the session was asked for.
+    """
+
+    seconds: float
+    """Since the last call on its session."""
+    place: str
+    """Where the code that holds it is waiting: file, line and function."""
+    database: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
