@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
@@ -10,3 +11,36 @@ Message: TypeAlias = Any
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+START = "http.response.start"
+
+
+class Response:
+    """Notes when a response leaves: its times are those of `time.perf_counter()`."""
+
+    status: int | None = None
+    started: float | None = None
+    ended: float = 0.0
+
+    def __init__(self, forward: Send) -> None:
+        self._forward = forward
+
+    async def send(self, message: Message) -> None:
+        """Forward a message of the response."""
+        if message["type"] == START:
+            self.status, self.started = message["status"], time.perf_counter()
+        await self._forward(message)
+        self.ended = time.perf_counter()
+
+
+def path_of(scope: Scope) -> str:
+    """Give the path without its query: the route's template if the framework says it.
+
+    Litestar names the template; Starlette and FastAPI the route, below its mount.
+    """
+    route = scope.get("route")
+    if hasattr(route, "endpoint") and isinstance(getattr(route, "path", None), str):
+        root: str = scope.get("root_path", "")
+        mount = root.removeprefix(scope.get("app_root_path", root))
+        return mount + str(route.path)
+    return str(scope.get("path_template") or scope["path"])

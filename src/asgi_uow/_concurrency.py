@@ -7,8 +7,10 @@ import contextvars
 import math
 import os
 import sys
+import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from weakref import ref
 
 from anyio import CancelScope
 
@@ -179,7 +181,17 @@ class TaskLock:
     """Lets one task at a time use a session; its owner may take it again."""
 
     # Overlap is what counts: frameworks switch tasks within one request.
-    __slots__ = ("_depth", "_elsewhere", "_waiting", "limit", "loop", "owner")
+    __slots__ = (
+        "_depth",
+        "_elsewhere",
+        "_waiting",
+        "last",
+        "limit",
+        "loop",
+        "owner",
+        "released",
+        "resume",
+    )
 
     def __init__(self, elsewhere: type[Exception] = RuntimeError) -> None:
         """`elsewhere` is raised for a task of another loop than the first."""
@@ -189,6 +201,10 @@ class TaskLock:
         self._depth = 0
         self.limit: Callable[[], AbstractContextManager[None]] = nullcontext
         self._waiting: list[tuple[AnyTask, asyncio.Future[None]]] = []
+        self.released: float = 0.0  # since when nobody has it: perf_counter()
+        self.last: ref[AnyTask] | None = None  # who had it then
+        self.resume: Callable[[float], None] | None = None
+        """Told, when it is taken, since when nobody had it."""
 
     @property
     def is_mine(self) -> bool:
@@ -199,6 +215,8 @@ class TaskLock:
         loop = task._loop  # noqa: SLF001  # no call
         if self.owner is None and self.loop in (None, loop):
             self.owner, self.loop = task, loop
+            if self.resume is not None:
+                self.resume(self.released)
         elif self.owner is not task:
             return False
         self._depth += 1
@@ -227,13 +245,15 @@ class TaskLock:
         self._depth -= 1
         if self._depth:
             return
-        self.owner = None
         if self._waiting:
             self.owner, granted = self._waiting.pop(0)
             self._depth = 1
             # Cancelled in this turn of the loop: wait() will hand it on.
             if not granted.done():
                 granted.set_result(None)
+        elif self.owner is not None:
+            self.last, self.owner = ref(self.owner), None
+            self.released = time.perf_counter()
 
     async def __aenter__(self) -> None:
         task = asyncio.current_task()

@@ -91,7 +91,7 @@ class Step:
     """Seconds after the unit was opened."""
     seconds: float
     text: str
-    """Of a statement: SQL with placeholders, without values or literals."""
+    """SQL of a statement, with placeholders and without literals; else empty."""
     failed: bool
 
 
@@ -197,6 +197,9 @@ class CommitFailed(Event):
     cause: Cause
     code: str | int | None
     """The driver's code of the error underneath: SQLSTATE, errno or SQLite name."""
+    method: str | None = None
+    path: str | None = None
+    """Of the request, as in `UnitFinished`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -312,10 +315,19 @@ class Observer(Protocol):
 
 
 _UNIT = (
-    "unit of work %(outcome)s in %(seconds).4f s (cause: %(cause)s, "
+    "unit of work %(outcome)s in %(seconds).4f s (%(request)s, cause: %(cause)s, "
     "reason: %(reason)s, databases: %(databases)s)"
 )
-_COMMIT = "unit of work not kept: %(outcome)s, cause %(cause)s, driver code %(code)s"
+_COMMIT = (
+    "unit of work not kept: %(request)s, %(outcome)s, cause %(cause)s, driver code "
+    "%(code)s"
+)
+_IDLE = (
+    "a connection to %(database)s was held for %(seconds).1f s while nothing was "
+    "executed; waiting at %(place)s. Others may be waiting for it: finish slow calls "
+    "before the first statement, or do them after the commit, as the how-to `Slow "
+    "calls` shows"
+)
 _AGAIN = (
     "attempt %(attempt)d begins in %(seconds).3f s, after %(error)s, "
     "driver code %(code)s"
@@ -325,6 +337,7 @@ _FAILED = "reader %(database)s is left alone for %(seconds).1f s after %(error)s
 LINES: Mapping[type[Event], tuple[int, str]] = {
     UnitFinished: (logging.DEBUG, _UNIT),
     CommitFailed: (logging.ERROR, _COMMIT),
+    HeldIdle: (logging.WARNING, _IDLE),
     RetryScheduled: (logging.INFO, _AGAIN),
     HookFailed: (logging.ERROR, "%(phase)s hook %(hook)s failed"),
     ImplicitCommit: (logging.ERROR, "committed in the middle of a unit: %(statement)s"),
@@ -336,9 +349,11 @@ LINES: Mapping[type[Event], tuple[int, str]] = {
 
 
 class LoggingObserver:
-    """Logs failures at ERROR, with the traceback, to `asgi_uow` or another logger.
+    """Logs failures at ERROR to `asgi_uow` or another logger, with the traceback.
 
-    `ReaderFailed` is logged at WARNING, `ReaderRestored` and `RetryScheduled` at INFO,
+    Of a `CommitFailed` the traceback is logged at DEBUG alone: its error is raised, and
+    the server, or whoever handles it, logs that. `HeldIdle` and
+    `ReaderFailed` are logged at WARNING, `ReaderRestored` and `RetryScheduled` at INFO,
     `UnitFinished` and `ReaderBehind` at DEBUG, and nothing else.
     """
 
@@ -356,11 +371,22 @@ class LoggingObserver:
             error = getattr(event, "error", None) if level >= logging.ERROR else None
             names = [each.name for each in dataclasses.fields(event) if each.repr]
             values = {name: _shown(getattr(event, name)) for name in names}
+            if isinstance(event, CommitFailed | UnitFinished):
+                values["request"] = _shown_request(event)
             info = None if error is None else (type(error), error, error.__traceback__)
             about = self.log.name, level, __file__, 0, line, (values,), info
             record = self.log.makeRecord(*about)
-            record.exc_text = event.trace()  # what handlers write, of what they format
+            # What handlers write: of an error that is raised as well, what it says.
+            is_raised = isinstance(event, CommitFailed) and not self.logs_outcomes
+            record.exc_text = str(error) if is_raised else event.trace()
             self.log.handle(record)
+
+
+def _shown_request(event: CommitFailed | UnitFinished) -> str:
+    if event.path is None:
+        return "outside of requests"
+    path = event.path if event.path.isprintable() else ascii(event.path)
+    return f"{event.method} {path}"
 
 
 def _shown(value: object) -> object:

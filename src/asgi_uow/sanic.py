@@ -50,6 +50,8 @@ def setup(
     deadline: float | None = None,
     commit_timeout: float | None = 30.0,
     hook_timeout: float | None = 5.0,
+    held_idle: float | None = 1.0,
+    server_timing: bool = False,
 ) -> Database:
     """Give every HTTP request of `app` one unit of work on `databases`.
 
@@ -87,6 +89,8 @@ def setup(
         deadline=deadline,
         commit_timeout=commit_timeout,
         hook_timeout=hook_timeout,
+        held_idle=held_idle,
+        server_timing=server_timing,
     )
     server = app.ctx.asgi_uow = _Server(middleware)
     # First, before the application's own listener uses the database.
@@ -138,6 +142,7 @@ class _Server:
         task: Any = asyncio.current_task()
         upgrade = request.headers.getone("upgrade", "").lower() == "websocket"
         scope: Scope = {"type": "websocket" if upgrade else "http", REQUEST: request}
+        scope |= {"method": request.method, "path": request.path}
         if self.middleware.causal_reads is not None:
             encode = partial(str.encode, errors="surrogateescape")  # as Sanic decodes
             pairs = request.headers.items()
@@ -153,11 +158,11 @@ class _Server:
 async def _application(scope: Scope, _: Receive, send: Send) -> None:
     request: Request[Any, Any] = scope[REQUEST]
     if scope["type"] == "http":
-        _hold_first_write(request, send)
+        _hold_first_write(request, scope, send)
     await request.app.handle_request(request)
 
 
-def _hold_first_write(request: Request[Any, Any], send: Send) -> None:
+def _hold_first_write(request: Request[Any, Any], scope: Scope, send: Send) -> None:
     """Replace the function that writes status line and headers.
 
     A response middleware would be too early: its errors are logged and the response
@@ -172,6 +177,7 @@ def _hold_first_write(request: Request[Any, Any], send: Send) -> None:
         nonlocal was_refused
         status, fields = stream.response.status, stream.response.processed_headers
         headers = [(name.lower(), value) for name, value in fields]
+        scope["path_template"] = request.uri_template
 
         async def write(message: Message) -> None:
             if stream.response_func is gate:

@@ -50,10 +50,12 @@ def fail() -> None:
 
 
 def finished(events: list[Event]) -> list[Event]:
-    """Give the ends of units, without their duration."""
+    """Give the ends of units, without durations and the request."""
     ends = [each for each in events if isinstance(each, UnitFinished)]
     assert all(0 <= end.ending <= end.seconds < 60 for end in ends)
-    return [dataclasses.replace(end, seconds=0.0, ending=0.0) for end in ends]
+    left_out = {"method": None, "path": None, "usage": (), "hook_seconds": 0.0}
+    left_out |= {"seconds": 0.0, "ending": 0.0, "hooks": 0}
+    return [dataclasses.replace(end, **left_out) for end in ends]
 
 
 # Events

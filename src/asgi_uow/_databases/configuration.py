@@ -78,6 +78,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ),
     ("causal_reads", "CausalReads(secret), or None", lambda it: callable(it.positions)),
     ("commit_timeout deadline hook_timeout", "seconds above 0, or None", _is_above_0),
+    ("held_idle", "seconds above 0, or None", _is_above_0),
     ("commit_when", "a function of status and headers", callable),
     ("url", "a URL, or a list of URLs", len),
     ("when", "a function of the scope", lambda it: callable(it) and not _is_async(it)),

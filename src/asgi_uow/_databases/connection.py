@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from contextlib import closing
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -44,6 +45,7 @@ raw_of = attrgetter("_connection")  # the driver's, in what every async dialect 
 class Connection(sa.Connection):
     journal: Journal | None = None  # only a writer's has one
     deadline: Any = None  # until its unit ends, if that has one
+    record: Any = None  # of its session, if somebody asks for what that does
     is_beginning: bool = False  # its settings are set anew in each transaction
     is_kept = False  # for later calls: somebody was given it, or has changed it
     _send_rollback = sa.Connection._rollback_impl  # noqa: SLF001
@@ -77,9 +79,11 @@ class Connection(sa.Connection):
                 self.invalidate()
 
     def call_alone(
-        self, end: Callable[[], object], ending: Journal | None = None
+        self, end: Callable[[], object], ending: Journal | None = None, kind: str = ""
     ) -> None:
         """Wait until nobody's statement is in flight, call; none begins meanwhile."""
+        if kind and self.record is not None and self.journal is not None:
+            end = functools.partial(self.record.end, kind, end)
         # Cursors hold the lock, COMMIT and ROLLBACK do not; a driver knows its own.
         dbapi: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
         lock = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
@@ -99,7 +103,7 @@ class Connection(sa.Connection):
             self.journal.record_rollback()
         fairy = self._dbapi_connection
         if fairy is not None and fairy.dbapi_connection is not None:
-            self.call_alone(self._send_rollback)
+            self.call_alone(self._send_rollback, kind="rollback")
         if fairy is not None and fairy is self._dbapi_connection:
             fairy.info.pop(ERROR_SEEN, None)
 
@@ -127,7 +131,7 @@ class Connection(sa.Connection):
         journal.executed = True
 
     def _commit_impl(self) -> None:
-        self.call_alone(super()._commit_impl, self.journal)
+        self.call_alone(super()._commit_impl, self.journal, "commit")
         if self.journal is not None:
             self.journal.committed = True
 
@@ -139,7 +143,11 @@ class Connection(sa.Connection):
     def _commit_twophase_impl(self, xid: Any, is_prepared: bool) -> None:  # noqa: FBT001
         if self.journal is not None:
             self.journal.begin_commit()
-        super()._commit_twophase_impl(xid, is_prepared)  # a statement: it takes turns
+        commit = functools.partial(super()._commit_twophase_impl, xid, is_prepared)
+        if self.record is None:
+            commit()  # a statement: it takes turns
+        else:
+            self.record.end("commit", commit)
         if self.journal is not None:
             self.journal.committed = True
 
@@ -207,6 +215,16 @@ def info_of(connection: sa.Connection) -> dict[Any, Any]:
     return connection.info if entry is None else entry.info
 
 
+def is_in_use(connection: sa.Connection) -> bool:
+    """Tell whether a statement is in flight, by whatever it was sent."""
+    if connection.invalidated:
+        return False
+    dbapi: Any = connection.connection.dbapi_connection
+    lock: Any = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
+    busy = known.driver_of(connection.dialect).is_busy(raw_of(dbapi))
+    return bool(lock._locked or busy)  # noqa: SLF001  # as in the pool
+
+
 def cut_off(connections: Iterable[sa.Connection]) -> None:
     """Have what waits for a server fail at once; nobody uses the connection again."""
     for each in connections:
@@ -261,12 +279,26 @@ def check_statement(cursor: Any, statement: str, *rest: Any) -> bool | None:
             operation = "A statement"
             raise ConcurrentUseError(operation, "a stream() is still being read")
         connection.check_statement(statement, rest[0])
-        if connection.deadline is not None:
-            execute = rest[-1].dialect.do_execute
-            if rest[-1].execute_style is ExecuteStyle.EXECUTEMANY:
-                execute = rest[-1].dialect.do_executemany
-            elif not rest[1:]:
-                execute = rest[-1].dialect.do_execute_no_params
-            connection.deadline.execute(connection, execute, cursor, statement, *rest)
+        if connection.deadline is not None or connection.record is not None:
+            _send(connection, cursor, statement, *rest)
             return True  # SQLAlchemy has nothing left to do
     return None
+
+
+def _send(connection: Connection, cursor: Any, statement: str, *rest: Any) -> None:
+    """Do what SQLAlchemy would, in time, and note how long it takes."""
+    context, deadline, record = rest[-1], connection.deadline, connection.record
+    send = context.dialect.do_execute
+    if context.execute_style is ExecuteStyle.EXECUTEMANY:
+        send = context.dialect.do_executemany
+    elif not rest[1:]:
+        send = context.dialect.do_execute_no_params
+    if deadline is not None:
+        send = functools.partial(deadline.execute, connection, send)
+    send = functools.partial(send, cursor, statement, *rest)
+    journal = connection.journal
+    is_own = known.OWN in context.execution_options or connection.is_beginning
+    if record is None or is_own or (journal and journal.ending):
+        send()
+    else:
+        record.execute(statement, send)

@@ -83,7 +83,7 @@ class Claim:
         about = {"id": self.id, "request": self.request, "run": self.run}
         row: dict[str, Any] = {**about, "created": created}
         insert = database.insert_if_new(self.table, row)
-        return insert.execution_options(preserve_rowcount=True)
+        return insert.execution_options(preserve_rowcount=True, **known.OWN_STATEMENT)
 
     @property
     def is_here(self) -> sa.ColumnElement[bool]:
@@ -91,7 +91,8 @@ class Claim:
 
     def select(self) -> sa.Select[Any]:
         # MySQL shows what was committed since the transaction began to a lock alone.
-        return sa.select(self.table).where(self.is_here).with_for_update()
+        select = sa.select(self.table).where(self.is_here).with_for_update()
+        return select.execution_options(**known.OWN_STATEMENT)
 
     @property
     def is_left(self) -> sa.ColumnElement[bool]:
@@ -103,11 +104,14 @@ class Claim:
 
     def take_over(self) -> sa.Update:
         row = {"request": self.request, "run": self.run, "created": int(time.time())}
-        return self.table.update().where(self.is_left).values(row)
+        update = self.table.update().where(self.is_left).values(row)
+        return update.execution_options(**known.OWN_STATEMENT)
 
     def update(self, **values: object) -> sa.Update:
         """Say as the last thing before COMMIT that all is done."""
-        return self.table.update().where(self.is_here).values(run=self.done, **values)
+        update = self.table.update().where(self.is_here)
+        update = update.execution_options(**known.OWN_STATEMENT)
+        return update.values(run=self.done, **values)
 
     def explain(self, error: BaseException) -> None:
         """Say on an error of the database what it was about."""

@@ -184,6 +184,8 @@ DATABASES: Mapping[str, Database] = {  # by SQLAlchemy's name of the dialect
     "cockroachdb": Database(cockroachdb),
     "sqlite": Database(sqlite),
 }
+OWN = "asgi_uow.own"  # the option of a statement that is not the user's
+OWN_STATEMENT: Mapping[str, Any] = {OWN: True}
 ALIASES = {"postgres": "postgresql"}  # which SQLAlchemy does not know
 is_memory = sqlite.is_memory
 

@@ -84,7 +84,7 @@ async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
     if participant.reader is not None:
         # Requests that hold one connection and wait for a second can deadlock.
         await run_to_completion(participant.reader.lend_connection())
-    session = participant.open_reader()
+    session = participant.open_reader()  # not looked after: its task is all it has
     try:
         yield session
     finally:

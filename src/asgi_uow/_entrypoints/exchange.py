@@ -8,14 +8,20 @@ import enum
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import anyio
+
 from asgi_uow import _decision
 from asgi_uow._concurrency import run_to_completion
 from asgi_uow._decision import ERROR_STATUS, SETTLED, Cause, Outcome, State
 from asgi_uow._entrypoints.problem import FAILURE, START
 from asgi_uow._reading.route import written_position
-from asgi_uow._unit.finish import finish, refuse_streams
+from asgi_uow._unit.finish import finish
 from asgi_uow._unit.unit import COMMITTED
-from asgi_uow.errors import UnitOfWorkClosedError, UnitOfWorkFailedError
+from asgi_uow.errors import (
+    ConcurrentUseError,
+    UnitOfWorkClosedError,
+    UnitOfWorkFailedError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
     from asgi_uow._databases.engines import Engines
     from asgi_uow._decision import CommitWhen, Headers
     from asgi_uow._reading.causal import CausalReads
+    from asgi_uow._sessions.record import Recorder
     from asgi_uow._unit.unit import UnitOfWork
 
 POSITION_SECONDS = 2.0  # for learning a position; then the client reads the writer
@@ -159,7 +166,7 @@ class Exchange:
     async def _decide(self, message: Message) -> Message:
         unit, rules = self.unit, self.rules
         if unit.writers:
-            unit.refuse_inside_call()
+            _refuse_inside_call(unit)
         self.stage = DECIDING
         # Sanic's headers are a generator, and are read twice: here and outside.
         headers: Headers = list(message.get("headers", ()))
@@ -178,7 +185,7 @@ class Exchange:
                 unit.doom = unit.doomed_by or unit.to_retry(None)
                 decision = _decision.rollback(Cause.DOOMED, replace_response=True)
             elif unit.writers and is_good and not decision.replace_response:
-                await refuse_streams(unit)
+                await _refuse_streams(unit)
         except BaseException as error:  # noqa: BLE001  # becomes the cause of the failure
             broken, cause = error, _decision.exception_cause(error)
             decision = _decision.rollback(cause, replace_response=True)
@@ -188,6 +195,8 @@ class Exchange:
                 raise Again
             if rules.causal_reads is not None:
                 await self._add_causal_token(rules.causal_reads, headers)
+            if unit.options.server_timing and unit.shared is not None:
+                _add_timing(unit.shared.recorder, headers)
         finally:
             self.stage = PASSING if unit.failure is None else REFUSED
             self.stage = self.stage if unit.again is None else REPLAYED
@@ -211,3 +220,44 @@ class Exchange:
         if found:
             known = causal.merge(self.unit.must_see.positions, found)
             headers.append(causal.response_header(known, secure=self.is_secure))
+
+
+def _add_timing(recorder: Recorder | None, headers: Headers) -> None:
+    """Tell a browser's developer tools what has taken how many milliseconds.
+
+    https://www.w3.org/TR/server-timing/
+    """
+    if recorder is not None:
+        usage = recorder.usage()
+        found = {
+            "pool": sum(each.waited for each in usage),
+            "db": sum(each.statements.seconds for each in usage),
+            "commit": recorder.ending,
+            "hooks": recorder.hook_seconds,
+        }
+        parts = (f"{name};dur={1000 * each:.3f}" for name, each in found.items())
+        headers.append((b"server-timing", ", ".join(parts).encode()))
+
+
+def _refuse_inside_call(unit: UnitOfWork) -> None:
+    """Doom the unit, and raise, where its end would wait for its own caller."""
+    for writer in unit.writers:
+        if (owner := writer.own_lock.owner) and owner is asyncio.current_task():
+            what = "The start of a response", "this task is in a call"
+            raise writer.journal.doom(ConcurrentUseError(*what))
+
+
+async def _refuse_streams(unit: UnitOfWork) -> None:
+    """Raise for a stream that would break a response off; the end closes others."""
+    for writer in unit.writers:
+        turns = 10  # in which the loop closes generators left behind
+        while writer.streams and any(
+            writer.streams[each]() for each in writer.open_streams
+        ):
+            if not turns:
+                what = "The start of a response", "a stream() is still to be read"
+                raise ConcurrentUseError(*what)
+            with anyio.fail_after(unit.options.commit_timeout):
+                async with writer.own_lock:
+                    await asyncio.sleep(0)
+            turns -= 1

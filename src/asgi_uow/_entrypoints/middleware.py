@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from asyncio import current_task
 from typing import TYPE_CHECKING
 
 from asgi_uow import _decision, errors
+from asgi_uow._asgi import Response
 from asgi_uow._databases.configuration import check
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import UNDECIDED
@@ -15,7 +17,7 @@ from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.finish import release
 from asgi_uow._unit.hooks import is_async
-from asgi_uow._unit.options import UnitOptions
+from asgi_uow._unit.options import UnitOptions, inspectors
 from asgi_uow._unit.unit import CLOSED, NEW, UnitOfWork, current
 from asgi_uow.observers import LoggingObserver
 
@@ -54,6 +56,9 @@ class UnitOfWorkMiddleware:
     `deadline`: seconds for each request's database calls; past it nothing is committed.
     `commit_timeout`: seconds for COMMIT; past it the outcome is UNKNOWN.
     `hook_timeout`: seconds for each hook. None is no limit.
+    `held_idle`: seconds after which a connection that is held while nothing is executed
+    is a `HeldIdle`; None never tells. `server_timing=True`: responses of units that
+    were used have a `Server-Timing` header for browsers' developer tools.
 
     Raises `TypeError` for what is no `Database` and for an async `commit_when`,
     `ConfigurationError` for another option that cannot work.
@@ -72,6 +77,8 @@ class UnitOfWorkMiddleware:
         deadline: float | None = None,
         commit_timeout: float | None = 30.0,
         hook_timeout: float | None = 5.0,
+        held_idle: float | None = 1.0,
+        server_timing: bool = False,
     ) -> None:
         check(locals())
         check_databases("UnitOfWorkMiddleware(app, db)", databases)
@@ -90,7 +97,7 @@ class UnitOfWorkMiddleware:
         self.rules: Rules = Rules(commit_when, error_app, causal_reads)
         self.causal_reads = causal_reads
         self.options: UnitOptions = UnitOptions(
-            tuple(observers), commit_timeout, hook_timeout
+            tuple(observers), commit_timeout, hook_timeout, held_idle, server_timing
         )
 
     async def __call__(
@@ -100,6 +107,7 @@ class UnitOfWorkMiddleware:
             return await self._serve_other(scope, receive, send)
         unit = UnitOfWork()
         unit.databases, unit.options, unit.state = self.databases, self.options, NEW
+        unit.scope, unit.task = scope, current_task()
         outer: UnitOfWork | None = scope.get(UNIT)
         if outer is not None and outer.state in UNDECIDED:
             if all(map(outer.serves, self.databases)):
@@ -112,7 +120,7 @@ class UnitOfWorkMiddleware:
         exchange = Exchange()
         exchange.unit, exchange.forward, exchange.rules = unit, send, self.rules
         exchange.stage = OPEN
-        if replay is not None or not self.is_plain:
+        if replay is not None or not self.is_plain or inspectors:
             self._prepare(exchange, scope, replay)
         scope[UNIT] = unit
         # A pipelined one begins in the context of the one before: encode/uvicorn#2167
@@ -133,6 +141,7 @@ class UnitOfWorkMiddleware:
             finally:
                 current.reset(token)
                 scope[UNIT] = outer
+                unit.scope = unit.task = None
 
     def _prepare(self, exchange: Exchange, scope: Scope, replay: Replay | None) -> None:
         """Do what only some options ask for."""
@@ -145,6 +154,9 @@ class UnitOfWorkMiddleware:
             exchange.is_secure = scope.get("scheme") == "https"
         if replay is not None:
             replay.enter(unit)
+        if inspectors:
+            unit.response = response = Response(exchange.forward)
+            exchange.forward = response.send
 
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def disposing(message: Message) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import time
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, orm
@@ -22,6 +21,7 @@ from asgi_uow._databases.connection import (
 )
 from asgi_uow._databases.driver_errors import is_outage, means
 from asgi_uow._databases.journal import Savepoints
+from asgi_uow._databases.known import OWN_STATEMENT
 from asgi_uow._databases.pool import AUTOCOMMIT, CANCEL_SQL
 from asgi_uow._decision import WRITABLE, State
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from asgi_uow._databases.engines import Engines
     from asgi_uow._databases.journal import Journal
     from asgi_uow._sessions.deadline import Deadline
+    from asgi_uow._sessions.record import Access, Record, Recorder
     from asgi_uow.observers import Event
 
 
@@ -42,7 +43,7 @@ class Shared:
 
     def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
         self.state: State = State.NEW
-        self.wants_details: bool = False  # does an observer ask for what went well?
+        self.recorder: Recorder | None = None  # if somebody asks for what went well
         self.outages: list[Exception] = []  # it may help to try again
         self.events: list[Event] = around.events if around and hook else []
         """What observers are told at the end; of a hook, with those of its unit."""
@@ -81,8 +82,8 @@ class ManagedSession(orm.Session):
     lock: TaskLock
     connections: dict[sa.Connection, str | None]
     """Those on which it has begun a transaction, and what cancels a statement there."""
-    connected: float | None = None  # since when it holds one of its own: perf_counter()
-    held: float = 0.0  # seconds for which it has held those that it has given back
+    access: Access = "write"
+    record: Record | None = None  # of what it does, if somebody asks for that
     driver_exposed: bool = False  # has somebody been given the driver's connection?
     cursors: Sequence[Any] = ()  # on the server, of a read session
     follows_savepoints: bool = False
@@ -112,7 +113,7 @@ class ManagedSession(orm.Session):
             facts = self.database.facts
             question = None if facts.IMPLICIT_COMMIT else facts.QUESTION_BEFORE_COMMIT
             if question is not None and not self.journal.executed:
-                connection.exec_driver_sql(question)
+                connection.exec_driver_sql(question, execution_options=OWN_STATEMENT)
             self.journal.look(connection.connection.dbapi_connection)
         return connection
 
@@ -136,13 +137,12 @@ class ManagedSession(orm.Session):
                 if isinstance(each, ReaderConnection) and not each.closed:
                     each.invalidate()  # a close() that failed has forgotten it
             self.connections.clear()
-        since, self.connected = self.connected, None
-        self.held += 0.0 if since is None else time.perf_counter() - since
+        if self.record is not None:
+            self.record.disconnect()
 
     def take_cancel_sql(self) -> list[tuple[sa.Engine, str]]:
         """Give, once, what cancels statements in flight on the connections held."""
-        held = self.connections
-        self.connections = dict.fromkeys(held)
+        held, self.connections = self.connections, dict.fromkeys(self.connections)
         return [
             (each.engine, statement)
             for each, statement in held.items()
@@ -184,8 +184,8 @@ for _name in ("commit", "prepare", "rollback", "close", "invalidate", "reset"):
 class ReadOnlySession(ManagedSession):
     """Refuses to flush and to run DML; text that writes is the database's to refuse."""
 
+    access = "read"
     sibling: ManagedSession | None = None  # the write session of the unit
-    cursors: Sequence[Any] = ()
     executing: int = 0  # statements: of several tasks, or one for the rows of another
 
     @property
@@ -257,8 +257,8 @@ def _accept_connection(
         connection.deadline = deadline  # type: ignore[attr-defined]
     reader = session if isinstance(session, ReadOnlySession) else None
     host = (reader and reader.writer) or session
-    if session.connected is None and host is session:
-        session.connected = time.perf_counter()
+    if session.record is not None and host is session:
+        connection.record = session.record.begin()  # type: ignore[attr-defined]
     # A read may have moved to another server, or to the writer, while it connected.
     is_read_only = isinstance(connection, ReaderConnection) and reader is not None
     if not is_read_only and connection.engine is not host.bind:

@@ -115,7 +115,8 @@ class ReadSession(Session):
                 # Otherwise the driver begins one by itself.
                 and connection.dialect.detect_autocommit_setting(raw.dbapi_connection)
             ):
-                await connection.exec_driver_sql("BEGIN")
+                own = known.OWN_STATEMENT
+                await connection.exec_driver_sql("BEGIN", execution_options=own)
         return await super().open_stream(execute)
 
     def begin_nested(self) -> Savepoint:

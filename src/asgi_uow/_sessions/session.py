@@ -22,6 +22,7 @@ from asgi_uow._databases.journal import Journal
 from asgi_uow._decision import WRITABLE
 from asgi_uow._sessions.beginning import BEGINNING, BeginningSession
 from asgi_uow._sessions.managed import ManagedSession
+from asgi_uow._sessions.record import record, recorded
 from asgi_uow._sessions.statements import StatementSession, StreamResult, adopt
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 MOST_STUCK = 2  # then servers are not asked to stop a statement: each takes seconds
 END_SECONDS = 30.0  # for RELEASE and ROLLBACK TO, also in a cancelled scope
-
 READS = ("execute", "scalar", "scalars", "stream", "stream_scalars", "get", "get_one")
 CHANGES = ("refresh", "run_sync", "delete", "delete_all", "merge", "merge_all", "flush")
 RUN_SYNC = "session.run_sync()"  # only what that executes has a deadline
@@ -91,9 +91,7 @@ class Session(StatementSession):
     sync_session_class: type[orm.Session] = ManagedSession
     beginning_class: type[orm.Session] = BeginningSession  # with what it is named for
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
-
     bind: AsyncEngine  # pyright: ignore[reportIncompatibleMethodOverride]
-
     usable_in = WRITABLE  # the states of its unit in which it may be called
     give_back: Call  # of a read session: return a connection that it needs no more
     is_plain = True  # calls need nothing but the session's own connection
@@ -101,8 +99,9 @@ class Session(StatementSession):
     def __init__(
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
     ) -> None:
-        if db.on_begin is not None or shared.deadline is not None:
-            options = {**options, "sync_session_class": self.beginning_class}
+        begins = db.on_begin is not None or shared.deadline is not None
+        kind = self.beginning_class if begins else self.sync_session_class
+        options = {**options, "sync_session_class": recorded(kind, shared.recorder)}
         super().__init__(bind, close_resets_only=False, **options)
         self.own_lock: TaskLock = TaskLock(errors.WrongLoopError)
         if shared.deadline is not None:
@@ -113,6 +112,7 @@ class Session(StatementSession):
         sync = self.sync_session
         sync.database, sync.shared, sync.journal = db, shared, self.journal
         sync.connections, sync.lock = {}, self.own_lock
+        record(sync, self.own_lock, shared.recorder)
 
     async def route_call(self, _: str, method: Call, args: Any, kwargs: Any, /) -> Any:
         """Make a call; on a read session in the writer's transaction, or by a route."""

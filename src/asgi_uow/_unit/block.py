@@ -142,6 +142,7 @@ def open_unit(
     """Make a unit the current one; no session and no connection yet."""
     around, unit = current.get(), UnitOfWork()
     unit.databases, unit.options, unit.state = databases, DEFAULTS, State.NEW
+    unit.task = asyncio.current_task()
     if around is not None:
         unit.around, unit.options = around, around.options
         unit.must_see = around.must_see

@@ -226,8 +226,7 @@ class Completion:
             await self._close(reader, functools.partial(orm.Session.close, sync))
         else:
             orm.Session.close(sync)  # nothing to wait for
-        if of.shared.wants_details:
-            of.tell_release(reader, "read")
+        of.tell_release(reader)
 
     async def _close(self, session: Session, end: Callable[[], None]) -> None:
         error: BaseException | None = None

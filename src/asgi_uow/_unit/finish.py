@@ -6,23 +6,20 @@ under a `Shield`, so nothing interrupts it between two steps either.
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import time
 from typing import TYPE_CHECKING
 
 import anyio
 
 from asgi_uow import errors
 from asgi_uow._concurrency import Shield
-from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._decision import STATE_OF, Cause, Outcome, State, rollback
 from asgi_uow._sessions.deadline import lift
 from asgi_uow._unit.completion import Completion
 from asgi_uow._unit.ended import COMMITTED, ROLLED_BACK, Ended, stopped_by
+from asgi_uow._unit.events import add_hooks, note_close, note_end, tell
 from asgi_uow._unit.hook_units import HookRun
 from asgi_uow._unit.hooks import NO_HOOKS, check_callable
-from asgi_uow.observers import CommitFailed, UnitFinished
 
 if TYPE_CHECKING:
     from asgi_uow._decision import Decision
@@ -66,7 +63,7 @@ async def finish(
         interrupted = await _complete(unit, decision, ended, completion) or stopped
     finally:
         if shared.events:
-            unit.tell()
+            tell(unit)
     if interrupted is not None and not isinstance(interrupted, Exception):
         raise interrupted
     completion.shield.deliver()
@@ -96,6 +93,7 @@ async def _complete(
     _report(unit, ended.outcome, completion)
     if any(unit.hooks.queues.values()):
         await _run_hooks(unit, completion)
+    add_hooks(unit)
     return None if ended.cause is Cause.DOOMED else ended.error
 
 
@@ -133,38 +131,9 @@ async def _run_hooks(unit: UnitOfWork, completion: Completion) -> None:
 
 def _report(unit: UnitOfWork, outcome: Outcome, completion: Completion) -> None:
     """Record what later reads must see, and what the observers are told."""
-    events, failure = completion.events, unit.failure
     for participant in unit.participants.values():
         participant.conclude(outcome)
-    if unit.again is not None:
-        events.append(unit.again)
-    elif failure is not None and not unit.is_hook:
-        # That of a hook's own unit is the failure of the hook.
-        code = code_of(failure.__cause__)
-        events.append(CommitFailed(failure, outcome, failure.cause, code))
-    if unit.opened is not None and unit.options.wants_outcomes:
-        now = time.perf_counter()
-        used = [db for db, each in unit.participants.items() if each.has_written]
-        what = outcome, unit.cause, unit.reason, tuple(db.name for db in used)
-        events.append(UnitFinished(*what, now - unit.opened, now - completion.began))
-    if events:
-        unit.stamp()
-
-
-async def refuse_streams(unit: UnitOfWork) -> None:
-    """Raise for a stream that would break a response off; the end closes others."""
-    for writer in unit.writers:
-        turns = 10  # in which the loop closes generators left behind
-        while writer.streams and any(
-            writer.streams[each]() for each in writer.open_streams
-        ):
-            if not turns:
-                what = "The start of a response", "a stream() is still to be read"
-                raise errors.ConcurrentUseError(*what)
-            with anyio.fail_after(unit.options.commit_timeout):
-                async with writer.own_lock:
-                    await asyncio.sleep(0)
-            turns -= 1
+    note_end(unit, outcome, completion.began)
 
 
 async def end_unit(unit: UnitOfWork, decision: Decision) -> None:
@@ -266,19 +235,26 @@ async def release(unit: UnitOfWork) -> None:
             run = HookRun(unit, "after_response", hooks, end_unit)
             await run.run(completion.shield)
     finally:
+        note_close(unit)
         if shared.events:
-            unit.tell()
-        # A leaked context may keep the unit alive, but not what was closed.
-        for writer in unit.writers:
-            shared.writers.remove(writer.sync_session)
-        if unit.hooks is not NO_HOOKS:
-            unit.hooks.queues.clear()
-            if not unit.is_nested:
-                shared.savepoints.clear()
-        unit.participants, unit.writers, unit.failure = {}, (), None
-        unit.again = unit.attempts = unit.last = None
+            tell(unit)
+        _forget(unit)
     if completion is not None:
         completion.shield.deliver()
+
+
+def _forget(unit: UnitOfWork) -> None:
+    """Let go of what was closed: a leaked context may keep the unit alive."""
+    if unit.watch is not None:
+        unit.watch.end()
+    for writer in unit.writers:
+        unit.share().writers.remove(writer.sync_session)
+    if unit.hooks is not NO_HOOKS:
+        unit.hooks.queues.clear()
+        if not unit.is_nested:
+            unit.share().savepoints.clear()
+    unit.participants, unit.writers, unit.failure = {}, (), None
+    unit.again = unit.attempts = unit.last = unit.watch = None
 
 
 def completion_of(unit: UnitOfWork) -> Completion:

@@ -65,7 +65,7 @@ class HookRun:
             context = contextvars.copy_context()
             context.run(current.set, own)
             running = self.running = hook, own
-            told = own.options.wants_details
+            told = own.options.wants_figures
             work = self._call(own, hook, shield) if told else hook.call(shield)
             error = await call_hook(work, context, shield)
             try:
@@ -82,6 +82,7 @@ class HookRun:
     async def _call(self, own: UnitOfWork, hook: Hook, shield: Shield) -> None:
         """Call a hook; tell the observers, where it runs, of its beginning and end."""
         tell, phase, of = own.options.tell, self.phase, self.unit
+        recorder = of.share().recorder
         tell(HookStarted(phase, hook.name, unit=own, of=of))
         started = time.perf_counter()
         error: BaseException | None = None
@@ -92,6 +93,9 @@ class HookRun:
             raise
         finally:
             seconds = time.perf_counter() - started
+            if recorder is not None:  # pragma: no branch  # an inspector came later
+                recorder.hooks += 1
+                recorder.hook_seconds += seconds
             tell(HookFinished(phase, hook.name, seconds, error, unit=own, of=of))
 
     async def _conclude(

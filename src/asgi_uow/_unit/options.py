@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from asgi_uow._databases.driver_errors import stacktrace_of
 from asgi_uow.observers import LoggingObserver, notify
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from asgi_uow.observers import Event, Observer
+
+    Inspector: TypeAlias = Callable[[], Observer | None]
+
+inspectors: list[Inspector] = []
+"""Set by `asgi_uow.inspector`: references to what is told of every unit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,21 +27,33 @@ class UnitOptions:
     observers: tuple[Observer, ...] = (LoggingObserver(),)
     commit_timeout: float | None = 30.0
     hook_timeout: float | None = 5.0
+    held_idle: float | None = 1.0
+    server_timing: bool = False
 
     @functools.cached_property
-    def wants_details(self) -> bool:
-        """Whether an observer wants beginnings and successes, which nobody logs."""
+    def _are_others(self) -> bool:
         return any(type(each) is not LoggingObserver for each in self.observers)
+
+    @property
+    def wants_details(self) -> bool:
+        """Whether somebody wants beginnings and successes, which nobody logs."""
+        return self._are_others or bool(inspectors)
+
+    @property
+    def wants_figures(self) -> bool:
+        """Whether what a unit does is to be counted, and for how long it takes."""
+        return self.server_timing or self.wants_outcomes
 
     @property
     def wants_outcomes(self) -> bool:
         for each in self.observers:
             if type(each) is not LoggingObserver or each.logs_outcomes:
                 return True
-        return False
+        return bool(inspectors)
 
     def tell(self, event: Event) -> None:
         if (error := getattr(event, "error", None)) is not None:
             show = functools.partial(stacktrace_of, error)
             event = dataclasses.replace(event, trace=show)
-        notify(self.observers, event)
+        watching = filter(None, (each() for each in tuple(inspectors)))
+        notify((*self.observers, *watching), event)

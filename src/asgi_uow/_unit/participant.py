@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from asgi_uow._decision import WRITABLE, Outcome
 from asgi_uow._reading.route import Route
@@ -78,14 +77,13 @@ class Participant:
         if committed is not None or (kept and self.has_written):
             self.shared.committed.add(self.db)
             self.shared.kept[0] += 1
-        if self.shared.wants_details:
-            self.tell_release(self.writer, "write")
+        self.tell_release(self.writer)
         if journal.implicit_commit is not None:
             self.shared.events.append(ImplicitCommit(journal.implicit_commit))
 
-    def tell_release(self, session: Session, access: Literal["read", "write"]) -> None:
-        since, held = session.sync_session.connected, session.sync_session.held
-        if since is not None or held:
-            seconds = held if since is None else held + time.perf_counter() - since
-            event = ConnectionReleased(self.db.name, access, seconds)
+    def tell_release(self, session: Session) -> None:
+        record = session.sync_session.record
+        if record is not None and record.held_until_now:
+            record.disconnect()
+            event = ConnectionReleased(self.db.name, record.access, record.held)
             self.shared.events.append(event)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import time
@@ -18,13 +17,18 @@ from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome,
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.deadline import Deadline
 from asgi_uow._sessions.managed import Shared
+from asgi_uow._sessions.record import Recorder
+from asgi_uow._unit.held import Watch
 from asgi_uow._unit.hooks import MOST_BY_HOOKS, NO_HOOKS, Hooks
+from asgi_uow._unit.options import inspectors
 from asgi_uow._unit.participant import Participant
 from asgi_uow.observers import UnitStarted
 
 if TYPE_CHECKING:
+    from asyncio import Task
     from collections.abc import Awaitable, Callable, Iterator, Mapping
 
+    from asgi_uow._asgi import Response, Scope
     from asgi_uow._databases.engines import Engines
     from asgi_uow._sessions.session import Session
     from asgi_uow._unit.hooks import Hook
@@ -58,6 +62,9 @@ class UnitOfWork:
     failure: errors.UnitOfWorkFailedError | None = None
     """What is raised because a commit was wanted and the work was not kept."""
 
+    scope: Scope = None  # of its request, until the end
+    response: Response | None = None  # when it left, if somebody asks
+    task: Task[Any] | None = None  # of its request or block, until the end
     until: float | None = None  # its deadline, by the event loop's clock
     around: UnitOfWork | None = None  # the unit that was current before
     entered_by_hand: Engines | None = None
@@ -81,6 +88,7 @@ class UnitOfWork:
     """The write sessions of its participants, in the order of first use."""
     shared: Shared | None = None
     doom: BaseException | None = None
+    watch: Watch | None = None  # tells of connections held while nothing is executed
 
     @property
     def is_last_attempt(self) -> bool:
@@ -112,13 +120,6 @@ class UnitOfWork:
                 return writer.doomed_by
         return self.doom
 
-    def refuse_inside_call(self) -> None:
-        """Doom the unit, and raise, where its end would wait for its own caller."""
-        for writer in self.writers:
-            if (owner := writer.own_lock.owner) and owner is asyncio.current_task():
-                what = "The start of a response", "this task is in a call"
-                raise writer.journal.doom(errors.ConcurrentUseError(*what))
-
     def session(self, db: Engines | None = None) -> Session:
         """Give the write session of `db`, of the first database by default.
 
@@ -138,14 +139,18 @@ class UnitOfWork:
         if (self.around or self.databases[1:]) and self.is_blocked_by_others(db):
             raise errors.NestedUnitOfWorkError(db)
         self.start()
-        self.writers = (*self.writers, participant.open_writer())
-        return self.writers[-1]
+        writer = participant.open_writer()
+        self.writers = (*self.writers, writer)
+        self.look_after(writer)
+        return writer
 
     def read_session(self, db: Engines | None = None) -> Session:
         """Give the read-only session of `db`; open until the unit is closed."""
         participant = self.reading("read_session()", db)
         if participant.reader is None:
             participant.reader = participant.open_reader()
+            if participant.db.read_isolation is not None:
+                self.look_after(participant.reader)
         return participant.reader
 
     def reading(self, operation: str, db: Engines | None) -> Participant:
@@ -195,7 +200,8 @@ class UnitOfWork:
             self.shared.state = self.state
             if self.until is not None:
                 self.shared.deadline = Deadline(self.until, self.shared.outages)
-            self.shared.wants_details = self.options.wants_details
+            if self.options.wants_figures:
+                self.shared.recorder = Recorder(timeline=bool(inspectors))
         return self.shared
 
     def start(self) -> None:
@@ -206,6 +212,17 @@ class UnitOfWork:
             self.opened = time.perf_counter()
             if self.options.wants_details:
                 self.options.tell(UnitStarted(unit=self))
+
+    def look_after(self, session: Session) -> None:
+        """Tell, once, if its connection is held while nothing is executed."""
+        if (seconds := self.options.held_idle) is not None:
+            if self.watch is None:
+                self.watch = Watch(self.share(), seconds, self._tell_idle, self.task)
+                self.watch.begin()
+            self.watch.sessions.append(session)
+
+    def _tell_idle(self, event: Event) -> None:
+        self.options.tell(dataclasses.replace(event, unit=self))
 
     def _enlist(self, db: Engines) -> Participant:
         participant = Participant(db, self.share(), self.must_see)
@@ -235,25 +252,6 @@ class UnitOfWork:
     def _check(self, operation: str, states: frozenset[State]) -> None:
         if self.state not in states:
             raise errors.UnitOfWorkClosedError(operation, self.state)
-
-    def tell(self) -> None:
-        """Tell the observers, in the task and context of the request.
-
-        Sentry's own ASGI middleware drops what was reported in another context before.
-        The events of a hook's unit are told with those of the unit whose hook it is.
-        """
-        self.stamp()
-        if not self.is_hook:
-            events = self.share().events
-            while events:
-                self.options.tell(events.pop(0))
-
-    def stamp(self) -> None:
-        """Say of events that their unit has not told yet whose they are."""
-        events = self.share().events
-        for index, each in enumerate(events):
-            if each.unit is None:
-                events[index] = dataclasses.replace(each, unit=self)
 
     def outwards(self) -> Iterator[UnitOfWork]:
         unit = self.around
