@@ -29,6 +29,11 @@ class Recorder:
         self.hook_seconds: float = 0.0
         self.ending: float = 0.0  # seconds of COMMIT and ROLLBACK
 
+    def attach(self, session: Any, lock: TaskLock) -> None:
+        """Have what a synchronous session does recorded."""
+        session.record = Record(self, session.database.name, session.access)
+        lock.resume = session.record.resume
+
     def usage(self) -> tuple[Usage, ...]:
         """Give what was done so far to each database, by write and read sessions."""
         found: dict[tuple[str, Access], list[Record]] = {}
@@ -131,18 +136,6 @@ class Recording:
 
 
 @functools.cache
-def _recording(session: Any) -> type[Any]:
+def recording(session: Any) -> Any:
+    """Give the class of a synchronous session that records."""
     return type(session.__name__, (Recording, session), {})
-
-
-def recorded(session: type[Any], recorder: Recorder | None) -> type[Any]:
-    """Give the class of a synchronous session, which records if there is a recorder."""
-    kind: Any = session
-    return session if recorder is None else _recording(kind)
-
-
-def record(session: Any, lock: TaskLock, recorder: Recorder | None) -> None:
-    """Have what a session does recorded, if there is a recorder."""
-    if recorder is not None:
-        session.record = Record(recorder, session.database.name, session.access)
-        lock.resume = session.record.resume

@@ -22,7 +22,7 @@ from asgi_uow._databases.journal import Journal
 from asgi_uow._decision import WRITABLE
 from asgi_uow._sessions.beginning import BEGINNING, BeginningSession
 from asgi_uow._sessions.managed import ManagedSession
-from asgi_uow._sessions.record import record, recorded
+from asgi_uow._sessions.record import recording
 from asgi_uow._sessions.statements import StatementSession, StreamResult, adopt
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Session(StatementSession):
     """
 
     sync_session_class: type[orm.Session] = ManagedSession
-    beginning_class: type[orm.Session] = BeginningSession  # with what it is named for
+    beginning_class: type[orm.Session] = BeginningSession
     sync_session: ManagedSession  # pyright: ignore[reportIncompatibleVariableOverride]
     bind: AsyncEngine  # pyright: ignore[reportIncompatibleMethodOverride]
     usable_in = WRITABLE  # the states of its unit in which it may be called
@@ -100,8 +100,8 @@ class Session(StatementSession):
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
     ) -> None:
         begins = db.on_begin is not None or shared.deadline is not None
-        kind = self.beginning_class if begins else self.sync_session_class
-        options = {**options, "sync_session_class": recorded(kind, shared.recorder)}
+        kind: Any = self.beginning_class if begins else self.sync_session_class
+        self.sync_session_class = kind if shared.recorder is None else recording(kind)
         super().__init__(bind, close_resets_only=False, **options)
         self.own_lock: TaskLock = TaskLock(errors.WrongLoopError)
         if shared.deadline is not None:
@@ -112,7 +112,8 @@ class Session(StatementSession):
         sync = self.sync_session
         sync.database, sync.shared, sync.journal = db, shared, self.journal
         sync.connections, sync.lock = {}, self.own_lock
-        record(sync, self.own_lock, shared.recorder)
+        if shared.recorder is not None:
+            shared.recorder.attach(sync, self.own_lock)
 
     async def route_call(self, _: str, method: Call, args: Any, kwargs: Any, /) -> Any:
         """Make a call; on a read session in the writer's transaction, or by a route."""

@@ -226,7 +226,8 @@ class Completion:
             await self._close(reader, functools.partial(orm.Session.close, sync))
         else:
             orm.Session.close(sync)  # nothing to wait for
-        of.tell_release(reader)
+        if of.shared.recorder is not None:
+            of.tell_release(reader)
 
     async def _close(self, session: Session, end: Callable[[], None]) -> None:
         error: BaseException | None = None

@@ -12,6 +12,7 @@ from asgi_uow.observers import CommitFailed, UnitClosed, UnitFinished
 
 if TYPE_CHECKING:
     from asgi_uow._decision import Outcome
+    from asgi_uow._sessions.record import Recorder
     from asgi_uow._unit.unit import UnitOfWork
 
 
@@ -37,8 +38,11 @@ def stamp(unit: UnitOfWork) -> None:
 
 
 def note_end(unit: UnitOfWork, outcome: Outcome, ending_since: float) -> None:
-    """Note what the observers are to be told of the outcome."""
-    events, failure, recorder = unit.share().events, unit.failure, unit.share().recorder
+    """Record what later reads must see, and what the observers are told."""
+    shared, failure = unit.shared or unit.share(), unit.failure
+    events, recorder = shared.events, shared.recorder
+    for participant in unit.participants.values():
+        participant.conclude(outcome)
     if unit.again is not None:
         events.append(unit.again)
     elif failure is not None and not unit.is_hook:
@@ -58,10 +62,8 @@ def note_end(unit: UnitOfWork, outcome: Outcome, ending_since: float) -> None:
         stamp(unit)
 
 
-def add_hooks(unit: UnitOfWork) -> None:
+def add_hooks(unit: UnitOfWork, recorder: Recorder) -> None:
     """Note in what is to be told which hooks there were, once they have run."""
-    if (recorder := unit.share().recorder) is None:
-        return
     events = unit.share().events
     for index, each in enumerate(events):
         if isinstance(each, UnitFinished) and each.unit is unit:
@@ -70,20 +72,17 @@ def add_hooks(unit: UnitOfWork) -> None:
             events[index] = told
 
 
-def note_close(unit: UnitOfWork) -> None:
+def note_close(unit: UnitOfWork, recorder: Recorder) -> None:
     """Note, for an inspector, what took time until the response had left."""
-    shared, response, opened = unit.share(), unit.response, unit.opened
-    if opened is None or shared.recorder is None or shared.recorder.timeline is None:
+    response, opened, timeline = unit.response, unit.opened, recorder.timeline
+    if opened is None or timeline is None:
         return
     left: tuple[float, float] | None = None
     if response is not None and response.started is not None:
         left = response.started - opened, response.ended - opened
-    steps = [
-        dataclasses.replace(each, start=each.start - opened)
-        for each in shared.recorder.timeline
-    ]
+    steps = [dataclasses.replace(each, start=each.start - opened) for each in timeline]
     status = None if response is None else response.status
-    shared.events.append(UnitClosed(status, left, tuple(steps)))
+    unit.share().events.append(UnitClosed(status, left, tuple(steps)))
 
 
 def _request(unit: UnitOfWork) -> tuple[str | None, str | None]:

@@ -7,7 +7,7 @@ under a `Shield`, so nothing interrupts it between two steps either.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -23,6 +23,7 @@ from asgi_uow._unit.hooks import NO_HOOKS, check_callable
 
 if TYPE_CHECKING:
     from asgi_uow._decision import Decision
+    from asgi_uow._sessions.managed import Shared
     from asgi_uow._unit.hooks import Hook
     from asgi_uow._unit.unit import UnitOfWork
 
@@ -90,10 +91,11 @@ async def _complete(
     if ended.outcome is Outcome.ROLLED_BACK:
         _ask_for_another(unit, ended)
     unit.move(STATE_OF[ended.outcome])
-    _report(unit, ended.outcome, completion)
+    note_end(unit, ended.outcome, completion.began)
     if any(unit.hooks.queues.values()):
         await _run_hooks(unit, completion)
-    add_hooks(unit)
+        if (recorder := unit.share().recorder) is not None:
+            add_hooks(unit, recorder)
     return None if ended.cause is Cause.DOOMED else ended.error
 
 
@@ -127,13 +129,6 @@ async def _run_hooks(unit: UnitOfWork, completion: Completion) -> None:
         committed = hooks.take("after_commit")
         unit.share().kept[0] += len(committed)
         await HookRun(unit, "after_commit", committed, end_unit).run(shield)
-
-
-def _report(unit: UnitOfWork, outcome: Outcome, completion: Completion) -> None:
-    """Record what later reads must see, and what the observers are told."""
-    for participant in unit.participants.values():
-        participant.conclude(outcome)
-    note_end(unit, outcome, completion.began)
 
 
 async def end_unit(unit: UnitOfWork, decision: Decision) -> None:
@@ -235,26 +230,27 @@ async def release(unit: UnitOfWork) -> None:
             run = HookRun(unit, "after_response", hooks, end_unit)
             await run.run(completion.shield)
     finally:
-        note_close(unit)
+        if shared.recorder is not None:
+            note_close(unit, shared.recorder)
         if shared.events:
             tell(unit)
-        _forget(unit)
+        if unit.hooks is not NO_HOOKS:
+            _drop_hooks(unit, shared)
+        # A leaked context may keep the unit alive, but not what was closed.
+        watches: dict[Any, None] = {} if unit.watch is None else unit.watch.others
+        watches.pop(unit.watch, None)
+        for writer in unit.writers:
+            shared.writers.remove(writer.sync_session)
+        unit.participants, unit.writers, unit.failure = {}, (), None
+        unit.again = unit.attempts = unit.last = unit.watch = None
     if completion is not None:
         completion.shield.deliver()
 
 
-def _forget(unit: UnitOfWork) -> None:
-    """Let go of what was closed: a leaked context may keep the unit alive."""
-    if unit.watch is not None:
-        unit.watch.end()
-    for writer in unit.writers:
-        unit.share().writers.remove(writer.sync_session)
-    if unit.hooks is not NO_HOOKS:
-        unit.hooks.queues.clear()
-        if not unit.is_nested:
-            unit.share().savepoints.clear()
-    unit.participants, unit.writers, unit.failure = {}, (), None
-    unit.again = unit.attempts = unit.last = unit.watch = None
+def _drop_hooks(unit: UnitOfWork, shared: Shared) -> None:
+    unit.hooks.queues.clear()
+    if not unit.is_nested:
+        shared.savepoints.clear()
 
 
 def completion_of(unit: UnitOfWork) -> Completion:

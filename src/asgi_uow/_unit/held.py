@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import dataclasses
 import gc
+import math
 import sysconfig
+import threading
 import time
 from pathlib import Path
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import ref
 
 from asgi_uow._databases.connection import is_in_use
 from asgi_uow._decision import WRITABLE
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-    from asgi_uow._sessions.managed import Shared
     from asgi_uow._sessions.session import Session
     from asgi_uow.observers import Event
+
+    Task: TypeAlias = asyncio.Task[Any]
 
 _PATHS = sysconfig.get_paths()
 LIBRARIES = (
@@ -38,46 +40,40 @@ PARTS: dict[type, tuple[str, str]] = {
 }
 
 
-@dataclasses.dataclass(eq=False)
 class Watch:
     """The sessions of one unit that hold a transaction; tells of them at most once."""
 
-    shared: Shared
-    seconds: float
-    tell: Callable[[Event], None]
-    task: asyncio.Task[Any] | None  # the request's: a caller's may have ended
-    sessions: list[Session] = dataclasses.field(default_factory=list)
-    context: contextvars.Context = dataclasses.field(
-        default_factory=contextvars.copy_context
-    )
-
-    def begin(self) -> None:
-        """Look after them from now on, in this event loop."""
-        loop = asyncio.get_running_loop()
-        self._rounds = _rounds.get(loop) or _Rounds()
-        _rounds[loop] = self._rounds
-        self._rounds.add(self)
-
-    def end(self) -> None:
-        self._rounds.watches.pop(self, None)
+    def __init__(
+        self, seconds: float, tell: Callable[[Event], None], task: Task | None
+    ) -> None:
+        """`task` is the request's: that of the last call may have ended."""
+        loop, rounds = asyncio.get_running_loop(), _here.rounds
+        if rounds.loop() is not loop:
+            rounds = _here.rounds = _Rounds(loop)
+        self.sessions: list[Session] = []
+        self._seconds, self._tell, self._task = seconds, tell, task
+        self._context, self.others = contextvars.copy_context(), rounds.watches
+        self.others[self] = None  # until its unit ends
+        if seconds < rounds.comes_within:
+            rounds.look_after(seconds)
 
     def look(self) -> float | None:
         """Give the seconds after which to look again; None once it has told."""
         longest = 0.0
         for session in self.sessions:
             longest = max(longest, idle := self._idle(session))
-            if idle >= self.seconds:
-                place = _place_of(session.own_lock.last, self.task)
+            if idle >= self._seconds:
+                place = _place_of(session.own_lock.last, self._task)
                 held = HeldIdle(idle, place, session.sync_session.database.name)
-                self.context.run(self.tell, held)
+                self._context.run(self._tell, held)
                 return None
-        return self.seconds - longest
+        return self._seconds - longest
 
     def _idle(self, session: Session) -> float:
         sync, lock = session.sync_session, session.own_lock
         states = WRITABLE if sync.access == "write" else session.usable_in
         held = [each for each in sync.connections if not each.closed]
-        if lock.owner or sync.cursors or not held or self.shared.state not in states:
+        if lock.owner or sync.cursors or not held or session.shared.state not in states:
             return 0.0
         now = time.perf_counter()
         if sync.driver_exposed and any(map(is_in_use, held)):
@@ -88,30 +84,36 @@ class Watch:
 class _Rounds:
     """The watches of one event loop, which needs one timer for all."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: object) -> None:
+        self.loop: Callable[[], object] = ref(loop)
         self.watches: dict[Watch, None] = {}
-        self._due = 0.0  # when the timer comes, by the loop's clock; then in the past
+        self.comes_within: float = math.inf  # seconds from now, at most
 
-    def add(self, watch: Watch) -> None:
-        self.watches[watch] = None
-        self._look_after(watch.seconds)
-
-    def _look_after(self, seconds: float) -> None:
-        loop = asyncio.get_running_loop()
-        if not loop.time() < self._due <= loop.time() + seconds:
-            self._due = loop.time() + seconds
-            # In an empty context: not that of the request which happens to be first.
-            loop.call_at(self._due, self._look, context=contextvars.Context())
+    def look_after(self, seconds: float) -> None:
+        self.comes_within = seconds
+        # In an empty context: not that of the request which happens to be first.
+        loop, context = asyncio.get_running_loop(), contextvars.Context()
+        loop.call_later(seconds, self._look, context=context)
 
     def _look(self) -> None:
+        self.comes_within, earliest = math.inf, math.inf
         for watch in tuple(self.watches):
             if (seconds := watch.look()) is None:
-                watch.end()
+                self.watches.pop(watch, None)
             else:
-                self._look_after(seconds)
+                earliest = min(earliest, seconds)
+        if self.watches:
+            self.look_after(earliest)
 
 
-_rounds: WeakKeyDictionary[asyncio.AbstractEventLoop, _Rounds] = WeakKeyDictionary()
+class _Here(threading.local):
+    """The rounds of the loop that this thread runs, or has run."""
+
+    def __init__(self) -> None:
+        self.rounds: _Rounds = _Rounds(self)
+
+
+_here = _Here()
 
 
 def _place_of(last: Callable[[], Any] | None, task: Any) -> str:

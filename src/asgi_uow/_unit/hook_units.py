@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from asgi_uow._concurrency import Shield
     from asgi_uow._decision import Decision
+    from asgi_uow._sessions.record import Recorder
     from asgi_uow._unit.hooks import Hook, Work
 
     EndUnit = Callable[[UnitOfWork, Decision], Work]
@@ -55,6 +56,7 @@ class HookRun:
 
     async def _call_all(self, shield: Shield) -> None:
         phase, unit = self.phase, self.unit
+        recorder = unit.share().recorder
         while self.waiting:
             hook = self.waiting.pop(0)
             if phase != "after_rollback" and hook.is_dropped:
@@ -65,8 +67,9 @@ class HookRun:
             context = contextvars.copy_context()
             context.run(current.set, own)
             running = self.running = hook, own
-            told = own.options.wants_figures
-            work = self._call(own, hook, shield) if told else hook.call(shield)
+            work = hook.call(shield)
+            if recorder is not None:
+                work = self._call(own, hook, work, recorder)
             error = await call_hook(work, context, shield)
             try:
                 if self.running is not running:
@@ -79,23 +82,23 @@ class HookRun:
             finally:
                 del error  # its traceback refers to this frame
 
-    async def _call(self, own: UnitOfWork, hook: Hook, shield: Shield) -> None:
+    async def _call(
+        self, own: UnitOfWork, hook: Hook, work: Work, recorder: Recorder
+    ) -> None:
         """Call a hook; tell the observers, where it runs, of its beginning and end."""
         tell, phase, of = own.options.tell, self.phase, self.unit
-        recorder = of.share().recorder
         tell(HookStarted(phase, hook.name, unit=own, of=of))
         started = time.perf_counter()
         error: BaseException | None = None
         try:
-            await hook.call(shield)
+            await work
         except BaseException as raised:
             error = raised
             raise
         finally:
             seconds = time.perf_counter() - started
-            if recorder is not None:  # pragma: no branch  # an inspector came later
-                recorder.hooks += 1
-                recorder.hook_seconds += seconds
+            recorder.hooks += 1
+            recorder.hook_seconds += seconds
             tell(HookFinished(phase, hook.name, seconds, error, unit=own, of=of))
 
     async def _conclude(

@@ -30,26 +30,15 @@ class UnitOptions:
     held_idle: float | None = 1.0
     server_timing: bool = False
 
-    @functools.cached_property
-    def _are_others(self) -> bool:
-        return any(type(each) is not LoggingObserver for each in self.observers)
-
-    @property
-    def wants_details(self) -> bool:
-        """Whether somebody wants beginnings and successes, which nobody logs."""
-        return self._are_others or bool(inspectors)
-
     @property
     def wants_figures(self) -> bool:
-        """Whether what a unit does is to be counted, and for how long it takes."""
-        return self.server_timing or self.wants_outcomes
-
-    @property
-    def wants_outcomes(self) -> bool:
+        """Whether somebody asks for beginnings, successes and what a unit does."""
+        if self.server_timing or inspectors:
+            return True
         for each in self.observers:
             if type(each) is not LoggingObserver or each.logs_outcomes:
                 return True
-        return bool(inspectors)
+        return False
 
     def tell(self, event: Event) -> None:
         if (error := getattr(event, "error", None)) is not None:

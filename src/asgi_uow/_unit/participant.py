@@ -77,7 +77,8 @@ class Participant:
         if committed is not None or (kept and self.has_written):
             self.shared.committed.add(self.db)
             self.shared.kept[0] += 1
-        self.tell_release(self.writer)
+        if self.shared.recorder is not None:
+            self.tell_release(self.writer)
         if journal.implicit_commit is not None:
             self.shared.events.append(ImplicitCommit(journal.implicit_commit))
 

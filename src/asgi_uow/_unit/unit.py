@@ -141,7 +141,9 @@ class UnitOfWork:
         self.start()
         writer = participant.open_writer()
         self.writers = (*self.writers, writer)
-        self.look_after(writer)
+        if (seconds := self.options.held_idle) is not None:
+            self.watch = self.watch or Watch(seconds, self._tell_idle, self.task)
+            self.watch.sessions.append(writer)
         return writer
 
     def read_session(self, db: Engines | None = None) -> Session:
@@ -149,8 +151,10 @@ class UnitOfWork:
         participant = self.reading("read_session()", db)
         if participant.reader is None:
             participant.reader = participant.open_reader()
-            if participant.db.read_isolation is not None:
-                self.look_after(participant.reader)
+            seconds = self.options.held_idle
+            if participant.db.read_isolation and seconds is not None:
+                self.watch = self.watch or Watch(seconds, self._tell_idle, self.task)
+                self.watch.sessions.append(participant.reader)
         return participant.reader
 
     def reading(self, operation: str, db: Engines | None) -> Participant:
@@ -210,16 +214,8 @@ class UnitOfWork:
             self.move(State.ACTIVE)
         if self.opened is None:
             self.opened = time.perf_counter()
-            if self.options.wants_details:
+            if self.shared is not None and self.shared.recorder is not None:
                 self.options.tell(UnitStarted(unit=self))
-
-    def look_after(self, session: Session) -> None:
-        """Tell, once, if its connection is held while nothing is executed."""
-        if (seconds := self.options.held_idle) is not None:
-            if self.watch is None:
-                self.watch = Watch(self.share(), seconds, self._tell_idle, self.task)
-                self.watch.begin()
-            self.watch.sessions.append(session)
 
     def _tell_idle(self, event: Event) -> None:
         self.options.tell(dataclasses.replace(event, unit=self))
