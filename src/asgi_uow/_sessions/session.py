@@ -209,8 +209,7 @@ class Session(StatementSession):
     async def open_stream(self, execute: Execute) -> AsyncResult[*TupleAny]:
         """Have the fetches of a stream wait for other calls too."""
         stream = await execute()
-        host = self.host
-        result = stream._real_result  # noqa: SLF001  # the stream would be a cycle
+        host, result = self.host, stream._real_result  # noqa: SLF001  # no cycle
 
         async def serialize(fetch: Call) -> object:
             async with host.own_lock:
