@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event as sa_event
@@ -53,8 +53,8 @@ def finished(events: list[Event]) -> list[Event]:
     """Give the ends of units, without durations and the request."""
     ends = [each for each in events if isinstance(each, UnitFinished)]
     assert all(0 <= end.ending <= end.seconds < 60 for end in ends)
-    left_out = {"method": None, "path": None, "usage": (), "hook_seconds": 0.0}
-    left_out |= {"seconds": 0.0, "ending": 0.0, "hooks": 0}
+    left_out: dict[str, Any] = {"method": None, "path": None, "usage": (), "hooks": 0}
+    left_out |= {"seconds": 0.0, "ending": 0.0, "hook_seconds": 0.0}
     return [dataclasses.replace(end, **left_out) for end in ends]
 
 

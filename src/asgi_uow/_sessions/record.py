@@ -106,18 +106,19 @@ class Record:
             result = call()
             failed = False
         finally:
-            self._last = time.perf_counter()
-            seconds = self._last - started
-            if kind == "statement":
+            ended = self._last = time.perf_counter()
+            if kind == "connection":  # in a savepoint that is sent at once, too
+                ended = self.connected or ended
+                self.waited += ended - started
+            elif kind == "statement":
+                seconds = ended - started
                 self.statements += Statements(1, seconds, seconds)
-            elif kind == "connection":
-                self.waited += seconds
             else:
-                self._recorder.ending += seconds
+                self._recorder.ending += ended - started
             if self._recorder.timeline is not None:
                 text = known.without_literals(sql) if sql else ""
-                about = kind, self.database, self.access, started, seconds, text, failed
-                self._recorder.timeline.append(Step(*about))
+                about = kind, self.database, self.access, started, ended - started
+                self._recorder.timeline.append(Step(*about, text, failed))
         return result
 
 

@@ -81,6 +81,7 @@ def note_close(unit: UnitOfWork, recorder: Recorder) -> None:
     if response is not None and response.started is not None:
         left = response.started - opened, response.ended - opened
     steps = [dataclasses.replace(each, start=each.start - opened) for each in timeline]
+    steps.sort(key=lambda each: each.start + each.seconds)
     status = None if response is None else response.status
     unit.share().events.append(UnitClosed(status, left, tuple(steps)))
 

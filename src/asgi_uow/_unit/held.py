@@ -14,6 +14,7 @@ from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import ref
 
+from asgi_uow._concurrency import Shield
 from asgi_uow._databases.connection import is_in_use
 from asgi_uow._decision import WRITABLE
 from asgi_uow.observers import HeldIdle
@@ -33,6 +34,7 @@ LIBRARIES = (
     str(Path(__file__).parents[1]),  # this one, also where it is not installed
     "<",  # made at run time
 )
+HOOKS = Shield._wait.__code__  # noqa: SLF001  # where a request waits for its hooks
 PARTS: dict[type, tuple[str, str]] = {
     CoroutineType: ("cr_frame", "cr_await"),
     GeneratorType: ("gi_frame", "gi_yieldfrom"),
@@ -136,7 +138,9 @@ def _frames(waiting: Any) -> Iterator[FrameType]:
         frame, inner = (getattr(waiting, name) for name in PARTS[type(waiting)])
         if frame is not None:
             yield frame
-        if type(inner) not in PARTS:
+        if frame is not None and frame.f_code is HOOKS:
+            inner = frame.f_locals["task"].get_coro()
+        elif type(inner) not in PARTS:
             # What stands between, such as anext(), has no attribute for it. A
             # generator that sends by itself, as ours for hooks, has it as a local.
             refers = gc.get_referents(waiting if inner is None else inner)

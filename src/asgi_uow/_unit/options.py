@@ -44,5 +44,5 @@ class UnitOptions:
         if (error := getattr(event, "error", None)) is not None:
             show = functools.partial(stacktrace_of, error)
             event = dataclasses.replace(event, trace=show)
-        watching = filter(None, (each() for each in tuple(inspectors)))
-        notify((*self.observers, *watching), event)
+        watching = [inspector() for inspector in inspectors]
+        notify((*self.observers, *(it for it in watching if it is not None)), event)

@@ -1,0 +1,464 @@
+"""What `UnitFinished` says of statements, waits, hooks, and whose request it was."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from fastapi import FastAPI
+from litestar import Litestar, get
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
+
+import asgi_uow as uow
+from asgi_uow import Database, Retry, UnitOfWorkMiddleware, unit_of_work
+from asgi_uow._unit import options
+from asgi_uow.observers import CommitFailed, LoggingObserver, UnitClosed, UnitFinished
+from tests.support import shop
+from tests.support.asgi import Client, Response, endpoint, handle, respond
+from tests.support.conflicts import conflict, conflicting_shop
+from tests.support.databases import DRIVERS, on, shop_database
+from tests.support.keys import Shop, create_table
+from tests.support.observer import Events
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from starlette.requests import Request
+
+    from asgi_uow._asgi import ASGIApp, Receive, Scope, Send
+    from asgi_uow.observers import Event, Usage
+    from tests.servers import Backend
+
+pytestmark = on("aiosqlite")
+
+NAP = 0.2  # seconds that a database takes over a statement
+MORE = 0.15  # seconds that a loaded machine may add
+SQL = {
+    "sqlite": "SELECT nap({})",
+    "mariadb": "SELECT sleep({})",
+    "postgresql": "SELECT pg_sleep({})",
+}
+
+
+def nap(backend: Backend, seconds: float = NAP) -> str:
+    """Give a statement that the database takes some time over."""
+    return SQL[backend.name].format(seconds)
+
+
+def teach_to_nap(db: Database) -> None:
+    """Have SQLite know how to."""
+    for each in {db.engine, *db.readers} if db.engine.dialect.name == "sqlite" else ():
+        event.listen(each.sync_engine, "connect", _teach)
+
+
+def _teach(dbapi: Any, _: object) -> None:
+    dbapi.create_function("nap", 1, time.sleep)
+
+
+def usages(response: Response) -> dict[str, Usage]:
+    """Give what one unit did, by access."""
+    return {each.access: each for each in response.events.only(UnitFinished).usage}
+
+
+def is_about(seconds: float, expected: float) -> bool:
+    return expected <= seconds < expected + MORE
+
+
+# Statements
+
+
+@on(*DRIVERS)
+async def test_statements_are_counted(db: Database) -> None:
+    """Those of reads and writes, failed ones and savepoints; BEGIN and COMMIT are none.
+
+    What is read once the unit has written is in the writer's transaction, and its.
+    """
+
+    async def work() -> None:
+        read, session = uow.current_read_session(), uow.current_session()
+        await read.execute(shop.COUNT)
+        await shop.insert(1)
+        await session.execute("INSERT INTO items (id) VALUES (:id)", [{"id": 2}])
+        with pytest.raises(DBAPIError):
+            async with session.begin_nested():
+                await shop.insert(1)
+        await read.execute(shop.COUNT)
+
+    response = await handle(work, db)
+    assert {1: "read", 6: "write"} == {
+        each.statements.count: each.access for each in usages(response).values()
+    }
+    ended = response.events.only(UnitFinished)
+    assert 7 == ended.statements.count
+    assert 0 < ended.statements.slowest < ended.statements.seconds < ended.seconds
+    assert {db.name} == {each.database for each in ended.usage}
+
+
+async def test_what_is_not_the_users_is_not_counted(backend: Backend) -> None:
+    """`on_begin` and keys have statements of their own, and resolving has one."""
+    await create_table(backend)
+
+    async def prepare(session: Any) -> None:
+        await session.execute("SELECT 1")
+
+    options: Any = {"on_begin": prepare, "resolve_unknown": True}
+    async with shop_database(backend, **options) as db:
+        shelf = Shop(db)
+        first = await shelf.post()
+        assert 201 == first.status
+        repeated = await shelf.post()
+        assert 201 == repeated.status
+    ends = shelf.events.of(UnitFinished)
+    assert [(1, False), (0, True)] == [
+        (each.statements.count, each.replayed) for each in ends
+    ]
+
+
+async def test_a_unit_around_and_a_hook_count_for_themselves(
+    db: Database, tmp_path: Any
+) -> None:
+    """Each unit has its own statements; a database of its own is named."""
+    other = Database.from_url(f"sqlite:///{tmp_path}/other.db")
+
+    async def work() -> None:
+        await shop.insert(1)
+        async with unit_of_work(other) as inner:
+            await inner.session().execute("SELECT 1")
+            await inner.session().execute("SELECT 2")
+        uow.after_commit(shop.insert, 2)
+
+    response = await handle(work, db)
+    await other.dispose()
+    ends = response.events.of(UnitFinished)
+    found = [(each.databases, each.statements.count) for each in ends]
+    assert [((other.name,), 2), ((db.name,), 1), ((db.name,), 1)] == found
+    assert {("GET", "/")} == {(each.method, each.path) for each in ends}
+
+
+@on(*DRIVERS)
+async def test_known_seconds(db: Database, backend: Backend) -> None:
+    """Two statements of known length, a wait for something else, a hook: all told."""
+    teach_to_nap(db)
+
+    async def work() -> None:
+        session = uow.current_session()
+        await shop.insert(1)
+        await uow.current_read_session().execute(nap(backend))
+        await session.execute(nap(backend, 2 * NAP))
+        await asyncio.wait_for(asyncio.Event().wait(), 2 * NAP)
+
+    async def patient() -> None:
+        with pytest.raises(TimeoutError):
+            await work()
+        uow.after_commit(asyncio.sleep, NAP)
+        uow.before_commit(asyncio.sleep, 0)
+
+    response = await handle(patient, db)
+    ended = response.events.only(UnitFinished)
+    assert 3 == ended.statements.count
+    assert is_about(ended.statements.seconds, 3 * NAP)
+    assert is_about(ended.statements.slowest, 2 * NAP)
+    assert is_about(ended.idle, 2 * NAP)
+    assert is_about(ended.held, 5 * NAP)
+    assert is_about(ended.hook_seconds, NAP)
+    assert 2 == ended.hooks
+    assert ended.waited < MORE
+
+
+@on(*DRIVERS)
+async def test_waits_for_a_connection(backend: Backend) -> None:
+    """A request that waits for the pool's only connection says for how long."""
+    async with shop_database(backend, pool_size=1, max_overflow=0) as db:
+        teach_to_nap(db)
+        is_held = asyncio.Event()
+
+        async def hold() -> None:
+            async with db:
+                await shop.insert(1, db)
+                is_held.set()
+                await db.write.execute(nap(backend))
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(hold())
+            await is_held.wait()
+            async with unit_of_work(db, independent=True):
+                response = await handle(lambda: shop.insert(2), db)
+    ended = response.events.only(UnitFinished)
+    assert is_about(ended.waited, NAP)
+    assert ended.held < MORE
+
+
+async def test_waits_in_vain(backend: Backend) -> None:
+    """The wait that ended with the pool's timeout is told, too."""
+    async with shop_database(
+        backend, pool_size=1, max_overflow=0, pool_timeout=NAP
+    ) as db:
+        async with db.engine.connect():
+            response = await handle(lambda: shop.insert(1), db)
+        assert isinstance(response.error, PoolTimeoutError)
+    [usage] = response.events.only(UnitFinished).usage
+    assert is_about(usage.waited, NAP)
+    assert (0, 0.0) == (usage.statements.count, usage.held)
+
+
+async def test_parallel_reads_are_one_usage(db: Database) -> None:
+    """Read sessions of several tasks are told together."""
+
+    async def read() -> None:
+        async with uow.parallel_read() as session:
+            await session.execute(shop.COUNT)
+
+    async def work() -> None:
+        await asyncio.gather(read(), read())
+
+    found = usages(await handle(work, db))
+    assert 2 == found["read"].statements.count
+
+
+async def test_attempts(backend: Backend) -> None:
+    """What is told of a request that was replayed says which attempt it is about."""
+    events = Events()
+
+    async def work() -> None:
+        if uow.current_unit_of_work().attempt == 1:
+            await conflict(backend)
+        await uow.current_session().execute("SELECT 1")
+
+    async with conflicting_shop(backend) as db:
+        retry = Retry(methods=("GET",), backoff=0)
+        app = UnitOfWorkMiddleware(endpoint(work), db, retry=retry, observers=[events])
+        assert 200 == (await Client(app).request()).status
+    assert [1, 2] == [each.attempt for each in events.of(UnitFinished)]
+
+
+# Nobody asks
+
+
+async def test_nothing_is_noted_where_nobody_asks(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the default observer no session has a record; at DEBUG, it has."""
+    found: list[Any] = []
+
+    async def work() -> None:
+        await shop.insert(1)
+        sync: Any = uow.current_session().sync_session
+        found.append(sync.record)
+
+    await handle(work, db, status=404, observers=[LoggingObserver()])
+    with caplog.at_level("DEBUG", "asgi_uow"):
+        await handle(work, db, status=404, observers=[LoggingObserver()])
+    assert found[0] is None
+    assert found[1].statements.count == 1
+
+
+# The request
+
+
+async def answer(_: Request) -> PlainTextResponse:
+    await shop.insert(1)
+    return PlainTextResponse("no", 409)
+
+
+def starlette() -> ASGIApp:
+    route = Route("/items/{item_id}", answer)
+    return Starlette(routes=[Mount("/shop", routes=[route]), Mount("/raw", raw)])
+
+
+def fastapi() -> ASGIApp:
+    app = FastAPI()
+    inner = FastAPI()
+
+    async def handler() -> None:
+        await shop.insert(1)
+
+    inner.add_api_route("/items/{item_id}", handler)
+    app.mount("/shop", inner)
+    return app
+
+
+def litestar() -> ASGIApp:
+    @get("/shop/items/{item_id:str}")
+    async def handler() -> None:
+        await shop.insert(1)
+
+    return Litestar([handler])
+
+
+async def raw(_: Scope, __: Receive, send: Send) -> None:
+    await shop.insert(1)
+    await respond(send, 409)
+
+
+@pytest.mark.parametrize(
+    ("make", "asked", "told"),
+    [
+        (starlette, "/shop/items/7", "/shop/items/{item_id}"),
+        (starlette, "/raw/items/7", "/raw/items/7"),
+        (fastapi, "/shop/items/7", "/shop/items/{item_id}"),
+        (litestar, "/shop/items/7", "/shop/items/{item_id}"),
+        (lambda: raw, "/shop/items/7", "/shop/items/7"),
+    ],
+)
+@pytest.mark.parametrize("root", ["", "/proxy"])
+async def test_path(db: Database, make: Any, asked: str, told: str, root: str) -> None:
+    """The path is the route's template where the framework tells it, without a query.
+
+    A prefix that a proxy takes away is no part of it.
+    """
+    events = Events()
+    app = UnitOfWorkMiddleware(make(), db, observers=[events])
+    query = b"token=secret"
+    await Client(app).request(root + asked, root_path=root, query_string=query)
+    ended = events.only(UnitFinished)
+    assert "GET" == ended.method
+    assert (ended.path or "").removeprefix(root) == told
+
+
+async def test_outside_of_requests(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A block has no request; its log line says so."""
+    with caplog.at_level("DEBUG", "asgi_uow"):
+        async with db:
+            await shop.insert(1)
+    assert "(outside of requests, cause" in caplog.text
+
+
+async def test_the_line_of_a_failed_unit(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One record names request, outcome, cause and code; the path cannot end a line."""
+    app = UnitOfWorkMiddleware(endpoint(shop.insert_orphan), db)
+    await Client(app).request("/a\nERROR forged")
+    [record] = [each for each in caplog.records if each.name == "asgi_uow"]
+    about = "GET '/a\\nERROR forged', rolled back, cause commit_failed, driver code "
+    expected = f"unit of work not kept: {about}SQLITE_CONSTRAINT_FOREIGNKEY"
+    assert expected == record.getMessage()
+    assert "Traceback" not in (record.exc_text or "")
+
+
+async def test_a_failed_commit_names_the_request(db: Database) -> None:
+    """So does the event for error trackers."""
+    failed = (await handle(shop.insert_orphan, db)).events.only(CommitFailed)
+    assert ("GET", "/") == (failed.method, failed.path)
+
+
+# Server-Timing
+
+
+def timings(response: Response) -> dict[str, float]:
+    parts = response.headers["server-timing"].split(", ")
+    pairs = (part.split(";dur=") for part in parts)
+    return {name: float(milliseconds) / 1000 for name, milliseconds in pairs}
+
+
+async def test_server_timing(db: Database, backend: Backend) -> None:
+    """The header says in milliseconds what pool, database, COMMIT and hooks took."""
+    teach_to_nap(db)
+
+    async def work() -> None:
+        await uow.current_session().execute(nap(backend))
+        uow.after_commit(asyncio.sleep, NAP)
+
+    response = await handle(work, db, observers=(), server_timing=True)
+    found = timings(response)
+    assert ["pool", "db", "commit", "hooks"] == [*found]
+    assert is_about(found["db"], NAP)
+    assert is_about(found["hooks"], NAP)
+    assert 0 < found["commit"] < MORE
+
+
+async def test_no_server_timing(db: Database) -> None:
+    """There is none unless asked for, nor for a request that touches nothing."""
+
+    async def work() -> None:
+        pass
+
+    asked = await handle(work, db, server_timing=True)
+    not_asked = await handle(lambda: shop.insert(1), db)
+    assert "server-timing" not in {**asked.headers, **not_asked.headers}
+
+
+# What an inspector is told
+
+
+@pytest.fixture
+def inspected() -> Iterator[Events]:
+    """Be told of everything, as an inspector is."""
+    events = Events()
+    options.inspectors.append(lambda: events)
+    yield events
+    options.inspectors.clear()
+
+
+def kinds(closed: UnitClosed) -> list[str]:
+    return [each.text.partition(" ")[0] or each.kind for each in closed.timeline]
+
+
+@on(*DRIVERS)
+async def test_timeline(db: Database, inspected: Events) -> None:
+    """Every step comes in order, and the response leaves after COMMIT."""
+
+    async def work() -> None:
+        async with uow.current_session().begin_nested():
+            await shop.insert(1)
+
+    response = await handle(work, db, observers=())
+    closed = inspected.only(UnitClosed)
+    expected = ["connection", "SAVEPOINT", "INSERT", "RELEASE", "commit"]
+    assert expected == kinds(closed)
+    assert "SECRET" not in str(closed)
+    ends = [each.start + each.seconds for each in closed.timeline]
+    assert sorted(ends) == ends
+    assert closed.response is not None
+    assert ends[-1] <= closed.response[0] <= closed.response[1]
+    assert response.status == closed.status
+    assert {("write", db.name, False)} == {
+        (each.access, each.database, each.failed) for each in closed.timeline
+    }
+
+
+async def test_timeline_of_a_rollback(db: Database, inspected: Events) -> None:
+    """A statement that fails is marked; literals are no part of the text."""
+
+    async def work() -> None:
+        await uow.current_session().execute("SELECT 'SECRET' FROM nowhere")
+
+    await handle(work, db, observers=())
+    closed = inspected.only(UnitClosed)
+    assert ["connection", "SELECT", "rollback"] == kinds(closed)
+    assert [False, True, False] == [each.failed for each in closed.timeline]
+    assert (None, None) == (closed.status, closed.response)
+    assert "SECRET" not in str(inspected)
+
+
+async def test_timeline_of_a_block(db: Database, inspected: Events) -> None:
+    """A block has no response; reads that go on after the outcome are in it."""
+    async with db:
+        await shop.insert(1)
+    async with db as unit:
+        await unit.read_session().execute(shop.COUNT)
+    closed = inspected.of(UnitClosed)
+    assert [["connection", "INSERT", "commit"], ["connection", "SELECT"]] == [
+        kinds(each) for each in closed
+    ]
+    assert [(None, None)] * 2 == [(each.status, each.response) for each in closed]
+
+
+def test_events_of_a_dead_inspector() -> None:
+    """One that nobody refers to any more is told nothing."""
+    told: list[Event] = []
+    options.inspectors.append(lambda: None)
+    try:
+        options.UnitOptions(observers=(told.append,)).tell(UnitClosed(None, None, ()))
+    finally:
+        options.inspectors.clear()
+    assert [UnitClosed(None, None, ())] == told

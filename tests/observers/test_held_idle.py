@@ -1,0 +1,369 @@
+"""`HeldIdle`: who holds a connection while nothing is executed, and where."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from fastapi import Depends, FastAPI
+from sqlalchemy import text
+from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
+
+import asgi_uow as uow
+from asgi_uow import Database, UnitOfWorkMiddleware
+from asgi_uow._unit import held
+from asgi_uow.errors import ConfigurationError
+from asgi_uow.observers import HeldIdle, UnitFinished
+from tests.support import shop
+from tests.support.asgi import Client, endpoint, respond
+from tests.support.databases import DRIVERS, memory_database, on
+from tests.support.observer import Events
+from tests.support.streams import ROWS, SELECT, fill
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from asgi_uow._asgi import ASGIApp, Receive, Scope, Send
+    from asgi_uow.observers import Event
+    from tests.servers import Backend
+    from tests.servers.backend import ServerBackend
+    from tests.support.asgi import Response
+
+pytestmark = on("aiosqlite")
+
+SECONDS = 0.1
+USER: ContextVar[str] = ContextVar("user", default="nobody")
+
+
+class Alarm(Events):
+    """Keeps what is told, and lets somebody wait for a `HeldIdle`."""
+
+    def __init__(self) -> None:
+        self.rings = asyncio.Event()
+        self.users: list[str] = []
+
+    def __call__(self, event: Event, /) -> None:
+        super().__call__(event)
+        if isinstance(event, HeldIdle):
+            self.users.append(USER.get())
+            self.rings.set()
+
+    async def wait(self) -> None:
+        """Wait for another service, which answers once the alarm was given."""
+        await self.rings.wait()  # here
+
+    @property
+    def place(self) -> str:
+        return self.only(HeldIdle).place
+
+    async def request(self, app: ASGIApp, db: Database, **options: Any) -> Response:
+        options = {"held_idle": SECONDS, "observers": [self], **options}
+        return await Client(UnitOfWorkMiddleware(app, db, **options)).request()
+
+
+def line_of(function: Callable[..., object], mark: str) -> str:
+    """Give file and number of the line of a function that has a comment."""
+    lines, first = inspect.getsourcelines(function)
+    [index] = [i for i, line in enumerate(lines) if line.endswith(f"# {mark}\n")]
+    return f"{inspect.getsourcefile(function)}:{first + index} in "
+
+
+# Where
+
+
+async def wait(alarm: Alarm) -> None:
+    """Stand for code of the user that waits in a library."""
+    await asyncio.wait_for(asyncio.shield(alarm.rings.wait()), 60)  # waits
+
+
+PLACE = line_of(wait, "waits") + "wait"
+
+
+@on(*DRIVERS)
+async def test_handler(db: Database) -> None:
+    """The place is the innermost line of the user's code, whatever it waits in.
+
+    Told once, at once, in the context of the request, with the unit and its database.
+    """
+    alarm, units = Alarm(), list[Any]()
+
+    async def work() -> None:
+        units.append(uow.current_unit_of_work())
+        USER.set("Ann")
+        await shop.insert(1)
+        for _ in range(2):
+            await wait(alarm)
+            alarm.rings.clear()
+            asyncio.get_running_loop().call_later(2 * SECONDS, alarm.rings.set)
+
+    response = await alarm.request(endpoint(work), db)
+    assert response.error is None
+    assert PLACE == alarm.place
+    told = alarm.only(HeldIdle)
+    assert SECONDS <= told.seconds < alarm.only(UnitFinished).seconds
+    assert ([told.unit], db.name) == (units, told.database)
+    assert ["Ann"] == alarm.users
+    assert alarm.index(told) < alarm.kinds.index("UnitFinished")
+
+
+async def test_fastapi_dependency(db: Database) -> None:
+    """A dependency with `yield` that waits is named."""
+
+    async def opens() -> AsyncIterator[None]:
+        await shop.insert(1)
+        await wait(alarm)
+        yield
+
+    async def handler() -> None:
+        pass
+
+    alarm, app = Alarm(), FastAPI()
+    app.add_api_route("/", handler, dependencies=[Depends(opens)])
+    await alarm.request(app, db)
+    assert PLACE == alarm.place
+
+
+async def test_tasks(db: Database) -> None:
+    """The task that made the last call is the one that is asked for its place."""
+
+    async def child() -> None:
+        await shop.insert(1)
+        await wait(alarm)
+
+    async def work() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(child())
+
+    alarm = Alarm()
+    await alarm.request(endpoint(work), db)
+    assert PLACE == alarm.place
+
+
+async def test_task_that_has_ended(db: Database) -> None:
+    """Where the last caller is gone the request's own task is asked."""
+
+    async def work() -> None:
+        await asyncio.create_task(shop.insert(1))
+        await wait(alarm)
+
+    alarm = Alarm()
+    await alarm.request(endpoint(work), db)
+    assert PLACE == alarm.place
+
+
+async def test_all_tasks_have_ended(db: Database) -> None:
+    """A hook's own unit has no task of its own: then nobody can be named."""
+    alarm, left = Alarm(), list[Any]()
+
+    async def hook() -> None:
+        await asyncio.create_task(shop.insert(2))
+        await alarm.rings.wait()
+
+    async def work() -> None:
+        uow.after_commit(hook)
+        left.append(None)
+
+    await alarm.request(endpoint(work), db)
+    assert left
+    assert "a task that has ended" == alarm.place
+
+
+async def test_base_http_middleware(db: Database) -> None:
+    """The handler runs in a task of Starlette's; that is found."""
+
+    async def handler(_: Any) -> StreamingResponse:
+        await shop.insert(1)
+        await wait(alarm)
+        return StreamingResponse([])
+
+    async def dispatch(request: Any, call_next: Any) -> Any:
+        return await call_next(request)
+
+    alarm = Alarm()
+    app = Starlette(routes=[Route("/", handler)])
+    await alarm.request(BaseHTTPMiddleware(app, dispatch), db)
+    assert PLACE == alarm.place
+
+
+async def test_hook(db: Database) -> None:
+    """A `before_commit` hook that waits is named as well."""
+
+    async def work() -> None:
+        await shop.insert(1)
+        uow.before_commit(wait, alarm)
+
+    alarm = Alarm()
+    await alarm.request(endpoint(work), db)
+    assert PLACE == alarm.place
+
+
+async def test_thread(db: Database) -> None:
+    """Of a task that waits for nothing of the user's, the innermost line is told."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session = uow.current_session()
+        await asyncio.create_task(session.execute(shop.COUNT))
+        await asyncio.to_thread(rings.wait)  # thread
+        await respond(send)
+
+    class Rings:
+        def wait(self) -> None:
+            asyncio.run_coroutine_threadsafe(alarm.rings.wait(), loop).result()
+
+    alarm, rings, loop = Alarm(), Rings(), asyncio.get_running_loop()
+    await alarm.request(app, db)
+    assert alarm.place.startswith(line_of(app, "thread"))
+
+
+async def test_block(db: Database, caplog: pytest.LogCaptureFixture) -> None:
+    """Outside of requests the log warns after a second, and says what to do."""
+    warned = asyncio.Event()
+    listening = Listening(warned)
+    logging.getLogger("asgi_uow").addHandler(listening)
+    try:
+        async with db:
+            await shop.insert(1)
+            await warned.wait()
+    finally:
+        logging.getLogger("asgi_uow").removeHandler(listening)
+    [record] = caplog.records
+    assert "WARNING" == record.levelname
+    assert "was held for 1.0 s while nothing was executed" in caplog.text
+    assert f"waiting at {__file__}" in caplog.text
+    assert "how-to `Slow calls`" in caplog.text
+
+
+class Listening(logging.Handler):
+    """Says that something was logged."""
+
+    def __init__(self, event: asyncio.Event) -> None:
+        super().__init__()
+        self._event = event
+
+    def emit(self, _: logging.LogRecord) -> None:
+        self._event.set()
+
+
+@on("asyncmy", "asyncpg", "aiosqlite", read_isolation="REPEATABLE READ")
+async def test_snapshot(db: Database) -> None:
+    """A snapshot that is held is a transaction, too."""
+
+    async def work() -> None:
+        await uow.current_read_session().execute(shop.COUNT)
+        await wait(alarm)
+
+    alarm = Alarm()
+    await alarm.request(endpoint(work), db)
+    assert PLACE == alarm.place
+
+
+# No alarm
+
+
+async def pass_by(times: int = 2) -> None:
+    """Let more than `SECONDS` pass, so often; another unit has a watch, and tells."""
+    async with memory_database() as clock:
+        for _ in range(times):
+            alarm = Alarm()
+            await alarm.request(endpoint(functools.partial(hold, alarm)), clock)
+
+
+async def hold(alarm: Alarm) -> None:
+    await uow.current_session().execute(shop.COUNT)
+    await wait(alarm)
+
+
+@on(*DRIVERS)
+@pytest.mark.parametrize("level", [None, "REPEATABLE READ"])
+async def test_stream_of_the_read_session(backend: Backend, level: Any) -> None:
+    """A client that reads slowly is no alarm: its rows are on their way."""
+    await fill(backend)
+
+    async def handler(_: Any) -> StreamingResponse:
+        rows = await uow.current_read_session().stream(SELECT)
+
+        async def body() -> AsyncIterator[str]:
+            async for row in rows.scalars():
+                if row == 1:
+                    await pass_by()
+                yield f"{row},"
+
+        return StreamingResponse(body())
+
+    db = Database.from_url(backend.url, read_isolation=level)
+    alarm, app = Alarm(), Starlette(routes=[Route("/", handler)])
+    response = await alarm.request(app, db)
+    await db.dispose()
+    assert ROWS == len(response.chunks)
+    assert [] == alarm.of(HeldIdle)
+
+
+async def test_reads_hold_nothing(db: Database) -> None:
+    """A read session has given its connection back after each call."""
+
+    async def work() -> None:
+        await uow.current_read_session().execute(shop.COUNT)
+        await pass_by()
+
+    alarm = Alarm()
+    await alarm.request(endpoint(work), db)
+    assert [] == alarm.of(HeldIdle)
+
+
+@on("asyncmy", "asyncpg", "psycopg")
+@pytest.mark.parametrize("past", [False, True])
+async def test_statement_in_flight(
+    db: Database, backend: ServerBackend, *, past: bool
+) -> None:
+    """A slow statement is no idleness, sent by the session or past it."""
+    sleep = {"mariadb": "SELECT sleep(60)", "postgresql": "SELECT pg_sleep(60)"}
+    sql = text(sleep[backend.name])
+
+    async def work() -> None:
+        session = uow.current_session()
+        execute: Any = (await session.connection() if past else session).execute
+        running = asyncio.create_task(execute(sql))
+        await pass_by()
+        assert [] == alarm.of(HeldIdle)
+        running.cancel()
+        await asyncio.wait([running])
+
+    alarm = Alarm()
+    await alarm.request(endpoint(work), db)
+    assert [] == alarm.of(HeldIdle)
+
+
+async def test_switched_off(db: Database) -> None:
+    """`held_idle=None` has nobody look."""
+    alarm = Alarm()
+
+    async def work() -> None:
+        await shop.insert(1)
+        await pass_by()
+
+    await alarm.request(endpoint(work), db, held_idle=None)
+    assert [] == alarm.of(HeldIdle)
+
+
+async def test_what_ended_is_forgotten(db: Database) -> None:
+    """A unit that has ended is not looked after; the timer is one for all."""
+    alarm = Alarm()
+    for number in range(3):
+        await alarm.request(endpoint(functools.partial(shop.insert, number)), db)
+    await pass_by()
+    assert [] == alarm.of(HeldIdle)
+    assert not held._here.rounds.watches
+
+
+async def test_wrong_option(db: Database) -> None:
+    """It is seconds above 0."""
+    with pytest.raises(ConfigurationError, match="held_idle must be seconds above 0"):
+        UnitOfWorkMiddleware(endpoint(pass_by), db, held_idle=0)
