@@ -124,6 +124,24 @@ async def test_options(db: Database, backend: Backend, app: Sanic[Any, Any]) -> 
     assert [] == await shop.items(backend)
 
 
+async def test_what_is_told_of_a_request(db: Database, app: Sanic[Any, Any]) -> None:
+    """Events name the method and the route, and the header says what took how long."""
+    events = Events()
+
+    async def handler(request: Request[Any, Any], number: int) -> HTTPResponse:
+        assert number == 7
+        return await insert(request)
+
+    app.add_route(handler, "/items/<number:int>")
+    setup(app, db, observers=[events], server_timing=True, held_idle=None)
+    async with serving(app) as client:
+        response = await client.get("/items/7?token=secret")
+    told = events.only(UnitFinished)
+    assert ("GET", "/items/<number:int>") == (told.method, told.path)
+    assert 1 == told.statements.count
+    assert response.headers["server-timing"].startswith("pool;dur=")
+
+
 def test_options_are_those_of_the_middleware() -> None:
     """Only who answers a failure is Sanic's to say."""
     options, others = (
