@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from asgi_uow.observers import CommitFailed, LoggingObserver, UnitClosed, UnitFi
 from tests.support import shop
 from tests.support.asgi import Client, Response, endpoint, handle, respond
 from tests.support.conflicts import conflict, conflicting_shop
-from tests.support.databases import DRIVERS, on, shop_database
+from tests.support.databases import DRIVERS, memory_database, on, shop_database
 from tests.support.keys import Shop, create_table
 from tests.support.observer import Events
 
@@ -390,13 +391,24 @@ async def test_no_server_timing(db: Database) -> None:
 # What an inspector is told
 
 
+class Inspecting:
+    """Is told of all units of a database, as an inspector is."""
+
+    def __init__(self, db: Database) -> None:
+        self.events = Events()
+        options.inspect([db], self.observe)
+
+    def observe(self, event: Event) -> None:
+        self.events(event)
+
+
 @pytest.fixture
-def inspected() -> Iterator[Events]:
-    """Be told of everything, as an inspector is."""
-    events = Events()
-    options.inspectors.append(lambda: events)
-    yield events
-    options.inspectors.clear()
+def inspected(db: Database) -> Iterator[Events]:
+    inspecting = Inspecting(db)
+    yield inspecting.events
+    del inspecting
+    gc.collect()  # its events name units, and those their options
+    assert not options.inspected
 
 
 def kinds(closed: UnitClosed) -> list[str]:
@@ -453,12 +465,27 @@ async def test_timeline_of_a_block(db: Database, inspected: Events) -> None:
     assert [(None, None)] * 2 == [(each.status, each.response) for each in closed]
 
 
-def test_events_of_a_dead_inspector() -> None:
-    """One that nobody refers to any more is told nothing."""
-    told: list[Event] = []
-    options.inspectors.append(lambda: None)
-    try:
-        options.UnitOptions(observers=(told.append,)).tell(UnitClosed(None, None, ()))
-    finally:
-        options.inspectors.clear()
-    assert [UnitClosed(None, None, ())] == told
+async def test_units_of_other_databases_are_not_recorded(
+    db: Database, inspected: Events
+) -> None:
+    """Who inspects one database costs the units of another nothing."""
+    async with memory_database() as other:
+        response = await handle(lambda: shop.insert(1, other), other, observers=())
+    assert response.unit.shared is not None
+    assert response.unit.shared.recorder is None
+    assert [] == inspected
+
+
+async def test_several_inspectors(db: Database, inspected: Events) -> None:
+    """Each is told, of hooks' units too; one that is gone is not asked."""
+    second = Inspecting(db)
+    Inspecting(db)
+
+    async def work() -> None:
+        uow.after_commit(shop.insert, 1)
+
+    await handle(work, db, observers=())
+    assert inspected == second.events
+    assert [2, 2] == [
+        each.kinds.count("UnitClosed") for each in (inspected, second.events)
+    ]

@@ -17,7 +17,7 @@ from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.finish import release
 from asgi_uow._unit.hooks import is_async
-from asgi_uow._unit.options import UnitOptions, inspectors
+from asgi_uow._unit.options import UnitOptions, inspected
 from asgi_uow._unit.unit import CLOSED, NEW, UnitOfWork, current
 from asgi_uow.observers import LoggingObserver
 
@@ -120,7 +120,7 @@ class UnitOfWorkMiddleware:
         exchange = Exchange()
         exchange.unit, exchange.forward, exchange.rules = unit, send, self.rules
         exchange.stage = OPEN
-        if replay is not None or not self.is_plain or inspectors:
+        if replay is not None or not self.is_plain or inspected:
             self._prepare(exchange, scope, replay)
         scope[UNIT] = unit
         # A pipelined one begins in the context of the one before: encode/uvicorn#2167
@@ -154,7 +154,7 @@ class UnitOfWorkMiddleware:
             exchange.is_secure = scope.get("scheme") == "https"
         if replay is not None:
             replay.enter(unit)
-        if inspectors:
+        if any(db in inspected for db in self.databases):
             unit.response = response = Response(exchange.forward)
             exchange.forward = response.send
 

@@ -5,19 +5,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 from typing import TYPE_CHECKING, TypeAlias
+from weakref import WeakMethod
 
 from asgi_uow._databases.driver_errors import stacktrace_of
 from asgi_uow.observers import LoggingObserver, notify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from typing import Self
 
+    from asgi_uow._databases.engines import Engines
     from asgi_uow.observers import Event, Observer
 
     Inspector: TypeAlias = Callable[[], Observer | None]
 
-inspectors: list[Inspector] = []
-"""Set by `asgi_uow.inspector`: references to what is told of every unit."""
+inspected: dict[Engines, list[Inspector]] = {}
+"""Databases of whose units somebody is told, whatever the observers."""
+
+
+def inspect(databases: Sequence[Engines], observe: Observer) -> None:
+    """Have a method be told of all units of these databases, while its object lives."""
+
+    def forget(inspector: Inspector, db: Engines) -> None:
+        inspected[db].remove(inspector)
+        if not inspected[db]:
+            del inspected[db]
+
+    for db in databases:
+        inspector = WeakMethod(observe, functools.partial(forget, db=db))
+        inspected.setdefault(db, []).append(inspector)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +45,21 @@ class UnitOptions:
     hook_timeout: float | None = 5.0
     held_idle: float | None = 1.0
     server_timing: bool = False
+    is_inspected: bool = False
+
+    def with_inspectors(self, databases: Sequence[Engines]) -> Self:
+        """Give the options of a unit of these databases: inspectors are observers."""
+        found = (each() for db in databases for each in inspected.get(db, ()))
+        watching = tuple(each for each in found if each is not None)
+        if not watching or self.is_inspected:
+            return self
+        observers = (*self.observers, *watching)
+        return dataclasses.replace(self, observers=observers, is_inspected=True)
 
     @property
     def wants_figures(self) -> bool:
         """Whether somebody asks for beginnings, successes and what a unit does."""
-        if self.server_timing or inspectors:
+        if self.server_timing:
             return True
         for each in self.observers:
             if type(each) is not LoggingObserver or each.logs_outcomes:
@@ -44,5 +70,4 @@ class UnitOptions:
         if (error := getattr(event, "error", None)) is not None:
             show = functools.partial(stacktrace_of, error)
             event = dataclasses.replace(event, trace=show)
-        watching = [inspector() for inspector in inspectors]
-        notify((*self.observers, *(it for it in watching if it is not None)), event)
+        notify(self.observers, event)

@@ -20,7 +20,7 @@ from asgi_uow._sessions.managed import Shared
 from asgi_uow._sessions.record import Recorder
 from asgi_uow._unit.held import Watch
 from asgi_uow._unit.hooks import MOST_BY_HOOKS, NO_HOOKS, Hooks
-from asgi_uow._unit.options import inspectors
+from asgi_uow._unit.options import inspected
 from asgi_uow._unit.participant import Participant
 from asgi_uow.observers import UnitStarted
 
@@ -204,8 +204,10 @@ class UnitOfWork:
             self.shared.state = self.state
             if self.until is not None:
                 self.shared.deadline = Deadline(self.until, self.shared.outages)
+            if inspected:
+                self.options = self.options.with_inspectors(self.databases)
             if self.options.wants_figures:
-                self.shared.recorder = Recorder(timeline=bool(inspectors))
+                self.shared.recorder = Recorder(timeline=self.options.is_inspected)
         return self.shared
 
     def start(self) -> None:
@@ -214,7 +216,7 @@ class UnitOfWork:
             self.move(State.ACTIVE)
         if self.opened is None:
             self.opened = time.perf_counter()
-            if self.shared is not None and self.shared.recorder is not None:
+            if (self.shared or self.share()).recorder is not None:
                 self.options.tell(UnitStarted(unit=self))
 
     def _tell_idle(self, event: Event) -> None:
