@@ -406,8 +406,9 @@ class Inspecting:
 def inspected(db: Database) -> Iterator[Events]:
     inspecting = Inspecting(db)
     yield inspecting.events
+    inspecting.events.clear()  # they name units, and those their options
     del inspecting
-    gc.collect()  # its events name units, and those their options
+    gc.collect()
     assert not options.inspected
 
 
