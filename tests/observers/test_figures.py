@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -406,10 +405,7 @@ class Inspecting:
 def inspected(db: Database) -> Iterator[Events]:
     inspecting = Inspecting(db)
     yield inspecting.events
-    inspecting.events.clear()  # they name units, and those their options
-    del inspecting
-    gc.collect()
-    assert not options.inspected
+    options.inspected.clear()
 
 
 def kinds(closed: UnitClosed) -> list[str]:
@@ -481,6 +477,7 @@ async def test_several_inspectors(db: Database, inspected: Events) -> None:
     """Each is told, of hooks' units too; one that is gone is not asked."""
     second = Inspecting(db)
     Inspecting(db)
+    assert 2 == len(options.inspected[db])
 
     async def work() -> None:
         uow.after_commit(shop.insert, 1)
@@ -490,3 +487,11 @@ async def test_several_inspectors(db: Database, inspected: Events) -> None:
     assert [2, 2] == [
         each.kinds.count("UnitClosed") for each in (inspected, second.events)
     ]
+
+
+async def test_no_inspector_is_left(db: Database) -> None:
+    """A database whose last inspector is gone is as it was."""
+    inspecting = Inspecting(db)
+    assert [db] == [*options.inspected]
+    del inspecting
+    assert not options.inspected
