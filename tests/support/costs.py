@@ -46,7 +46,8 @@ class Cost:
 
     @property
     def calls(self) -> int:
-        return self.functions.total()
+        # How a loop sorts its timers depends on those of others.
+        return self.functions.total() - self.functions["TimerHandle.__lt__"]
 
     @property
     def greenlets(self) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import gc
 import math
 import sysconfig
 import threading
 import time
+from asyncio import _get_running_loop, get_running_loop
 from pathlib import Path
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,6 +20,7 @@ from asgi_uow._decision import WRITABLE
 from asgi_uow.observers import HeldIdle
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Iterator
     from types import FrameType
 
@@ -49,10 +50,12 @@ class Watch:
         self, seconds: float, tell: Callable[[Event], None], task: Task | None
     ) -> None:
         """`task` is the request's: that of the last call may have ended."""
-        loop, rounds = asyncio.get_running_loop(), _here.rounds
-        if rounds.loop() is not loop:
-            rounds = _here.rounds = _Rounds(loop)
         self.sessions: list[Session] = []
+        self.others: dict[Watch, None] = {}
+        if (loop := _get_running_loop()) is None:
+            return  # a thread may ask for a session; nobody looks after that
+        if (rounds := _here.rounds).loop() is not loop:
+            rounds = _here.rounds = _Rounds(loop)
         self._seconds, self._tell, self._task = seconds, tell, task
         self._context, self.others = contextvars.copy_context(), rounds.watches
         self.others[self] = None  # until its unit ends
@@ -94,7 +97,7 @@ class _Rounds:
     def look_after(self, seconds: float) -> None:
         self.comes_within = seconds
         # In an empty context: not that of the request which happens to be first.
-        loop, context = asyncio.get_running_loop(), contextvars.Context()
+        loop, context = get_running_loop(), contextvars.Context()
         loop.call_later(seconds, self._look, context=context)
 
     def _look(self) -> None:
