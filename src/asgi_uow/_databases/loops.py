@@ -9,8 +9,8 @@ import os
 import threading
 from asyncio import _get_running_loop
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeAlias
-from weakref import WeakKeyDictionary, WeakSet
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 from sqlalchemy.engine.base import OptionEngine
@@ -24,9 +24,10 @@ from asgi_uow.errors import ConfigurationError, WrongLoopError
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
+    Access = Literal["read", "write"]
     Loop: TypeAlias = asyncio.AbstractEventLoop
 
-_engines: WeakSet[LoopEngine] = WeakSet()
+_engines: WeakKeyDictionary[LoopEngine, None] = WeakKeyDictionary()
 owners: WeakKeyDictionary[object, tuple[Loop, known.Driver]] = WeakKeyDictionary()
 """Whose each driver's connection is that this process has made."""
 inherited: list[object] = []
@@ -48,7 +49,7 @@ class LoopEngine(sa.Engine):
     """How pools are made; they share its listeners, whenever these are attached."""
     process: int
     is_memory: bool
-    use: object = None  # what its connections are set up for
+    use: Any = None  # what its connections are set up for, in a database
 
     @property
     def pool(self) -> sa.Pool:
@@ -150,7 +151,7 @@ class DerivedEngine(LoopEngine, OptionEngine):
         pool = getattr(place, "like", place.pool).recreate()
         vars(pool)["_dialect"] = source.dialect
         self.pool = pool
-        _engines.add(self)
+        _engines[self] = None
 
 
 def derive_engine(engine: AsyncEngine, place: AsyncEngine | None = None) -> AsyncEngine:
@@ -170,11 +171,49 @@ def attach(engine: Any) -> LoopEngine:
         pool, engine.__class__ = engine.pool, LoopEngine
         engine.process, engine.is_memory = os.getpid(), known.is_memory(engine.url)
         engine.like = engine.pool = pool
-        _engines.add(engine)
+        _engines[engine] = None
         if (loop := _get_running_loop()) is not None and not engine.is_memory:
             engine.enter(loop, pool)  # with the connections that it has
     attached: LoopEngine = engine
     return attached
+
+
+class PoolState(NamedTuple):
+    """What the pool of one event loop has."""
+
+    url: sa.URL
+    access: Access
+    idle: int
+    used: int
+    waiting: int
+    """How many wait for one of its connections."""
+    most_idle: int | None
+    most: int | None
+    """How many it may have; None is no limit."""
+
+
+def pool_states() -> list[PoolState]:
+    """Look, from any thread, at those pools of all databases that have counts."""
+    # Copies: their loops make engines and pools meanwhile.
+    engines = [each for ref in _engines.keyrefs() if (each := ref()) is not None]
+    return [
+        _state_of(engine, pool)
+        for engine in engines
+        for loop, pool in engine.pools.copy().items()
+        if engine.use is not None
+        and isinstance(pool, sa.QueuePool)
+        and (engine.is_memory or not loop.is_closed())
+    ]
+
+
+def _state_of(engine: LoopEngine, pool: Any) -> PoolState:
+    queue = vars(pool._pool).get("_queue")  # which its loop alone may make  # noqa: SLF001
+    size, overflow = pool.size(), pool._max_overflow  # noqa: SLF001
+    idle, waiting = (0, 0) if queue is None else (queue.qsize(), len(queue._getters))  # noqa: SLF001
+    used = max(0, size + pool._overflow - idle)  # below 0: it is closing  # noqa: SLF001
+    most = None if overflow == -1 else size + overflow
+    access: Access = "read" if engine.use.read_only else "write"
+    return PoolState(engine.url, access, idle, used, waiting, size or None, most)
 
 
 def leave(raw: object, entry: Any) -> bool:
