@@ -11,7 +11,7 @@ from asgi_uow._databases.configuration import read as read_configuration
 from asgi_uow._databases.driver_errors import code_of, means
 from asgi_uow._databases.health import LONGEST_PAUSE, Replica, by_free_connections
 from asgi_uow._databases.known import driver_of
-from asgi_uow._databases.loops import SetUpLock
+from asgi_uow._databases.loops import SetUpLock, derive_engine
 from asgi_uow._databases.pool import IDLE_SINCE
 from asgi_uow._decision import (
     COMMIT,
@@ -80,6 +80,7 @@ __all__ = [
     "current",
     "decide_exit",
     "decide_response",
+    "derive_engine",
     "driver_of",
     "exception_cause",
     "finish",

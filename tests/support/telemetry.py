@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from asgi_uow import Database
     from tests.support.asgi import Handler, Response
 
+CONNECTION = "db.client.connection."
+
 
 class Telemetry:
     """An SDK of its own, and what it was given."""
@@ -79,6 +81,25 @@ class Telemetry:
             for scope in resource.scope_metrics
             for metric in scope.metrics
         }
+
+    def pool(self, url: str, access: str = "write") -> dict[str, float]:
+        """What the gauges say of a database's pools, by state or by instrument."""
+        name = pool_name(url) + (" read" if access == "read" else "")
+        about = {f"{CONNECTION}pool.name": name, "asgi_uow.access": access}
+        return {
+            str(
+                found.get(f"{CONNECTION}state", metric.removeprefix(CONNECTION))
+            ): number
+            for metric, points in self.metrics.items()
+            for found, number in points
+            if not metric.endswith("_time") and about.items() <= found.items()
+        }
+
+
+def pool_name(url: str) -> str:
+    """The URL without user, password and query."""
+    scheme, _, address = url.partition("?")[0].partition("://")
+    return f"{scheme}://{address.rpartition('@')[2]}"
 
 
 def fail() -> None:
