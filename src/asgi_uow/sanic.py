@@ -69,13 +69,7 @@ def setup(
     `retry` and `idempotency` too: this server reads a request once, into an object that
     handlers change, and writes a response in pieces.
     """
-    if retry is not None or idempotency is not None:
-        message = "retry and idempotency need an ASGI server and UnitOfWorkMiddleware: "
-        message += "Sanic's own keeps neither a request nor a response."
-        raise ConfigurationError(message)
-    if hasattr(app.ctx, "asgi_uow"):
-        message = "setup() was called for this application: pass all databases at once."
-        raise ConfigurationError(message)
+    _refuse(app, retry, idempotency)
     if not databases:
         app.ctx.db = Database.from_config(app.config)
         databases = (app.ctx.db,)
@@ -98,6 +92,16 @@ def setup(
     app.after_server_stop(server.stop)
     app.add_signal(server.take, "http.lifecycle.request")
     return databases[0]
+
+
+def _refuse(app: Sanic[Any, Any], *unfit: object) -> None:
+    if any(each is not None for each in unfit):
+        message = "retry and idempotency need an ASGI server and UnitOfWorkMiddleware: "
+        message += "Sanic's own keeps neither a request nor a response."
+        raise ConfigurationError(message)
+    if hasattr(app.ctx, "asgi_uow"):
+        message = "setup() was called for this application: pass all databases at once."
+        raise ConfigurationError(message)
 
 
 @dataclasses.dataclass(eq=False)

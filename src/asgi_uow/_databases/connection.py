@@ -215,16 +215,6 @@ def info_of(connection: sa.Connection) -> dict[Any, Any]:
     return connection.info if entry is None else entry.info
 
 
-def is_in_use(connection: sa.Connection) -> bool:
-    """Tell whether a statement is in flight, by whatever it was sent."""
-    if connection.invalidated:
-        return False
-    dbapi: Any = connection.connection.dbapi_connection
-    lock: Any = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
-    busy = known.driver_of(connection.dialect).is_busy(raw_of(dbapi))
-    return bool(lock._locked or busy)  # noqa: SLF001  # as in the pool
-
-
 def cut_off(connections: Iterable[sa.Connection]) -> None:
     """Have what waits for a server fail at once; nobody uses the connection again."""
     for each in connections:

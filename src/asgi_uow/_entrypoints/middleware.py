@@ -118,13 +118,12 @@ class UnitOfWorkMiddleware:
             replay = Replay(self.retry, scope, receive, send)
             return await replay.serve(UnitOfWorkMiddleware.__call__, self)
         exchange = Exchange()
-        exchange.unit, exchange.forward, exchange.rules = unit, send, self.rules
-        exchange.stage = OPEN
+        exchange.unit, exchange.forward = unit, send
+        exchange.rules, exchange.stage = self.rules, OPEN
         if replay is not None or not self.is_plain or inspected:
             self._prepare(exchange, scope, replay)
-        scope[UNIT] = unit
         # A pipelined one begins in the context of the one before: encode/uvicorn#2167
-        token = current.set(unit)
+        scope[UNIT], token = unit, current.set(unit)
         try:
             await self.app(scope, receive, exchange.send)
             if exchange.stage is not PASSING:
@@ -140,8 +139,7 @@ class UnitOfWorkMiddleware:
                     unit.state = CLOSED
             finally:
                 current.reset(token)
-                scope[UNIT] = outer
-                unit.scope = unit.task = None
+                scope[UNIT], unit.scope, unit.task = outer, None, None
 
     def _prepare(self, exchange: Exchange, scope: Scope, replay: Replay | None) -> None:
         """Do what only some options ask for."""

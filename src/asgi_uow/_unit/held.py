@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import ref
 
 from asgi_uow._concurrency import Shield
-from asgi_uow._databases.connection import is_in_use
+from asgi_uow._databases import known
+from asgi_uow._databases.connection import raw_of
 from asgi_uow._decision import WRITABLE
 from asgi_uow.observers import HeldIdle
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator
     from types import FrameType
+
+    import sqlalchemy as sa
 
     from asgi_uow._sessions.session import Session
     from asgi_uow.observers import Event
@@ -81,7 +84,7 @@ class Watch:
         if lock.owner or sync.cursors or not held or session.shared.state not in states:
             return 0.0
         now = time.perf_counter()
-        if sync.driver_exposed and any(map(is_in_use, held)):
+        if sync.driver_exposed and any(map(_is_in_use, held)):
             lock.released = now  # past the session: it is known from looks alone
         return now - lock.released
 
@@ -119,6 +122,16 @@ class _Here(threading.local):
 
 
 _here = _Here()
+
+
+def _is_in_use(connection: sa.Connection) -> bool:
+    """Tell whether a statement is in flight, by whatever it was sent."""
+    if connection.invalidated:
+        return False
+    dbapi: Any = connection.connection.dbapi_connection
+    lock: Any = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
+    driver = known.driver_of(connection.dialect)
+    return bool(lock._locked or driver.is_busy(raw_of(dbapi)))  # noqa: SLF001
 
 
 def _place_of(last: Callable[[], Any] | None, task: Any) -> str:
