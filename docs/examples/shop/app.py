@@ -18,6 +18,7 @@ from asgi_uow import (
     current_read_session,
     set_rollback_only,
 )
+from asgi_uow.inspector import Inspector
 from asgi_uow.observers import LoggingObserver, UnitFinished
 
 from . import accidents
@@ -107,4 +108,5 @@ def create_app(database: Database) -> Starlette:
         database,
         observers=(LoggingObserver(), note_outcome),
     )
-    return Starlette(routes=routes, middleware=[unit_of_work])
+    inspector = Mount("/uow", Inspector(database, debug=True))  # what the page shows
+    return Starlette(routes=[*routes, inspector], middleware=[unit_of_work])

@@ -1,0 +1,250 @@
+"""A page for development: what became of the last units of work, and why.
+
+`app.mount("/uow", Inspector(db, debug=True))`, then open `/uow/`. It shows what was
+done in the process that serves it, and is gone with it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+from importlib import resources
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, quote
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import make_url
+
+from asgi_uow import observers as of
+from asgi_uow._databases.engines import check_databases
+from asgi_uow._decision import ERROR_STATUS, Cause, Outcome
+from asgi_uow._unit.options import register
+from asgi_uow._unit.unit import UnitOfWork
+from asgi_uow.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from asgi_uow._asgi import Receive, Scope, Send
+    from asgi_uow._databases.engines import Engines
+
+__all__ = ["Inspector"]
+
+MOST_UNITS, MOST_STEPS = 200, 500
+FILES = resources.files("asgi_uow") / "_inspector"
+PAGES = {"/": "html", "/page.css": "css", "/page.js": "javascript"}
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src "
+    "'self'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+    "referrer-policy": "no-referrer",
+}
+ENDS = {
+    Outcome.COMMITTED: "Committed.",
+    Outcome.ROLLED_BACK: "Rolled back: {why}.",
+    Outcome.UNKNOWN: "Unknown: the answer to COMMIT was lost; the work may be kept.",
+    Outcome.PARTIAL: "Kept in part: a part was committed, the rest was not.",
+}
+ENDED = "Unknown: something else has ended the transaction, and nobody knows how."
+UNUSED = "Nothing to commit: the write session executed nothing."
+WHY: Mapping[Cause | None, str] = {
+    Cause.EXCEPTION: "an exception left the {code}",
+    Cause.STATUS: "the response was {status}",
+    Cause.EXPLICIT: "set_rollback_only({reason!r}) was called",
+    Cause.DOOMED: "an error of the database was swallowed, and the transaction could "
+    "not be committed any more",
+    Cause.BEFORE_COMMIT: "a before_commit hook failed",
+    Cause.COMMIT_FAILED: "the database refused to commit it",
+    Cause.CANCELLED: "the {code} was cancelled before COMMIT was sent",
+    Cause.TIMEOUT: "time was up before it was committed",
+    Cause.ABANDONED: "the {code} was never left, and nothing refers to it any more",
+}
+BY_OPTION = "nothing asked to commit it, and commit_on_exit is False"
+NOTES: Mapping[type[of.Event], str] = {
+    of.CommitFailed: "Raised as {0.error.__class__.__name__}; driver code {0.code}.",
+    of.RetryScheduled: "Done again {0.seconds:.3f} s later, as attempt {0.attempt}.",
+    of.HeldIdle: "A connection was held for {0.seconds:.1f} s while nothing was "
+    "executed: {0.place}",
+    of.HookFailed: "{0.phase} {0.hook} failed: {0.error.__class__.__name__}.",
+    of.ImplicitCommit: "MySQL committed in the middle of the unit: {0.statement}.",
+    of.ReleaseFailed: "{0.operation} failed: {0.error.__class__.__name__}.",
+}
+
+
+@dataclasses.dataclass(eq=False)
+class Entry:
+    """What is shown of one unit; it does not refer to the unit."""
+
+    at: int  # when the unit was opened, as `time.time_ns()` counts
+    number: int = 0
+    revision: int = 0
+    hook: str = ""  # whose own unit it is
+    hook_of: int = 0  # the number of the unit that hook was registered for
+    finished: of.UnitFinished | None = None
+    closed: of.UnitClosed | None = None
+    hooks: list[Mapping[str, object]] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list[str])
+
+    def take(self, event: of.Event) -> None:
+        """Keep what is shown of an event."""
+        if isinstance(event, of.UnitFinished):
+            self.finished = dataclasses.replace(event, unit=None)
+        elif isinstance(event, of.UnitClosed):
+            steps, rest = event.timeline[:MOST_STEPS], event.timeline[MOST_STEPS:]
+            ends = tuple(step for step in rest if step.kind != "statement")
+            if len(ends) < len(rest):
+                self.notes.append(f"{len(rest) - len(ends)} statements are not shown.")
+            self.closed = dataclasses.replace(event, unit=None, timeline=steps + ends)
+        elif (note := NOTES.get(type(event))) is not None:
+            self.notes.append(note.format(event))
+
+    def take_hook(self, event: of.HookFinished) -> None:
+        """Keep when a hook ran that was registered for this unit."""
+        start = (event.at - self.at) / 1e9 - event.seconds
+        text, failed = f"{event.phase} {event.hook}", event.error is not None
+        about = {"text": text, "start": start, "seconds": event.seconds}
+        self.hooks.append({"kind": "hook", **about, "failed": failed})
+
+    def sentence(self) -> str:
+        """Say how it ended, and why."""
+        if (finished := self.finished) is None:
+            return "It is not decided yet."
+        if finished.outcome is Outcome.COMMITTED and not finished.databases:
+            return UNUSED
+        cause, reason = finished.cause, finished.reason
+        if finished.outcome is Outcome.UNKNOWN and cause is Cause.DOOMED:
+            return ENDED
+        status = (self.closed and self.closed.status) or ERROR_STATUS
+        shown = f"{status}" if self.closed else "an error"
+        if status < ERROR_STATUS:
+            shown += ", and commit_when said no"
+        code = "hook" if self.hook else "handler" if finished.method else "block"
+        by_option = cause is Cause.EXPLICIT and reason is None
+        why = BY_OPTION if by_option else WHY.get(cause, "")
+        why = why.format(code=code, reason=reason, status=shown)
+        return ENDS[finished.outcome].format(why=why)
+
+    def to_json(self) -> Mapping[str, object]:
+        """Show everything: no value of a parameter, no query, no URL is in it."""
+        about, steps = self.finished, self.closed.timeline if self.closed else ()
+        several = len({step.database for step in steps}) > 1
+        shown = [
+            dataclasses.asdict(step) | {"database": several and _label(step.database)}
+            for step in steps
+        ]
+        names = "method", "path", "attempt", "replayed", "seconds"
+        sums = "waited", "held", "idle"
+        return {
+            **{name: getattr(self, name) for name in ("number", "hook", "hook_of")},
+            **{name: getattr(about, name, None) for name in (*names, *sums)},
+            "at": self.at // 1_000_000,
+            "outcome": about.outcome.value if about else "running",
+            "statements": about and dataclasses.asdict(about.statements),
+            "sentence": self.sentence(),
+            "status": self.closed and self.closed.status,
+            "response": self.closed and self.closed.response,
+            "closed": self.closed is not None,
+            "steps": [*shown, *self.hooks],
+            "notes": self.notes,
+        }
+
+
+class Inspector:
+    """An ASGI application that shows the last 200 units of work of `databases`.
+
+    Of each: a timeline of connections, statements (SQL with placeholders, without
+    values), savepoints, COMMIT, hooks and response, the outcome and why. It loads
+    nothing from elsewhere. Whoever reaches it sees paths and SQL, so mount it in
+    development only: without `debug=True` it raises `ConfigurationError`. Raises
+    `TypeError` for what is no `Database`.
+    """
+
+    def __init__(self, *databases: Engines, debug: bool = False) -> None:
+        check_databases("Inspector(db, debug=True)", databases)
+        if debug is not True:
+            message = "Inspector shows paths and SQL to everybody who reaches it: say "
+            message += "debug=True where that is right, as in development."
+            raise ConfigurationError(message)
+        self._databases = frozenset(databases)
+        self._entries: WeakKeyDictionary[object, Entry] = WeakKeyDictionary()
+        self._last: collections.deque[Entry] = collections.deque(maxlen=MOST_UNITS)
+        self._numbers, self._revisions = itertools.count(1), itertools.count(1)
+        self._revision = 0
+        register(self.observe)
+
+    def observe(self, event: of.Event, /) -> None:
+        """Take in an event; of units of other databases nothing is kept."""
+        unit = event.unit
+        if not isinstance(unit, UnitOfWork):
+            return
+        if self._databases.isdisjoint(unit.databases):
+            return
+        entry = self._entries.setdefault(unit, Entry(event.at))
+        if not entry.number and isinstance(event, of.UnitStarted | of.UnitFinished):
+            entry.number = next(self._numbers)
+            entry.at = event.at - int(1e9 * getattr(event, "seconds", 0))
+            self._last.append(entry)
+        if isinstance(event, of.HookStarted | of.HookFinished):
+            owner = self._entries.get(event.of, entry)
+            if owner is not entry:
+                entry.hook, entry.hook_of = f"{event.phase} {event.hook}", owner.number
+            if isinstance(event, of.HookFinished):
+                owner.take_hook(event)
+                owner.revision = next(self._revisions)
+        entry.take(event)
+        entry.revision = self._revision = next(self._revisions)
+
+    async def __call__(self, scope: Scope, _: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # servers take it as an answer about the lifespan
+            message = f"Inspector answers HTTP requests, not {scope['type']}."
+            raise RuntimeError(message)
+        status, kind, body, more = self._answer(scope)
+        headers = HEADERS | {"content-type": f"{kind}; charset=utf-8"} | more
+        headers["content-length"] = str(len(body))
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": raw})
+        body = b"" if scope["method"] == "HEAD" else body
+        await send({"type": "http.response.body", "body": body})
+
+    def _answer(self, scope: Scope) -> tuple[int, str, bytes, dict[str, str]]:
+        """Give status, type, body and more headers."""
+        path = _below_mount(scope)
+        asked = (scope.get("raw_path") or quote(scope["path"]).encode()).decode()
+        if scope["method"] not in {"GET", "HEAD"}:
+            return 405, "text/plain", b"", {"allow": "GET, HEAD"}
+        if path == "/" and not asked.endswith("/"):  # relative URLs need that
+            place = f"./{asked.rpartition('/')[2]}/"
+            return 307, "text/plain", b"", {"location": place}
+        if path in PAGES:
+            name = path.strip("/") or "page.html"
+            return 200, f"text/{PAGES[path]}", (FILES / name).read_bytes(), {}
+        if path == "/units":
+            after = parse_qs(scope["query_string"]).get(b"after", [b""])[0]
+            units = self._units(int(after) if after.isdigit() else 0)
+            return 200, "application/json", json.dumps(units).encode(), {}
+        return 404, "text/plain", b"", {}
+
+    def _units(self, after: int) -> Mapping[str, object]:
+        """Show what has changed after a revision, and the newest one."""
+        revision, entries = self._revision, tuple(self._last)
+        units = [each.to_json() for each in entries if each.revision > after]
+        return {"revision": revision, "units": units}
+
+
+def _below_mount(scope: Scope) -> str:
+    """Give the path inside a mount; some servers, and proxies, cut a part off."""
+    path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+    while root and not f"{path}/".startswith(f"{root}/"):
+        _, slash, rest = root[1:].partition("/")
+        root = slash + rest
+    return path.removeprefix(root) or "/"
+
+
+def _label(database: str) -> str:
+    url = make_url(database)
+    return f"{url.get_backend_name()} {(url.database or '').rpartition('/')[2]}"
