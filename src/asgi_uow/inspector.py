@@ -13,14 +13,14 @@ import json
 from importlib import resources
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, quote
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod
 
 from sqlalchemy import make_url
 
 from asgi_uow import observers as of
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import ERROR_STATUS, Cause, Outcome
-from asgi_uow._unit.options import register
+from asgi_uow._unit.options import inspectors
 from asgi_uow._unit.unit import UnitOfWork
 from asgi_uow.errors import ConfigurationError
 
@@ -68,7 +68,7 @@ BY_OPTION = "nothing asked to commit it, and commit_on_exit is False"
 NOTES: Mapping[type[of.Event], str] = {
     of.CommitFailed: "Raised as {0.error.__class__.__name__}; driver code {0.code}.",
     of.RetryScheduled: "Done again {0.seconds:.3f} s later, as attempt {0.attempt}.",
-    of.HeldIdle: "A connection was held for {0.seconds:.1f} s while nothing was "
+    of.HeldIdle: "A connection was held for {0.seconds:.3g} s while nothing was "
     "executed: {0.place}",
     of.HookFailed: "{0.phase} {0.hook} failed: {0.error.__class__.__name__}.",
     of.ImplicitCommit: "MySQL committed in the middle of the unit: {0.statement}.",
@@ -175,7 +175,8 @@ class Inspector:
         self._last: collections.deque[Entry] = collections.deque(maxlen=MOST_UNITS)
         self._numbers, self._revisions = itertools.count(1), itertools.count(1)
         self._revision = 0
-        register(self.observe)
+        # Forgotten when the inspector is: units of its process tell it everything.
+        inspectors.append(WeakMethod(self.observe, inspectors.remove))
 
     def observe(self, event: of.Event, /) -> None:
         """Take in an event; of units of other databases nothing is kept."""

@@ -15,7 +15,7 @@ from starlette.routing import Mount
 
 from asgi_uow import Database, Outcome, UnitOfWork
 from asgi_uow.errors import CommitFailedError, ConfigurationError
-from asgi_uow.inspector import Inspector
+from asgi_uow.inspector import ENDS, WHY, Inspector
 from asgi_uow.observers import (
     CommitFailed,
     Event,
@@ -285,8 +285,6 @@ async def test_why(
 
 def test_every_cause_has_a_sentence() -> None:
     """Also one that is still to come."""
-    from asgi_uow.inspector import ENDS, WHY
-
     assert set(Cause) == set(WHY)
     assert set(Outcome) == set(ENDS)
 

@@ -7,14 +7,14 @@ const LANES = {statement: "statements", commit: "COMMIT", rollback: "ROLLBACK", 
 function element(tag, className, ...children) {
   const made = document.createElement(tag)
   made.className = className
-  made.append(...children.filter(Boolean))
+  made.append(...children.filter(Boolean).flatMap(child => [" ", child]).slice(1))
   return made
 }
 const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`
 const time = seconds => seconds >= 1 ? `${seconds.toFixed(2)} s`
   : `${(seconds * 1000).toFixed(seconds < .01 ? 2 : seconds < .1 ? 1 : 0)} ms`
 const endOf = step => step.start + step.seconds
-const titleOf = unit => unit.path ? `${unit.method} ${unit.path}` : unit.hook || "block"
+const titleOf = unit => unit.hook || (unit.path ? `${unit.method} ${unit.path}` : "block")
 const shapeOf = unit => element("span",
   `uow-shape uow-${unit.outcome.replace(" ", "-")}`, SHAPES[unit.outcome] ?? "…")
 
@@ -38,9 +38,12 @@ function connectionBars(steps, least) {
   for (const step of steps.filter(({kind}) => kind !== "hook")) {
     const database = step.database ? `, ${step.database}` : ""
     const lane = `${step.access} connection${database}`, hold = held.get(lane)
-    if (step.kind === "connection") {
-      held.set(lane, {lane, kind: "held", text: "is held", start: endOf(step), seconds: 0})
-      bars.push({...step, lane, kind: "wait", text: "is waited for"}, held.get(lane))
+    const isNew = step.kind === "connection"
+    if (isNew || (!hold && step.access === "write")) {
+      const start = isNew ? endOf(step) : step.start, seconds = endOf(step) - start
+      held.set(lane, {lane, kind: "held", text: "is held", start, seconds})
+      if (isNew) bars.push({...step, lane, kind: "wait", text: "is waited for"})
+      bars.push(held.get(lane))
     } else if (hold) {
       const start = endOf(hold), seconds = step.start - start
       if (step.access === "write" && seconds >= least)
@@ -92,10 +95,10 @@ function pictureOf(unit, steps) {
     Object.assign(bar.style, {left: percent(start), width: percent(seconds)})
     tracks.get(lane).append(bar)
   }
-  const axis = element("div", "uow-axis"), power = 10 ** Math.floor(Math.log10(total / 3))
-  const tick = [5, 2, 1].map(factor => factor * power).find(each => each <= total / 3)
+  const axis = element("div", "uow-axis"), power = 10 ** Math.floor(Math.log10(total / 2))
+  const tick = [5, 2, 1].map(factor => factor * power).find(each => each <= total / 2)
   const marks = unit.response ? [[element("i", ""), start]] : []
-  for (let at = 0; at < total; at += tick)
+  for (let at = 0; at < total * .9; at += tick)
     marks.push([element("span", "", time(at).replace(/\.0+ /, " ")), at])
   for (const [mark, at] of marks) mark.style.left = percent(at)
   axis.append(...marks.map(([mark]) => mark))
@@ -137,7 +140,8 @@ export function draw(unit) {
       + `idle ${time(unit.idle)} of that`,
     unit.attempt > 1 && `attempt ${unit.attempt}`,
     unit.replayed && "its idempotency key was used before",
-    unit.hook_of && `a hook of unit ${unit.hook_of}`] : []
+    unit.hook_of && `a hook of unit ${unit.hook_of}`,
+    unit.closed && unit.path && !unit.response && "no response has passed here"] : []
   const notes = [...unit.notes, ...[...repetitions(steps)].map(([text, times]) =>
     `One statement was executed ${times} times: ${text}`)]
   return element("article", "uow-unit",
