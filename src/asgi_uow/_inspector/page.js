@@ -1,7 +1,6 @@
 // Lists units of work and draws one. What is shown is text, never parsed as HTML.
 
 const SHAPES = {committed: "✓", "rolled back": "↺", unknown: "?", partial: "½"}
-const SAVEPOINT = /^(SAVEPOINT|RELEASE SAVEPOINT|ROLLBACK TO SAVEPOINT) (\S+)/
 const LANES = {statement: "statements", commit: "COMMIT", rollback: "ROLLBACK", hook: "hooks"}
 
 function element(tag, className, ...children) {
@@ -24,10 +23,11 @@ export async function fetchUnits(after) {
   return response.json()
 }
 
-// How often each statement was executed, where that asks for a look: N+1.
+// How often each statement was executed, where that asks for a look: N+1. Of some
+// no more than a word is told, which several may have in common.
 function repetitions(steps) {
   const counts = new Map()
-  for (const {text} of steps.filter(({kind}) => kind === "statement"))
+  for (const {text} of steps.filter(({kind, text}) => kind === "statement" && / /.test(text)))
     counts.set(text, (counts.get(text) ?? 0) + 1)
   return new Map([...counts].filter(([, times]) => times >= 3))
 }
@@ -54,14 +54,15 @@ function connectionBars(steps, least) {
   return bars
 }
 
+// They end innermost first; of a statement with no data its first word is told.
 function savepointBars(steps) {
-  const bars = [], open = new Map()
-  for (const step of steps) {
-    const [, verb, text] = SAVEPOINT.exec(step.text) ?? []
-    if (verb === "SAVEPOINT") open.set(text, step.start)
-    else if (open.has(text)) {
-      const start = open.get(text), failed = verb.startsWith("ROLLBACK")
-      const seconds = endOf(step) - start
+  const bars = [], open = []
+  for (const step of steps.filter(({kind}) => kind === "statement")) {
+    const [verb] = step.text.split(" ")
+    if (verb === "SAVEPOINT") open.push(step.start)
+    else if (open.length && (verb === "RELEASE" || verb === "ROLLBACK")) {
+      const start = open.pop(), failed = verb === "ROLLBACK"
+      const text = failed ? "rolled back" : "released", seconds = endOf(step) - start
       bars.push({lane: "savepoints", kind: "savepoint", text, start, seconds, failed})
     }
   }
