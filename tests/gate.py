@@ -11,6 +11,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from tests.integration.browser.servers import Chromium
 from tests.integration.galera.servers import GaleraNode
 from tests.integration.patroni.servers import PATRONI
 from tests.servers.plugin import KINDS
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tests.servers import Server
 
 ALONE: dict[str, Sequence[type[Server]]] = {
+    "cluster": [*KINDS.values(), Chromium],
     "galera": [GaleraNode],
     "patroni": PATRONI,
 }

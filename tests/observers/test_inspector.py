@@ -13,9 +13,17 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from asgi_uow import Database, Outcome, UnitOfWork
+from asgi_uow import (
+    Database,
+    Outcome,
+    UnitOfWork,
+    after_commit,
+    before_commit,
+    current_read_session,
+    set_rollback_only,
+)
 from asgi_uow.errors import CommitFailedError, ConfigurationError
-from asgi_uow.inspector import ENDS, WHY, Inspector
+from asgi_uow.inspector import ENDS, UNUSED, WHY, Inspector
 from asgi_uow.observers import (
     CommitFailed,
     Event,
@@ -34,13 +42,15 @@ from asgi_uow.observers import (
     UnitStarted,
     Usage,
 )
-from tests.support.asgi import http_scope, request
+from asgi_uow.testing import lose_commit_answer
+from tests.support.asgi import handle, http_scope, request
 from tests.support.databases import on
-from tests.support.private import Cause, make_unit
+from tests.support.private import Cause, inspectors, make_unit
+from tests.support.shop import SELECT, insert, insert_orphan
 
 if TYPE_CHECKING:
     from asgi_uow._asgi import ASGIApp
-    from tests.support.asgi import Response
+    from tests.support.asgi import Handler, Response
 
 pytestmark = on("aiosqlite")
 
@@ -55,6 +65,7 @@ def step(kind: Any, start: float, text: str = "", database: str = SHOP) -> Step:
     return Step(kind, database, "write", start, 0.25, text, failed=False)
 
 
+ROLLED_BACK = ["connection", "statement", "rollback"]
 STEPS = (
     step("connection", 0.0),
     step("statement", 0.5, "INSERT INTO items (id) VALUES (?)"),
@@ -237,7 +248,120 @@ async def test_http_alone(inspector: Inspector, kind: str) -> None:
     assert [] == response.messages
 
 
-# What it is told
+# What it is told by real requests
+
+
+async def write() -> None:
+    await insert(1)
+
+
+async def read() -> None:
+    await current_read_session().execute(SELECT)
+
+
+async def dry_run() -> None:
+    await insert(1)
+    set_rollback_only("dry run")
+
+
+async def crash() -> None:
+    await insert(1)
+    raise BROKEN
+
+
+async def object_to_it() -> None:
+    await insert(1)
+    before_commit(crash)
+
+
+async def mail() -> None:
+    await insert(1)
+    after_commit(write_a_note)
+
+
+async def write_a_note() -> None:
+    await insert(2)
+
+
+REQUESTS: list[tuple[Handler, int, str, list[str]]] = [
+    (write, 201, "Committed.", ["connection", "statement", "commit"]),
+    (mail, 201, "Committed.", ["connection", "statement", "commit", "hook"]),
+    (read, 200, UNUSED, ["connection", "statement"]),
+    (write, 409, "Rolled back: the response was 409.", ROLLED_BACK),
+    (dry_run, 200, "Rolled back: set_rollback_only('dry run') was", ROLLED_BACK),
+    (crash, 200, "Rolled back: an exception left the handler.", ROLLED_BACK),
+    (
+        object_to_it,
+        200,
+        "Rolled back: a before_commit hook failed.",
+        [*ROLLED_BACK[:2], "statement", "rollback", "hook"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("handler", "status", "sentence", "kinds"),
+    REQUESTS,
+    ids=[f"{handler.__name__}, {status}" for handler, status, _, _ in REQUESTS],
+)
+async def test_request(
+    inspector: Inspector,
+    db: Database,
+    handler: Handler,
+    status: int,
+    sentence: str,
+    kinds: list[str],
+) -> None:
+    """What a request did is told without anybody who asks for it."""
+    await handle(handler, db, status=status, observers=())
+
+    unit = (await units(inspector))[0]
+    assert unit["sentence"].startswith(sentence)
+    assert kinds == [each["kind"] for each in unit["steps"]]
+    assert ("GET", "/", True) == (unit["method"], unit["path"], unit["closed"])
+
+
+async def test_refused_commit(inspector: Inspector, db: Database) -> None:
+    """The step that failed is marked, and the driver's code is told."""
+    await handle(insert_orphan, db)
+
+    [unit] = await units(inspector)
+    assert "Rolled back: the database refused to commit it." == unit["sentence"]
+    [note] = unit["notes"]
+    assert note.startswith("Raised as CommitFailedError; driver code SQLITE_CONSTRAINT")
+    assert ["commit"] == [x["kind"] for x in unit["steps"] if x["failed"]]
+
+
+async def test_lost_answer(inspector: Inspector, db: Database) -> None:
+    """What nobody knows is said."""
+    async with lose_commit_answer(db):
+        await handle(write, db)
+
+    [unit] = await units(inspector)
+    assert unit["sentence"].startswith("Unknown: the answer to COMMIT was lost")
+
+
+async def test_block(inspector: Inspector, db: Database) -> None:
+    """A unit outside of requests is shown while it lasts, and has no response."""
+    async with db:
+        await db.write.execute(SELECT)
+        [unit] = await units(inspector)
+        assert ("running", None) == (unit["outcome"], unit["path"])
+
+    [unit] = await units(inspector)
+    assert ("committed", None) == (unit["outcome"], unit["response"])
+
+
+async def test_unit_of_a_hook(inspector: Inspector, db: Database) -> None:
+    """A hook that asks for a session has an entry of its own, which says so."""
+    await handle(mail, db, status=201)
+
+    [_, hook] = await units(inspector)
+    assert ("after_commit write_a_note", 1) == (hook["hook"], hook["hook_of"])
+    assert "Committed." == hook["sentence"]
+
+
+# What else it may be told
 
 
 async def test_committed(inspector: Inspector, db: Database) -> None:
@@ -481,13 +605,17 @@ async def test_only_its_databases(inspector: Inspector, sqlite: Any) -> None:
 
 async def test_nothing_is_kept_alive(db: Database) -> None:
     """Units, and what their errors refer to, go when they would; so does it itself."""
-    inspector = Inspector(db, debug=True)
-    units = [make_unit(db)]
-    tell(inspector, units[0], UnitStarted(), finished(), closed())
-    left = [weakref.ref(units.pop()), weakref.ref(inspector)]
-
     gc.collect()
-    assert left[0]() is None
+    before = [*inspectors]
+    inspector = Inspector(db, debug=True)
+    unit = make_unit(db)
+    tell(inspector, unit, UnitStarted(), finished(), closed())
+    of_unit, of_inspector = weakref.ref(unit), weakref.ref(inspector)
+
+    del unit
+    gc.collect()
+    assert of_unit() is None
     del inspector
     gc.collect()
-    assert left[1]() is None
+    assert of_inspector() is None
+    assert before == inspectors

@@ -1,13 +1,12 @@
-"""Headless Chromium, driven through chromedriver; both end with the tests."""
+"""A tab of headless Chromium, and uvicorn for the pages that are loaded in it."""
 
 from __future__ import annotations
 
-import signal
 import socket
 import threading
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from selenium.webdriver import ChromeOptions, Remote
@@ -15,12 +14,13 @@ from selenium.webdriver.chrome.remote_connection import ChromeRemoteConnection
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.command import Command
 
-from tests.servers.process import HOST, POLL_SECONDS, Server, find_binary
+from tests.servers.process import HOST, POLL_SECONDS, find_binary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from asgi_uow._asgi import ASGIApp
+    from tests.integration.browser.servers import Chromium
 
 FLAGS = """
     --headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run
@@ -55,40 +55,21 @@ CONTRAST = """
 """Texts with less contrast to what is behind them than WCAG asks for."""
 
 
-class Chromium(Server):
-    """A chromedriver; what it starts ends when its session is closed."""
-
-    name = "chromium"
-    binaries: ClassVar[tuple[str, ...]] = ("chromium", "chromedriver")
-    package = "chromium-driver"
-    stop_signal = signal.SIGTERM
-    account = None
-
-    def _initialise(self) -> list[str]:
-        return ["mkdir", str(self.data)]
-
-    def _serve(self) -> list[str]:
-        return ["chromedriver", f"--port={self.port}"]
-
-    def _answers(self, client: socket.socket) -> bool:
-        client.sendall(b"GET /status HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        return client.recv(12) == b"HTTP/1.1 200"
-
-    @contextmanager
-    def browser(self) -> Generator[Browser]:
-        """Open a browser with an empty profile."""
-        options = ChromeOptions()
-        options.binary_location = find_binary("chromium") or ""
-        for flag in (*FLAGS.split(), f"--user-data-dir={self.folder / 'profile'}"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        remote = ChromeRemoteConnection(f"http://{HOST}:{self.port}")
-        driver = Remote(remote, options=options)
-        try:
-            yield Browser(driver)
-        finally:
-            driver.quit()
-            remote.close()
+@contextmanager
+def opened(server: Chromium) -> Generator[Browser]:
+    """Open a browser with an empty profile."""
+    options = ChromeOptions()
+    options.binary_location = find_binary("chromium") or ""
+    for flag in (*FLAGS.split(), f"--user-data-dir={server.folder / 'profile'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    remote = ChromeRemoteConnection(f"http://{HOST}:{server.port}")
+    driver = Remote(remote, options=options)
+    try:
+        yield Browser(driver)
+    finally:
+        driver.quit()
+        remote.close()  # type: ignore[no-untyped-call]
 
 
 class Browser:
@@ -115,11 +96,11 @@ class Browser:
 
     def run(self, script: str, *arguments: object) -> Any:
         """Give what a script returns."""
-        return self.driver.execute_script(script, *arguments)  # type: ignore[no-untyped-call]
+        return self.driver.execute_script(script, *arguments)
 
     def run_to_end(self, script: str) -> Any:
         """Give what a script calls its last argument with."""
-        return self.driver.execute_async_script(script)  # type: ignore[no-untyped-call]
+        return self.driver.execute_async_script(script)
 
     def top(self, selector: str) -> float:
         """Give how far below the top of the screen an element begins."""

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.browser.chromium import Browser, Chromium
+from tests.integration.browser.chromium import Browser, opened
+from tests.integration.browser.servers import Chromium
 from tests.servers.plugin import require
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 def chromium() -> Iterator[Browser]:
     """One browser for all tests; each loads its own page."""
     require(Chromium)
-    with Chromium() as server, server.browser() as browser:
+    with Chromium() as server, opened(server) as browser:
         yield browser
 
 
