@@ -142,7 +142,7 @@ export function draw(unit) {
     unit.attempt > 1 && `attempt ${unit.attempt}`,
     unit.replayed && "its idempotency key was used before",
     unit.hook_of && `a hook of unit ${unit.hook_of}`,
-    unit.closed && unit.path && !unit.response && "no response has passed here"] : []
+    unit.closed && unit.path && !unit.response && "answered outside of the middleware"] : []
   const notes = [...unit.notes, ...[...repetitions(steps)].map(([text, times]) =>
     `One statement was executed ${times} times: ${text}`)]
   return element("article", "uow-unit",
