@@ -6,22 +6,21 @@ done in the process that serves it, and is gone with it.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import json
+from collections import deque
 from importlib import resources
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, quote
-from weakref import WeakKeyDictionary, WeakMethod
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import make_url
 
 from asgi_uow import observers as of
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import ERROR_STATUS, Cause, Outcome
-from asgi_uow._unit.options import inspectors
-from asgi_uow._unit.unit import UnitOfWork
+from asgi_uow._unit.options import inspect
 from asgi_uow.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -53,6 +52,7 @@ ENDS = {
 ENDED = "Unknown: something else has ended the transaction, and nobody knows how."
 UNUSED = "Nothing to commit: the write session executed nothing."
 WHY: Mapping[Cause | None, str] = {
+    None: "nothing asked to commit it, and commit_on_exit is False",
     Cause.EXCEPTION: "an exception left the {code}",
     Cause.STATUS: "the response was {status}",
     Cause.EXPLICIT: "set_rollback_only({reason!r}) was called",
@@ -64,7 +64,6 @@ WHY: Mapping[Cause | None, str] = {
     Cause.TIMEOUT: "time was up before it was committed",
     Cause.ABANDONED: "the {code} was never left, and nothing refers to it any more",
 }
-BY_OPTION = "nothing asked to commit it, and commit_on_exit is False"
 NOTES: Mapping[type[of.Event], str] = {
     of.CommitFailed: "Raised as {0.error.__class__.__name__}; driver code {0.code}.",
     of.RetryScheduled: "Done again {0.seconds:.3f} s later, as attempt {0.attempt}.",
@@ -100,7 +99,7 @@ class Entry:
             if len(ends) < len(rest):
                 self.notes.append(f"{len(rest) - len(ends)} statements are not shown.")
             self.closed = dataclasses.replace(event, unit=None, timeline=steps + ends)
-        elif (note := NOTES.get(type(event))) is not None:
+        elif note := NOTES.get(type(event)):
             self.notes.append(note.format(event))
 
     def take_hook(self, event: of.HookFinished) -> None:
@@ -114,42 +113,40 @@ class Entry:
         """Say how it ended, and why."""
         if (finished := self.finished) is None:
             return "It is not decided yet."
-        if finished.outcome is Outcome.COMMITTED and not finished.databases:
+        outcome, cause, reason = finished.outcome, finished.cause, finished.reason
+        if outcome is Outcome.COMMITTED and not finished.databases:
             return UNUSED
-        cause, reason = finished.cause, finished.reason
-        if finished.outcome is Outcome.UNKNOWN and cause is Cause.DOOMED:
+        if outcome is Outcome.UNKNOWN and cause is Cause.DOOMED:
             return ENDED
-        status = (self.closed and self.closed.status) or ERROR_STATUS
-        shown = f"{status}" if self.closed else "an error"
-        if status < ERROR_STATUS:
-            shown += ", and commit_when said no"
         code = "hook" if self.hook else "handler" if finished.method else "block"
-        by_option = cause is Cause.EXPLICIT and reason is None
-        why = BY_OPTION if by_option else WHY.get(cause, "")
-        why = why.format(code=code, reason=reason, status=shown)
-        return ENDS[finished.outcome].format(why=why)
+        status: object = (self.closed and self.closed.status) or "an error"
+        if isinstance(status, int) and status < ERROR_STATUS:
+            status = f"{status}, and commit_when said no"
+        if cause is Cause.EXPLICIT and reason is None:
+            cause = None
+        why = WHY[cause].format(code=code, reason=reason, status=status)
+        return ENDS[outcome].format(why=why)
 
     def to_json(self) -> Mapping[str, object]:
         """Show everything: no value of a parameter, no query, no URL is in it."""
-        about, steps = self.finished, self.closed.timeline if self.closed else ()
-        several = len({step.database for step in steps}) > 1
-        shown = [
-            dataclasses.asdict(step) | {"database": several and _label(step.database)}
-            for step in steps
-        ]
-        names = "method", "path", "attempt", "replayed", "seconds"
-        sums = "waited", "held", "idle"
+        about, closed = self.finished, self.closed
+        steps = [dataclasses.asdict(step) for step in closed.timeline] if closed else []
+        several = len({step["database"] for step in steps}) > 1
+        for step in steps:
+            step["database"] = several and _label(step["database"])
+        sums = "seconds", "waited", "held", "idle"
+        names = "method", "path", "attempt", "replayed", *sums
         return {
             **{name: getattr(self, name) for name in ("number", "hook", "hook_of")},
-            **{name: getattr(about, name, None) for name in (*names, *sums)},
+            **{name: getattr(about, name, None) for name in names},
             "at": self.at // 1_000_000,
             "outcome": about.outcome.value if about else "running",
             "statements": about and dataclasses.asdict(about.statements),
             "sentence": self.sentence(),
-            "status": self.closed and self.closed.status,
-            "response": self.closed and self.closed.response,
-            "closed": self.closed is not None,
-            "steps": [*shown, *self.hooks],
+            "status": closed and closed.status,
+            "response": closed and closed.response,
+            "closed": closed is not None,
+            "steps": [*steps, *self.hooks],
             "notes": self.notes,
         }
 
@@ -170,22 +167,15 @@ class Inspector:
             message = "Inspector shows paths and SQL to everybody who reaches it: say "
             message += "debug=True where that is right, as in development."
             raise ConfigurationError(message)
-        self._databases = frozenset(databases)
         self._entries: WeakKeyDictionary[object, Entry] = WeakKeyDictionary()
-        self._last: collections.deque[Entry] = collections.deque(maxlen=MOST_UNITS)
+        self._last: deque[Entry] = deque(maxlen=MOST_UNITS)
         self._numbers, self._revisions = itertools.count(1), itertools.count(1)
         self._revision = 0
-        # Forgotten when the inspector is: units of its process tell it everything.
-        inspectors.append(WeakMethod(self.observe, inspectors.remove))
+        inspect(databases, self.observe)
 
     def observe(self, event: of.Event, /) -> None:
-        """Take in an event; of units of other databases nothing is kept."""
-        unit = event.unit
-        if not isinstance(unit, UnitOfWork):
-            return
-        if self._databases.isdisjoint(unit.databases):
-            return
-        entry = self._entries.setdefault(unit, Entry(event.at))
+        """Take in an event of a unit; `inspect()` calls it for units of `databases`."""
+        entry = self._entries.setdefault(event.unit, Entry(event.at))
         if not entry.number and isinstance(event, of.UnitStarted | of.UnitFinished):
             entry.number = next(self._numbers)
             entry.at = event.at - int(1e9 * getattr(event, "seconds", 0))
@@ -214,27 +204,22 @@ class Inspector:
 
     def _answer(self, scope: Scope) -> tuple[int, str, bytes, dict[str, str]]:
         """Give status, type, body and more headers."""
-        path = _below_mount(scope)
+        path, plain = _below_mount(scope), ("text/plain", b"")
         asked = (scope.get("raw_path") or quote(scope["path"]).encode()).decode()
         if scope["method"] not in {"GET", "HEAD"}:
-            return 405, "text/plain", b"", {"allow": "GET, HEAD"}
+            return 405, *plain, {"allow": "GET, HEAD"}
         if path == "/" and not asked.endswith("/"):  # relative URLs need that
-            place = f"./{asked.rpartition('/')[2]}/"
-            return 307, "text/plain", b"", {"location": place}
+            return 307, *plain, {"location": f"./{asked.rpartition('/')[2]}/"}
         if path in PAGES:
             name = path.strip("/") or "page.html"
             return 200, f"text/{PAGES[path]}", (FILES / name).read_bytes(), {}
-        if path == "/units":
-            after = parse_qs(scope["query_string"]).get(b"after", [b""])[0]
-            units = self._units(int(after) if after.isdigit() else 0)
-            return 200, "application/json", json.dumps(units).encode(), {}
-        return 404, "text/plain", b"", {}
-
-    def _units(self, after: int) -> Mapping[str, object]:
-        """Show what has changed after a revision, and the newest one."""
-        revision, entries = self._revision, tuple(self._last)
-        units = [each.to_json() for each in entries if each.revision > after]
-        return {"revision": revision, "units": units}
+        if path != "/units":
+            return 404, *plain, {}
+        after = parse_qs(scope["query_string"]).get(b"after", [b""])[0]
+        revision, since = self._revision, int(after) if after.isdigit() else 0
+        units = [each.to_json() for each in tuple(self._last) if each.revision > since]
+        content = {"revision": revision, "units": units}
+        return 200, "application/json", json.dumps(content).encode(), {}
 
 
 def _below_mount(scope: Scope) -> str:

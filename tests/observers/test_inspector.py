@@ -21,6 +21,7 @@ from asgi_uow import (
     before_commit,
     current_read_session,
     set_rollback_only,
+    unit_of_work,
 )
 from asgi_uow.errors import CommitFailedError, ConfigurationError
 from asgi_uow.inspector import ENDS, UNUSED, WHY, Inspector
@@ -32,7 +33,6 @@ from asgi_uow.observers import (
     HookFinished,
     HookStarted,
     ImplicitCommit,
-    ReaderRestored,
     ReleaseFailed,
     RetryScheduled,
     Statements,
@@ -45,11 +45,12 @@ from asgi_uow.observers import (
 from asgi_uow.testing import lose_commit_answer
 from tests.support.asgi import handle, http_scope, request
 from tests.support.databases import on
-from tests.support.private import Cause, inspectors, make_unit
+from tests.support.private import Cause, inspected, make_unit
 from tests.support.shop import SELECT, insert, insert_orphan
 
 if TYPE_CHECKING:
     from asgi_uow._asgi import ASGIApp
+    from tests.servers import SQLiteBackend
     from tests.support.asgi import Handler, Response
 
 pytestmark = on("aiosqlite")
@@ -409,7 +410,7 @@ async def test_why(
 
 def test_every_cause_has_a_sentence() -> None:
     """Also one that is still to come."""
-    assert set(Cause) == set(WHY)
+    assert {None, *Cause} == set(WHY)
     assert set(Outcome) == set(ENDS)
 
 
@@ -593,20 +594,38 @@ async def test_several_databases(inspector: Inspector, db: Database) -> None:
         assert word not in json.dumps(unit)
 
 
-async def test_only_its_databases(inspector: Inspector, sqlite: Any) -> None:
-    """Units of other databases, and what is about no unit, are left out."""
+async def test_only_its_databases(inspector: Inspector, sqlite: SQLiteBackend) -> None:
+    """Units of other databases are left out."""
     other = Database.from_url(sqlite.url)
-    tell(inspector, make_unit(other), UnitStarted(), finished())
-    inspector.observe(ReaderRestored("sqlite://"))
+    async with other:
+        await other.write.execute("CREATE TABLE things (id INTEGER)")
 
     assert [] == await units(inspector)
     await other.dispose()
 
 
+async def test_unit_of_two_databases(db: Database, sqlite: SQLiteBackend) -> None:
+    """Each thing is shown once, and by each inspector."""
+    other = Database.from_url(sqlite.url)
+    both, one = Inspector(db, other, debug=True), Inspector(other, debug=True)
+    async with unit_of_work(db, other):
+        await db.write.execute(SELECT)
+        await other.write.execute("SELECT 1")
+        after_commit(write_nothing)
+
+    for inspector in (both, one):
+        [unit] = await units(inspector)
+        kinds = [step["kind"] for step in unit["steps"]]
+        assert ["connection", "statement"] * 2 + ["commit"] * 2 + ["hook"] == kinds
+    await other.dispose()
+
+
+async def write_nothing() -> None:
+    """Be a hook."""
+
+
 async def test_nothing_is_kept_alive(db: Database) -> None:
     """Units, and what their errors refer to, go when they would; so does it itself."""
-    gc.collect()
-    before = [*inspectors]
     inspector = Inspector(db, debug=True)
     unit = make_unit(db)
     tell(inspector, unit, UnitStarted(), finished(), closed())
@@ -618,4 +637,4 @@ async def test_nothing_is_kept_alive(db: Database) -> None:
     del inspector
     gc.collect()
     assert of_inspector() is None
-    assert before == inspectors
+    assert db not in inspected

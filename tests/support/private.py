@@ -39,7 +39,7 @@ from asgi_uow._unit.hooks import (
 )
 from asgi_uow._unit.hooks import _call_in_thread as call_in_thread
 from asgi_uow._unit.hooks import _threads as threads_of_hooks
-from asgi_uow._unit.options import UnitOptions, inspectors
+from asgi_uow._unit.options import UnitOptions, inspected
 from asgi_uow._unit.unit import current
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ __all__ = [
     "driver_of",
     "exception_cause",
     "finish",
+    "inspected",
     "make_unit",
     "means",
     "name_of",
