@@ -50,7 +50,7 @@ class UnitOptions:
     def with_inspectors(self, databases: Sequence[Engines]) -> Self:
         """Give the options of a unit of these databases: inspectors are observers."""
         found = (each() for db in databases for each in inspected.get(db, ()))
-        watching = tuple(each for each in found if each is not None)
+        watching = tuple(dict.fromkeys(each for each in found if each is not None))
         if not watching or self.is_inspected:
             return self
         observers = (*self.observers, *watching)
