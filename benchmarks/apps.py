@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias
 
 from sqlalchemy import text
@@ -13,6 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from asgi_uow import Database, UnitOfWorkMiddleware
+from asgi_uow.inspector import Inspector
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -111,10 +113,14 @@ def ours(
     *,
     times: int = 1,
     holds: bool = False,
+    is_inspected: bool = False,
     **options: Any,
 ) -> ASGIApp:
     """Make the same with our middleware; one that `holds` keeps its connection."""
     database = Database.from_url(url)
+    if is_inspected:
+        inspector = Inspector(database, debug=True)
+        stack.enter_context(nullcontext(inspector))  # it lives as long as that
     stack.push_async_callback(database.dispose)
 
     async def execute(scope: Scope) -> None:  # noqa: ARG001

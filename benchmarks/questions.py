@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 
     from asgi_uow._asgi import ASGIApp, Message, Scope
+    from asgi_uow.observers import Event
 
     from .apps import Maker
 
@@ -103,6 +104,8 @@ def _questions() -> Iterable[Question]:
     for place in PLACES:
         yield Question(f"retry-select-{place}", _with_retry("select"), place)
         yield Question(f"retry-insert-{place}", _with_retry("insert"), place)
+    for place in PLACES:
+        yield Question(f"seen-insert-{place}", _seen(), place)
 
 
 def _without_database(
@@ -155,6 +158,20 @@ def _with_retry(name: str) -> dict[str, Maker]:
     }
     ours = partial(apps.ours, *what[name])
     return {"ours": ours, "ours, with retry": partial(ours, retry=Retry())}
+
+
+def _seen() -> dict[str, Maker]:
+    """What it costs that somebody is told what a request did, or inspects it."""
+    ours = partial(apps.ours, INSERT, current_session)
+    return {
+        "ours": ours,
+        "ours, with an observer": partial(ours, observers=(_take,)),
+        "ours, with an inspector": partial(ours, is_inspected=True),
+    }
+
+
+def _take(_: Event) -> None:
+    pass
 
 
 async def _nothing(*_: Scope) -> None:
