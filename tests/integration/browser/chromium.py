@@ -157,7 +157,7 @@ def serving(app: ASGIApp, port: int = 0) -> Generator[str]:
     """Serve an application by uvicorn in a thread; give its address."""
     with socket.create_server((HOST, port)) as listener:
         options: dict[str, Any] = {"log_config": None, "ws": "none", "lifespan": "auto"}
-        config = uvicorn.Config(app, loop="asyncio", **options)
+        config = uvicorn.Config(app, **options)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
