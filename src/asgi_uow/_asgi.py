@@ -29,8 +29,10 @@ class Response:
         """Forward a message of the response."""
         if message["type"] == START:
             self.status, self.started = message["status"], time.perf_counter()
-        await self._forward(message)
-        self.ended = time.perf_counter()
+        try:
+            await self._forward(message)
+        finally:
+            self.ended = time.perf_counter()
 
 
 def path_of(scope: Scope) -> str:

@@ -182,6 +182,7 @@ class TaskLock:
 
     # Overlap is what counts: frameworks switch tasks within one request.
     __slots__ = (
+        "__weakref__",
         "_depth",
         "_elsewhere",
         "_waiting",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Inspector"]
 
-MOST_UNITS, MOST_STEPS = 200, 500
+MOST_UNITS = 200
 FILES = resources.files("asgi_uow") / "_inspector"
 PAGES = {"/": "html", "/page.css": "css", "/page.js": "javascript"}
 HEADERS = {
@@ -94,11 +94,11 @@ class Entry:
         if isinstance(event, of.UnitFinished):
             self.finished = dataclasses.replace(event, unit=None)
         elif isinstance(event, of.UnitClosed):
-            steps, rest = event.timeline[:MOST_STEPS], event.timeline[MOST_STEPS:]
-            ends = tuple(step for step in rest if step.kind != "statement")
-            if len(ends) < len(rest):
-                self.notes.append(f"{len(rest) - len(ends)} statements are not shown.")
-            self.closed = dataclasses.replace(event, unit=None, timeline=steps + ends)
+            self.closed = dataclasses.replace(event, unit=None)
+            texts = [step for step in event.timeline if step.kind == "statement"]
+            total = self.finished.statements.count if self.finished else 0
+            if total > len(texts):
+                self.notes.append(f"{total - len(texts)} statements are not shown.")
         elif note := NOTES.get(type(event)):
             self.notes.append(note.format(event))
 
@@ -216,7 +216,7 @@ class Inspector:
         if path != "/units":
             return 404, *plain, {}
         after = parse_qs(scope["query_string"]).get(b"after", [b""])[0]
-        revision, since = self._revision, int(after) if after.isdigit() else 0
+        revision, since = self._revision, int(after[:18]) if after.isdigit() else 0
         units = [each.to_json() for each in tuple(self._last) if each.revision > since]
         content = {"revision": revision, "units": units}
         return 200, "application/json", json.dumps(content).encode(), {}

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from asgi_uow._unit import options
 from tests.support.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -16,3 +17,10 @@ def telemetry() -> Iterator[Telemetry]:
     telemetry = Telemetry()
     yield telemetry
     telemetry.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _inspectors() -> Iterator[None]:
+    """Leave no inspector behind, which costs the units of other tests."""
+    yield
+    options.inspected.clear()

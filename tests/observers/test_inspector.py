@@ -570,16 +570,17 @@ async def test_what_is_new(inspector: Inspector, db: Database) -> None:
         assert [1, 2] == [unit["number"] for unit in await units(inspector, everything)]
 
 
-async def test_too_many_steps(inspector: Inspector, db: Database) -> None:
+async def test_too_many_steps(db: Database) -> None:
     """Of very many statements the first are kept, and how it ended."""
-    many = [step("statement", each, "SELECT 1") for each in range(600)]
-    timeline = (*many, step("commit", 600.0))
-    tell(inspector, make_unit(db), finished(), closed(201, timeline))
+    inspector = Inspector(db, debug=True)
+    async with db:
+        for _ in range(600):
+            await db.write.execute("SELECT 1")
 
     [unit] = await units(inspector)
-    assert 501 == len(unit["steps"])
-    assert "commit" == unit["steps"][-1]["kind"]
-    assert ["100 statements are not shown."] == unit["notes"]
+    kinds = [each["kind"] for each in unit["steps"]]
+    assert ["connection", *["statement"] * 499, "commit"] == kinds
+    assert ["101 statements are not shown."] == unit["notes"]
 
 
 async def test_several_databases(inspector: Inspector, db: Database) -> None:

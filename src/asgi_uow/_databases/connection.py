@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 from contextlib import closing
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -38,6 +39,8 @@ SETTINGS_CHANGED = "asgi_uow.settings_changed"
 CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferrable"}
 
 SECONDS_TO_FAIL = 1.0  # for calls on a connection that was cut off
+
+QUOTED_NAME = re.compile(r'"([^"\'\\]*)"')  # by SQLAlchemy, which writes no literal so
 
 raw_of = attrgetter("_connection")  # the driver's, in what every async dialect makes
 
@@ -83,7 +86,7 @@ class Connection(sa.Connection):
     ) -> None:
         """Wait until nobody's statement is in flight, call; none begins meanwhile."""
         if kind and self.record is not None and self.journal is not None:
-            end = functools.partial(self.record.end, kind, end)
+            end = functools.partial(self.record.send, kind, end)
         # Cursors hold the lock, COMMIT and ROLLBACK do not; a driver knows its own.
         dbapi: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
         lock = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
@@ -147,7 +150,7 @@ class Connection(sa.Connection):
         if self.record is None:
             commit()  # a statement: it takes turns
         else:
-            self.record.end("commit", commit)
+            self.record.send("commit", commit)
         if self.journal is not None:
             self.journal.committed = True
 
@@ -291,4 +294,7 @@ def _send(connection: Connection, cursor: Any, statement: str, *rest: Any) -> No
     if record is None or is_own or (journal and journal.ending):
         send()
     else:
-        record.execute(statement, send)
+        made = getattr(context.compiled, "statement", None)
+        if made is not None and not isinstance(made, sa.TextClause):
+            statement = QUOTED_NAME.sub(r"\1", statement)  # the rest is withheld
+        record.send("statement", send, statement)

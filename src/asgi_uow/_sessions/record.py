@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import ref
 
 import sqlalchemy as sa
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from asgi_uow._concurrency import TaskLock
 
     Access = Literal["read", "write"]
+    Kind = Literal["connection", "statement", "commit", "rollback"]
+
+MOST_STEPS = 500  # of which a timeline is kept; COMMIT and ROLLBACK always are
 
 
 class Recorder:
@@ -31,8 +35,7 @@ class Recorder:
 
     def attach(self, session: Any, lock: TaskLock) -> None:
         """Have what a synchronous session does recorded."""
-        session.record = Record(self, session.database.name, session.access)
-        lock.resume = session.record.resume
+        session.record = Record(self, session, lock)
 
     def usage(self) -> tuple[Usage, ...]:
         """Give what was done so far to each database, by write and read sessions."""
@@ -54,16 +57,20 @@ class Recorder:
 class Record:
     """Of one session; the times are those of `time.perf_counter()`."""
 
-    def __init__(self, recorder: Recorder, database: str, access: Access) -> None:
+    def __init__(self, recorder: Recorder, session: Any, lock: TaskLock) -> None:
         self._recorder = recorder
         recorder.records.append(self)
-        self.database, self.access = database, access
+        self.database: str = session.database.name
+        self.access: Access = session.access
         self.statements: Statements = Statements()
         self.waited: float = 0.0
         self.held: float = 0.0
         self.idle: float = 0.0
         self.connected: float | None = None  # since when it holds a connection
+        self.asked: float | None = None  # since when it waits for one
         self._last = 0.0  # when the last statement ended
+        self._lock = ref(lock)  # which resumes this
+        lock.resume = self.resume
 
     @property
     def held_until_now(self) -> float:
@@ -74,9 +81,14 @@ class Record:
         """Note that its session has a connection, which gets the record too."""
         if self.connected is None:
             self.connected = time.perf_counter()
+            self._note_wait(self.connected, failed=False)
         return self
 
     def is_used(self) -> bool:
+        """Tell whether there is anything to say of it; a wait in vain is over then."""
+        lock = self._lock()
+        if self.asked and lock is not None and self.asked < lock.released:
+            self._note_wait(lock.released, failed=True)
         return bool(self.statements.count or self.waited or self.held_until_now)
 
     def disconnect(self) -> None:
@@ -84,56 +96,55 @@ class Record:
 
     def resume(self, released: float) -> None:
         """Note that a call begins, and that there was none since `released`."""
+        self.is_used()
+        self.asked = None
         if self.connected is not None:
             since = max(released, self.connected, self._last)
             self.idle += max(0.0, time.perf_counter() - since)
 
-    def connect(self, connect: Callable[[], sa.Connection]) -> sa.Connection:
-        connection: sa.Connection = self._timed("connection", "", connect)
-        return connection
-
-    def execute(self, sql: str, send: Callable[[], object]) -> None:
-        """Send a statement; one that fails counts as well."""
-        self._timed("statement", sql, send)
-
-    def end(self, kind: str, send: Callable[[], object]) -> None:
-        """Send COMMIT or ROLLBACK."""
-        self._timed(kind, "", send)
-
-    def _timed(self, kind: Any, sql: str, call: Callable[[], Any]) -> Any:
+    def send(self, kind: Kind, send: Callable[[], object], sql: str = "") -> None:
+        """Send a statement, COMMIT or ROLLBACK; what fails counts as well."""
         started, failed = time.perf_counter(), True
         try:
-            result = call()
+            send()
             failed = False
         finally:
             ended = self._last = time.perf_counter()
-            if kind == "connection":  # in a savepoint that is sent at once, too
-                ended = self.connected or ended
-                self.waited += ended - started
-            elif kind == "statement":
-                seconds = ended - started
+            seconds = ended - started
+            if kind == "statement":
                 self.statements += Statements(1, seconds, seconds)
             else:
-                self._recorder.ending += ended - started
-            if self._recorder.timeline is not None:
-                text = known.without_literals(sql) if sql else ""
-                about = kind, self.database, self.access, started, ended - started
-                self._recorder.timeline.append(Step(*about, text, failed))
-        return result
+                self._recorder.ending += seconds
+            self._note(kind, started, ended, sql, failed=failed)
+
+    def _note_wait(self, ended: float, *, failed: bool) -> None:
+        if self.asked is not None:
+            self.waited += ended - self.asked
+            self._note("connection", self.asked, ended, failed=failed)
+            self.asked = None
+
+    def _note(
+        self, kind: Kind, start: float, end: float, sql: str = "", *, failed: bool
+    ) -> None:
+        steps = self._recorder.timeline
+        if steps is not None and (len(steps) < MOST_STEPS or kind != "statement"):
+            text = known.without_literals(sql) if sql else ""
+            about = self.database, self.access, start, end - start
+            steps.append(Step(kind, *about, text, failed))
 
 
 class Recording:
-    """A mixin for a synchronous session: notes for how long it waits to connect."""
+    """A mixin for a synchronous session: notes since when it waits to connect."""
 
     record: Record
 
-    def _connection_for_bind(self, bind: Any, *args: Any, **kw: Any) -> sa.Connection:
-        plain: Any = super()
-        connect = functools.partial(plain._connection_for_bind, bind, *args, **kw)  # noqa: SLF001  # no other way
-        if self.record.connected is not None or not isinstance(bind, sa.Engine):
-            found: sa.Connection = connect()  # one that is held already
-            return found
-        return self.record.connect(connect)
+    def get_bind(self, *args: Any, **kwargs: Any) -> Any:
+        """Note the moment: SQLAlchemy asks just before it connects."""
+        above: Any = super()
+        bind = above.get_bind(*args, **kwargs)
+        if self.record.connected is None and isinstance(bind, sa.Engine):
+            self.record.asked = time.perf_counter()
+        return bind
 
 
 @functools.cache
