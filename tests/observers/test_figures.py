@@ -29,7 +29,6 @@ from tests.support.keys import Shop, create_table
 from tests.support.observer import Events
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
 
     from starlette.requests import Request
 
@@ -432,9 +431,9 @@ class Inspecting:
 
 
 @pytest.fixture
-def inspected(db: Database) -> Iterator[Events]:
+def inspected(db: Database) -> Events:
     inspecting = Inspecting(db)
-    yield inspecting.events
+    return inspecting.events
 
 
 def kinds(closed: UnitClosed) -> list[str]:
