@@ -39,6 +39,7 @@ async def check_doomed(
     """Nothing was kept, and client and hooks were told so; give the cause."""
     assert status == response.status
     assert isinstance(response.error, errors.DoomedError)
+    assert Cause.DOOMED is response.unit.cause
     assert ["rollback"] == response.hooks
     assert [] == await shop.items(backend)
     return response.error.__cause__

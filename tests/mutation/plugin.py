@@ -19,6 +19,7 @@ ON_SERVERS = (
     "tests/databases/test_journal.py",
     "tests/entrypoints/test_replay.py",
     "tests/promises/test_p10",
+    "tests/promises/test_p11",
     "tests/unit/",
 )
 SLOW = 0.25  # seconds; of the variants of a test that takes longer, one runs

@@ -269,7 +269,7 @@ async def test_the_rest_is_told_in_the_request(db: Database) -> None:
 
 
 async def test_unit(db: Database) -> None:
-    """All events of a unit name it; those of a hook name the hook's own unit."""
+    """All events of a unit name it; those of a hook name its own unit, and whose it is."""
     units: list[object] = []
 
     async def hook() -> None:
@@ -297,6 +297,8 @@ async def test_unit(db: Database) -> None:
         ("ConnectionReleased", "hook"),
         ("UnitFinished", "hook"),
     ]
+    hooks = [e.of for e in recorded if isinstance(e, HookStarted | HookFinished)]
+    assert [request_unit] * 4 == hooks
 
 
 async def test_two_requests(db: Database) -> None:
@@ -334,7 +336,7 @@ async def test_hook_whose_commit_fails(db: Database) -> None:
 
 
 async def test_one_event_per_failing_hook(db: Database) -> None:
-    """Every hook that raises is one HookFailed, in order."""
+    """Every hook that raises is one HookFailed, in order; its unit ends for that."""
 
     async def first() -> None:
         raise BROKEN
@@ -353,6 +355,7 @@ async def test_one_event_per_failing_hook(db: Database) -> None:
     assert expected == [each.hook for each in failed]
     assert [BROKEN, BROKEN] == [each.error for each in failed]
     assert [BROKEN, BROKEN] == [each.error for each in recorded.of(HookFinished)]
+    assert Cause.EXCEPTION is recorded.of(UnitFinished)[-1].cause
 
 
 # Connections

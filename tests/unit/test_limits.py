@@ -11,6 +11,7 @@ import pytest
 from anyio import to_thread
 from sqlalchemy import AsyncAdaptedQueuePool, NullPool, Pool, event
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.util import await_only
 
 from asgi_uow import Database, Outcome, current_read_session, current_session
 from tests.servers import eventually
@@ -24,6 +25,8 @@ from tests.support.databases import (
     checked_out,
     on,
 )
+from tests.support.keys import Shop, create_table
+from tests.support.private import Cause
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -147,6 +150,56 @@ async def test_closing_what_was_passed_in(
             await db.write.execute("SELECT 1")
         await db.dispose()
         await eventually(0, backend.connections)
+
+
+# What hangs
+
+
+@on("aiosqlite")
+@pytest.mark.parametrize("hangs", ["INSERT INTO items", "UPDATE idempotency_keys"])
+async def test_last_statement_hangs(db: Database, backend: Backend, hangs: str) -> None:
+    """The flush, and the row of a key, have `hook_timeout`; then all is rolled back."""
+
+    def wait(_: object, __: object, statement: str, *___: object) -> None:
+        if statement.startswith(hangs):
+            await_only(asyncio.Event().wait())
+
+    async def add() -> None:
+        event.listen(db.engine.sync_engine, "before_cursor_execute", wait)
+        current_session().add(shop.Item(id=2))
+
+    await create_table(backend)
+    site = Shop(db, hook_timeout=0.1)
+    site.before = add
+    async with asyncio.timeout(5):
+        response = await site.post()
+
+    assert 500 == response.status
+    assert Cause.TIMEOUT is site.units[0].cause
+    assert [] == await shop.items(backend)
+
+
+@on("aiosqlite")
+async def test_call_of_a_reader_hangs(db: Database) -> None:
+    """A read session whose call never ends has `commit_timeout`, and 1 s to fail."""
+    never, begun = asyncio.Event(), asyncio.Event()
+    calls: list[asyncio.Task[object]] = []
+
+    def wait(_: object) -> None:
+        begun.set()
+        await_only(never.wait())
+
+    async def handler() -> None:
+        calls.append(asyncio.create_task(current_read_session().run_sync(wait)))
+        await begun.wait()
+
+    async with asyncio.timeout(4):
+        response = await handle(handler, db, commit_timeout=0.1)
+
+    assert 200 == response.status
+    assert [0, 0] == checked_out(db)
+    never.set()
+    await asyncio.wait(calls)
 
 
 # What is no `Exception`

@@ -184,6 +184,7 @@ async def test_what_cannot_be_rolled_back_is_told(backend: ServerBackend) -> Non
 
         assert Outcome.ROLLED_BACK is response.unit.outcome
         [told] = [e for e in response.events.of(ReleaseFailed) if "_sa_" in e.operation]
+        assert "it is prepared" == str(told.error)
         proxy.thaw()
         xid = told.operation.split("'")[1]
         assert None is not await first.end_prepared(xid, 10, commit=False)
