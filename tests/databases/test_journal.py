@@ -21,6 +21,7 @@ from tests.support.conflicts import deadlock, rival_of
 from tests.support.databases import DRIVERS, on, shop_database
 from tests.support.private import Cause, ManagedSession
 from tests.support.shop import Item
+from tests.support.writes import driver_connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,6 +131,40 @@ async def test_rolled_back_on_the_raw_connection(
     assert 500 == response.status
     assert isinstance(response.error, errors.OutcomeUnknownError)
     assert [] == await shop.items(backend)
+
+
+async def test_closed_on_the_raw_connection(db: Database, backend: Backend) -> None:
+    """P13: a driver that was used may have committed what it does not show any more."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        raw = await driver_connection(uow.current_session())
+        if backend.driver == "asyncpg":
+            await raw.execute("COMMIT")
+        else:
+            await raw.commit()
+        closed = raw.close()
+        if closed is not None:  # asyncmy's is no coroutine
+            await closed
+
+    response = await handle(handler, db, status=404, hooks=True)
+
+    assert uow.Outcome.UNKNOWN is response.unit.outcome
+    assert [] == response.hooks
+    assert [1] == await shop.items(backend)
+
+
+async def test_invalidated_connection(db: Database) -> None:
+    """A connection that the handler throws away is the error that COMMIT fails with."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        await (await uow.current_session().connection()).invalidate()
+
+    response = await handle(handler, db)
+
+    assert isinstance(response.error, errors.CommitFailedError)
+    assert isinstance(response.error.__cause__, sa_exc.PendingRollbackError)
 
 
 async def test_swallowed_inside_a_savepoint(db: Database, backend: Backend) -> None:

@@ -269,7 +269,7 @@ async def test_the_rest_is_told_in_the_request(db: Database) -> None:
 
 
 async def test_unit(db: Database) -> None:
-    """All events of a unit name it; those of a hook name its own unit, and whose it is."""
+    """All events of a unit name it; a hook's its own unit, and whose hook it is."""
     units: list[object] = []
 
     async def hook() -> None:
