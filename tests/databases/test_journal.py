@@ -155,7 +155,7 @@ async def test_closed_on_the_raw_connection(db: Database, backend: Backend) -> N
 
 
 async def test_invalidated_connection(db: Database) -> None:
-    """A connection that the handler throws away is the error that COMMIT fails with."""
+    """What a handler did before it threw its connection away is not known any more."""
 
     async def handler() -> None:
         await shop.insert(1)
@@ -163,8 +163,30 @@ async def test_invalidated_connection(db: Database) -> None:
 
     response = await handle(handler, db)
 
-    assert isinstance(response.error, errors.CommitFailedError)
-    assert isinstance(response.error.__cause__, sa_exc.PendingRollbackError)
+    assert isinstance(response.error, errors.OutcomeUnknownError)
+
+
+@pytest.mark.parametrize("end", ["invalidate", "close"])
+async def test_given_up_after_a_commit_of_the_driver(
+    db: Database, backend: Backend, end: str
+) -> None:
+    """P13: nor is what the driver's own COMMIT may have kept called rolled back."""
+
+    async def handler() -> None:
+        await shop.insert(1)
+        connection = await uow.current_session().connection()
+        raw = await driver_connection(uow.current_session())
+        if backend.driver == "asyncpg":
+            await raw.execute("COMMIT")
+        else:
+            await raw.commit()
+        await getattr(connection, end)()
+
+    response = await handle(handler, db, status=404, hooks=True)
+
+    assert uow.Outcome.UNKNOWN is response.unit.outcome
+    assert [] == response.hooks
+    assert [1] == await shop.items(backend)
 
 
 async def test_swallowed_inside_a_savepoint(db: Database, backend: Backend) -> None:

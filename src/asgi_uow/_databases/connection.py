@@ -102,9 +102,9 @@ class Connection(sa.Connection):
             lock.release()
 
     def _rollback_impl(self) -> None:
-        if self.journal is not None:
-            self.journal.record_rollback()
         fairy = self._dbapi_connection
+        if self.journal is not None:
+            self.journal.record_rollback(fairy and fairy.dbapi_connection)
         if fairy is not None and fairy.dbapi_connection is not None:
             self.call_alone(self._send_rollback, kind="rollback")
         if fairy is not None and fairy is self._dbapi_connection:

@@ -184,9 +184,11 @@ class Journal:
             raise TransactionGoneError from self.doomed_by
         self.commit_sent = True
 
-    def record_rollback(self) -> None:
+    def record_rollback(self, dbapi: Any) -> None:
         """Record a ROLLBACK that is not the unit's: a failed flush, or one by hand."""
         if self.ending is None:
+            if dbapi is not None:
+                self.look(dbapi)  # there may be nothing left that it could undo
             self.doom(self.last or ManagedTransactionError("connection.rollback()"))
 
     def open_savepoint(self, name: str) -> None:

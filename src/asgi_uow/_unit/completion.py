@@ -104,7 +104,6 @@ class Completion:
         """COMMIT every session that executed something, in the order of first use.
 
         One with a key comes last: what a repetition is told has to be kept by all.
-
         Sessions with `twophase=True` are all prepared before the first COMMIT, and
         committed after the others, which may fail; from then on nothing stops them.
         """
@@ -182,6 +181,7 @@ class Completion:
             is_lost = bool(writer.shared.stuck)
             for each in sync.connections:
                 if each.closed or each.invalidated:
+                    is_lost = True
                     continue
                 dbapi = each.connection.dbapi_connection
                 if (raw := raw_of(dbapi)) in inherited:
