@@ -248,8 +248,9 @@ class Listening(logging.Handler):
         super().__init__()
         self._event = event
 
-    def emit(self, _: logging.LogRecord) -> None:
-        self._event.set()
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING:
+            self._event.set()
 
 
 @on("asyncmy", "asyncpg", "aiosqlite", read_isolation="REPEATABLE READ")

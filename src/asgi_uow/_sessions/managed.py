@@ -184,7 +184,8 @@ for _name in ("commit", "prepare", "rollback", "close", "invalidate", "reset"):
 class ReadOnlySession(ManagedSession):
     """Refuses to flush and to run DML; text that writes is the database's to refuse."""
 
-    access = "read"
+    access: Access = "read"
+    cursors: Sequence[Any] = ()
     sibling: ManagedSession | None = None  # the write session of the unit
     executing: int = 0  # statements: of several tasks, or one for the rows of another
 
@@ -194,7 +195,6 @@ class ReadOnlySession(ManagedSession):
         sibling = self.sibling
         if sibling is None or sibling.shared.state not in WRITABLE:
             return None
-        # In memory there is one connection for both.
         joins = sibling.connections and not sibling.journal.entries
         return sibling if joins or self.database.is_memory else None
 
