@@ -249,8 +249,8 @@ class Listening(logging.Handler):
         self._event = event
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno == logging.WARNING:
-            self._event.set()
+        assert logging.WARNING == record.levelno
+        self._event.set()
 
 
 @on("asyncmy", "asyncpg", "aiosqlite", read_isolation="REPEATABLE READ")
