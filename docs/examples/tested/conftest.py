@@ -33,6 +33,12 @@ def uow_database() -> Database:
     return db
 
 
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Run no test on Trio, which SQLAlchemy does not know; anyio's plugin asks."""
+    return "asyncio"
+
+
 @pytest.fixture(autouse=True)
 def _always(uow_sandbox: object) -> None:
     """Have every test in a sandbox, also those that do not ask for one."""
