@@ -35,14 +35,15 @@ class Response:
             self.ended = time.perf_counter()
 
 
-def path_of(scope: Scope) -> str:
+def path_of(scope: Scope) -> str | None:
     """Give the path without its query: the route's template if the framework says it.
 
-    Litestar names the template; Starlette and FastAPI the route, below its mount.
+    Litestar names the template; Starlette and FastAPI the route, below its mount. It
+    is asked after COMMIT, so it raises nothing, whatever has put what into the scope.
     """
-    route = scope.get("route")
+    route, root, above = map(scope.get, ("route", "root_path", "app_root_path"))
     if hasattr(route, "endpoint") and isinstance(getattr(route, "path", None), str):
-        root: str = scope.get("root_path", "")
-        mount = root.removeprefix(scope.get("app_root_path", root))
-        return mount + str(route.path)
-    return str(scope.get("path_template") or scope["path"])
+        is_mounted = isinstance(root, str) and isinstance(above, str)
+        return (root.removeprefix(above) if is_mounted else "") + str(route.path)
+    found = scope.get("path_template") or scope.get("path")
+    return None if found is None else str(found)

@@ -22,7 +22,7 @@ from asgi_uow import Database, Retry, UnitOfWorkMiddleware, unit_of_work
 from asgi_uow._unit import options
 from asgi_uow.observers import CommitFailed, LoggingObserver, UnitClosed, UnitFinished
 from tests.support import shop
-from tests.support.asgi import Client, Response, endpoint, handle, respond
+from tests.support.asgi import Client, Response, endpoint, handle, http_scope, respond
 from tests.support.conflicts import conflict, conflicting_shop
 from tests.support.databases import DRIVERS, memory_database, on, shop_database
 from tests.support.keys import Shop, create_table
@@ -414,6 +414,45 @@ async def test_no_server_timing(db: Database) -> None:
     asked = await handle(work, db, server_timing=True)
     not_asked = await handle(lambda: shop.insert(1), db)
     assert "server-timing" not in {**asked.headers, **not_asked.headers}
+
+
+# Whose request it was, to whoever asks after COMMIT
+
+
+class Routed:
+    """What a framework may leave in the scope."""
+
+    path = "/items"
+    endpoint = None
+
+
+@pytest.mark.parametrize(
+    ("put", "left_out", "told"),
+    [
+        ({"route": Routed(), "root_path": None}, (), ("GET", "/items")),
+        ({"route": Routed(), "app_root_path": None}, (), ("GET", "/items")),
+        ({"route": "/items", "path_template": None}, (), ("GET", "/")),
+        ({"path_template": 7}, (), ("GET", "7")),
+        ({}, ("path", "method"), (None, None)),
+    ],
+)
+async def test_odd_scopes(
+    db: Database, put: dict[str, Any], left_out: tuple[str, ...], told: object
+) -> None:
+    """Whatever is in a scope, what was committed is answered, and its hooks run."""
+    called: list[str] = []
+
+    async def work() -> None:
+        await shop.insert(1)
+        uow.after_commit(called.append, "hook")
+
+    scope = {k: v for k, v in http_scope(**put).items() if k not in left_out}
+    events = Events()
+    app = UnitOfWorkMiddleware(endpoint(work), db, observers=[events])
+    response = await Client(app).request(scope=scope)
+    ended = events.only(UnitFinished)
+    assert (200, ["hook"]) == (response.status, called)
+    assert told == (ended.method, ended.path)
 
 
 # What an inspector is told
