@@ -12,10 +12,11 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from asgi_uow import Database
+from asgi_uow import Database, current_session
 from asgi_uow.errors import ConfigurationError, ReadOnlySessionError
 from tests.servers import eventually
 from tests.support import shop
+from tests.support.asgi import handle
 from tests.support.databases import DRIVERS, SERVER_DRIVERS, login, memory_database, on
 
 if TYPE_CHECKING:
@@ -250,6 +251,42 @@ async def test_listening_later(backend: Backend) -> None:
         answers = await ask_everybody(db, "SELECT 6")
     expected = ["checkout", "before_cursor_execute", "do_execute"]
     assert expected * len(answers) == seen
+
+
+async def test_listening_beside_an_observer(db: Database) -> None:
+    """What notes how long statements take calls listeners on them as SQLAlchemy does.
+
+    One that has sent something in place of the statement says so.
+    """
+    names, seen = ("do_execute", "do_executemany", "do_execute_no_params"), list[str]()
+
+    def send_another(cursor: Any, statement: str, *_: object) -> bool:
+        is_it = statement == "SELECT 6"
+        if is_it:
+            cursor.execute("SELECT 7", ())
+        return is_it
+
+    async def work() -> None:
+        session = current_session()
+        await session.execute(sa.insert(shop.Item), [{"id": 1}, {"id": 2}])
+        connection = await session.connection()
+        plain = {"no_parameters": True}
+        await connection.exec_driver_sql(shop.COUNT, execution_options=plain)
+        answers.append(await session.scalar("SELECT 6"))
+        answers.append(await session.scalar(shop.COUNT))
+
+    answers = list[object]()
+    for name in names:
+
+        def note(*_: object, name: str = name) -> None:
+            seen.append(name)
+
+        event.listen(db.engine.sync_engine, name, note)
+    event.listen(db.engine.sync_engine, "do_execute", send_another)
+    response = await handle(work, db, deadline=60.0)
+    assert response.error is None
+    assert [7, 2] == answers
+    assert set(names) == set(seen)
 
 
 async def test_class_of_engines(sqlite: SQLiteBackend) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import re
+import time
 from contextlib import closing
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -40,8 +40,6 @@ CHANGING_OPTIONS = {"isolation_level", "postgresql_readonly", "postgresql_deferr
 
 SECONDS_TO_FAIL = 1.0  # for calls on a connection that was cut off
 
-QUOTED_NAME = re.compile(r'"([^"\'\\]*)"')  # by SQLAlchemy, which writes no literal so
-
 raw_of = attrgetter("_connection")  # the driver's, in what every async dialect makes
 
 
@@ -49,6 +47,7 @@ class Connection(sa.Connection):
     journal: Journal | None = None  # only a writer's has one
     deadline: Any = None  # until its unit ends, if that has one
     record: Any = None  # of its session, if somebody asks for what that does
+    sent: float = 0.0  # when its last statement was: perf_counter()
     is_beginning: bool = False  # its settings are set anew in each transaction
     is_kept = False  # for later calls: somebody was given it, or has changed it
     _send_rollback = sa.Connection._rollback_impl  # noqa: SLF001
@@ -147,10 +146,9 @@ class Connection(sa.Connection):
         if self.journal is not None:
             self.journal.begin_commit()
         commit = functools.partial(super()._commit_twophase_impl, xid, is_prepared)
-        if self.record is None:
-            commit()  # a statement: it takes turns
-        else:
-            self.record.send("commit", commit)
+        if self.record is not None:
+            commit = functools.partial(self.record.send, "commit", commit)
+        commit()  # a statement: it takes turns
         if self.journal is not None:
             self.journal.committed = True
 
@@ -272,29 +270,31 @@ def check_statement(cursor: Any, statement: str, *rest: Any) -> bool | None:
             operation = "A statement"
             raise ConcurrentUseError(operation, "a stream() is still being read")
         connection.check_statement(statement, rest[0])
+        connection.sent = time.perf_counter()
         if connection.deadline is not None or connection.record is not None:
             _send(connection, cursor, statement, *rest)
             return True  # SQLAlchemy has nothing left to do
     return None
 
 
+def _pass_on(dialect: Any, name: str, *args: Any) -> None:
+    listeners = [*getattr(dialect.dispatch, name)]
+    later = listeners[listeners.index(check_statement) + 1 :]  # than ours
+    if not any(listener(*args) for listener in later):
+        getattr(dialect, name)(*args)
+
+
 def _send(connection: Connection, cursor: Any, statement: str, *rest: Any) -> None:
     """Do what SQLAlchemy would, in time, and note how long it takes."""
     context, deadline, record = rest[-1], connection.deadline, connection.record
-    send = context.dialect.do_execute
+    name = "do_execute" if rest[1:] else "do_execute_no_params"
     if context.execute_style is ExecuteStyle.EXECUTEMANY:
-        send = context.dialect.do_executemany
-    elif not rest[1:]:
-        send = context.dialect.do_execute_no_params
+        name = "do_executemany"
+    send = functools.partial(_pass_on, context.dialect, name, cursor, statement, *rest)
     if deadline is not None:
         send = functools.partial(deadline.execute, connection, send)
-    send = functools.partial(send, cursor, statement, *rest)
     journal = connection.journal
     is_own = known.OWN in context.execution_options or connection.is_beginning
-    if record is None or is_own or (journal and journal.ending):
-        send()
-    else:
-        made = getattr(context.compiled, "statement", None)
-        if made is not None and not isinstance(made, sa.TextClause):
-            statement = QUOTED_NAME.sub(r"\1", statement)  # the rest is withheld
-        record.send("statement", send, statement)
+    if record is not None and not (is_own or (journal and journal.ending)):
+        send = functools.partial(record.execute, send, statement, context)
+    send()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     Access = Literal["read", "write"]
     Kind = Literal["connection", "statement", "commit", "rollback"]
 
+QUOTED_NAME = re.compile(r'"([^"\'\\]*)"')
 MOST_STEPS = 500  # of which a timeline is kept; COMMIT and ROLLBACK always are
 
 
@@ -101,6 +103,13 @@ class Record:
         if self.connected is not None:
             since = max(released, self.connected, self._last)
             self.idle += max(0.0, time.perf_counter() - since)
+
+    def execute(self, send: Callable[[], object], sql: str, context: Any) -> None:
+        """Send a statement; the names that SQLAlchemy quotes are left to read."""
+        made = getattr(context.compiled, "statement", None)
+        if made is not None and not isinstance(made, sa.TextClause):
+            sql = QUOTED_NAME.sub(r"\1", sql)
+        self.send("statement", send, sql)
 
     def send(self, kind: Kind, send: Callable[[], object], sql: str = "") -> None:
         """Send a statement, COMMIT or ROLLBACK; what fails counts as well."""
