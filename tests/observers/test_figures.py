@@ -556,6 +556,26 @@ async def test_several_inspectors(db: Database, inspected: Events) -> None:
     ]
 
 
+async def test_inspectors_of_a_unit_inside_another(
+    db: Database, inspected: Events
+) -> None:
+    """One is told of the units of its own databases, whatever unit is around them."""
+
+    async def work() -> None:
+        await shop.insert(1)
+        async with other:
+            await shop.insert(1, other)
+        async with third:
+            await shop.insert(1, third)
+
+    async with memory_database() as other, memory_database() as third:
+        second = Inspecting(other)
+        response = await handle(work, db, observers=())
+    assert response.error is None
+    ends = (each.only(UnitFinished) for each in (inspected, second.events))
+    assert [(db.name,), (other.name,)] == [each.databases for each in ends]
+
+
 async def test_no_inspector_is_left(db: Database) -> None:
     """A database whose last inspector is gone is as it was."""
     inspecting = Inspecting(db)

@@ -45,21 +45,20 @@ class UnitOptions:
     hook_timeout: float | None = 5.0
     held_idle: float | None = 1.0
     server_timing: bool = False
-    is_inspected: bool = False
+    inspectors: tuple[Observer, ...] = ()
 
     def with_inspectors(self, databases: Sequence[Engines]) -> Self:
-        """Give the options of a unit of these databases: inspectors are observers."""
+        """Give the options of a unit of these databases, and not of one around it."""
         found = (each() for db in databases for each in inspected.get(db, ()))
-        watching = tuple(dict.fromkeys(each for each in found if each is not None))
-        if not watching or self.is_inspected:
+        inspectors = tuple(dict.fromkeys(each for each in found if each is not None))
+        if inspectors == self.inspectors:
             return self
-        observers = (*self.observers, *watching)
-        return dataclasses.replace(self, observers=observers, is_inspected=True)
+        return dataclasses.replace(self, inspectors=inspectors)
 
     @property
     def wants_figures(self) -> bool:
         """Whether somebody asks for beginnings, successes and what a unit does."""
-        if self.server_timing:
+        if self.server_timing or self.inspectors:
             return True
         for each in self.observers:
             if type(each) is not LoggingObserver or each.logs_outcomes:
@@ -70,4 +69,4 @@ class UnitOptions:
         if (error := getattr(event, "error", None)) is not None:
             show = functools.partial(stacktrace_of, error)
             event = dataclasses.replace(event, trace=show)
-        notify(self.observers, event)
+        notify((*self.observers, *self.inspectors), event)

@@ -207,7 +207,7 @@ class UnitOfWork:
             if inspected:
                 self.options = self.options.with_inspectors(self.databases)
             if self.options.wants_figures:
-                self.shared.recorder = Recorder(timeline=self.options.is_inspected)
+                self.shared.recorder = Recorder(timeline=bool(self.options.inspectors))
         return self.shared
 
     def start(self) -> None:
