@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import inspect
 import logging
+import time
+import weakref
+from collections.abc import Coroutine
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi import Depends, FastAPI
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncAttrs
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import StreamingResponse
@@ -253,6 +259,62 @@ class Listening(logging.Handler):
         self._event.set()
 
 
+async def test_session_from_a_thread(db: Database) -> None:
+    """A dependency that is no coroutine function asks for the session in a thread."""
+
+    def depends() -> uow.Session:
+        return uow.current_session()
+
+    async def handler(session: Any = Depends(depends)) -> None:  # noqa: B008
+        await session.execute(shop.COUNT)
+        await wait(alarm)
+
+    alarm, app = Alarm(), FastAPI()
+    app.add_api_route("/", handler)
+    await alarm.request(app, db)
+    assert PLACE == alarm.place
+
+
+@Coroutine.register
+class Compiled:
+    """Stands for a coroutine that is no Python function's: it shows no frames."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self.send = coroutine.send
+
+
+async def test_coroutine_without_frames(db: Database) -> None:
+    """Where nothing can be named, that is said, and other units are told of."""
+    alarm, other = Alarm(), Alarm()
+    async with memory_database() as clock:
+        work = functools.partial(hold, alarm)
+        hidden: Any = Compiled(alarm.request(endpoint(work), db))
+        task = asyncio.Task(hidden)
+        await other.request(endpoint(functools.partial(hold, other)), clock)
+        await task
+    assert "a coroutine that shows no frames" == alarm.place
+    assert PLACE == other.place
+
+
+async def test_lost_task(db: Database) -> None:
+    """A task that nobody refers to is not kept alive to be looked after."""
+
+    async def wait_for_ever() -> None:
+        async with db:
+            uow.current_session()
+            begun.set()
+            await asyncio.get_running_loop().create_future()
+
+    begun, loop = asyncio.Event(), asyncio.get_running_loop()
+    loop.set_exception_handler(lambda *_: None)  # it tells of such a task
+    lost = weakref.ref(asyncio.create_task(wait_for_ever()))
+    await begun.wait()
+    gc.collect()
+    assert lost() is None
+    await pass_by()
+    assert not held._here.rounds.watches
+
+
 @on("asyncmy", "asyncpg", "aiosqlite", read_isolation="REPEATABLE READ")
 async def test_snapshot(db: Database) -> None:
     """A snapshot that is held is a transaction, too."""
@@ -336,6 +398,55 @@ async def test_statement_in_flight(
         assert [] == alarm.of(HeldIdle)
         running.cancel()
         await asyncio.wait([running])
+
+    alarm = Alarm()
+    await alarm.request(endpoint(work), db)
+    assert [] == alarm.of(HeldIdle)
+
+
+class Base(AsyncAttrs, DeclarativeBase):
+    """Has attributes that can be awaited."""
+
+
+class Product(Base):
+    """An item, whose parent is loaded when it is asked for."""
+
+    __tablename__ = "items"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    parent: Mapped[int | None] = mapped_column(deferred=True)
+
+
+@on(*DRIVERS)
+@pytest.mark.parametrize("past", ["attributes", "connection"])
+async def test_statements_past_the_session(db: Database, past: str) -> None:
+    """Attributes that are loaded, and statements on a connection, are work as well."""
+
+    async def work() -> None:
+        session = uow.current_session()
+        await shop.insert(1)
+        connection = await session.connection() if past == "connection" else None
+        product = await session.get_one(Product, 1)
+        until = time.perf_counter() + 3 * SECONDS
+        while time.perf_counter() < until:
+            if connection is not None:
+                await connection.execute(text(shop.COUNT))
+            else:
+                session.expire(product, ["parent"])
+                await product.awaitable_attrs.parent
+
+    alarm = Alarm()
+    response = await alarm.request(endpoint(work), db)
+    assert response.error is None
+    assert [] == alarm.of(HeldIdle)
+
+
+async def test_invalidated(db: Database) -> None:
+    """A connection that was thrown away is held no more."""
+
+    async def work() -> None:
+        await shop.insert(1)
+        await (await uow.current_session().connection()).invalidate()
+        await pass_by()
 
     alarm = Alarm()
     await alarm.request(endpoint(work), db)

@@ -237,8 +237,9 @@ async def release(unit: UnitOfWork) -> None:
         if unit.hooks is not NO_HOOKS:
             _drop_hooks(unit, shared)
         # A leaked context may keep the unit alive, but not what was closed.
-        watches: dict[Any, None] = {} if unit.watch is None else unit.watch.others
-        watches.pop(unit.watch, None)
+        watch = unit.watch
+        others: dict[Any, None] = {} if watch is None else watch.others
+        others.pop(watch and watch.own, None)
         for writer in unit.writers:
             shared.writers.remove(writer.sync_session)
         unit.participants, unit.writers, unit.failure = {}, (), None

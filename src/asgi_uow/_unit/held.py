@@ -49,21 +49,28 @@ PARTS: dict[type, tuple[str, str]] = {
 class Watch:
     """The sessions of one unit that hold a transaction; tells of them at most once."""
 
-    def __init__(
+    sessions: tuple[Session, ...] = ()
+
+    def begin(
         self, seconds: float, tell: Callable[[Event], None], task: Task | None
-    ) -> None:
+    ) -> Watch:
         """`task` is the request's: that of the last call may have ended."""
-        self.sessions: list[Session] = []
-        self.others: dict[Watch, None] = {}
+        self.own: ref[Watch] = ref(self)
+        self.others: dict[ref[Watch], None] = {}
         if (loop := _get_running_loop()) is None:
-            return  # a thread may ask for a session; nobody looks after that
+            if task is not None:  # a thread asks for the session of a request
+                loop = task.get_loop()
+                loop.call_soon_threadsafe(self.begin, seconds, tell, task)
+            return self
         if (rounds := _here.rounds).loop() is not loop:
             rounds = _here.rounds = _Rounds(loop)
         self._seconds, self._tell, self._task = seconds, tell, task
         self._context, self.others = contextvars.copy_context(), rounds.watches
-        self.others[self] = None  # until its unit ends
+        # Until its unit ends. A task that nobody refers to is to be collected.
+        self.others[self.own] = None
         if seconds < rounds.comes_within:
             rounds.look_after(seconds)
+        return self
 
     def look(self) -> float | None:
         """Give the seconds after which to look again; None once it has told."""
@@ -80,13 +87,17 @@ class Watch:
     def _idle(self, session: Session) -> float:
         sync, lock = session.sync_session, session.own_lock
         states = WRITABLE if sync.access == "write" else session.usable_in
-        held = [each for each in sync.connections if not each.closed]
+        held: list[Any] = [
+            each for each in sync.connections if not (each.closed or each.invalidated)
+        ]
         if lock.owner or sync.cursors or not held or session.shared.state not in states:
             return 0.0
         now = time.perf_counter()
-        if sync.driver_exposed and any(map(_is_in_use, held)):
+        if any(map(_is_in_use, held)):
             lock.released = now  # past the session: it is known from looks alone
-        return now - lock.released
+        # Attributes that are loaded, and connections, do not take the lock.
+        released: float = max(lock.released, *(each.sent for each in held))
+        return now - released
 
 
 class _Rounds:
@@ -94,7 +105,7 @@ class _Rounds:
 
     def __init__(self, loop: object) -> None:
         self.loop: Callable[[], object] = ref(loop)
-        self.watches: dict[Watch, None] = {}
+        self.watches: dict[ref[Watch], None] = {}
         self.comes_within: float = math.inf  # seconds from now, at most
 
     def look_after(self, seconds: float) -> None:
@@ -105,9 +116,11 @@ class _Rounds:
 
     def _look(self) -> None:
         self.comes_within, earliest = math.inf, math.inf
-        for watch in tuple(self.watches):
-            if (seconds := watch.look()) is None:
-                self.watches.pop(watch, None)
+        for each in tuple(self.watches):
+            watch = each()
+            seconds = None if watch is None else watch.look()
+            if seconds is None:
+                self.watches.pop(each, None)
             else:
                 earliest = min(earliest, seconds)
         if self.watches:
@@ -126,8 +139,6 @@ _here = _Here()
 
 def _is_in_use(connection: sa.Connection) -> bool:
     """Tell whether a statement is in flight, by whatever it was sent."""
-    if connection.invalidated:
-        return False
     dbapi: Any = connection.connection.dbapi_connection
     lock: Any = getattr(dbapi, "_execute_mutex", known.NO_LOCK)
     driver = known.driver_of(connection.dialect)
@@ -136,14 +147,16 @@ def _is_in_use(connection: sa.Connection) -> bool:
 
 def _place_of(last: Callable[[], Any] | None, task: Any) -> str:
     """Say where the first of two tasks that has not ended is waiting."""
+    place = "a task that has ended"
     for each in (last and last(), task):
         if each is not None and not each.done():
             frames = [*_frames(each.get_coro())]
             lines = [(it.f_code, it.f_lineno) for it in frames]
             own = [it for it in lines if not it[0].co_filename.startswith(LIBRARIES)]
-            code, line = (own or lines)[-1]
-            return f"{code.co_filename}:{line} in {code.co_qualname}"
-    return "a task that has ended"
+            for code, line in (own or lines)[-1:]:
+                return f"{code.co_filename}:{line} in {code.co_qualname}"
+            place = "a coroutine that shows no frames"  # not one of Python's own
+    return place
 
 
 def _frames(waiting: Any) -> Iterator[FrameType]:

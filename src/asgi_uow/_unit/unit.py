@@ -142,8 +142,8 @@ class UnitOfWork:
         writer = participant.open_writer()
         self.writers = (*self.writers, writer)
         if (seconds := self.options.held_idle) is not None:
-            self.watch = self.watch or Watch(seconds, self._tell_idle, self.task)
-            self.watch.sessions.append(writer)
+            watch = self.watch or Watch().begin(seconds, self._tell_idle, self.task)
+            self.watch, watch.sessions = watch, (*watch.sessions, writer)
         return writer
 
     def read_session(self, db: Engines | None = None) -> Session:
@@ -153,8 +153,11 @@ class UnitOfWork:
             participant.reader = participant.open_reader()
             seconds = self.options.held_idle
             if participant.db.read_isolation and seconds is not None:
-                self.watch = self.watch or Watch(seconds, self._tell_idle, self.task)
-                self.watch.sessions.append(participant.reader)
+                watch = self.watch or Watch().begin(seconds, self._tell_idle, self.task)
+                self.watch, watch.sessions = (
+                    watch,
+                    (*watch.sessions, participant.reader),
+                )
         return participant.reader
 
     def reading(self, operation: str, db: Engines | None) -> Participant:
