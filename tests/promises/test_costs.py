@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
+    from asgi_uow.observers import Observer
     from tests.servers import Backend
     from tests.support.costs import Cost
 
@@ -354,11 +355,13 @@ CLEAN = {
 }
 
 
-async def left_by(backend: Backend, names: Iterable[str]) -> dict[str, list[str]]:
+async def left_by(
+    backend: Backend, names: Iterable[str], *observers: Observer
+) -> dict[str, list[str]]:
     """Name what requests leave of ours to the garbage collector."""
     async with shop_database(backend) as db:
         applications = {
-            name: UnitOfWorkMiddleware(endpoint(*CLEAN[name]), db, observers=())
+            name: UnitOfWorkMiddleware(endpoint(*CLEAN[name]), db, observers=observers)
             for name in names
         }
         left = {
@@ -372,6 +375,12 @@ async def left_by(backend: Backend, names: Iterable[str]) -> dict[str, list[str]
 async def test_no_garbage(backend: Backend) -> None:
     """A request that has ended leaves nothing of ours to the garbage collector."""
     assert {} == await left_by(backend, CLEAN)
+
+
+@on(*DRIVERS)
+async def test_no_garbage_of_observers(backend: Backend) -> None:
+    """Neither does what is recorded for an observer."""
+    assert {} == await left_by(backend, CLEAN, lambda _: None)
 
 
 @on(*DRIVERS)

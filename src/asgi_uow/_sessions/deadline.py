@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,10 @@ class Deadline:
 
         around, self._ends[task] = self._ends.get(task), end
         loop = asyncio.get_running_loop()
-        timer: Any = around or loop.call_at(self.until, lambda: self._ends[task]())
+        # In an empty context: the loop keeps that of a cancelled timer for long.
+        timer: Any = around or loop.call_at(
+            self.until, lambda: self._ends[task](), context=contextvars.Context()
+        )
         try:
             yield
         except StatementError as error:  # SQLAlchemy has wrapped ours

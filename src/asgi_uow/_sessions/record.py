@@ -33,11 +33,18 @@ class Recorder:
         self.timeline: list[Step] | None = [] if timeline else None
         self.hooks: int = 0
         self.hook_seconds: float = 0.0
-        self.ending: float = 0.0  # seconds of COMMIT and ROLLBACK
+
+    @property
+    def ending(self) -> float:
+        """Seconds of COMMIT and ROLLBACK."""
+        return sum(each.ending for each in self.records)
 
     def attach(self, session: Any, lock: TaskLock) -> None:
         """Have what a synchronous session does recorded."""
-        session.record = Record(self, session, lock)
+        record = Record(session, self.timeline, lock)
+        session.record = record
+        self.records.append(record)
+        lock.resume = record.resume
 
     def usage(self) -> tuple[Usage, ...]:
         """Give what was done so far to each database, by write and read sessions."""
@@ -59,20 +66,21 @@ class Recorder:
 class Record:
     """Of one session; the times are those of `time.perf_counter()`."""
 
-    def __init__(self, recorder: Recorder, session: Any, lock: TaskLock) -> None:
-        self._recorder = recorder
-        recorder.records.append(self)
+    def __init__(
+        self, session: Any, timeline: list[Step] | None, lock: TaskLock
+    ) -> None:
         self.database: str = session.database.name
         self.access: Access = session.access
+        self._timeline = timeline
         self.statements: Statements = Statements()
         self.waited: float = 0.0
         self.held: float = 0.0
         self.idle: float = 0.0
+        self.ending: float = 0.0  # seconds of COMMIT and ROLLBACK
         self.connected: float | None = None  # since when it holds a connection
         self.asked: float | None = None  # since when it waits for one
         self._last = 0.0  # when the last statement ended
         self._lock = ref(lock)  # which resumes this
-        lock.resume = self.resume
 
     @property
     def held_until_now(self) -> float:
@@ -123,7 +131,7 @@ class Record:
             if kind == "statement":
                 self.statements += Statements(1, seconds, seconds)
             else:
-                self._recorder.ending += seconds
+                self.ending += seconds
             self._note(kind, started, ended, sql, failed=failed)
 
     def _note_wait(self, ended: float, *, failed: bool) -> None:
@@ -135,7 +143,7 @@ class Record:
     def _note(
         self, kind: Kind, start: float, end: float, sql: str = "", *, failed: bool
     ) -> None:
-        steps = self._recorder.timeline
+        steps = self._timeline
         if steps is not None and (len(steps) < MOST_STEPS or kind != "statement"):
             text = known.without_literals(sql) if sql else ""
             about = self.database, self.access, start, end - start

@@ -100,6 +100,7 @@ class HookRun:
             recorder.hooks += 1
             recorder.hook_seconds += seconds
             tell(HookFinished(phase, hook.name, seconds, error, unit=own, of=of))
+            del error  # its traceback refers to this frame
 
     async def _conclude(
         self, hook: Hook, own: UnitOfWork, error: BaseException | None
