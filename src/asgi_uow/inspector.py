@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Inspector"]
 
-MOST_UNITS = 200
+MOST_UNITS, MOST_DIGITS = 200, 20
 FILES = resources.files("asgi_uow") / "_inspector"
 PAGES = {"/": "html", "/page.css": "css", "/page.js": "javascript"}
 HEADERS = {
@@ -205,7 +205,8 @@ class Inspector:
     def _answer(self, scope: Scope) -> tuple[int, str, bytes, dict[str, str]]:
         """Give status, type, body and more headers."""
         path, plain = _below_mount(scope), ("text/plain", b"")
-        asked = (scope.get("raw_path") or quote(scope["path"]).encode()).decode()
+        raw, errors = scope.get("raw_path"), "surrogateescape"
+        asked = quote(raw, "/%") if raw else quote(scope["path"], errors=errors)
         if scope["method"] not in {"GET", "HEAD"}:
             return 405, *plain, {"allow": "GET, HEAD"}
         if path == "/" and not asked.endswith("/"):  # relative URLs need that
@@ -216,7 +217,8 @@ class Inspector:
         if path != "/units":
             return 404, *plain, {}
         after = parse_qs(scope["query_string"]).get(b"after", [b""])[0]
-        revision, since = self._revision, int(after[:18]) if after.isdigit() else 0
+        is_number = after.isdigit() and len(after) < MOST_DIGITS
+        revision, since = self._revision, int(after) if is_number else 0
         units = [each.to_json() for each in tuple(self._last) if each.revision > since]
         content = {"revision": revision, "units": units}
         return 200, "application/json", json.dumps(content).encode(), {}
@@ -224,7 +226,7 @@ class Inspector:
 
 def _below_mount(scope: Scope) -> str:
     """Give the path inside a mount; some servers, and proxies, cut a part off."""
-    path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+    path, root = scope["path"], (scope.get("root_path") or "").rstrip("/")
     while root and not f"{path}/".startswith(f"{root}/"):
         _, slash, rest = root[1:].partition("/")
         root = slash + rest

@@ -203,9 +203,10 @@ async def test_method(inspector: Inspector, path: str) -> None:
         ("/page.js", "/uow"),  # what mounts in some frameworks is told
         ("/uow/page.js", "/api/uow"),  # a proxy has cut "/api" off
         ("/uow/page.js", "/uow/"),
+        ("/page.js", None),
     ],
 )
-async def test_below_a_mount(inspector: Inspector, path: str, root_path: str) -> None:
+async def test_below_a_mount(inspector: Inspector, path: str, root_path: Any) -> None:
     """It finds its files wherever it is mounted."""
     assert 200 == (await get(inspector, path, root_path=root_path)).status
 
@@ -216,6 +217,7 @@ async def test_below_a_mount(inspector: Inspector, path: str, root_path: str) ->
         ("/uow", "/uow", b"/uow", "./uow/"),
         ("/a b", "/a b", None, "./a%20b/"),
         ("/", "/uow", b"/api/uow", "./uow/"),
+        ("/", "", b"/\xe4%20b", "./%E4%20b/"),
     ],
 )
 async def test_without_a_slash(
@@ -581,6 +583,23 @@ async def test_too_many_steps(db: Database) -> None:
     kinds = [each["kind"] for each in unit["steps"]]
     assert ["connection", *["statement"] * 499, "commit"] == kinds
     assert ["101 statements are not shown."] == unit["notes"]
+
+
+async def test_too_many_reads(inspector: Inspector, db: Database) -> None:
+    """Nor are the connections of such a unit's reads shown, each of which has one."""
+
+    async def work() -> None:
+        for _ in range(300):
+            await read()
+        await write()
+
+    await handle(work, db)
+
+    [unit] = await units(inspector)
+    kinds = [step["kind"] for step in unit["steps"]]
+    assert 500 + 2 == len(kinds)
+    assert ["connection", "commit"] == kinds[500:]
+    assert ["51 statements are not shown."] == unit["notes"]
 
 
 async def test_several_databases(inspector: Inspector, db: Database) -> None:

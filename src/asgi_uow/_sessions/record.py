@@ -144,7 +144,11 @@ class Record:
         self, kind: Kind, start: float, end: float, sql: str = "", *, failed: bool
     ) -> None:
         steps = self._timeline
-        if steps is not None and (len(steps) < MOST_STEPS or kind != "statement"):
+        if steps is None:
+            return
+        # Each read has a connection: only that of a write session is one a unit.
+        is_end = kind != "statement" and self.access == "write"
+        if is_end or len(steps) < MOST_STEPS:
             text = known.without_literals(sql) if sql else ""
             about = self.database, self.access, start, end - start
             steps.append(Step(kind, *about, text, failed))
