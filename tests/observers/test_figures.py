@@ -29,6 +29,7 @@ from tests.support.keys import Shop, create_table
 from tests.support.observer import Events
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
 
     from starlette.requests import Request
 
@@ -470,9 +471,10 @@ class Inspecting:
 
 
 @pytest.fixture
-def inspected(db: Database) -> Events:
+def inspected(db: Database) -> Iterator[Events]:
     inspecting = Inspecting(db)
-    return inspecting.events
+    yield inspecting.events
+    del inspecting  # until now somebody has to keep it
 
 
 def kinds(closed: UnitClosed) -> list[str]:
