@@ -141,8 +141,7 @@ class LoggingObserver:
 def _shown_request(event: CommitFailed | UnitFinished) -> str:
     if event.path is None:
         return "outside of requests"
-    path = event.path if event.path.isprintable() else ascii(event.path)
-    return f"{event.method} {path}"
+    return f"{_shown(event.method)} {_shown(event.path)}"
 
 
 def _shown(value: object) -> object:
@@ -150,6 +149,8 @@ def _shown(value: object) -> object:
         return type(value).__qualname__  # a message may hold data
     if isinstance(value, tuple):
         return ", ".join(map(str, value)) or "none"
+    if isinstance(value, str) and not value.isprintable():
+        return ascii(value)  # it may not end a line
     return value.value if isinstance(value, enum.Enum) else value
 
 

@@ -375,6 +375,23 @@ async def test_the_line_of_a_failed_unit(
     assert "Traceback" not in (record.exc_text or "")
 
 
+async def test_no_line_is_forged(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither can a method, or the reason that somebody was given."""
+    caplog.set_level("DEBUG", "asgi_uow")
+
+    async def work() -> None:
+        uow.set_rollback_only("no\nERROR forged")
+        uow.current_session()
+
+    app = UnitOfWorkMiddleware(endpoint(work), db)
+    await Client(app).request(method="GET\nERROR forged")
+    [record] = [each for each in caplog.records if each.name == "asgi_uow"]
+    assert r"('GET\nERROR forged' /, cause: explicit, " in record.getMessage()
+    assert r"reason: 'no\nERROR forged'," in record.getMessage()
+
+
 async def test_a_failed_commit_names_the_request(db: Database) -> None:
     """So does the event for error trackers."""
     failed = (await handle(shop.insert_orphan, db)).events.only(CommitFailed)
