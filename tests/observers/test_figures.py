@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI
 from litestar import Litestar, get
-from sqlalchemy import event
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.applications import Starlette
@@ -200,6 +200,24 @@ async def test_known_seconds(db: Database, backend: Backend) -> None:
     assert is_about(ended.hook_seconds, NAP)
     assert 2 == ended.hooks
     assert ended.waited < MORE
+
+
+@on(*DRIVERS)
+async def test_seconds_past_the_session(db: Database, backend: Backend) -> None:
+    """What a connection executes by itself is no idleness; what is in between, is."""
+    teach_to_nap(db)
+
+    async def work() -> None:
+        connection = await uow.current_session().connection()
+        for _ in range(2):
+            await connection.execute(text(nap(backend)))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.Event().wait(), NAP)
+
+    ended = (await handle(work, db)).events.only(UnitFinished)
+    assert 2 == ended.statements.count
+    assert is_about(ended.idle, 2 * NAP)
+    assert is_about(ended.held, 4 * NAP)
 
 
 @on(*DRIVERS)

@@ -79,7 +79,7 @@ class Record:
         self.ending: float = 0.0  # seconds of COMMIT and ROLLBACK
         self.connected: float | None = None  # since when it holds a connection
         self.asked: float | None = None  # since when it waits for one
-        self._last = 0.0  # when the last statement ended
+        self._last = 0.0  # when the last statement ended, or a call began
         self._lock = ref(lock)  # which resumes this
 
     @property
@@ -110,10 +110,14 @@ class Record:
         self.asked = None
         if self.connected is not None:
             since = max(released, self.connected, self._last)
-            self.idle += max(0.0, time.perf_counter() - since)
+            self._last = now = time.perf_counter()
+            self.idle += max(0.0, now - since)
 
     def execute(self, send: Callable[[], object], sql: str, context: Any) -> None:
         """Send a statement; the names that SQLAlchemy quotes are left to read."""
+        # Attributes that are loaded, and connections, do not take the lock.
+        if (lock := self._lock()) is not None and lock.owner is None:
+            self.resume(lock.released)
         made = getattr(context.compiled, "statement", None)
         if made is not None and not isinstance(made, sa.TextClause):
             sql = QUOTED_NAME.sub(r"\1", sql)
