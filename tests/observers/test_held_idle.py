@@ -458,6 +458,22 @@ async def test_invalidated(db: Database) -> None:
     assert [] == alarm.of(HeldIdle)
 
 
+async def test_hook_in_a_thread(db: Database) -> None:
+    """A hook that is no coroutine function has a session that nobody looks after."""
+    asked: list[uow.Session] = []
+
+    def hook() -> None:
+        asked.append(uow.current_session())
+
+    async def work() -> None:
+        uow.after_commit(hook)
+
+    alarm = Alarm()
+    await alarm.request(endpoint(work), db)
+    assert 1 == len(asked)
+    assert [] == alarm.of(HeldIdle)
+
+
 async def test_switched_off(db: Database) -> None:
     """`held_idle=None` has nobody look."""
     alarm = Alarm()
