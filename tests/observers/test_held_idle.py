@@ -62,10 +62,6 @@ class Alarm(Events):
             self.users.append(USER.get())
             self.rings.set()
 
-    async def wait(self) -> None:
-        """Wait for another service, which answers once the alarm was given."""
-        await self.rings.wait()  # here
-
     @property
     def place(self) -> str:
         return self.only(HeldIdle).place

@@ -89,9 +89,9 @@ class Record:
 
     def begin(self) -> Record:
         """Note that its session has a connection, which gets the record too."""
-        if self.connected is None:
-            self.connected = time.perf_counter()
-            self._note_wait(self.connected, failed=False)
+        now = time.perf_counter()
+        self.connected = self.connected or now
+        self._note_wait(now, failed=False)
         return self
 
     def is_used(self) -> bool:
@@ -139,10 +139,9 @@ class Record:
             self._note(kind, started, ended, sql, failed=failed)
 
     def _note_wait(self, ended: float, *, failed: bool) -> None:
-        if self.asked is not None:
-            self.waited += ended - self.asked
-            self._note("connection", self.asked, ended, failed=failed)
-            self.asked = None
+        since, self.asked = self.asked or ended, None
+        self.waited += ended - since
+        self._note("connection", since, ended, failed=failed)
 
     def _note(
         self, kind: Kind, start: float, end: float, sql: str = "", *, failed: bool

@@ -150,7 +150,7 @@ def _place_of(last: Callable[[], Any] | None, task: Any) -> str:
     place = "a task that has ended"
     for each in (last and last(), task):
         if each is not None and not each.done():
-            frames = [*_frames(each.get_coro())]
+            frames = filter(None, _frames(each.get_coro()))
             lines = [(it.f_code, it.f_lineno) for it in frames]
             own = [it for it in lines if not it[0].co_filename.startswith(LIBRARIES)]
             for code, line in (own or lines)[-1:]:
@@ -159,15 +159,14 @@ def _place_of(last: Callable[[], Any] | None, task: Any) -> str:
     return place
 
 
-def _frames(waiting: Any) -> Iterator[FrameType]:
+def _frames(waiting: Any) -> Iterator[FrameType | None]:
     """Give the frames of a suspended coroutine; the one that waits comes last."""
     seen: set[int] = set()
     while type(waiting) in PARTS and id(waiting) not in seen:
         seen.add(id(waiting))
         frame, inner = (getattr(waiting, name) for name in PARTS[type(waiting)])
-        if frame is not None:
-            yield frame
-        if frame is not None and frame.f_code is HOOKS:
+        yield frame
+        if getattr(frame, "f_code", None) is HOOKS:
             inner = frame.f_locals["task"].get_coro()
         elif type(inner) not in PARTS:
             # What stands between, such as anext(), has no attribute for it. A
