@@ -151,7 +151,7 @@ class HeldIdle(Event):
     """Since the last call on its session."""
     place: str
     """Where the code that holds it is waiting: file, line and function."""
-    database: str
+    database: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
