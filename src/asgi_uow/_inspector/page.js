@@ -91,7 +91,7 @@ function pictureOf(steps) {
   }
   const power = 10 ** Math.floor(Math.log10(total / 2))
   const tick = [5, 2, 1].map(factor => factor * power).find(each => each <= total / 2)
-  for (let at = 0; at < total * .9; at += tick)
+  for (let at = 0; at < total * .8; at += tick)
     marks.push([element("span", "", time(at).replace(/\.0+ /, " ")), at])
   for (const [mark, at] of marks) {
     mark.style.left = percent(at)
