@@ -252,9 +252,9 @@ class TaskLock:
             # Cancelled in this turn of the loop: wait() will hand it on.
             if not granted.done():
                 granted.set_result(None)
-        elif self.owner is not None:
-            self.last, self.owner = ref(self.owner), None
-            self.released = time.perf_counter()
+        else:
+            self.last = self.owner and ref(self.owner)
+            self.owner, self.released = None, time.perf_counter()
 
     async def __aenter__(self) -> None:
         task = asyncio.current_task()

@@ -195,8 +195,9 @@ class Exchange:
                 raise Again
             if rules.causal_reads is not None:
                 await self._add_causal_token(rules.causal_reads, headers)
-            if unit.options.server_timing and unit.shared is not None:
-                _add_timing(unit.shared.recorder, headers)
+            recorder = None if unit.shared is None else unit.shared.recorder
+            if unit.options.server_timing and recorder is not None:
+                _add_timing(recorder, headers)
         finally:
             self.stage = PASSING if unit.failure is None else REFUSED
             self.stage = self.stage if unit.again is None else REPLAYED
@@ -222,21 +223,20 @@ class Exchange:
             headers.append(causal.response_header(known, secure=self.is_secure))
 
 
-def _add_timing(recorder: Recorder | None, headers: Headers) -> None:
+def _add_timing(recorder: Recorder, headers: Headers) -> None:
     """Tell a browser's developer tools what has taken how many milliseconds.
 
     https://www.w3.org/TR/server-timing/
     """
-    if recorder is not None:
-        usage = recorder.usage()
-        found = {
-            "pool": sum(each.waited for each in usage),
-            "db": sum(each.statements.seconds for each in usage),
-            "commit": recorder.ending,
-            "hooks": recorder.hook_seconds,
-        }
-        parts = (f"{name};dur={1000 * each:.3f}" for name, each in found.items())
-        headers.append((b"server-timing", ", ".join(parts).encode()))
+    usage = recorder.usage()
+    found = {
+        "pool": sum(each.waited for each in usage),
+        "db": sum(each.statements.seconds for each in usage),
+        "commit": recorder.ending,
+        "hooks": recorder.hook_seconds,
+    }
+    parts = (f"{name};dur={1000 * each:.3f}" for name, each in found.items())
+    headers.append((b"server-timing", ", ".join(parts).encode()))
 
 
 def _refuse_inside_call(unit: UnitOfWork) -> None:
