@@ -253,7 +253,7 @@ class TaskLock:
             if not granted.done():
                 granted.set_result(None)
         else:
-            self.last = self.owner and ref(self.owner)
+            self.last = None if self.owner is None else ref(self.owner)
             self.owner, self.released = None, time.perf_counter()
 
     async def __aenter__(self) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import enum
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import anyio
 
@@ -195,9 +195,8 @@ class Exchange:
                 raise Again
             if rules.causal_reads is not None:
                 await self._add_causal_token(rules.causal_reads, headers)
-            recorder = None if unit.shared is None else unit.shared.recorder
-            if unit.options.server_timing and recorder is not None:
-                _add_timing(recorder, headers)
+            if unit.options.server_timing and unit.shared is not None:
+                _add_timing(cast("Recorder", unit.shared.recorder), headers)
         finally:
             self.stage = PASSING if unit.failure is None else REFUSED
             self.stage = self.stage if unit.again is None else REPLAYED
