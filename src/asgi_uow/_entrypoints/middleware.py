@@ -139,7 +139,7 @@ class UnitOfWorkMiddleware:
                     unit.state = CLOSED
             finally:
                 current.reset(token)
-                scope[UNIT], unit.scope, unit.task = outer, None, None
+                scope[UNIT] = outer
 
     def _prepare(self, exchange: Exchange, scope: Scope, replay: Replay | None) -> None:
         """Do what only some options ask for."""

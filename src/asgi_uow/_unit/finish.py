@@ -244,6 +244,7 @@ async def release(unit: UnitOfWork) -> None:
             shared.writers.remove(writer.sync_session)
         unit.participants, unit.writers, unit.failure = {}, (), None
         unit.again = unit.attempts = unit.last = unit.watch = None
+        unit.scope = unit.task = None
     if completion is not None:
         completion.shield.deliver()
 

@@ -62,9 +62,9 @@ class UnitOfWork:
     failure: errors.UnitOfWorkFailedError | None = None
     """What is raised because a commit was wanted and the work was not kept."""
 
-    scope: Scope = None  # of its request, until the end
+    scope: Scope = None  # of its request
     response: Response | None = None  # when it left, if somebody asks
-    task: Task[Any] | None = None  # of its request or block, until the end
+    task: Task[Any] | None = None  # of its request or block
     until: float | None = None  # its deadline, by the event loop's clock
     around: UnitOfWork | None = None  # the unit that was current before
     entered_by_hand: Engines | None = None
