@@ -28,6 +28,7 @@ from asgi_uow import Database, UnitOfWorkMiddleware
 from asgi_uow._unit import held
 from asgi_uow.errors import ConfigurationError
 from asgi_uow.observers import HeldIdle, UnitFinished
+from asgi_uow.testing import sandbox
 from tests.support import shop
 from tests.support.asgi import Client, endpoint, respond
 from tests.support.databases import DRIVERS, memory_database, on
@@ -327,6 +328,33 @@ async def test_snapshot(db: Database) -> None:
     alarm = Alarm()
     await alarm.request(endpoint(work), db)
     assert PLACE == alarm.place
+
+
+@on(*DRIVERS)
+async def test_sandbox(db: Database) -> None:
+    """In a test's sandbox it is told as well: its connection is looked at the same."""
+    alarm = Alarm()
+    async with sandbox(db):
+        await alarm.request(endpoint(functools.partial(hold, alarm)), db)
+    assert PLACE == alarm.place
+
+
+async def test_look_that_fails(db: Database) -> None:
+    """What one look raises is the loop's to tell, and other units are looked after."""
+    broken, alarm, told = Alarm(), Alarm(), list[Any]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, it: told.append(it))
+
+    async def work() -> None:
+        await shop.insert(1)
+        [connection] = uow.current_session().sync_session.connections
+        connection.sent = "never"  # type: ignore[attr-defined]
+        async with memory_database() as clock:
+            await alarm.request(endpoint(functools.partial(hold, alarm)), clock)
+
+    await broken.request(endpoint(work), db)
+    assert PLACE == alarm.place
+    assert [TypeError] == [type(each["exception"]) for each in told]
+    assert [] == broken.of(HeldIdle)
 
 
 # No alarm

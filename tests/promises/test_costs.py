@@ -178,7 +178,9 @@ async def test_statement_calls(backend: Backend, statement: str) -> None:
     by_hand, ours = await costs(backend, statement)
     # Python 3.11 looks for the current task in Python, and for what runs eagerly later.
     more = 0 if IS_EAGER else 0.01
-    assert ours.calls / by_hand.calls <= MOST_CALLS[statement] + more
+    # A loop sorts its timers; the one for connections held idle is among them.
+    sorting = ours.functions["TimerHandle.__lt__"]
+    assert (ours.calls - sorting) / by_hand.calls <= MOST_CALLS[statement] + more
 
 
 # Hooks

@@ -115,16 +115,19 @@ class _Rounds:
         loop.call_later(seconds, self._look, context=context)
 
     def _look(self) -> None:
-        self.comes_within, earliest = math.inf, math.inf
-        for each in tuple(self.watches):
-            watch = each()
-            seconds = None if watch is None else watch.look()
-            if seconds is None:
+        within, self.comes_within, earliest = self.comes_within, math.inf, math.inf
+        try:
+            for each in tuple(self.watches):
+                # First: what one look raises is the loop's to log, and ends no other.
                 self.watches.pop(each, None)
-            else:
-                earliest = min(earliest, seconds)
-        if self.watches:
-            self.look_after(earliest)
+                watch = each()
+                seconds = None if watch is None else watch.look()
+                if seconds is not None:
+                    self.watches[each] = None
+                    earliest = min(earliest, seconds)
+        finally:
+            if self.watches:
+                self.look_after(within if earliest == math.inf else earliest)
 
 
 class _Here(threading.local):
