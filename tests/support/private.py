@@ -103,4 +103,6 @@ def make_unit(*databases: Database) -> UnitOfWork:
     """Make a unit of work that nobody has entered."""
     unit = UnitOfWork()
     unit.databases, unit.options, unit.state = databases, UnitOptions(), State.NEW
+    unit.scope = unit.task = unit.outcome = unit.shared = None
+    unit.participants, unit.writers = {}, ()
     return unit

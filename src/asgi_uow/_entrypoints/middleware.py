@@ -18,7 +18,7 @@ from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.finish import release
 from asgi_uow._unit.hooks import is_async
 from asgi_uow._unit.options import UnitOptions, inspected
-from asgi_uow._unit.unit import CLOSED, NEW, UnitOfWork, current
+from asgi_uow._unit.unit import CLOSED, NEW, NONE, UnitOfWork, current
 from asgi_uow.observers import LoggingObserver
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ class UnitOfWorkMiddleware:
             return await self._serve_other(scope, receive, send)
         unit = UnitOfWork()
         unit.databases, unit.options, unit.state = self.databases, self.options, NEW
-        unit.scope, unit.task = scope, current_task()
+        unit.scope, unit.task, unit.outcome = scope, current_task(), None
+        unit.shared, unit.participants, unit.writers = None, NONE, ()
         outer: UnitOfWork | None = scope.get(UNIT)
         if outer is not None and outer.state in UNDECIDED:
             if all(map(outer.serves, self.databases)):
@@ -122,8 +123,7 @@ class UnitOfWorkMiddleware:
         exchange.rules, exchange.stage = self.rules, OPEN
         if replay is not None or not self.is_plain or inspected:
             self._prepare(exchange, scope, replay)
-        # A pipelined one begins in the context of the one before: encode/uvicorn#2167
-        scope[UNIT], token = unit, current.set(unit)
+        scope[UNIT], token = unit, current.set(unit)  # a token: encode/uvicorn#2167
         try:
             await self.app(scope, receive, exchange.send)
             if exchange.stage is not PASSING:

@@ -120,9 +120,7 @@ class _Rounds:
             for each in tuple(self.watches):
                 # First: what one look raises is the loop's to log, and ends no other.
                 self.watches.pop(each, None)
-                watch = each()
-                seconds = None if watch is None else watch.look()
-                if seconds is not None:
+                if (watch := each()) and (seconds := watch.look()) is not None:
                     self.watches[each] = None
                     earliest = min(earliest, seconds)
         finally:

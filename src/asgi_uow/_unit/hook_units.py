@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from asgi_uow._decision import COMMIT, Cause, State, exception_cause, rollback
 from asgi_uow._unit.hooks import call_hook
-from asgi_uow._unit.unit import CLOSED, NEW, UnitOfWork, current
+from asgi_uow._unit.unit import CLOSED, NEW, NONE, UnitOfWork, current
 from asgi_uow.observers import HookFailed, HookFinished, HookStarted
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ def _unit_for_hook(unit: UnitOfWork) -> UnitOfWork:
     """Make the unit that one hook gets for itself; its parts come when it asks."""
     own = UnitOfWork()
     own.databases, own.options, own.state = unit.databases, unit.options, NEW
+    own.scope = own.task = own.outcome = own.shared = None
+    own.participants, own.writers = NONE, ()
     own.around, own.is_hook = unit, True
     own.must_see, own.attempt = unit.must_see, unit.attempt
     own.quota = unit.hooks.quota

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 COMMITTED = State.COMMITTED, Outcome.COMMITTED
 ROLLED_BACK = State.ROLLED_BACK, Outcome.ROLLED_BACK
 NEW, CLOSED = State.NEW, State.CLOSED
+NONE: Mapping[Engines, Participant] = MappingProxyType({})
 
 
 class UnitOfWork:
@@ -52,8 +53,14 @@ class UnitOfWork:
     databases: tuple[Engines, ...]
     options: UnitOptions
     state: State  # where in its life the unit is; `NEW` at first
+    outcome: Outcome | None  # once it is decided
+    scope: Scope  # of its request
+    task: Task[Any] | None  # of its request or block
+    shared: Shared | None
+    participants: Mapping[Engines, Participant]
+    writers: tuple[Session, ...]
+    """The write sessions of its participants, in the order of first use."""
 
-    outcome: Outcome | None = None
     cause: Cause | None = None  # why it was not committed
     reason: str | None = None  # what `set_rollback_only` was given
     attempt: int = 1
@@ -62,9 +69,7 @@ class UnitOfWork:
     failure: errors.UnitOfWorkFailedError | None = None
     """What is raised because a commit was wanted and the work was not kept."""
 
-    scope: Scope = None  # of its request
     response: Response | None = None  # when it left, if somebody asks
-    task: Task[Any] | None = None  # of its request or block
     until: float | None = None  # its deadline, by the event loop's clock
     around: UnitOfWork | None = None  # the unit that was current before
     entered_by_hand: Engines | None = None
@@ -83,10 +88,6 @@ class UnitOfWork:
     opened: float | None = None
     hooks: Hooks = NO_HOOKS
     quota: Iterator[int] | None = None  # how many hooks its hooks may register
-    participants: Mapping[Engines, Participant] = MappingProxyType({})
-    writers: tuple[Session, ...] = ()
-    """The write sessions of its participants, in the order of first use."""
-    shared: Shared | None = None
     doom: BaseException | None = None
     watch: Watch | None = None  # tells of connections held while nothing is executed
 
@@ -141,9 +142,7 @@ class UnitOfWork:
         self.start()
         writer = participant.open_writer()
         self.writers = (*self.writers, writer)
-        if (seconds := self.options.held_idle) is not None:
-            watch = self.watch or Watch().begin(seconds, self._tell_idle, self.task)
-            self.watch, watch.sessions = watch, (*watch.sessions, writer)
+        self._look_after(writer)
         return writer
 
     def read_session(self, db: Engines | None = None) -> Session:
@@ -151,14 +150,14 @@ class UnitOfWork:
         participant = self.reading("read_session()", db)
         if participant.reader is None:
             participant.reader = participant.open_reader()
-            seconds = self.options.held_idle
-            if participant.db.read_isolation and seconds is not None:
-                watch = self.watch or Watch().begin(seconds, self._tell_idle, self.task)
-                self.watch, watch.sessions = (
-                    watch,
-                    (*watch.sessions, participant.reader),
-                )
+            if participant.db.read_isolation:
+                self._look_after(participant.reader)
         return participant.reader
+
+    def _look_after(self, session: Session) -> None:
+        if (seconds := self.options.held_idle) is not None:
+            watch = self.watch or Watch().begin(seconds, self._tell_idle, self.task)
+            self.watch, watch.sessions = watch, (*watch.sessions, session)
 
     def reading(self, operation: str, db: Engines | None) -> Participant:
         """Give the participant that opens read sessions of `db`."""
