@@ -15,6 +15,8 @@ from httpx import ASGITransport, AsyncClient
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
+from asgi_uow._decision import TRANSITIONS
+from docs.pictures import DOCS, STEPS, WIDTH, draw_all
 from tests.support import ROOT
 
 if TYPE_CHECKING:
@@ -45,9 +47,13 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted({*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/howto").glob("*.md")}),
 ]
+PICTURES = draw_all()
+PHONE = 343
+"""Pixels that a page leaves for a picture on a narrow phone."""
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+every_picture = pytest.mark.parametrize("name", PICTURES)
 
 
 @asynccontextmanager
@@ -142,3 +148,35 @@ def test_the_program_of_the_readme_has_at_most_20_lines() -> None:
     readme = Sybil([PythonCodeBlockParser()]).parse(ROOT / "README.md")
     program, _ = readme.examples()
     assert 20 >= len(program.parsed.splitlines())
+
+
+@every_picture
+def test_every_picture_is_what_the_script_draws(name: str) -> None:
+    """If not, run `python -m docs.pictures`."""
+    assert PICTURES[name] == (DOCS / f"{name}.svg").read_text(encoding="utf-8")
+
+
+@every_picture
+def test_every_picture_can_be_read(name: str) -> None:
+    """Its letters have 12 pixels on a phone, and it has colours for a dark page."""
+    picture = PICTURES[name]
+    sizes = {int(size) for size in re.findall(r"(\d+)px", picture)}
+    assert sizes
+    assert 12 <= min(sizes) * PHONE / WIDTH
+    assert "prefers-color-scheme: dark" in picture
+
+
+@every_picture
+def test_every_picture_is_shown_with_a_description(name: str) -> None:
+    """A page shows it, and says in words what is to be seen."""
+    markdown = rf"!\[[^\]]{{40,}}\]\({name}\.svg\)"
+    directive = rf":::\{{image\}} {name}\.svg\n:alt: .{{40,}}"
+    pages = [page.read_text(encoding="utf-8") for page in PAGES]
+    assert [] != re.findall(f"{markdown}|{directive}", "\n".join(pages))
+
+
+def test_the_picture_of_the_states_has_every_step_of_the_code() -> None:
+    """And none that a unit of work refuses."""
+    drawn = {(a, b) for before, after in STEPS.items() for a in before for b in after}
+    steps = {(a.name, b.name) for a, after in TRANSITIONS.items() for b in after}
+    assert steps == drawn
