@@ -180,3 +180,16 @@ def test_the_picture_of_the_states_has_every_step_of_the_code() -> None:
     drawn = {(a, b) for before, after in STEPS.items() for a in before for b in after}
     steps = {(a.name, b.name) for a, after in TRANSITIONS.items() for b in after}
     assert steps == drawn
+
+
+def test_the_landing_page_has_a_link_for_each_question_of_who_decides() -> None:
+    """Each is one click away from its answer."""
+    page = (DOCS / "index.md").read_text(encoding="utf-8")
+    asked = re.findall(r"^\[(.+)\?\]\(.+\)\n: ", page, re.MULTILINE)
+    assert [
+        "Is my 200 true",
+        "What does it cost",
+        "What if the process dies",
+        "How do I test",
+        "How do I leave",
+    ] == asked
