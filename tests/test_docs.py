@@ -45,7 +45,11 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted({*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/howto").glob("*.md")}),
+    *sorted(
+        page
+        for folder in ("docs", "docs/howto", "docs/migrate")
+        for page in (ROOT / folder).glob("*.md")
+    ),
 ]
 PICTURES = draw_all()
 PHONE = 343
