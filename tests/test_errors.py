@@ -11,6 +11,7 @@ import pytest
 
 from asgi_uow import Database, Outcome, errors
 from asgi_uow._testing.shared import HELD
+from tests.support import ROOT
 from tests.support.private import Cause, State
 
 LINE = re.compile(
@@ -18,6 +19,9 @@ LINE = re.compile(
 )
 DB = Database.from_url("postgresql://app:s3cret@db.example/shop")
 
+PAGE = ROOT / "docs" / "errors.md"
+ENTRY = re.compile(r"^##+ `(\w+)`\n\n(.*?)(?=^#|\Z)", re.DOTALL | re.MULTILINE)
+SITE = "https://docs.example/errors.html"
 FAILED = (Outcome.ROLLED_BACK, Cause.COMMIT_FAILED)
 REMEDIES: list[tuple[errors.AsgiUowError, str]] = [
     (errors.MissingDriverError("asyncpg", "postgresql"), "asgi-uow[postgresql]"),
@@ -40,15 +44,15 @@ REMEDIES: list[tuple[errors.AsgiUowError, str]] = [
         "await result.close()",
     ),
     (errors.DeadlineExceededError(), "give it more time"),
-    (errors.KeyInUseError(), "is in use"),
+    (errors.KeyInUseError(), "try again later"),
     (errors.SandboxError(HELD), "Leave its block"),
-    (errors.TooManyHooksError("after_commit", 100), "register itself again"),
+    (errors.TooManyHooksError("after_commit", 100), "in a loop"),
     (errors.UnitOfWorkFailedError(*FAILED), "not committed"),
     (errors.BeforeCommitError(*FAILED, detail="send"), "before_commit hook"),
     (errors.CommitFailedError(*FAILED), "everything was rolled back"),
-    (errors.DoomedError(*FAILED), "already given this transaction up"),
-    (errors.OutcomeUnknownError(*FAILED), "may or may not have been kept"),
-    (errors.PartialCommitError(*FAILED), "Only some of the databases committed"),
+    (errors.DoomedError(*FAILED), "let its error leave the handler"),
+    (errors.OutcomeUnknownError(*FAILED), "look before you do it again"),
+    (errors.PartialCommitError(*FAILED), "compare them before you do it again"),
 ]
 
 
@@ -74,6 +78,11 @@ def defined() -> dict[str, type[BaseException]]:
         for name, value in vars(errors).items()
         if inspect.isclass(value) and issubclass(value, BaseException)
     }
+
+
+def entries() -> list[tuple[str, str]]:
+    """What the page says under the heading of a class: name and text."""
+    return ENTRY.findall(PAGE.read_text(encoding="utf-8"))
 
 
 def test_the_tree() -> None:
@@ -117,6 +126,32 @@ def test_remedies(error: errors.AsgiUowError, remedy: str) -> None:
 def test_copies(error: errors.AsgiUowError) -> None:
     """A copy of an error, made for another process for example, says the same."""
     assert str(error) == str(copy.copy(error))
+
+
+@pytest.mark.parametrize(
+    "error", [error for error, _ in REMEDIES], ids=lambda error: type(error).__name__
+)
+def test_the_address(
+    error: errors.AsgiUowError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once there is a site, every message ends in the address of its error."""
+    alone = str(error)
+    monkeypatch.setattr(errors.AsgiUowError, "page", SITE)
+    assert f"{alone} {SITE}#{type(error).__name__.lower()}" == str(error)
+
+
+def test_the_page_has_a_heading_for_every_error() -> None:
+    """The page has one for each class, and for nothing else: addresses stay."""
+    assert sorted(defined()) == sorted(name for name, _ in entries())
+
+
+@pytest.mark.parametrize("name", defined())
+def test_the_page_says_what_to_do(name: str) -> None:
+    """It says for each class of which builtin it is, when it is raised, what to do."""
+    text = dict(entries())[name]
+    mixin = documented()[name][1]
+    assert mixin is None or f"Also a `{mixin}`." in text
+    assert ["When", "What to do"] == re.findall(r"\*\*(.+?):\*\* [\w`]", text)
 
 
 def test_every_error_has_a_message() -> None:

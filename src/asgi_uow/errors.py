@@ -23,7 +23,7 @@ AsgiUowError
 └── UnitOfWorkFailedError         a commit was wanted and the work was not kept
     ├── BeforeCommitError         a before_commit hook raised
     ├── CommitFailedError         flush or COMMIT failed; rolled back
-    ├── DoomedError               the database had already given the work up
+    ├── DoomedError               the database had already rolled the work back
     ├── OutcomeUnknownError       nobody knows whether the work was kept
     └── PartialCommitError        one database committed, another did not
 ```
@@ -45,8 +45,13 @@ class AsgiUowError(Exception):
 
     # Not "message": Sentry would report an attribute of that name.
     template = "{}"
+    page: str | None = None  # the address of docs/errors.md, once it is published
 
     def __str__(self) -> str:
+        about = f" {self.page}#{type(self).__name__.lower()}" if self.page else ""
+        return self._say() + about
+
+    def _say(self) -> str:
         return self.template.format(*self.args)
 
 
@@ -57,7 +62,7 @@ class ConfigurationError(AsgiUowError, ValueError):
 class MissingDriverError(ConfigurationError, ImportError):
     """The database driver of the URL is not installed."""
 
-    def __str__(self) -> str:
+    def _say(self) -> str:
         driver, extra = self.args
         remedy = f"pip install 'asgi-uow[{extra}]'" if extra else f"install {driver}"
         return f"The database driver {driver!r} is not installed: {remedy}."
@@ -185,13 +190,19 @@ class DeadlineExceededError(AsgiUowError, TimeoutError):
 class KeyInUseError(AsgiUowError, RuntimeError):
     """Who has the idempotency key was not at its end in time; nothing was done."""
 
-    template = "This idempotency key is in use: whoever has it is still at work."
+    template = (
+        "This idempotency key is in use: whoever has it is still at work. Nothing was "
+        "done here: try again later."
+    )
 
 
 class TooManyHooksError(AsgiUowError, RuntimeError):
     """The hooks of one unit of work have registered too many others."""
 
-    template = "{}(): hooks may register {} others. Does one register itself again?"
+    template = (
+        "{}(): hooks may register {} others. Does one register itself again? Register "
+        "one hook that does all the work in a loop."
+    )
 
 
 class UnitOfWorkFailedError(AsgiUowError, RuntimeError):
@@ -217,7 +228,7 @@ class UnitOfWorkFailedError(AsgiUowError, RuntimeError):
         self.retry_after = retry_after
         self._end = f": {detail}" if detail else "."
 
-    def __str__(self) -> str:
+    def _say(self) -> str:
         about = f"outcome: {self.outcome.value}, cause: {self.cause.value}"
         return f"{self.what} ({about}){self._end}"
 
@@ -235,18 +246,24 @@ class CommitFailedError(UnitOfWorkFailedError):
 
 
 class DoomedError(UnitOfWorkFailedError):
-    """The database had given the work up and the application went on regardless."""
+    """The database had rolled the work back and the application went on regardless."""
 
-    what = "The database had already given this transaction up"
+    what = (
+        "The database had already given this transaction up: let its error leave the "
+        "handler, or put savepoint() around what may fail"
+    )
 
 
 class OutcomeUnknownError(UnitOfWorkFailedError):
     """COMMIT was not answered, or something else has ended the transaction."""
 
-    what = "The end of the transaction was not seen; it may or may not have been kept"
+    what = (
+        "The end of the transaction was not seen; it may or may not have been kept: "
+        "look before you do it again"
+    )
 
 
 class PartialCommitError(UnitOfWorkFailedError):
     """One database of the unit committed and a later one did not."""
 
-    what = "Only some of the databases committed"
+    what = "Only some of the databases committed: compare them before you do it again"
