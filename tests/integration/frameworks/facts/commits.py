@@ -43,7 +43,7 @@ async def p1_p4_committed_before_the_start(case: Case) -> None:
 
 @database_fact
 async def p2_failed_commit(case: Case) -> None:
-    """A failed COMMIT is one complete error response, and no hook runs."""
+    """A failed COMMIT is one complete error response; no after-commit hook runs."""
     ran: list[str] = []
 
     def reply() -> Reply:
