@@ -71,7 +71,7 @@ class Database(Engines):
     PgBouncer or a proxy in front of the server pools. `on_begin`: an async function
     that is given the session as the first thing in each transaction, of reads too.
     `commit_flushes=True`: the `commit()` of a library flushes, and the unit still
-    decides. All other options are those of SQLAlchemy's `Session`; `expire_on_commit`
+    decides. All other options are those of `sqlalchemy.orm.Session`; `expire_on_commit`
     is False unless passed.
 
     Create it at import time or at start-up; nothing connects before first use.
@@ -96,8 +96,9 @@ class Database(Engines):
 
         A URL without a driver, such as `mysql://...`, gets the async one. Several URLs
         are addresses of one database: one that takes writes is used, until it fails.
-        Other options are those of `Session`, or of `create_async_engine`, which win
-        over the defaults. The middleware closes the engines at lifespan shutdown.
+        Other options are those of `sqlalchemy.orm.Session`, or `create_async_engine`,
+        and win over the defaults. The middleware closes the engines at lifespan
+        shutdown.
 
         Raises `ConfigurationError` for a URL or option that cannot work and
         `MissingDriverError`, naming the extra, where the driver is not installed.

@@ -79,7 +79,7 @@ def _guarded(method: Call) -> Call:
 class Session(StatementSession):
     """SQLAlchemy's `AsyncSession`, made by a unit of work and ended by it.
 
-    Beside what `AsyncSession` offers it takes a plain string with named parameters:
+    Beside what `AsyncSession` offers it takes a plain string with named parameters::
 
         await session.execute("SELECT id FROM users WHERE name = :name", name="Ann")
 
