@@ -1,3 +1,3 @@
-"""Pages in headless Chromium: the inspector's, and that of the demo shop."""
+"""Pages in headless Chromium: the inspector, the demo shop, the documentation."""
 
 from __future__ import annotations

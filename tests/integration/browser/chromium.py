@@ -26,6 +26,8 @@ FLAGS = """
     --headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run
     --disable-background-networking --disable-component-update --disable-sync
 """
+NOWHERE = f"--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE {HOST}"
+"""A page that asks another host for something makes the browser complain."""
 DESKTOP, PHONE, SMALL = (1280, 900), (390, 844), (360, 640)
 
 CONTRAST = """
@@ -60,7 +62,8 @@ def opened(server: Chromium) -> Generator[Browser]:
     """Open a browser with an empty profile."""
     options = ChromeOptions()
     options.binary_location = find_binary("chromium") or ""
-    for flag in (*FLAGS.split(), f"--user-data-dir={server.folder / 'profile'}"):
+    profile = f"--user-data-dir={server.folder / 'profile'}"
+    for flag in (*FLAGS.split(), NOWHERE, profile):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     remote = ChromeRemoteConnection(f"http://{HOST}:{server.port}")
