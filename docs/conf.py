@@ -76,12 +76,15 @@ python_use_unqualified_type_names = True
 default_role = "py:obj"  # of docstrings
 
 
+packed_inventories = tempfile.TemporaryDirectory()
+
+
 def inventory(name: str) -> str:
     """Pack a list of names and addresses: building the pages needs no network."""
     names = Path(__file__).parent.joinpath("inventories", f"{name}.txt").read_bytes()
     head = f"# Sphinx inventory version 2\n# Project: {name}\n# Version: \n"
     head += "# The remainder of this file is compressed using zlib.\n"
-    packed = Path(tempfile.mkdtemp(), "objects.inv")
+    packed = Path(packed_inventories.name, f"{name}.inv")
     packed.write_bytes(head.encode() + zlib.compress(names))
     return str(packed)
 

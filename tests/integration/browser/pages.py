@@ -63,9 +63,8 @@ def read(site: Path) -> dict[str, Page]:
     pages: dict[str, Page] = {}
     for path in sorted(site.rglob("*.html")):
         name = path.relative_to(site).as_posix()
-        if not name.startswith("_"):
-            pages[name] = Page(name)
-            pages[name].feed(path.read_text(encoding="utf-8"))
+        pages[name] = Page(name)
+        pages[name].feed(path.read_text(encoding="utf-8"))
     return pages
 
 
