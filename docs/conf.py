@@ -8,11 +8,12 @@ import sys
 import tempfile
 import typing
 import zlib
+from contextlib import AbstractAsyncContextManager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 if TYPE_CHECKING:
     from docutils import nodes
@@ -43,6 +44,11 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 
+def stand_for(name: str) -> type:
+    """Make what a private name of a type is shown as; the inventory has its address."""
+    return type(name, (), {"__module__": "asgi_uow._asgi"})
+
+
 def import_with_types() -> None:
     """Import the package as a type checker does: annotations name what they import."""
     public = ("inspector", "observers", "otel", "sanic", "sentry", "testing")
@@ -52,9 +58,16 @@ def import_with_types() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "asgi_uow"]:
         del sys.modules[name]
     typing.TYPE_CHECKING = True
-    for name in names:
-        importlib.import_module(name)
+    package, *_ = [importlib.import_module(name) for name in names]
     typing.TYPE_CHECKING = False
+    shown = {name: stand_for(name) for name in ("ASGIApp", "Receive", "Scope", "Send")}
+    shown |= {
+        "Block": AbstractAsyncContextManager[None],
+        "Engines": package.Database,
+        "Savepoint": AsyncSessionTransaction,
+    }
+    for module in [each for name, each in sys.modules.items() if "asgi_uow" in name]:
+        vars(module).update({name: shown[name] for name in shown.keys() & vars(module)})
 
 
 import_with_types()
@@ -62,13 +75,6 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_type_aliases = {
-    "ASGIApp": "asgi_uow._asgi.ASGIApp",
-    "Engines": "asgi_uow.Database",
-    "Receive": "asgi_uow._asgi.Receive",
-    "Scope": "asgi_uow._asgi.Scope",
-    "Send": "asgi_uow._asgi.Send",
-}
 python_maximum_signature_line_length = 70
 python_use_unqualified_type_names = True
 
@@ -108,18 +114,11 @@ nitpick_ignore = [
 ]
 
 SIGNATURES = {
-    r"TypeAliasForwardRef\('([\w.]+)'\)": r"\1",
     r"dataclasses\.InitVar\[(.*?)\], \*": r"\1, *",
     r"\*args: ~typing\.~P, ": "*args: P.args, ",
     r"\*\*kwargs: ~typing\.~P": "**kwargs: P.kwargs",
     r"\[~?P\]": "P",
     r"~asgi_uow\._entrypoints\.replay\.T": "T",
-    r"asgi_uow\._sessions\.session\.Savepoint": (
-        "sqlalchemy.ext.asyncio.AsyncSessionTransaction"
-    ),
-    r"asgi_uow\._testing\.faults\.Block": (
-        "contextlib.AbstractAsyncContextManager[None]"
-    ),
     r"~?asgi_uow\._testing\.watching\.Statements": "list[str]",
     r"<class '(\w+)'>": r"\1",
     r"<built-in function time>": "time.time",
