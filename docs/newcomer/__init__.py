@@ -12,5 +12,5 @@ newcomer` runs it. The blocks of a page are taken in order:
   something differs, numbers are not compared.
 
 The command for all tests takes too long, so it is left out with `--here`. In Debian it
-runs the tests of one file.
+runs one file of them, on SQLite alone.
 """

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from .machines import fresh_debian, missing, run, this_machine
 from .pages import ROOT, Newcomer, read_page
-from .terminal import SECONDS, NotAsShown
+from .terminal import NotAsShown
 
 if TYPE_CHECKING:
     from .machines import Machine
 
 PAGES = ("README.md", "docs/tutorial.md")
 PORT = 8000
+SECONDS = 600
 
 
 def check_out(folder: Path) -> None:

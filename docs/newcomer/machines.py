@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DEBIAN = "trixie"
 PACKAGES = "ca-certificates,curl,python3,python3-pip,python3-venv"
-FEW_TESTS = "tox run -e py313 -- tests/test_decision.py"
+FEW_TESTS = "tox run -e py313 -- --db sqlite tests/promises/test_promises.py"
 FOREIGN = ("CI", "COVERAGE_", "PYTEST_", "PYTHON", "TOX_", "VIRTUAL_ENV")
 NETWORK = ("UV_", "SSL_CERT_", "REQUESTS_CA_", "http", "HTTP", "no_proxy", "NO_PROXY")
 

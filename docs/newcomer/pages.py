@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .terminal import SECONDS, NotAsShown, Terminal
+from .terminal import PATIENCE, NotAsShown, Terminal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,7 +101,7 @@ class Newcomer:
 
     def _see(self, shown: str) -> None:
         assert self._server is not None
-        self._server.wait(shown, self._seen, SECONDS)
+        self._server.wait(shown, self._seen, PATIENCE if not self._ready else 60)
         self._seen += self._server.text[self._seen :].index(shown) + len(shown)
 
     def compare(self, block: Block) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .machines import Machine
 
-SECONDS = 600
+PATIENCE = 300  # seconds for one command
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
@@ -78,7 +78,11 @@ class Terminal:
         since = len(self.text)
         self.type(f"eval {shlex.quote(code)} </dev/null")
         self.type("""printf '<%s>%s<end>\\n' done "$PWD" """)
-        printed = self.wait("<done>", since, SECONDS)
+        try:
+            printed = self.wait("<done>", since, PATIENCE)
+        except NotAsShown:
+            message = f"{code.strip()}\nfailed or did not end:\n{self.text[since:]}"
+            raise NotAsShown(message) from None
         where = self.wait("<end>", since + len(printed) + len("<done>"), 10)
         self.folder = where
         return printed
