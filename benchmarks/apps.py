@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import TextClause
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+    from starlette.requests import Request
 
     from asgi_uow._asgi import ASGIApp, Message, Receive, Scope, Send
 
@@ -88,7 +87,7 @@ def by_hand(
     **engine_options: Any,
 ) -> ASGIApp:
     """Make the code people write, on an engine with these options."""
-    engine = _engine(url, stack, **engine_options)
+    engine = engine_of(url, stack, **engine_options)
     if not sends_commit:
         engine.dialect.do_commit = _send_nothing  # type: ignore[method-assign]
     sessions = async_sessionmaker(engine, expire_on_commit=False)
@@ -132,42 +131,7 @@ def ours(
     return UnitOfWorkMiddleware(handler(execute), database, **options)
 
 
-def context_async_sqlalchemy(
-    statement: TextClause, url: str, stack: AsyncExitStack
-) -> ASGIApp:
-    peer: Any = importlib.import_module("context_async_sqlalchemy")
-    engine = _engine(url, stack)
-
-    def connect(host: str) -> AsyncEngine:  # noqa: ARG001
-        return engine
-
-    database = peer.DBConnect(connect, async_sessionmaker, host=url)
-
-    async def execute(scope: Scope) -> None:  # noqa: ARG001
-        session = await peer.db_session(database)
-        await session.execute(statement)
-
-    app: ASGIApp = peer.ASGIHTTPDBSessionMiddleware(handler(execute))
-    return app
-
-
-def advanced_alchemy(statement: TextClause, url: str, stack: AsyncExitStack) -> ASGIApp:
-    peer: Any = importlib.import_module("advanced_alchemy.extensions.starlette")
-    engine = _engine(url, stack)
-    config = peer.SQLAlchemyAsyncConfig(
-        engine_instance=engine, commit_mode="autocommit"
-    )
-    alchemy = peer.AdvancedAlchemy(config)
-
-    async def execute(scope: Scope) -> None:
-        session = alchemy.get_async_session(Request(scope))
-        await session.execute(statement)
-
-    app: ASGIApp = peer.config.SessionMiddleware(handler(execute), config)
-    return app
-
-
-def _engine(url: str, stack: AsyncExitStack, **options: Any) -> AsyncEngine:
+def engine_of(url: str, stack: AsyncExitStack, **options: Any) -> AsyncEngine:
     engine = create_async_engine(url, **options)
     stack.push_async_callback(engine.dispose)
     return engine

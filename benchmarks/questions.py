@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from asgi_uow import (
@@ -15,11 +16,13 @@ from asgi_uow import (
     current_session,
 )
 
-from . import apps
+from . import apps, contestants, peers
 from .apps import INSERT, SELECT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+
+    from sqlalchemy.ext.asyncio import AsyncSession
 
     from asgi_uow._asgi import ASGIApp, Message, Scope
     from asgi_uow.observers import Event
@@ -64,7 +67,10 @@ class Question:
 
 def chosen(names: Iterable[str]) -> list[Question]:
     """Return the questions whose names begin with one of these, in order."""
-    return [each for each in _questions() if each.name.startswith(tuple(names))]
+    beginnings = tuple(names)
+    if any(each.startswith("peers") for each in beginnings):
+        contestants.load()  # once, before somebody forks
+    return [each for each in _questions() if each.name.startswith(beginnings)]
 
 
 def _questions() -> Iterable[Question]:
@@ -106,6 +112,30 @@ def _questions() -> Iterable[Question]:
         yield Question(f"retry-insert-{place}", _with_retry("insert"), place)
     for place in PLACES:
         yield Question(f"seen-insert-{place}", _seen(), place)
+    yield from _beside_peers()
+
+
+def _beside_peers() -> Iterable[Question]:
+    """Ask other libraries as well: those of one framework stand side by side."""
+    for framework, host in contestants.FRAMEWORKS.items():
+        makers: dict[str, Maker] = {
+            "bare app": partial(peers.bare, host, UNTOUCHED),
+            "no-op middleware": partial(
+                peers.behind_nothing, host, apps.NoOp, UNTOUCHED
+            ),
+            **_makers(framework, UNTOUCHED),
+        }
+        if contestants.installed(framework):
+            unused = {name: partial(_on_no_file, make) for name, make in makers.items()}
+            yield Question(f"peers-untouched-{framework}", unused)
+    for name, work in PEERS_WORK.items():
+        for place, framework in product(PLACES, contestants.FRAMEWORKS):
+            if makers := _makers(framework, work):
+                yield Question(f"peers-{name}-{place}-{framework}", makers, place)
+
+
+def _makers(framework: str, work: peers.Work) -> dict[str, Maker]:
+    return {each.name: each.maker(work) for each in contestants.installed(framework)}
 
 
 def _without_database(
@@ -117,6 +147,10 @@ def _without_database(
     return Question(
         name, {each: partial(make, each) for each in contestants}, parts=parts
     )
+
+
+def _on_no_file(maker: Maker, url: str, stack: AsyncExitStack) -> ASGIApp:  # noqa: ARG001
+    return maker("sqlite+aiosqlite://", stack)
 
 
 def _selecting(place: str) -> dict[str, Maker]:
@@ -195,12 +229,30 @@ def _register(hook: Callable[[], object]) -> Callable[[Scope], Awaitable[None]]:
     return register
 
 
+async def _select(session: AsyncSession) -> int:
+    await session.execute(SELECT)
+    return 200
+
+
+async def _insert(session: AsyncSession) -> int:
+    await session.execute(INSERT)
+    return 200
+
+
+UNTOUCHED = peers.Work(None)
+PEERS_WORK = {
+    "select": peers.Work(_select, is_read=True),
+    "insert": peers.Work(_insert),
+    "hooks": peers.Work(_insert, (_nothing,) * 3),
+}
+
+
 async def ask(app: ASGIApp) -> None:
     """Send one request as a server would."""
-    await app(_scope(), _receive, _send)
+    await app(http_scope(), _receive, _send)
 
 
-def _scope() -> dict[str, object]:
+def http_scope() -> dict[str, object]:
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},

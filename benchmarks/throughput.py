@@ -1,4 +1,6 @@
-"""Put load on uvicorn with wrk: `python -m benchmarks.throughput`, four minutes.
+"""Put load on uvicorn with wrk: `python -m benchmarks.throughput`, 20 minutes.
+
+Contestants on one framework stand side by side: ratios are to hand-written code on it.
 
 Client, server and database share the machine: trust the server's CPU time more than
 requests per second, and both less than `benchmarks.instructions`.
@@ -9,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import importlib.util
 import os
 import random
 import re
@@ -22,9 +23,9 @@ from typing import TYPE_CHECKING
 
 from tests.servers.process import HOST, free_port
 
+from .contestants import FRAMEWORKS, installed, missing
 from .databases import Databases
 from .questions import chosen
-from .served import MAKERS
 from .tables import print_table
 
 if TYPE_CHECKING:
@@ -87,13 +88,13 @@ class Site:
 
 @asynccontextmanager
 async def serve(
-    statement: str, contestant: str, url: str
+    framework: str, contestant: str, statement: str, url: str
 ) -> AsyncGenerator[Site, None]:
     """Run a contestant in a process of its own."""
     port = free_port()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.served"),
-        *(statement, contestant, url, str(port)),
+        *(framework, contestant, statement, url, str(port)),
         cwd=Path(__file__).parents[1],
     )
     try:
@@ -112,16 +113,17 @@ async def serve(
 
 
 async def compare(
-    question: Question, url: str, options: argparse.Namespace
+    question: Question, framework: str, url: str, options: argparse.Namespace
 ) -> list[tuple[str, ...]]:
     """Put load on all contestants in turn; return the lines of the table."""
     statement = question.name.partition("-")[0]
     lines = []
     async with AsyncExitStack() as stack:
         sites = {
-            name: await stack.enter_async_context(serve(statement, name, url))
-            for name in MAKERS[statement]
-            if importlib.util.find_spec(name)
+            each.name: await stack.enter_async_context(
+                serve(framework, each.name, statement, url)
+            )
+            for each in installed(framework)
         }
         for connections in options.connections:
             loads: dict[str, list[Load]] = {name: [] for name in sites}
@@ -131,7 +133,7 @@ async def compare(
                 for name in random.sample(list(sites), len(sites)):
                     load = await sites[name].load(connections, options.seconds)
                     loads[name].append(load)
-            title = f"{question.name}, {connections} connections"
+            title = f"{question.name}, {framework}, {connections} connections"
             lines += [(title, *_cells(name, loads)) for name in sites]
     return lines
 
@@ -156,21 +158,22 @@ async def main() -> None:
     """Measure on both servers."""
     parser = argparse.ArgumentParser(prog="benchmarks.throughput")
     parser.add_argument("--only", nargs="+", default=NAMES, metavar="NAME")
+    parser.add_argument("--frameworks", nargs="+", default=list(FRAMEWORKS))
     parser.add_argument("--connections", nargs="+", type=int, default=(1, 10, 100))
     parser.add_argument("--seconds", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("wrk is not installed.")
-    for name in MAKERS["insert"]:
-        if importlib.util.find_spec(name) is None:
-            print(f"{name} is left out: it is not installed.")
+    for name in missing():
+        print(f"{name} is left out: it is not installed.")
     lines = []
     async with Databases() as databases:
         asked = [each for each in chosen(options.only) if each.name in NAMES]
         for question, url in (await databases.urls(asked)).items():
-            print(f"measuring {question.name} ...", file=sys.stderr)
-            lines += await compare(question, url, options)
+            for each in filter(installed, options.frameworks):
+                print(f"measuring {question.name} on {each} ...", file=sys.stderr)
+                lines += await compare(question, each, url, options)
     titles = ("req/s", "ratio", "p50 ms", "p99 ms", "server CPU µs", "ratio")
     print_table(("question", "contestant", *titles), lines)
 

@@ -1,0 +1,106 @@
+"""Who answers, by framework; hand-written code comes first."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from . import peers
+from .hosts import on_asgi, on_fastapi, on_starlette
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AsyncExitStack
+
+    from .apps import Maker
+    from .hosts import Host
+    from .peers import Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A way to answer the request."""
+
+    name: str
+    framework: str
+    package: str
+    """What has to be installed."""
+    make: Callable[[Work, str, AsyncExitStack], Any]
+
+    def maker(self, work: Work) -> Maker:
+        return partial(self.make, work)
+
+
+FRAMEWORKS: dict[str, Host] = {
+    "asgi": on_asgi,
+    "starlette": on_starlette,
+    "fastapi": on_fastapi,
+}
+BY_FRAMEWORK: dict[str, list[tuple[str, str, Callable[..., Any]]]] = {
+    "asgi": [
+        ("hand-written", "asgi_uow", peers.hand_written),
+        ("ours", "asgi_uow", peers.ours),
+        (
+            "context-async-sqlalchemy",
+            "context_async_sqlalchemy",
+            peers.context_async_sqlalchemy,
+        ),
+    ],
+    "starlette": [
+        ("hand-written", "starlette", peers.hand_written),
+        ("ours", "starlette", peers.ours),
+        ("advanced-alchemy", "advanced_alchemy", peers.advanced_alchemy),
+        ("svcs", "svcs", peers.svcs),
+    ],
+    "fastapi": [
+        ("hand-written", "fastapi", peers.hand_written),
+        ("ours", "fastapi", peers.ours),
+        ("yield dependency", "fastapi", peers.yield_dependency),
+        (
+            "yield, scope=function",
+            "fastapi",
+            partial(peers.yield_dependency, scope="function"),
+        ),
+        (
+            "fastapi-async-sqlalchemy",
+            "fastapi_async_sqlalchemy",
+            peers.fastapi_async_sqlalchemy,
+        ),
+        ("fastapi-sqla", "fastapi_sqla", peers.fastapi_sqla),
+    ],
+}
+"""Name, what has to be installed, and how it is made."""
+CONTESTANTS = [
+    Contestant(name, framework, package, partial(make, FRAMEWORKS[framework]))
+    for framework, contestants in BY_FRAMEWORK.items()
+    for name, package, make in contestants
+]
+
+
+@cache
+def is_installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def installed(framework: str) -> list[Contestant]:
+    """Return the contestants on a framework, hand-written code first."""
+    return [
+        each
+        for each in CONTESTANTS
+        if each.framework == framework and is_installed(each.package)
+    ]
+
+
+def missing() -> list[str]:
+    """Return the names of what is left out."""
+    return [each.name for each in CONTESTANTS if not is_installed(each.package)]
+
+
+def load() -> None:
+    """Import all that is installed, so that processes that are forked need not."""
+    for each in CONTESTANTS:
+        if is_installed(each.package):
+            importlib.import_module(each.package)
