@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import peers
 from .hosts import on_asgi, on_fastapi, on_starlette
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .hosts import Host
     from .peers import Work
 
+    Make: TypeAlias = Callable[[Work, str, AsyncExitStack], Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
@@ -28,7 +30,7 @@ class Contestant:
     framework: str
     package: str
     """What has to be installed."""
-    make: Callable[[Work, str, AsyncExitStack], Any]
+    make: Make
 
     def maker(self, work: Work) -> Maker:
         return partial(self.make, work)
@@ -104,3 +106,61 @@ def load() -> None:
     for each in CONTESTANTS:
         if is_installed(each.package):
             importlib.import_module(each.package)
+
+
+VARIANTS: list[tuple[str, str, Make]] = [
+    ("hand-written", "fastapi", partial(peers.hand_written, on_fastapi)),
+    (
+        "FastAPI, yield dependency",
+        "fastapi",
+        partial(peers.yield_dependency, on_fastapi),
+    ),
+    (
+        "yield dependency, scope='function'",
+        "fastapi",
+        partial(peers.yield_dependency, on_fastapi, scope="function"),
+    ),
+    (
+        "advanced-alchemy, commit_mode='autocommit'",
+        "advanced_alchemy",
+        partial(peers.advanced_alchemy, on_starlette),
+    ),
+    (
+        "advanced-alchemy, the handler commits",
+        "advanced_alchemy",
+        partial(peers.advanced_alchemy, on_starlette, commits=True),
+    ),
+    (
+        "context-async-sqlalchemy",
+        "context_async_sqlalchemy",
+        partial(peers.context_async_sqlalchemy, on_starlette),
+    ),
+    (
+        "context-async-sqlalchemy, the handler commits",
+        "context_async_sqlalchemy",
+        partial(peers.context_async_sqlalchemy, on_starlette, commits=True),
+    ),
+    (
+        "fastapi-async-sqlalchemy, commit_on_exit=True",
+        "fastapi_async_sqlalchemy",
+        partial(peers.fastapi_async_sqlalchemy, on_fastapi),
+    ),
+    ("fastapi-sqla", "fastapi_sqla", partial(peers.fastapi_sqla, on_fastapi)),
+    ("svcs, the factory commits", "svcs", partial(peers.svcs, on_starlette)),
+    (
+        "svcs, the handler commits",
+        "svcs",
+        partial(peers.svcs, on_starlette, commits=True),
+    ),
+    ("ours", "fastapi", partial(peers.ours, on_fastapi)),
+]
+"""Contestants of the truth table: with the options that make more of it true."""
+
+
+def variants(*, is_postgresql: bool) -> dict[str, Make]:
+    """Return what can be tried on a database; on others that option needs a table."""
+    found = {name: make for name, package, make in VARIANTS if is_installed(package)}
+    if is_postgresql:
+        ours = partial(peers.ours, on_fastapi, resolve_unknown=True)
+        found["ours, resolve_unknown=True"] = ours
+    return found
