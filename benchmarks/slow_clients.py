@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import socket
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -116,7 +116,9 @@ async def served(app: ASGIApp) -> AsyncGenerator[int]:
         await task
 
 
-async def get(port: int, path: str, *, seconds: float = 0.0) -> float:
+async def get(
+    port: int, path: str, *, seconds: float = 0.0, begun: asyncio.Event | None = None
+) -> float:
     """Make a request, read for at least so long; return how long it took."""
     loop = asyncio.get_running_loop()
     begin = time.monotonic()
@@ -126,10 +128,12 @@ async def get(port: int, path: str, *, seconds: float = 0.0) -> float:
         await loop.sock_connect(client, (HOST, port))
         request = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
         await loop.sock_sendall(client, request.encode())
-        total, first, answer = len(CHUNK) * CHUNKS, None, b""
+        total, first, answer = len(CHUNK) * CHUNKS, 0.0, b""
         while data := await loop.sock_recv(client, len(CHUNK)):
             answer += data
             first = first or time.monotonic()
+            if begun is not None:
+                begun.set()
             pause = first + seconds * len(answer) / total - time.monotonic()
             await asyncio.sleep(max(0.0, pause))
     assert answer.startswith(b"HTTP/1.1 200"), answer[:200]
@@ -151,10 +155,13 @@ async def compare(url: str, name: str, clients: int) -> tuple[str, ...]:
         port = await stack.enter_async_context(served(app))
         warm_up = (get(port, "/quick") for _ in range(POOL["pool_size"]))
         await asyncio.gather(*warm_up)  # opens connections
+        begun = [asyncio.Event() for _ in range(clients)]
         slow = asyncio.gather(
-            *(get(port, "/slow", seconds=SECONDS) for _ in range(clients))
+            *(get(port, "/slow", seconds=SECONDS, begun=each) for each in begun)
         )
-        await asyncio.sleep(SECONDS / 4)  # all of them read the body
+        with suppress(TimeoutError):  # more clients than connections: they wait
+            async with asyncio.timeout(SECONDS / 2):
+                await asyncio.gather(*(each.wait() for each in begun))
         held = sum(pool.checkedout() for pool in pools)
         took = [await get(port, "/quick")]
         while not slow.done():
