@@ -111,7 +111,7 @@ def load() -> None:
 VARIANTS: list[tuple[str, str, Make]] = [
     ("hand-written", "fastapi", partial(peers.hand_written, on_fastapi)),
     (
-        "FastAPI, yield dependency",
+        "yield dependency",
         "fastapi",
         partial(peers.yield_dependency, on_fastapi),
     ),
@@ -146,7 +146,7 @@ VARIANTS: list[tuple[str, str, Make]] = [
         partial(peers.fastapi_async_sqlalchemy, on_fastapi),
     ),
     ("fastapi-sqla", "fastapi_sqla", partial(peers.fastapi_sqla, on_fastapi)),
-    ("svcs, the factory commits", "svcs", partial(peers.svcs, on_starlette)),
+    ("svcs, suppress_context_exit=False", "svcs", partial(peers.svcs, on_starlette)),
     (
         "svcs, the handler commits",
         "svcs",
