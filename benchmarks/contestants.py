@@ -67,6 +67,11 @@ BY_FRAMEWORK: dict[str, list[tuple[str, str, Callable[..., Any]]]] = {
             partial(peers.yield_dependency, scope="function"),
         ),
         (
+            "context-async-sqlalchemy",
+            "context_async_sqlalchemy",
+            partial(peers.context_async_sqlalchemy, on_fastapi=True),
+        ),
+        (
             "fastapi-async-sqlalchemy",
             "fastapi_async_sqlalchemy",
             peers.fastapi_async_sqlalchemy,
@@ -116,12 +121,12 @@ VARIANTS: list[tuple[str, str, Make]] = [
         partial(peers.yield_dependency, on_fastapi),
     ),
     (
-        "yield dependency, scope='function'",
+        "yield, scope=function",
         "fastapi",
         partial(peers.yield_dependency, on_fastapi, scope="function"),
     ),
     (
-        "advanced-alchemy, commit_mode='autocommit'",
+        "advanced-alchemy, autocommit",
         "advanced_alchemy",
         partial(peers.advanced_alchemy, on_starlette),
     ),
@@ -131,17 +136,17 @@ VARIANTS: list[tuple[str, str, Make]] = [
         partial(peers.advanced_alchemy, on_starlette, commits=True),
     ),
     (
-        "context-async-sqlalchemy",
+        "context-async-sqlalchemy, for FastAPI",
         "context_async_sqlalchemy",
-        partial(peers.context_async_sqlalchemy, on_starlette),
+        partial(peers.context_async_sqlalchemy, on_fastapi, on_fastapi=True),
     ),
     (
-        "context-async-sqlalchemy, the handler commits",
+        "context-async-sqlalchemy, for ASGI",
         "context_async_sqlalchemy",
-        partial(peers.context_async_sqlalchemy, on_starlette, commits=True),
+        partial(peers.context_async_sqlalchemy, on_fastapi),
     ),
     (
-        "fastapi-async-sqlalchemy, commit_on_exit=True",
+        "fastapi-async-sqlalchemy",
         "fastapi_async_sqlalchemy",
         partial(peers.fastapi_async_sqlalchemy, on_fastapi),
     ),

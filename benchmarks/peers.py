@@ -111,17 +111,23 @@ def ours(
 
 
 def context_async_sqlalchemy(
-    host: Host, work: Work, url: str, stack: AsyncExitStack, *, commits: bool = False
+    host: Host, work: Work, url: str, stack: AsyncExitStack, *, on_fastapi: bool = False
 ) -> Any:
+    """Use its middleware for FastAPI, or the one for every ASGI application."""
     peer: Any = importlib.import_module("context_async_sqlalchemy")
     engine = engine_of(url, stack)
     database = peer.DBConnect(_giving(engine), sessions_of, host=url)
-    do = work.in_handler(commits=commits)
+    do = work.in_handler()
 
     async def handle(request: Any) -> int:  # noqa: ARG001
         return 200 if work.do is None else await do(await peer.db_session(database))
 
-    return behind(host(handle, stack=stack), peer.ASGIHTTPDBSessionMiddleware)
+    app = host(handle, stack=stack)
+    if not on_fastapi:
+        return behind(app, peer.ASGIHTTPDBSessionMiddleware)
+    tools: Any = importlib.import_module("context_async_sqlalchemy.fastapi_utils")
+    tools.add_fastapi_http_db_session_middleware(app.app)
+    return app
 
 
 def advanced_alchemy(
