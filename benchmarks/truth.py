@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import sys
 import tempfile
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -56,7 +57,7 @@ SLOW = {
     " 10000000) SELECT count(*) FROM n",  # seconds
 }
 PATIENCE = 20.0
-SOON = 1.0
+SOON = 0.5
 BODY = "http.response.body"
 
 
@@ -156,7 +157,7 @@ class Attempt:
             (leaves if is_scope else task).cancel()
             done, _ = await asyncio.wait({task}, timeout=PATIENCE)
             kept = "row kept" if await self._is_kept() else "not kept"
-            return f"{kept}, {await self._connections() if done else 'hangs'}"
+            return f"{kept}, {await self._connections(slow) if done else 'hangs'}"
 
     async def _until_it_runs(self, slow: str) -> None:
         backend = self.backend
@@ -165,11 +166,8 @@ class Attempt:
         else:
             await asyncio.sleep(0.2)  # a file tells nobody
 
-    async def _connections(self) -> str:
-        """Tell whether the pools have their connections back.
-
-        "still open" is a transaction that is open on the database all the same.
-        """
+    async def _connections(self, slow: str) -> str:
+        """Tell whether the pools have their connections back, and what goes on."""
 
         async def checked_out() -> int:
             return sum(each.checkedout() for each in self.pools)
@@ -179,7 +177,11 @@ class Attempt:
             with suppress(AssertionError):
                 await servers.eventually(0, probe, within=SOON)
         found = f"connection {'leaked' if await checked_out() else 'returned'}"
-        return f"{found}, still open" if await backend.open_transactions() else found
+        if not await backend.open_transactions():
+            return found
+        if isinstance(backend, servers.ServerBackend) and await backend.running(slow):
+            return f"{found}, statement runs on"
+        return f"{found}, transaction open"
 
     def _add_pool(self, connection: Any) -> None:
         if isinstance(connection.engine.pool, QueuePool):
@@ -248,6 +250,7 @@ async def truth_table() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         }
         for database, make_backend in databases.items():
             for name, make in variants(is_postgresql=database == "PostgreSQL").items():
+                print(f"trying {name} on {database} ...", file=sys.stderr)
                 cells = [await _try(each, make, make_backend) for each in CASES]
                 rows.append((database, name, *cells))
     event.remove(Engine, "connect", check_foreign_keys)
