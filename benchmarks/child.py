@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from .growth import growing
 from .questions import PLACES, chosen
 
 if TYPE_CHECKING:
@@ -26,14 +27,26 @@ if TYPE_CHECKING:
     from .questions import Request
 
 
-def main(urls: dict[str, str], requests: Sequence[int], *, count_calls: bool) -> None:
-    """Print for each fork: question, contestant, process id, calls."""
+def main(
+    urls: dict[str, str],
+    requests: Sequence[int],
+    *,
+    count_calls: bool,
+    contestants: Sequence[str] = (),
+) -> None:
+    """Print for each fork: question, contestant, process id, calls.
+
+    Of contestants that are named only those are counted.
+    """
     # All of them, whatever is asked: where objects lie decides about collisions.
     for dialect in PLACES.values():
         create_async_engine(f"{dialect}://")  # imports the driver
     gc.collect()  # else a full collection falls into some of the forks
-    for question in chosen(urls):
-        for contestant in question.contestants if question.name in urls else ():
+    for question in [*chosen(urls), *growing(urls)]:
+        asked = question.contestants if question.name in urls else ()
+        for contestant in (
+            filter(contestants.__contains__, asked) if contestants else asked
+        ):
             for number in requests:
                 process = os.fork()
                 if not process:

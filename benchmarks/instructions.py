@@ -23,7 +23,7 @@ from .questions import chosen
 from .tables import print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from .questions import Question
 
@@ -37,7 +37,9 @@ TITLES = ("instructions" if VALGRIND else "Python calls", "ratio")
 
 
 async def count(
-    urls: Mapping[Question, str], repeats: int = 1
+    urls: Mapping[Question, str],
+    repeats: int = 1,
+    requests: Sequence[int] = REQUESTS,
 ) -> dict[tuple[str, str], tuple[str, ...]]:
     """Return number and ratio by question and contestant, as texts.
 
@@ -45,10 +47,10 @@ async def count(
     """
     if not VALGRIND:
         print("valgrind is not installed: calls of Python functions are counted.")
-    totals = [await _totals(urls, seed) for seed in range(repeats)]
+    totals = [await _totals(urls, requests, seed) for seed in range(repeats)]
     counts: dict[tuple[str, str], tuple[str, ...]] = {}
     for question in urls:
-        parts = (REQUESTS[1] - REQUESTS[0]) * question.parts
+        parts = (requests[1] - requests[0]) * question.parts
         numbers = {}
         for name in question.contestants:
             pairs = (each[question.name, name] for each in totals)
@@ -61,32 +63,49 @@ async def count(
 
 
 async def _totals(
-    urls: Mapping[Question, str], seed: int
+    urls: Mapping[Question, str], requests: Sequence[int], seed: int
 ) -> dict[tuple[str, str], list[int]]:
     """Return what the processes for few and for many requests cost."""
-    jobs = {
-        "urls": {question.name: url for question, url in urls.items()},
-        "requests": REQUESTS,
-        "count_calls": not VALGRIND,
-    }
-    fixed = {"PYTHONHASHSEED": str(seed), "PYTHONDONTWRITEBYTECODE": "1"}
     totals: dict[tuple[str, str], list[int]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        child = await asyncio.create_subprocess_exec(
-            *VALGRIND and [*VALGRIND, f"--cachegrind-out-file={folder}/%p"],
-            *(sys.executable, "-m", "benchmarks.child", json.dumps(jobs)),
-            cwd=Path(__file__).parents[1],
-            env=os.environ | fixed,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        output, _ = await child.communicate()
-        if child.returncode:
-            sys.exit("what was to be counted has failed")
-        for line in output.decode().splitlines():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for line in await run_counted(urls, requests, folder, seed=seed):
             question, contestant, process, calls = line.split("\t")
-            total = _instructions(Path(folder, process)) if VALGRIND else int(calls)
+            total = _instructions(folder / process) if VALGRIND else int(calls)
             totals.setdefault((question, contestant), []).append(total)
     return totals
+
+
+async def run_counted(
+    urls: Mapping[Question, str],
+    requests: Sequence[int],
+    folder: Path,
+    *,
+    seed: int = 0,
+    contestants: Collection[str] = (),
+) -> list[str]:
+    """Run `benchmarks.child` and return the lines it prints.
+
+    Valgrind writes a file for each process into the folder.
+    """
+    jobs = {
+        "urls": {question.name: url for question, url in urls.items()},
+        "requests": requests,
+        "count_calls": not VALGRIND,
+        "contestants": list(contestants),
+    }
+    fixed = {"PYTHONHASHSEED": str(seed), "PYTHONDONTWRITEBYTECODE": "1"}
+    child = await asyncio.create_subprocess_exec(
+        *VALGRIND and [*VALGRIND, f"--cachegrind-out-file={folder}/%p"],
+        *(sys.executable, "-m", "benchmarks.child", json.dumps(jobs)),
+        cwd=Path(__file__).parents[1],
+        env=os.environ | fixed,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    output, _ = await child.communicate()
+    if child.returncode:
+        sys.exit("what was to be counted has failed")
+    return output.decode().splitlines()
 
 
 def _instructions(file: Path) -> int:
