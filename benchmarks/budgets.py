@@ -95,7 +95,7 @@ def ahead(results: Results) -> dict[str, list[Cost]]:
 
 def _is_no_peer(contestant: str) -> bool:
     """Whether it is a yardstick, or ours."""
-    return contestant.startswith((OURS, "bare", "no-op", "hand-written", "asgi-uow"))
+    return contestant in {OURS, "bare app", "no-op middleware", "hand-written"}
 
 
 def _ours_beside(results: Results, peer: Cost) -> Cost | None:

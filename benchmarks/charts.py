@@ -54,6 +54,7 @@ SETTINGS: dict[str, Any] = {
     "xtick.color": COLOURS["ink"][0],
     "ytick.color": COLOURS["ink"][0],
 }
+FRAMEWORKS = {"asgi": "no framework", "starlette": "Starlette", "fastapi": "FastAPI"}
 KINDS = {
     "untouched": "A request that touches no database",
     "select": "One SELECT",
@@ -197,21 +198,38 @@ def _short(what: str) -> str:
 
 
 def _peers(results: Results, kind: str) -> Figure | None:
-    series: dict[str, dict[str, float]] = {}
+    """Draw a panel for each framework: what a contestant costs on each database."""
+    panels: dict[str, dict[str, dict[str, float]]] = {}
     for each in results.costs:
-        if each.question.startswith(f"peers-{kind}"):
+        if each.question.startswith(f"peers-{kind}-"):
+            series = panels.setdefault(each.question.rpartition("-")[2], {})
             name = PLACE_NAMES.get(each.place, "")
             series.setdefault(name, {})[each.contestant] = each.cost_ratio
-    if not series:
-        return None
-    rows = list(dict.fromkeys(row for values in series.values() for row in values))
-    figure, axes = _figure(len(rows) + 1)
-    _dots(axes, rows, series)
-    _mark_one(axes)
-    axes.set_xlabel(f"{results.counted}, times those of “{rows[0]}”")
-    if len(series) > 1:
-        _legend(figure, axes)
-    return figure
+    figure, grid = _panels(panels)
+    for axes, (framework, series) in zip(grid, panels.items(), strict=True):
+        axes.set_title(f"on {FRAMEWORKS.get(framework, framework)}")
+        _mark_one(axes)
+        first = next(iter(next(iter(series.values()))))
+        axes.set_xlabel(f"times the {results.counted} of: {first}")
+    if grid and len(next(iter(panels.values()))) > 1:
+        _legend(figure, grid[0])
+    return figure if grid else None
+
+
+def _panels(
+    panels: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> tuple[Figure, list[Axes]]:
+    """Draw dots in panels that stand one above the other."""
+    rows = [len(next(iter(each.values()))) for each in panels.values()]
+    height = sum(rows) * ROW + 0.85 * len(rows)
+    figure = Figure(figsize=(WIDTH, max(height, 1.0)), layout="constrained")
+    if not rows:
+        return figure, []
+    grid = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)
+    found = list(grid[:, 0])
+    for axes, series in zip(found, panels.values(), strict=True):
+        _dots(axes, list(next(iter(series.values()))), series)
+    return figure, found
 
 
 def _growth(results: Results) -> Figure | None:
@@ -243,20 +261,12 @@ def _throughput(results: Results) -> Figure | None:
         return None
     panels: dict[str, dict[str, dict[str, float]]] = {}
     for title, contestant, rate, *_ in results.throughput.rows:
-        question, _, connections = title.partition(", ")
+        question, _, connections = title.rpartition(", ")
         series = panels.setdefault(question, {}).setdefault(connections, {})
         series[contestant] = float(rate.replace(",", ""))
-    rows = {
-        question: len(next(iter(each.values()))) for question, each in panels.items()
-    }
-    height = sum(rows.values()) * ROW + 0.7 * len(rows)
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    grid = figure.subplots(
-        len(rows), 1, squeeze=False, height_ratios=list(rows.values())
-    )
-    for axes, (question, series) in zip(grid[:, 0], panels.items(), strict=True):
-        _dots(axes, list(next(iter(series.values()))), series)
+    figure, grid = _panels(panels)
+    for axes, question in zip(grid, panels, strict=True):
         axes.set_title(question)
         axes.set_xlim(left=0.0)
-    _legend(figure, grid[0, 0])
+    _legend(figure, grid[0])
     return figure

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     Case: TypeAlias = Callable[[int, str, AsyncExitStack], ASGIApp]
     Work: TypeAlias = Callable[[int, AsyncSession], Awaitable[None]]
 
-REQUESTS = (10, 40)
+REQUESTS = (5, 15)
 LINEAR = 1.1
 """One more may cost so many times as much among many as among few."""
 TITLES = ("number", instructions.TITLES[0], "for each", "growth", "grows")

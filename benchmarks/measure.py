@@ -28,12 +28,22 @@ class Time:
     ratios: list[float]
     """To the first contestant, each in the same round."""
 
+    @property
+    def median(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.microseconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        """Of the ratios: a quarter is below, half is below, a quarter is above."""
+        low, middle, high = statistics.quantiles(self.ratios, n=4)
+        return low, middle, high
+
     def cells(self) -> tuple[str, ...]:
         """Return the columns of the table."""
-        median = statistics.median(self.microseconds)
-        low, middle, high = statistics.quantiles(self.ratios, n=4)
+        low, middle, high = self.quartiles
         return (
-            f"{median:.1f}",
+            f"{self.median:.1f}",
             f"{middle:.2f}",
             f"{low:.2f} to {high:.2f}",
             f"{len(self.ratios)}",

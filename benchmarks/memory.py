@@ -15,7 +15,8 @@ from .questions import ask
 if TYPE_CHECKING:
     from asgi_uow._asgi import ASGIApp, Scope
 
-REQUESTS = 1000
+REQUESTS = 10_000
+WARM_UP = 100
 
 
 async def parked_bytes() -> tuple[float, float]:
@@ -34,11 +35,11 @@ async def parked_bytes() -> tuple[float, float]:
 
 async def _held(app: ASGIApp, goes_on: asyncio.Event) -> float:
     held = 0
-    for _ in range(2):  # the first time fills caches, too
+    for number in (WARM_UP, REQUESTS):  # the first time fills caches, too
         goes_on.clear()
         gc.collect()
         tracemalloc.start()
-        tasks = [asyncio.create_task(ask(app)) for _ in range(REQUESTS)]
+        tasks = [asyncio.create_task(ask(app)) for _ in range(number)]
         await asyncio.sleep(0)
         gc.collect()
         held, _ = tracemalloc.get_traced_memory()

@@ -30,7 +30,6 @@ class Cost:
     cost: float
     """In instructions, or in Python calls."""
     cost_ratio: float
-    date: str
 
 
 @dataclasses.dataclass(frozen=True)

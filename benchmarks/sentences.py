@@ -1,0 +1,148 @@
+"""Say where we stand, in sentences that are made from the numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .budgets import OURS, PLACE_NAMES, ahead, verdicts
+from .growth import Growth
+from .questions import PLACES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .results import Cost, Results
+
+
+def sentences(results: Results) -> Iterable[str]:
+    """Give a few sentences that can be read in one screen."""
+    yield from _untouched(results)
+    for statement in ("select", "insert"):
+        yield from _statement(results, statement)
+    yield from _budgets(results)
+    yield from _peers(results)
+    yield from _throughput(results)
+    yield from _memory(results)
+    yield from _growth(results)
+
+
+def _untouched(results: Results) -> Iterable[str]:
+    if found := results.find("untouched-starlette", OURS):
+        yield (
+            "A request on Starlette that touches no session costs "
+            f"{found.cost_ratio:.2f} times the {results.counted} of a middleware that "
+            "does nothing. It sends nothing to the database."
+        )
+    if found := results.find("hook", "async hook"):
+        yield f"An empty asynchronous hook takes {found.microseconds:.1f} µs."
+
+
+def _statement(results: Results, statement: str) -> Iterable[str]:
+    for contestant, words in (
+        ("as written", "code written by hand with SQLAlchemy's default options"),
+        ("same trips", "code written by hand that makes the same round trips"),
+    ):
+        parts: list[str] = []
+        for place in PLACES:
+            mine = results.find(f"{statement}-{place}", OURS)
+            theirs = results.find(f"{statement}-{place}", contestant)
+            if mine and theirs:
+                ratio = mine.cost / theirs.cost
+                parts.append(f"{ratio:.2f} on {PLACE_NAMES[place]}")
+        if parts:
+            yield (
+                f"One {statement.upper()}, in {results.counted}, compared with "
+                f"{words}: {', '.join(parts)}."
+            )
+
+
+def _budgets(results: Results) -> Iterable[str]:
+    found = verdicts(results)
+    missed = [each for each in found if not each.is_kept]
+    if not found:
+        return
+    if not missed:
+        yield f"All {len(found)} [budgets](#budgets) are kept."
+        return
+    yield (
+        f"{len(missed)} of {len(found)} [budgets](#budgets) are missed: "
+        + "; ".join(
+            f"{each.what}: {each.shown[0]} {each.unit} (budget {each.shown[1]})"
+            for each in missed
+        )
+        + ". [Profiles](#where-the-difference-comes-from) show why."
+    )
+
+
+def _peers(results: Results) -> Iterable[str]:
+    questions = dict.fromkeys(
+        each.question for each in results.costs if each.question.startswith("peers-")
+    )
+    beside = [name for name in questions if results.find(name, OURS)]
+    if not beside:
+        return
+    counted = [
+        f"{peer.contestant} in `{name}` ({_times(results, peer, name)})"
+        for name, peers in ahead(results).items()
+        for peer in peers
+    ]
+    if not counted:
+        yield (
+            f"In none of {len(beside)} questions does another library cost less than "
+            "asgi-uow, in time or in " + results.counted + "."
+        )
+        return
+    yield (
+        f"In {len(ahead(results))} of {len(beside)} questions another library costs "
+        f"less than asgi-uow: {'; '.join(counted)}."
+    )
+
+
+def _times(results: Results, peer: Cost, question: str) -> str:
+    """Name both ratios: a library may be ahead in one alone."""
+    mine = results.find(question, OURS)
+    assert mine is not None
+    return (
+        f"{peer.cost / mine.cost:.2f} times our {results.counted}, "
+        f"{peer.microseconds / mine.microseconds:.2f} times our time"
+    )
+
+
+def _throughput(results: Results) -> Iterable[str]:
+    if results.throughput is None:
+        return
+    ratios = [
+        float(ratio)
+        for _, contestant, _, ratio, *_ in results.throughput.rows
+        if contestant == OURS
+    ]
+    if ratios:
+        yield (
+            f"On uvicorn, asgi-uow answers {min(ratios):.2f} to {max(ratios):.2f} times "
+            "as many requests per second as code written by hand."
+        )
+
+
+def _memory(results: Results) -> Iterable[str]:
+    if results.memory:
+        number, without, held = results.memory
+        yield (
+            f"A waiting request holds {held - without:,.0f} bytes more than in a "
+            f"middleware that does nothing, measured with {number:,.0f} of them."
+        )
+
+
+def _growth(results: Results) -> Iterable[str]:
+    grown = [
+        Growth(name, {int(number): cost for number, cost in costs.items()})
+        for name, costs in results.growth
+    ]
+    fast = [each.what.replace("-", " ") for each in grown if not each.is_linear]
+    if fast:
+        yield f"The cost grows faster than linearly with: {', '.join(fast)}."
+    elif grown:
+        yield (
+            "The cost grows linearly, or more slowly, with: "
+            + ", ".join(each.what.replace("-", " ") for each in grown)
+            + "."
+        )
