@@ -209,8 +209,9 @@ def _peers(results: Results, kind: str) -> Figure | None:
     for axes, (framework, series) in zip(grid, panels.items(), strict=True):
         axes.set_title(f"on {FRAMEWORKS.get(framework, framework)}")
         _mark_one(axes)
-        first = next(iter(next(iter(series.values()))))
-        axes.set_xlabel(f"times the {results.counted} of: {first}")
+    if grid:
+        first = next(iter(next(iter(next(iter(panels.values())).values()))))
+        grid[-1].set_xlabel(f"times the {results.counted} of: {first}")
     if grid and len(next(iter(panels.values()))) > 1:
         _legend(figure, grid[0])
     return figure if grid else None
@@ -221,11 +222,11 @@ def _panels(
 ) -> tuple[Figure, list[Axes]]:
     """Draw dots in panels that stand one above the other."""
     rows = [len(next(iter(each.values()))) for each in panels.values()]
-    height = sum(rows) * ROW + 0.85 * len(rows)
+    height = sum(rows) * ROW + 0.6 * len(rows) + 0.3
     figure = Figure(figsize=(WIDTH, max(height, 1.0)), layout="constrained")
     if not rows:
         return figure, []
-    grid = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)
+    grid = figure.subplots(len(rows), 1, squeeze=False, sharex=True, height_ratios=rows)
     found = list(grid[:, 0])
     for axes, series in zip(found, panels.values(), strict=True):
         _dots(axes, list(next(iter(series.values()))), series)
@@ -250,6 +251,9 @@ def _growth(results: Results) -> Figure | None:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    numbers = sorted({int(each) for _, costs in results.growth for each in costs})
+    shown = [each for each in numbers if str(each).strip("0") == "1"]
+    axes.set_xticks(shown, labels=[f"{each:,}" for each in shown])
     axes.set_xlabel("how many there are in the request")
     axes.set_ylabel(f"{results.counted} for each")
     _legend(figure, axes)
@@ -262,11 +266,13 @@ def _throughput(results: Results) -> Figure | None:
     panels: dict[str, dict[str, dict[str, float]]] = {}
     for title, contestant, rate, *_ in results.throughput.rows:
         question, _, connections = title.rpartition(", ")
-        series = panels.setdefault(question, {}).setdefault(connections, {})
+        name = connections.removesuffix("s") if connections[:2] == "1 " else connections
+        series = panels.setdefault(question, {}).setdefault(name, {})
         series[contestant] = float(rate.replace(",", ""))
     figure, grid = _panels(panels)
     for axes, question in zip(grid, panels, strict=True):
         axes.set_title(question)
         axes.set_xlim(left=0.0)
+    grid[-1].set_xlabel("requests per second")
     _legend(figure, grid[0])
     return figure

@@ -42,7 +42,7 @@ def facts() -> dict[str, str]:
     """Name the processor, the system, and the versions of what is installed."""
     found = {
         "Processor": f"{_processor()}, {os.cpu_count()} cores",
-        "System": f"{_system()}, Linux {platform.release()}",
+        "System": f"{_system()}, Linux {platform.release().partition('-')[0]}",
         "Python": platform.python_version(),
         "SQLite": sqlite3.sqlite_version,
     }

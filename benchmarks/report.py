@@ -1,7 +1,8 @@
-"""Write the page of numbers from what was measured; no number of it is written by hand."""
+"""Write the page of numbers from what was measured: no number is written by hand."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import charts
@@ -11,25 +12,15 @@ from .sentences import sentences
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
     from .results import Profile, Results
 
 PAGE = "numbers.md"
 TRUTH = "truth.md"
-METHOD = """\
-One command measures everything and writes this page: `tox run -e bench -- --report docs`. It starts MariaDB and PostgreSQL servers of its own, on the same machine. They do not wait for a disk.
-
-- **Time.** All contestants of a question take turns in short rounds, each round in an order of its own. A ratio compares two times of the same round with the first contestant of the question. The page shows the median of these ratios, and between which two values the middle half of them lies.
-- **{Counted}.** {counting} The difference of a run with few and a run with many requests is what the requests cost. These numbers hardly move between runs: trust them more than the time.
-- **Hand-written code.** "as written" is `async with sessionmaker.begin()` on an engine with SQLAlchemy's default options. "same trips" is the same code on an engine with options that send no more to the database than asgi-uow does. "hand-written" is "as written", beside the other libraries.
-- **Throughput.** `wrk` puts load on uvicorn. Client, server and database share the machine, so the ratio says more than the rate.
-- **Memory.** `tracemalloc` counts what requests hold that wait inside the handler.
-- **Growth.** The cost of one more (hook, savepoint, database, open block) is compared at the largest numbers and one step before. "faster than linearly" means that it is more than {linear} times as high.
-"""
+METHOD = Path(__file__).with_name("method.md")
 COUNTING = {
-    "instructions": "Cachegrind, a tool of valgrind, counts the processor's instructions.",
-    "Python calls": "Valgrind was not installed: calls of Python functions are counted.",
+    "instructions": "Valgrind (cachegrind) counts the processor's instructions.",
+    "Python calls": "Calls of Python functions, since valgrind was not installed.",
 }
 
 
@@ -199,7 +190,7 @@ def _peers(drawn: dict[str, str]) -> Iterable[str]:
 def _method(results: Results) -> Iterable[str]:
     yield from ("## How it was measured", "")
     counted = results.counted
-    yield METHOD.format(
+    yield METHOD.read_text("utf-8").format(
         Counted=counted[0].upper() + counted[1:],
         counting=COUNTING[counted],
         linear=LINEAR,

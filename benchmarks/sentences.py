@@ -30,7 +30,7 @@ def _untouched(results: Results) -> Iterable[str]:
     if found := results.find("untouched-starlette", OURS):
         yield (
             "A request on Starlette that touches no session costs "
-            f"{found.cost_ratio:.2f} times the {results.counted} of a middleware that "
+            f"{found.cost_ratio:.3f} times the {results.counted} of a middleware that "
             "does nothing. It sends nothing to the database."
         )
     if found := results.find("hook", "async hook"):
@@ -118,8 +118,8 @@ def _throughput(results: Results) -> Iterable[str]:
     ]
     if ratios:
         yield (
-            f"On uvicorn, asgi-uow answers {min(ratios):.2f} to {max(ratios):.2f} times "
-            "as many requests per second as code written by hand."
+            f"On uvicorn, asgi-uow answers {min(ratios):.2f} to {max(ratios):.2f} "
+            "times as many requests per second as code written by hand."
         )
 
 
