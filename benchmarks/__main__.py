@@ -1,7 +1,7 @@
 """Measure everything, print tables, and write the page of numbers.
 
 `--only` takes the beginnings of questions' names, and `memory`, `growth`,
-`throughput`, `truth`, `profiles`. With `--report docs` the results go into
+`throughput`, `truth`. With `--report docs` the results go into
 `docs/numbers.md`; what was not measured this time stays as it is.
 """
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .questions import Question
 
 EVERYTHING = ("",)
+PARTS = ("memory", "throughput", "truth")
 LOAD = ("Requests/s", "Ratio", "p50 ms", "p99 ms", "Server CPU µs", "Ratio")
 
 
@@ -74,6 +75,10 @@ def _options() -> Namespace:
     options = parser.parse_args()
     if options.report and not importlib.util.find_spec("matplotlib"):
         parser.error("--report needs matplotlib, which is not installed.")
+    only = tuple(options.only)
+    names = [each.name for each in (*chosen(only), *growth.growing(only))]
+    if not names and not any(_is_asked(part, only) for part in PARTS):
+        parser.error("--only: no question has a name that begins like this.")
     return options
 
 

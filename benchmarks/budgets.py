@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .results import Cost, Results
 
 OURS = "ours"
+PEERS = "peers-"
+"""Their questions begin like this."""
+NO_PEERS = {OURS, "bare app", "no-op middleware", "hand-written"}
 PLACE_NAMES = {
     "sqlite-aiosqlite": "SQLite (aiosqlite)",
     "mariadb-asyncmy": "MariaDB (asyncmy)",
@@ -81,39 +84,53 @@ def _others(results: Results) -> Iterable[Verdict]:
         yield Verdict(what, "bytes", held - without, 400)
 
 
-def ahead(results: Results) -> dict[str, list[Cost]]:
-    """Return the peers that cost less than ours, by question."""
-    found: dict[str, list[Cost]] = {}
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """A library that costs less than ours in a question."""
+
+    peer: Cost
+    mine: Cost
+
+    @property
+    def counted(self) -> float:
+        """How many times our instructions it needs."""
+        return self.peer.cost / self.mine.cost
+
+    @property
+    def timed(self) -> float:
+        """How many times our time it takes."""
+        return self.peer.microseconds / self.mine.microseconds
+
+
+def ahead(results: Results) -> list[Ahead]:
+    """Return where another library costs less, in instructions or in time."""
+    found: list[Ahead] = []
     for each in results.costs:
-        if not each.question.startswith("peers-") or _is_no_peer(each.contestant):
-            continue
-        ours = _ours_beside(results, each)
-        if ours and (each.cost < ours.cost or each.ratio < ours.ratio):
-            found.setdefault(each.question, []).append(each)
-    return found
-
-
-def _is_no_peer(contestant: str) -> bool:
-    """Whether it is a yardstick, or ours."""
-    return contestant in {OURS, "bare app", "no-op middleware", "hand-written"}
-
-
-def _ours_beside(results: Results, peer: Cost) -> Cost | None:
-    return results.find(peer.question, OURS)
+        mine = results.find(each.question, OURS)
+        if mine and each.question.startswith(PEERS) and each.contestant not in NO_PEERS:
+            found.append(Ahead(each, mine))
+    return [each for each in found if each.counted < 1 or each.timed < 1]
 
 
 def explained(results: Results) -> list[tuple[str, str, str]]:
-    """Return the questions that a profile must explain, and whom it compares."""
+    """Return the questions that a profile must explain, and whom it compares.
+
+    Of the questions with the same kind of request only the one in which another
+    library is ahead most.
+    """
     missed = dict.fromkeys(
         each.question
         for each in verdicts(results)
         if not each.is_kept and each.question
     )
     found = [(name, _first(results, name), _mine(name)) for name in missed]
-    for name, peers in ahead(results).items():
-        best = min(peers, key=lambda each: each.cost)
-        found.append((name, best.contestant, OURS))
-    return found
+    kinds: dict[str, Ahead] = {}
+    for each in sorted(ahead(results), key=lambda each: each.counted):
+        if each.counted < 1:
+            kinds.setdefault(each.peer.question.split("-")[1], each)
+    return found + [
+        (each.peer.question, each.peer.contestant, OURS) for each in kinds.values()
+    ]
 
 
 def _first(results: Results, question: str) -> str:

@@ -206,7 +206,7 @@ def _peers(results: Results, kind: str) -> Figure | None:
             name = PLACE_NAMES.get(each.place, "")
             series.setdefault(name, {})[each.contestant] = each.cost_ratio
     figure, grid = _panels(panels)
-    for axes, (framework, series) in zip(grid, panels.items(), strict=True):
+    for axes, framework in zip(grid, panels, strict=True):
         axes.set_title(f"on {FRAMEWORKS.get(framework, framework)}")
         _mark_one(axes)
     if grid:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import charts
-from .budgets import verdicts
+from .budgets import ahead, verdicts
 from .growth import LINEAR, Growth
 from .sentences import sentences
 
@@ -38,7 +38,7 @@ def write(results: Results, docs: Path) -> None:
         _memory(results),
         _growth(results, drawn),
         _throughput(results, drawn),
-        _peers(drawn),
+        _peers(results, drawn),
         _method(results),
         _all_costs(results),
     ]
@@ -95,9 +95,10 @@ def _profiles(results: Results) -> Iterable[str]:
         return
     yield from ("## Where the difference comes from", "")
     yield (
-        "For each number that misses its budget, and for each question in which "
-        "another library costs less: the ten functions of C and of Python in which a "
-        "request differs most. `python -m benchmarks.profile` prints the same."
+        "A number misses its budget, or another library needs fewer "
+        f"{results.counted}. The tables show the ten functions of C and of Python in "
+        "which the two requests differ most. `python -m benchmarks.profile` prints "
+        "them for any question."
     )
     yield ""
     for each in results.profiles:
@@ -174,7 +175,7 @@ def _throughput(results: Results, drawn: dict[str, str]) -> Iterable[str]:
     yield ""
 
 
-def _peers(drawn: dict[str, str]) -> Iterable[str]:
+def _peers(results: Results, drawn: dict[str, str]) -> Iterable[str]:
     names = [name for name in drawn if name.startswith("peers-")]
     if names:
         yield from ("## Beside other libraries", "")
@@ -185,6 +186,20 @@ def _peers(drawn: dict[str, str]) -> Iterable[str]:
         yield ""
     for name in names:
         yield from _chart(name, drawn)
+    rows = [
+        [
+            f"`{each.peer.question}`",
+            each.peer.contestant,
+            f"{each.counted:.3f}",
+            f"{each.timed:.2f}",
+        ]
+        for each in ahead(results)
+    ]
+    if rows:
+        yield from ("Another library needs less than asgi-uow here:", "")
+        titles = ("Question", "Library", f"Times our {results.counted}")
+        yield from _table((*titles, "Times our time"), rows)
+        yield ""
 
 
 def _method(results: Results) -> Iterable[str]:

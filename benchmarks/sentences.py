@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from .budgets import OURS, PLACE_NAMES, ahead, verdicts
+from .budgets import NO_PEERS, OURS, PEERS, PLACE_NAMES, ahead, verdicts
 from .growth import Growth
 from .questions import PLACES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from .results import Cost, Results
+    from .results import Results
 
 
 def sentences(results: Results) -> Iterable[str]:
@@ -67,7 +68,7 @@ def _budgets(results: Results) -> Iterable[str]:
     yield (
         f"{len(missed)} of {len(found)} [budgets](#budgets) are missed: "
         + "; ".join(
-            f"{each.what}: {each.shown[0]} {each.unit} (budget {each.shown[1]})"
+            f"{each.what}, {each.shown[0]} {each.unit} (budget {each.shown[1]})"
             for each in missed
         )
         + ". [Profiles](#where-the-difference-comes-from) show why."
@@ -75,37 +76,32 @@ def _budgets(results: Results) -> Iterable[str]:
 
 
 def _peers(results: Results) -> Iterable[str]:
-    questions = dict.fromkeys(
-        each.question for each in results.costs if each.question.startswith("peers-")
+    asked = Counter(
+        each.contestant
+        for each in results.costs
+        if each.question.startswith(PEERS) and each.contestant not in NO_PEERS
     )
-    beside = [name for name in questions if results.find(name, OURS)]
-    if not beside:
-        return
-    counted = [
-        f"{peer.contestant} in `{name}` ({_times(results, peer, name)})"
-        for name, peers in ahead(results).items()
-        for peer in peers
-    ]
-    if not counted:
-        yield (
-            f"In none of {len(beside)} questions does another library cost less than "
-            "asgi-uow, in time or in " + results.counted + "."
-        )
-        return
-    yield (
-        f"In {len(ahead(results))} of {len(beside)} questions another library costs "
-        f"less than asgi-uow: {'; '.join(counted)}."
-    )
-
-
-def _times(results: Results, peer: Cost, question: str) -> str:
-    """Name both ratios: a library may be ahead in one alone."""
-    mine = results.find(question, OURS)
-    assert mine is not None
-    return (
-        f"{peer.cost / mine.cost:.2f} times our {results.counted}, "
-        f"{peer.microseconds / mine.microseconds:.2f} times our time"
-    )
+    found = ahead(results)
+    for words, ratios in (
+        (f"fewer {results.counted}", [(each.counted, each) for each in found]),
+        ("less time", [(each.timed, each) for each in found]),
+    ):
+        best: dict[str, list[float]] = {}
+        for ratio, each in ratios:
+            if ratio < 1:
+                best.setdefault(each.peer.contestant, []).append(ratio)
+        parts = [
+            f"{peer} in {len(ratios)} of {asked[peer]} questions (at best "
+            f"{min(ratios):.2f} times ours)"
+            for peer, ratios in sorted(best.items())
+        ]
+        if parts:
+            yield (
+                f"[These libraries](#beside-other-libraries) need {words} than "
+                f"asgi-uow: {', '.join(parts)}."
+            )
+        elif asked:
+            yield f"None of {len(asked)} other libraries needs {words} than asgi-uow."
 
 
 def _throughput(results: Results) -> Iterable[str]:
