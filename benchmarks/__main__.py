@@ -70,7 +70,7 @@ async def main() -> None:
 def _options() -> Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("--only", nargs="+", default=EVERYTHING, metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each question")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each question")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="docs")
     options = parser.parse_args()
     if options.report and not importlib.util.find_spec("matplotlib"):

@@ -33,7 +33,7 @@ COLOURS = {  # by day, and by night
 }
 SERIES = (("blue", "o"), ("red", "s"), ("green", "^"), ("violet", "D"))
 FONT = 'system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif'
-SETTINGS: dict[str, Any] = {
+SETTINGS: Any = {  # its keys are typed as literals
     "svg.fonttype": "none",
     "svg.hashsalt": "asgi-uow",
     "font.family": ["DejaVu Sans"],

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from .questions import Question
 
-REQUESTS = (200, 600)
+REQUESTS = (100, 300)
 VALGRIND = (
     ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--log-file=/dev/null"]
     if shutil.which("valgrind")
