@@ -58,12 +58,16 @@ class Growth:
 
     @property
     def bend(self) -> float:
-        """How many times as much one more costs at the end as before it."""
+        """How many times as much one more costs at the end as before it.
+
+        One that costs nearly nothing before counts as a hundredth of the mean.
+        """
         slopes = [
             (more - fewer) / (many - few)
             for (few, fewer), (many, more) in pairwise(self.costs.items())
         ]
-        return slopes[-1] / slopes[-2]
+        number, cost = list(self.costs.items())[-2]
+        return slopes[-1] / max(slopes[-2], cost / number / 100)
 
     @property
     def is_linear(self) -> bool:
