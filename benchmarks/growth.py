@@ -46,6 +46,8 @@ LINEAR = 1.1
 """One more may cost so many times as much among many as among few."""
 TITLES = ("number", instructions.TITLES[0], "for each", "growth", "grows")
 SQLITE = "sqlite-aiosqlite"
+UNUSED_SQLITE = "sqlite:///never-opened.db"
+UNUSED_SERVER = "postgresql+asyncpg://nobody@127.0.0.1/nothing"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +109,8 @@ def _questions() -> Iterable[Question]:
     deep, databases = (1, 10, 50), (1, 2, 4, 8)
     yield _question("depth", deep, partial(_ours, _nested), SQLITE)
     yield _question("depth-by-hand", deep, partial(_by_hand, _nested), SQLITE)
-    yield _question("open-blocks", deep, _blocks)
+    yield _question("open-blocks-sqlite", deep, partial(_blocks, UNUSED_SQLITE))
+    yield _question("open-blocks-server", deep, partial(_blocks, UNUSED_SERVER))
     yield _question("databases", databases, _databases, SQLITE)
     yield _question("databases-untouched", databases, _untouched)
 
@@ -170,8 +173,8 @@ async def _nested(number: int, session: AsyncSession) -> None:
             await session.execute(SELECT)
 
 
-def _blocks(number: int, url: str, stack: AsyncExitStack) -> ASGIApp:  # noqa: ARG001
-    database = unused_database()
+def _blocks(unused: str, number: int, url: str, stack: AsyncExitStack) -> ASGIApp:  # noqa: ARG001
+    database = Database.from_url(unused)
 
     async def open_blocks(scope: Scope) -> None:  # noqa: ARG001
         async with AsyncExitStack() as blocks:

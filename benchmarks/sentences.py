@@ -62,6 +62,7 @@ def _budgets(results: Results) -> Iterable[str]:
     missed = [each for each in found if not each.is_kept]
     if not found:
         return
+    explained = bool(results.profiles)
     if not missed:
         yield f"All {len(found)} [budgets](#budgets) are kept."
         return
@@ -71,7 +72,11 @@ def _budgets(results: Results) -> Iterable[str]:
             f"{each.what}, {each.shown[0]} {each.unit} (budget {each.shown[1]})"
             for each in missed
         )
-        + ". [Profiles](#where-the-difference-comes-from) show why."
+        + (
+            ". [Profiles](#where-the-difference-comes-from) show why."
+            if explained
+            else "."
+        )
     )
 
 
