@@ -25,6 +25,7 @@ from . import (
     measure,
     memory,
     profile,
+    report,
     results,
     throughput,
 )
@@ -63,8 +64,8 @@ async def main() -> None:
             if folder:
                 results.save(folder, found)
     if options.report:
-        report = importlib.import_module("benchmarks.report")  # it needs matplotlib
-        report.write(found, options.report)
+        charts = importlib.import_module("benchmarks.charts")  # it needs matplotlib
+        report.write(found, options.report, charts.draw_all(found, folder))
 
 
 def _options() -> Namespace:

@@ -63,10 +63,10 @@ KINDS = {
 }
 
 
-def draw_all(results: Results, folder: Path) -> list[tuple[str, str]]:
+def draw_all(results: Results, folder: Path) -> dict[str, str]:
     """Write a chart of everything that was measured; return names and titles."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn: list[tuple[str, str]] = []
+    drawn: dict[str, str] = {}
     with mpl.rc_context(SETTINGS):
         charts = [
             (
@@ -90,7 +90,7 @@ def draw_all(results: Results, folder: Path) -> list[tuple[str, str]]:
             file.unlink(missing_ok=True)
             if figure is not None:
                 file.write_text(_svg(figure, title), "utf-8")
-                drawn.append((name, title))
+                drawn[name] = title
     return drawn
 
 

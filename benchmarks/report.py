@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import charts
 from .budgets import ahead, verdicts
 from .growth import LINEAR, Growth
 from .sentences import sentences
@@ -24,9 +23,11 @@ COUNTING = {
 }
 
 
-def write(results: Results, docs: Path) -> None:
-    """Write the charts, the page, and the table that another page includes."""
-    drawn = dict(charts.draw_all(results, docs / "charts"))
+def write(results: Results, docs: Path, drawn: dict[str, str]) -> None:
+    """Write the page, and the table that another page includes.
+
+    `drawn` has the names of the charts and what they show.
+    """
     if results.truth is not None:
         titles, rows = results.truth.titles, results.truth.rows
         (docs / TRUTH).write_text("\n".join(_table(titles, rows)) + "\n", "utf-8")

@@ -1,1 +1,1 @@
-"""What the benchmarks see."""
+"""What the benchmarks write is what they have measured."""
