@@ -12,6 +12,7 @@ import asyncio
 import datetime as dt
 import importlib
 import importlib.util
+import os
 import shutil
 import sys
 from argparse import Namespace
@@ -218,3 +219,5 @@ def _loaded() -> Collection[Question]:
 
 if __name__ == "__main__":
     asyncio.run(main())
+    sys.stdout.flush()
+    os._exit(0)  # connections that a library leaves open have threads that never end
