@@ -1,7 +1,7 @@
 """Measure everything, print tables, and write the page of numbers.
 
 `--only` takes the beginnings of questions' names, and `memory`, `growth`,
-`throughput`, `truth`. With `--report docs` the results go into
+`throughput`, `slow-clients`, `truth`. With `--report docs` the results go into
 `docs/numbers.md`; what was not measured this time stays as it is.
 """
 
@@ -28,22 +28,24 @@ from . import (
     profile,
     report,
     results,
+    slow_clients,
     throughput,
 )
 from .budgets import explained
 from .contestants import FRAMEWORKS, installed
 from .databases import Databases
-from .questions import chosen
+from .questions import Question, chosen
 from .results import Cost, Profile, Results, Table
 from .tables import print_table
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from .questions import Question
 
 EVERYTHING = ("",)
-PARTS = ("memory", "throughput", "truth")
+PARTS = ("memory", "slow-clients", "throughput", "truth")
+SLOW = ("Beside", "Contestant", "Connections in use", "Other request, ms", "Slow, s")
+SLOW_CLIENTS = (5, 10)
 LOAD = ("Requests/s", "Ratio", "p50 ms", "p99 ms", "Server CPU µs", "Ratio")
 
 
@@ -60,7 +62,7 @@ async def main() -> None:
     today = dt.datetime.now(dt.UTC).date().isoformat()
     found.dates = sorted({*found.dates, today})
     async with Databases() as databases:
-        for part in (_costs, _memory, _growth, _truth, _profiles, _throughput):
+        for part in MEASURED:
             await part(found, databases, only)
             if folder:
                 results.save(folder, found)
@@ -213,8 +215,36 @@ async def _throughput(
     found.throughput = Table(titles, [list(row) for row in rows])
 
 
+async def _slow_clients(
+    found: Results, databases: Databases, only: tuple[str, ...]
+) -> None:
+    if not _is_asked("slow-clients", only):
+        return
+    _say("serving slow clients")
+    place = Question(slow_clients.PLACE, {}, slow_clients.PLACE)
+    rows = [
+        await slow_clients.compare(url, name, number)
+        for url in (await databases.urls([place])).values()
+        for number in SLOW_CLIENTS
+        for name in slow_clients.CONTESTANTS
+    ]
+    print_table(SLOW, rows)
+    found.slow_clients = Table(list(SLOW), [list(row) for row in rows])
+
+
 def _loaded() -> Collection[Question]:
     return [each for each in chosen(throughput.NAMES) if each.name in throughput.NAMES]
+
+
+MEASURED = (
+    _costs,
+    _memory,
+    _growth,
+    _truth,
+    _profiles,
+    _slow_clients,
+    _throughput,
+)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .results import Profile, Results
 
 PAGE = "numbers.md"
+NUMBER = re.compile(r"([+-]?[\d.,]+( to [\d.]+)?)?")
 TRUTH = "truth.md"
 METHOD = Path(__file__).with_name("method.md")
 COUNTING = {
@@ -39,6 +41,7 @@ def write(results: Results, docs: Path, drawn: dict[str, str]) -> None:
         _memory(results),
         _growth(results, drawn),
         _throughput(results, drawn),
+        _slow_clients(results),
         _peers(results, drawn),
         _method(results),
         _all_costs(results),
@@ -176,6 +179,19 @@ def _throughput(results: Results, drawn: dict[str, str]) -> Iterable[str]:
     yield ""
 
 
+def _slow_clients(results: Results) -> Iterable[str]:
+    if results.slow_clients is None:
+        return
+    yield from ("## Slow clients", "")
+    yield (
+        "Clients read a large response slowly. Each row shows how many connections of "
+        "the pool are in use meanwhile, and how long another request takes."
+    )
+    yield ""
+    yield from _table(results.slow_clients.titles, results.slow_clients.rows)
+    yield ""
+
+
 def _peers(results: Results, drawn: dict[str, str]) -> Iterable[str]:
     names = [name for name in drawn if name.startswith("peers-")]
     if names:
@@ -261,4 +277,4 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str
 
 
 def _is_number(cell: str) -> bool:
-    return cell == "" or cell.lstrip("+-")[:1].isdigit()
+    return NUMBER.fullmatch(cell) is not None

@@ -69,6 +69,7 @@ class Results:
     """What grows, and the cost by its number."""
     throughput: Table | None = None
     truth: Table | None = None
+    slow_clients: Table | None = None
     profiles: list[Profile] = dataclasses.field(default_factory=list)
     dates: list[str] = dataclasses.field(default_factory=list)
 
@@ -110,7 +111,7 @@ def load(folder: Path, facts: dict[str, str], counted: str) -> Results:
         )
     for name, kind in (("costs", Cost), ("profiles", Profile)):
         read[name] = [kind(**each) for each in read[name]]
-    for name in ("throughput", "truth"):
+    for name in ("throughput", "truth", "slow_clients"):
         read[name] = read[name] and Table(**read[name])
     return Results(**read)
 
