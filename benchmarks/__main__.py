@@ -39,11 +39,11 @@ from .results import Cost, Profile, Results, Table
 from .tables import print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
 
 EVERYTHING = ("",)
-PARTS = ("memory", "slow-clients", "throughput", "truth")
+PARTS = ("memory", "slow-clients", "truth")
 SLOW = ("Beside", "Contestant", "Connections in use", "Other request, ms", "Slow, s")
 SLOW_CLIENTS = (5, 10)
 LOAD = ("Requests/s", "Ratio", "p50 ms", "p99 ms", "Server CPU µs", "Ratio")
@@ -81,7 +81,8 @@ def _options() -> Namespace:
         parser.error("--report needs matplotlib, which is not installed.")
     only = tuple(options.only)
     names = [each.name for each in (*chosen(only), *growth.growing(only))]
-    if not names and not any(_is_asked(part, only) for part in PARTS):
+    asked = any(_is_asked(part, only) for part in PARTS)
+    if not (names or asked or _loaded(only)):
         parser.error("--only: no question has a name that begins like this.")
     return options
 
@@ -199,20 +200,24 @@ async def _throughput(
     found: Results, databases: Databases, only: tuple[str, ...]
 ) -> None:
     """Put load on the contestants of every framework."""
-    if not _is_asked("throughput", only):
+    asked = _loaded(only)
+    if not asked:
         return
     if shutil.which("wrk") is None:
         _say("Throughput is left out: wrk is not installed")
         return
     options = Namespace(connections=(1, 10, 100), seconds=1, rounds=3)
     rows: list[tuple[str, ...]] = []
-    for question, url in (await databases.urls(_loaded())).items():
+    for question, url in (await databases.urls(asked)).items():
         for framework in filter(installed, FRAMEWORKS):
             _say(f"putting load on {question.name}, {framework}")
             rows += await throughput.compare(question, framework, url, options)
     print_table(("question", "contestant", *LOAD), rows)
+    names = tuple(f"{question.name}," for question in asked)
+    before = found.throughput.rows if found.throughput else []
+    kept = [row for row in before if not row[0].startswith(names)]
     titles = ["Load", "Contestant", *LOAD]
-    found.throughput = Table(titles, [list(row) for row in rows])
+    found.throughput = Table(titles, kept + [list(row) for row in rows])
 
 
 async def _slow_clients(
@@ -232,8 +237,13 @@ async def _slow_clients(
     found.slow_clients = Table(list(SLOW), [list(row) for row in rows])
 
 
-def _loaded() -> Collection[Question]:
-    return [each for each in chosen(throughput.NAMES) if each.name in throughput.NAMES]
+def _loaded(only: tuple[str, ...]) -> list[Question]:
+    """Return what is put under load; the names begin with `throughput-`."""
+    return [
+        each
+        for each in chosen(throughput.NAMES)
+        if each.name in throughput.NAMES and _is_asked(f"throughput-{each.name}", only)
+    ]
 
 
 MEASURED = (

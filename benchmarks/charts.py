@@ -221,15 +221,21 @@ def _panels(
     panels: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> tuple[Figure, list[Axes]]:
     """Draw dots in panels that stand one above the other."""
-    rows = [len(next(iter(each.values()))) for each in panels.values()]
-    height = sum(rows) * ROW + 0.6 * len(rows) + 0.3
+    rows = [
+        list(dict.fromkeys(row for values in series.values() for row in values))
+        for series in panels.values()
+    ]
+    lengths = [len(each) for each in rows]
+    height = sum(lengths) * ROW + 0.6 * len(rows) + 0.3
     figure = Figure(figsize=(WIDTH, max(height, 1.0)), layout="constrained")
     if not rows:
         return figure, []
-    grid = figure.subplots(len(rows), 1, squeeze=False, sharex=True, height_ratios=rows)
+    grid = figure.subplots(
+        len(rows), 1, squeeze=False, sharex=True, height_ratios=lengths
+    )
     found = list(grid[:, 0])
-    for axes, series in zip(found, panels.values(), strict=True):
-        _dots(axes, list(next(iter(series.values()))), series)
+    for axes, names, series in zip(found, rows, panels.values(), strict=True):
+        _dots(axes, names, series)
     return figure, found
 
 
