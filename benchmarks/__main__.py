@@ -59,6 +59,7 @@ async def main() -> None:
     if folder and only != EVERYTHING:
         found = results.load(folder, facts, counted)
     found.seconds = options.seconds
+    found.remark = options.remark or found.remark
     today = dt.datetime.now(dt.UTC).date().isoformat()
     found.dates = sorted({*found.dates, today})
     async with Databases() as databases:
@@ -76,6 +77,7 @@ def _options() -> Namespace:
     parser.add_argument("--only", nargs="+", default=EVERYTHING, metavar="NAME")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each question")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="docs")
+    parser.add_argument("--remark", default="", help="for the page: what was special")
     options = parser.parse_args()
     if options.report and not importlib.util.find_spec("matplotlib"):
         parser.error("--report needs matplotlib, which is not installed.")

@@ -70,7 +70,7 @@ def _opening(results: Results) -> Iterable[str]:
         if name in facts
     ]
     dates = " and ".join(dict.fromkeys((min(results.dates), max(results.dates))))
-    yield f"Measured on {dates}: {'; '.join(machine)}."
+    yield f"Measured on {dates}: {'; '.join(machine)}. {results.remark}".rstrip()
     yield ""
 
 

@@ -71,6 +71,8 @@ class Results:
     truth: Table | None = None
     slow_clients: Table | None = None
     profiles: list[Profile] = dataclasses.field(default_factory=list)
+    remark: str = ""
+    """What a reader must know of the run."""
     dates: list[str] = dataclasses.field(default_factory=list)
 
     def add_costs(self, costs: Iterable[Cost]) -> None:
