@@ -139,11 +139,8 @@ def _growth(results: Results) -> Iterable[str]:
         for name, costs in results.growth
     ]
     fast = [each.what.replace("-", " ") for each in grown if not each.is_linear]
+    slow = [each.what.replace("-", " ") for each in grown if each.is_linear]
+    if slow:
+        yield f"The cost grows linearly, or more slowly, with: {', '.join(slow)}."
     if fast:
-        yield f"The cost grows faster than linearly with: {', '.join(fast)}."
-    elif grown:
-        yield (
-            "The cost grows linearly, or more slowly, with: "
-            + ", ".join(each.what.replace("-", " ") for each in grown)
-            + "."
-        )
+        yield f"The cost grows [faster than linearly](#growth) with: {', '.join(fast)}."
