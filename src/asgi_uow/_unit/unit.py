@@ -273,8 +273,10 @@ class UnitOfWork:
 
     def is_blocked_by_others(self, db: Engines) -> bool:
         """Tell whether it, or a unit around that ends later, holds the one writer."""
-        units = (self, *self.outwards()) if db.facts.SINGLE_WRITER else ()
-        return any(each.holds(db) for each in units)
+        unit: UnitOfWork | None = self if db.facts.SINGLE_WRITER else None
+        while unit is not None and not (unit.participants and unit.holds(db)):
+            unit = unit.around
+        return unit is not None
 
     def __repr__(self) -> str:
         names = [db.name for db in self.databases]
