@@ -439,15 +439,6 @@ async def test_sandbox_is_entered_once(db: Database) -> None:
     await left.aclose()
 
 
-async def test_disposing_leaves_the_sandbox_alone(db: Database) -> None:
-    """An application that closes its engines at its end does not end the test's."""
-    async with sandbox(db):
-        async with db:
-            await shop.insert(1)
-        await db.dispose()
-        assert [1] == await ids(db)
-
-
 async def test_cancelled_entering_leaves_nothing_open(
     db: Database, backend: Backend
 ) -> None:

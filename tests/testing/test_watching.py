@@ -211,3 +211,14 @@ async def test_connections_in_use_are_named(boxed: Database) -> None:
         with pytest.raises(AssertionError, match="1 of the connections to"):
             assert_no_connection_held(boxed)
     assert_no_connection_held(boxed)
+
+
+@on(*DRIVERS)
+async def test_disposing_leaves_the_sandbox_alone(db: Database) -> None:
+    """An application that closes its engines at its end does not end the test's."""
+    async with sandbox(db):
+        async with db:
+            await shop.insert(1)
+        await db.dispose()
+        async with db:
+            assert [1] == (await db.read.scalars(shop.SELECT)).all()
