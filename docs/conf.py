@@ -32,7 +32,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
 ]
-exclude_patterns = ["_build", "examples"]
+exclude_patterns = ["_build", "examples", "truth.md"]  # that one is included
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
