@@ -183,8 +183,7 @@ class RecordingProxy:
 
     async def pause(self) -> None:
         await self.audible.wait()
-        if self.delay_ms:
-            await asyncio.sleep(self.delay_ms / 1000)
+        await asyncio.sleep(self.delay_ms / 1000)
 
     async def _accept(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -112,7 +112,7 @@ def test_marks(client: httpx.Client, page: Browser) -> None:
         2:5
     ]
     assert 1 == len(page.texts(".uow-savepoint.uow-failed"))
-    assert 1 == len(page.texts(".uow-idle"))
+    assert any(page.texts(".uow-idle"))
 
 
 def test_nothing_secret(client: httpx.Client, page: Browser) -> None:
