@@ -37,6 +37,7 @@ PLACES = {  # and SQLAlchemy's dialects
     "postgresql-asyncpg": "postgresql+asyncpg",
     "postgresql-psycopg": "postgresql+psycopg",
 }
+LEFT_OUT = {("fastapi-sqla", "postgresql-psycopg")}  # for it this driver is synchronous
 HOOKS = 10
 READS = 10
 ALIKE: dict[str, Any] = {
@@ -130,12 +131,16 @@ def _beside_peers() -> Iterable[Question]:
             yield Question(f"peers-untouched-{framework}", unused)
     for name, work in PEERS_WORK.items():
         for place, framework in product(PLACES, contestants.FRAMEWORKS):
-            if makers := _makers(framework, work):
+            if makers := _makers(framework, work, place):
                 yield Question(f"peers-{name}-{place}-{framework}", makers, place)
 
 
-def _makers(framework: str, work: peers.Work) -> dict[str, Maker]:
-    return {each.name: each.maker(work) for each in contestants.installed(framework)}
+def _makers(framework: str, work: peers.Work, place: str = "") -> dict[str, Maker]:
+    return {
+        each.name: each.maker(work)
+        for each in contestants.installed(framework)
+        if (each.name, place) not in LEFT_OUT
+    }
 
 
 def _without_database(
