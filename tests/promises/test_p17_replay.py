@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 pytestmark = on(*DRIVERS)
 
 CLIENTS = 8
-ROUNDS = int(os.environ.get("ASGI_UOW_ROUNDS", "10"))
+ROUNDS = int(os.environ.get("ASGI_UOW_ROUNDS", "25"))
 RETRY = Retry(attempts=1000, methods=["POST"], backoff=0.002, max_backoff=0.02)
 
 

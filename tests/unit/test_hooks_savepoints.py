@@ -208,7 +208,7 @@ NODES = st.recursive(
 
 
 @settings(
-    max_examples=75,
+    max_examples=150,
     deadline=None,
     derandomize=os.environ.get("CI") == "true",
     database=None,

@@ -123,7 +123,7 @@ class UnitOfWorkMiddleware:
         exchange.rules, exchange.stage = self.rules, OPEN
         if replay is not None or not self.is_plain or inspected:
             self._prepare(exchange, scope, replay)
-        scope[UNIT], token = unit, current.set(unit)  # a token: encode/uvicorn#2167
+        scope[UNIT], token = unit, current.set(unit)
         try:
             await self.app(scope, receive, exchange.send)
             if exchange.stage is not PASSING:
@@ -138,7 +138,7 @@ class UnitOfWorkMiddleware:
                 else:
                     unit.state = CLOSED
             finally:
-                current.reset(token)
+                current.reset(token)  # pipelined requests share it: encode/uvicorn#2167
                 scope[UNIT] = outer
 
     def _prepare(self, exchange: Exchange, scope: Scope, replay: Replay | None) -> None:

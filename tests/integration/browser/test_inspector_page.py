@@ -112,7 +112,8 @@ def test_marks(client: httpx.Client, page: Browser) -> None:
         2:5
     ]
     assert 1 == len(page.texts(".uow-savepoint.uow-failed"))
-    assert any(page.texts(".uow-idle"))
+    # A busy machine has short ones as well; one is long enough for its text.
+    assert 1 == len(list(filter(None, page.texts(".uow-idle"))))
 
 
 def test_nothing_secret(client: httpx.Client, page: Browser) -> None:
