@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
+import uvicorn
 from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool
 from starlette.exceptions import HTTPException
 
 from tests import servers
+from tests.servers.process import HOST, free_port
 
 from .contestants import variants
 from .databases import KEYS
@@ -148,16 +150,54 @@ class Attempt:
                 await self._ask(app)
 
         async with AsyncExitStack() as stack:
-            stack.callback(event.remove, Engine, "engine_connect", self._add_pool)
-            event.listen(Engine, "engine_connect", self._add_pool)
-            app = self.make(Work(insert_and_wait), self.backend.url, stack)
+            app = self._make_watched(insert_and_wait, stack)
             task = asyncio.create_task(serve())
             await is_running.wait()
             await self._until_it_runs(slow)
             (leaves if is_scope else task).cancel()
             done, _ = await asyncio.wait({task}, timeout=PATIENCE)
-            kept = "row kept" if await self._is_kept() else "not kept"
-            return f"{kept}, {await self._connections(slow) if done else 'hangs'}"
+            return await self._left(slow, is_done=bool(done))
+
+    async def hang_up(self, do: Do) -> str:
+        """Close the client's socket under uvicorn while the handler is at work."""
+        await self._make_tables()
+        is_running, is_alone = asyncio.Event(), asyncio.Event()
+
+        async def insert_and_go_on(session: AsyncSession) -> int:
+            await do(session)
+            is_running.set()
+            await is_alone.wait()
+            return 200
+
+        async with AsyncExitStack() as stack:
+            app = self._make_watched(insert_and_go_on, stack)
+            port = free_port()
+            config = uvicorn.Config(app, port=port, lifespan="off", log_config=None)
+            server = uvicorn.Server(config)
+            serving = asyncio.create_task(server.serve())
+            await servers.eventually(1, lambda: _count(server.started))
+            _, writer = await asyncio.open_connection(HOST, port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await is_running.wait()
+            writer.transport.abort()
+            state = server.server_state
+            await servers.eventually(0, lambda: _count(*state.connections))
+            is_alone.set()
+            await servers.eventually(0, lambda: _count(*state.tasks))
+            seen = await self._left(SLOW[self.backend.name], is_done=True)
+            server.should_exit = True
+            await serving
+            return seen
+
+    def _make_watched(self, do: Do, stack: AsyncExitStack) -> Any:
+        """Make the application; its pools are known as soon as they connect."""
+        stack.callback(event.remove, Engine, "engine_connect", self._add_pool)
+        event.listen(Engine, "engine_connect", self._add_pool)
+        return self.make(Work(do), self.backend.url, stack)
+
+    async def _left(self, slow: str, *, is_done: bool) -> str:
+        kept = "row kept" if await self._is_kept() else "not kept"
+        return f"{kept}, {await self._connections(slow) if is_done else 'hangs'}"
 
     async def _until_it_runs(self, slow: str) -> None:
         backend = self.backend
@@ -218,6 +258,10 @@ class Attempt:
         return f"{status}{'' if is_whole else ' cut'}, {'row lost' if lost else row}"
 
 
+async def _count(*found: object) -> int:
+    return sum(map(bool, found))
+
+
 CASES: dict[str, Callable[[Attempt], Awaitable[str]]] = {
     "COMMIT fails": lambda attempt: attempt.run(insert_orphan),
     "answer to COMMIT is lost": lambda attempt: attempt.lose_answer(insert),
@@ -225,6 +269,7 @@ CASES: dict[str, Callable[[Attempt], Awaitable[str]]] = {
     "409 returned": lambda attempt: attempt.run(insert_and_return_409),
     "HTTPException(409)": lambda attempt: attempt.run(insert_and_raise_409),
     "handler raises": lambda attempt: attempt.run(insert_and_raise),
+    "client hangs up": lambda attempt: attempt.hang_up(insert),
     "task cancelled": lambda attempt: attempt.leave(insert, is_scope=False),
     "scope cancelled": lambda attempt: attempt.leave(insert, is_scope=True),
 }

@@ -9,9 +9,10 @@ from asgi_uow import _concurrency as concurrency
 from asgi_uow._concurrency import Shield, TaskLock, bounded, run_to_completion
 from asgi_uow._databases.configuration import read as read_configuration
 from asgi_uow._databases.driver_errors import code_of, means
+from asgi_uow._databases.fair_queue import FairQueue
 from asgi_uow._databases.health import LONGEST_PAUSE, Replica, by_free_connections
 from asgi_uow._databases.known import driver_of
-from asgi_uow._databases.loops import SetUpLock, derive_engine
+from asgi_uow._databases.loops import SetUpLock, derive_engine, pool_states
 from asgi_uow._databases.pool import IDLE_SINCE
 from asgi_uow._decision import (
     COMMIT,
@@ -59,6 +60,7 @@ __all__ = [
     "TRANSITIONS",
     "Cause",
     "Decision",
+    "FairQueue",
     "Hook",
     "Hooks",
     "ManagedSession",
@@ -88,6 +90,7 @@ __all__ = [
     "make_unit",
     "means",
     "name_of",
+    "pool_states",
     "read_configuration",
     "release",
     "rollback",

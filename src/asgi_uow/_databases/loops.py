@@ -16,9 +16,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util.queue import AsyncAdaptedQueue
 
 from asgi_uow._concurrency import register_at_fork, run_to_completion
 from asgi_uow._databases import known
+from asgi_uow._databases.fair_queue import FairQueue
 from asgi_uow.errors import ConfigurationError, WrongLoopError
 
 if TYPE_CHECKING:
@@ -67,8 +69,8 @@ class LoopEngine(sa.Engine):
         """Begin anew, as dispose() does, but in a sandbox, which has an end itself."""
         if find_sandbox is not None and pool is find_sandbox(self):
             return
+        self._adopt(pool)
         events: Any = self.like.dispatch
-        vars(pool)["dispatch"] = events
         events.connect.for_modify(events)._exec_once_mutex = SetUpLock()  # noqa: SLF001
         self.like, self.pools, self.endings = pool, {}, {}
 
@@ -89,10 +91,15 @@ class LoopEngine(sa.Engine):
         for each in [each for each in tuple(self.pools) if each.is_closed()]:
             self.pools.pop(each, None)
             self.endings.pop(each, None)
-        vars(pool)["dispatch"] = self.like.dispatch
+        self._adopt(pool)
         self.pools[loop], self.endings[loop] = pool, _close_at_end(pool)
         next(anext(self.endings[loop]).__await__(), None)  # now the loop knows of it
         return pool
+
+    def _adopt(self, pool: Any) -> None:
+        vars(pool)["dispatch"] = self.like.dispatch
+        if type(queue := getattr(pool, "_pool", None)) is AsyncAdaptedQueue:
+            queue.__class__ = FairQueue
 
     def _move_to(self, loop: Loop) -> None:
         used: bool = getattr(self.like, "checkedout", int)() > 0
@@ -106,7 +113,6 @@ class LoopEngine(sa.Engine):
             queue: Any = waited._queue  # of that loop  # noqa: SLF001
             for each in queue._queue:  # noqa: SLF001
                 getattr(each.dbapi_connection, "_execute_mutex", queue)._loop = None  # noqa: SLF001
-            queue._loop = None  # noqa: SLF001
         self.pools = {loop: self.like}
 
 
@@ -207,9 +213,10 @@ def pool_states() -> list[PoolState]:
 
 
 def _state_of(engine: LoopEngine, pool: Any) -> PoolState:
-    queue = vars(pool._pool).get("_queue")  # which its loop alone may make  # noqa: SLF001
+    queue = vars(pool._pool)  # whose parts its loop alone may make  # noqa: SLF001
     size, overflow = pool.size(), pool._max_overflow  # noqa: SLF001
-    idle, waiting = (0, 0) if queue is None else (queue.qsize(), len(queue._getters))  # noqa: SLF001
+    idle = queue["_queue"].qsize() if "_queue" in queue else 0
+    waiting = len(queue.get("waiters", ()))
     used = max(0, size + pool._overflow - idle)  # below 0: it is closing  # noqa: SLF001
     most = None if overflow == -1 else size + overflow
     access: Access = "read" if engine.use.read_only else "write"

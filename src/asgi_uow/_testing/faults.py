@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from asgi_uow._databases.engines import check_databases
+from asgi_uow._testing.handed import HandedConnection
 from asgi_uow._testing.sandbox import here
 
 if TYPE_CHECKING:
@@ -22,19 +23,7 @@ if TYPE_CHECKING:
 
 _lock = threading.Lock()
 _faults: dict[Any, list[tuple[object, list[Fault]]]] = {}
-"""By dialect, and by block: whose sandbox it is in, and what is still to happen."""
-_drops: dict[Any, list[list[Any]]] = {}  # by database, and by block: its sandbox
-
-
-def _do_commit(dialect: Any, send: Send, dbapi: Any) -> None:
-    with _lock:
-        blocks = _faults.get(dialect, ())
-        mine = next((left for box, left in blocks if left and box is here()), None)
-        fault = mine.pop(0) if mine else None
-    if fault is None:
-        send(dbapi)
-    else:
-        fault(dbapi, send)
+"""By what is patched, and by block: whose sandbox it is in, what is still to happen."""
 
 
 class Block:
@@ -61,22 +50,48 @@ class Block:
 
 
 @contextmanager
-def _at_commit(db: Engines, *faults: Fault) -> Generator[None]:
-    """Have the next commits of `db`, in this sandbox or outside of any, go wrong."""
-    check_databases("a fault", (db,))
-    dialect: Any = db.engine.dialect
-    block = here(), [*faults]
+def _patched(
+    target: Any, name: str, make: Callable[[], Any], faults: list[Fault]
+) -> Generator[None]:
+    """Have an attribute be another while there are blocks; some faults are for here."""
+    block = here(), faults
     with _lock:
-        if dialect not in _faults:
-            dialect.do_commit = partial(_do_commit, dialect, dialect.do_commit)
-        _faults.setdefault(dialect, []).append(block)
+        if target not in _faults:
+            vars(target)[name] = make()
+        _faults.setdefault(target, []).append(block)
     try:
         yield
     finally:
         with _lock:
-            _faults[dialect].remove(block)
-            if not _faults[dialect]:
-                del _faults[dialect], dialect.do_commit
+            _faults[target].remove(block)
+            if not _faults[target]:
+                del _faults[target], vars(target)[name]
+
+
+def _next(target: object) -> Fault | None:
+    """Take what is to happen now, in this sandbox or outside of any."""
+    with _lock:
+        blocks = _faults.get(target, ())
+        mine = next((left for box, left in blocks if left and box is here()), None)
+        return mine.pop(0) if mine else None
+
+
+def _at_commit(db: Engines, *faults: Fault) -> Block:
+    """Have the next commits of `db` go wrong."""
+    check_databases("a fault", (db,))
+    dialect: Any = db.engine.dialect
+
+    def make() -> Any:
+        return partial(_do_commit, dialect, dialect.do_commit)
+
+    return Block(_patched(dialect, "do_commit", make, [*faults]))
+
+
+def _do_commit(dialect: Any, send: Send, dbapi: Any) -> None:
+    if (fault := _next(dialect)) is None:
+        send(dbapi)
+    else:
+        fault(dbapi, send)
 
 
 def _error(db: Engines, code: int | str, kind: str, what: str) -> Exception:
@@ -102,7 +117,7 @@ def fail_commit(db: Engines, *, error: Exception | None = None) -> Block:
     def refuse(*_: object) -> None:
         raise what
 
-    return Block(_at_commit(db, refuse))
+    return _at_commit(db, refuse)
 
 
 def serialization_failure(db: Engines, *, times: int = 1) -> Block:
@@ -111,7 +126,7 @@ def serialization_failure(db: Engines, *, times: int = 1) -> Block:
     def conflict(*_: object) -> None:
         raise _error(db, db.facts.CONFLICT, "OperationalError", "a conflict")
 
-    return Block(_at_commit(db, *[conflict] * times))
+    return _at_commit(db, *[conflict] * times)
 
 
 def lose_commit_answer(db: Engines) -> Block:
@@ -126,7 +141,7 @@ def lose_commit_answer(db: Engines) -> Block:
         message = "the answer to COMMIT was lost (asgi_uow.testing)"
         raise ConnectionResetError(message)
 
-    return Block(_at_commit(db, lose))
+    return _at_commit(db, lose)
 
 
 def drop_connection(db: Engines) -> Block:
@@ -134,42 +149,23 @@ def drop_connection(db: Engines) -> Block:
 
     The work is rolled back for certain: 503 with `Retry-After`, or another attempt.
     """
-    return Block(_dropping(db))
-
-
-@contextmanager
-def _dropping(db: Engines) -> Generator[None]:
     check_databases("drop_connection(db)", (db,))
-    block = [here()]
-    with _lock:
-        if db not in _drops:
-            known, driver = db.driver, copy.copy(db.driver)
-            driver.is_dead = partial(_is_dead, db, known)  # type: ignore[method-assign]
-            vars(db)["driver"] = driver
-        _drops.setdefault(db, []).append(block)
-    try:
-        yield
-    finally:
-        with _lock:
-            _drops[db].remove(block)
-            if not _drops[db]:
-                del _drops[db], vars(db)["driver"]
+
+    def make() -> Any:
+        driver: Any = copy.copy(db.driver)
+        driver.is_dead = partial(_is_dead, db, db.driver)
+        return driver
+
+    return Block(_patched(db, "driver", make, [_cut_off]))
 
 
-def _is_dead(db: Engines, known: Any, raw: Any) -> bool:
-    with _lock:
-        blocks = _drops.get(db, ()) if known.in_transaction(raw) else ()
-        mine = next((each for each in blocks if each and each[0] is here()), None)
-        if mine:
-            mine.clear()
-    if mine is None:
-        return bool(known.is_dead(raw))
-    _cut_off(db, raw)
+def _is_dead(db: Engines, driver: Any, raw: Any) -> bool:
+    fault = _next(db) if driver.in_transaction(raw) else None
+    if fault is None:
+        return bool(driver.is_dead(raw))
+    fault(raw, driver.cut_off)
     return True
 
 
-def _cut_off(db: Engines, raw: Any) -> None:
-    if hasattr(raw, "abandon") and not db.facts.SINGLE_WRITER:
-        raw.abandon()  # of a sandbox
-    else:
-        db.driver.cut_off(raw)
+def _cut_off(raw: Any, cut_off: Send) -> None:
+    raw.close() if isinstance(raw, HandedConnection) else cut_off(raw)

@@ -149,8 +149,7 @@ class Nesting:
     def rollback(self, part: Part) -> None:
         if part is self.holder:
             try:
-                execute(self.dbapi, f"ROLLBACK TO SAVEPOINT {UNIT}")
-                execute(self.dbapi, f"RELEASE SAVEPOINT {UNIT}")
+                self._end_savepoint(UNIT, keep=False)
             except self.dialect.loaded_dbapi.Error:
                 self.is_gone = True  # with all savepoints, as after a deadlock
         self._end(part)
@@ -171,8 +170,7 @@ class Nesting:
         elif not self.commits_for_ddl and self._ask(DEFERRABLE):
             execute(self.dbapi, f"SAVEPOINT {CHECK}")
             execute(self.dbapi, "SET CONSTRAINTS ALL IMMEDIATE")
-            execute(self.dbapi, f"ROLLBACK TO SAVEPOINT {CHECK}")
-            execute(self.dbapi, f"RELEASE SAVEPOINT {CHECK}")
+            self._end_savepoint(CHECK, keep=False)
 
     @contextmanager
     def _savepoint(self, *, keep: bool) -> Generator[None]:
@@ -185,10 +183,13 @@ class Nesting:
             is_kept = keep
         finally:
             self.is_gone |= not self.driver.in_transaction(raw_of(self.dbapi))
-            if not (self.is_gone or is_kept):
-                execute(self.dbapi, f"ROLLBACK TO SAVEPOINT {CALL}")
             if not self.is_gone:
-                execute(self.dbapi, f"RELEASE SAVEPOINT {CALL}")
+                self._end_savepoint(CALL, keep=is_kept)
+
+    def _end_savepoint(self, name: str, *, keep: bool) -> None:
+        if not keep:
+            execute(self.dbapi, f"ROLLBACK TO SAVEPOINT {name}")
+        execute(self.dbapi, f"RELEASE SAVEPOINT {name}")
 
     @contextmanager
     def _read_only(self, part: Part) -> Generator[None]:

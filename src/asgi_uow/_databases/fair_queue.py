@@ -1,0 +1,59 @@
+"""A connection that comes back goes to whom has waited longest."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any, TypeAlias
+
+from sqlalchemy.util import await_only, memoized_property
+from sqlalchemy.util.queue import AsyncAdaptedQueue, Empty, Full
+
+Waiter: TypeAlias = "asyncio.Future[Any]"
+
+
+class FairQueue(AsyncAdaptedQueue[Any]):
+    """What a pool keeps its connections in; takes the place of SQLAlchemy's.
+
+    That one only wakes the first who waits. Until it runs, a newcomer takes the
+    connection, and it waits again behind all others; what comes back meanwhile finds
+    the queue full, so that the pool closes it and soon makes another.
+    """
+
+    @memoized_property
+    def waiters(self) -> deque[Waiter]:
+        return deque()
+
+    def put_nowait(self, item: Any) -> None:
+        while self.waiters:
+            if not (first := self.waiters.popleft()).done():
+                first.set_result(item)
+                return
+        super().put_nowait(item)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:  # noqa: FBT001, FBT002  # as SQLAlchemy has it
+        if not (block and self.empty()):
+            return self.get_nowait()
+        waiter: Waiter = asyncio.get_running_loop().create_future()
+        self.waiters.append(waiter)
+        try:
+            return await_only(_wait(waiter, timeout))
+        except BaseException as error:
+            if waiter in self.waiters:
+                self.waiters.remove(waiter)
+            elif not waiter.cancelled():
+                self._pass_on(waiter.result())
+            if isinstance(error, TimeoutError):
+                raise Empty from None
+            raise
+
+    def _pass_on(self, item: Any) -> None:
+        try:
+            self.put_nowait(item)
+        except Full:  # only the pool could close it: the next that comes back is
+            self._queue._put(item)  # noqa: SLF001
+
+
+async def _wait(waiter: Waiter, seconds: float | None) -> Any:
+    async with asyncio.timeout(seconds):
+        return await waiter
