@@ -13,6 +13,14 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 START = "http.response.start"
+BODY = "http.response.body"
+
+
+async def respond(send: Send, status: int, fields: dict[str, str], body: bytes) -> None:
+    """Send a whole response."""
+    headers = [(name.encode(), value.encode()) for name, value in fields.items()]
+    await send({"type": START, "status": status, "headers": headers})
+    await send({"type": BODY, "body": body})
 
 
 class Response:

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import make_url
 
 from asgi_uow import observers as of
+from asgi_uow._asgi import respond
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import ERROR_STATUS, Cause, Outcome
 from asgi_uow._unit.options import inspect
@@ -197,10 +198,7 @@ class Inspector:
         status, kind, body, more = self._answer(scope)
         headers = HEADERS | {"content-type": f"{kind}; charset=utf-8"} | more
         headers["content-length"] = str(len(body))
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": status, "headers": raw})
-        body = b"" if scope["method"] == "HEAD" else body
-        await send({"type": "http.response.body", "body": body})
+        await respond(send, status, headers, b"" if scope["method"] == "HEAD" else body)
 
     def _answer(self, scope: Scope) -> tuple[int, str, bytes, dict[str, str]]:
         """Give status, type, body and more headers."""

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         ("ours", "409 returned", "409, not kept"),
         ("ours", "HTTPException(409)", "409, not kept"),
         ("ours", "handler raises", "500, not kept"),
+        ("hand-written", "client hangs up", "row kept, connection returned"),
+        ("ours", "client hangs up", "row kept, connection returned"),
         ("ours", "task cancelled", "not kept, connection returned"),
         ("ours", "scope cancelled", "not kept, connection returned"),
     ],

@@ -176,7 +176,7 @@ async def test_cancelled_when_it_came() -> None:
 
 @on(*DRIVERS, pool_size=1, max_overflow=1)
 async def test_a_crowd_of_which_many_leave(db: Database) -> None:
-    """However many are cancelled, and when: no connection is lost, no place is taken."""
+    """However many are cancelled, and when: none takes a connection with it."""
 
     async def cancel_after(turns: int) -> None:
         task = asyncio.create_task(take(db.engine, "one", order))

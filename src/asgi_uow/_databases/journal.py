@@ -89,30 +89,28 @@ class Savepoints:
         self.due.clear()
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Journal:
     """What went wrong in the transaction of one write session."""
 
+    _database: known.Database
+    _driver: known.Driver
+    savepoints: Savepoints
     ending: Task[object] | None = None  # in which the unit itself ends the transaction
     executed: bool = False  # whether a statement was sent
     was_open: bool = False
     ended_unseen: bool = False  # committed or not, by what nobody asked the unit for
     commit_sent: bool = False  # given to the driver: it may be carried out from now on
     xid: str | None = None  # its name on the server, once the driver was given PREPARE
-    committed = False  # whether the database has acknowledged COMMIT
+    committed: bool = False  # whether the database has acknowledged COMMIT
     last: BaseException | None = None
     implicit_commit: str | None = None  # the verb of what the database committed for
     kept: str | None = None  # the verb of what was kept at once, as nothing was open
     commits_last: bool = False  # whether one of the two is the last statement so far
     claim: Claim | None = None  # a key that the transaction has claimed
-
-    def __init__(
-        self, database: known.Database, driver: known.Driver, savepoints: Savepoints
-    ) -> None:
-        self.savepoints = savepoints
-        self.entries: list[tuple[BaseException, int]] = []
-        """Errors that aborted the work done at a savepoint depth and deeper."""
-        self._database, self._driver = database, driver
-        self._names: list[str] = []
+    entries: list[tuple[BaseException, int]] = dataclasses.field(default_factory=list)
+    """Errors that aborted the work done at a savepoint depth and deeper."""
+    _names: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def doomed_by(self) -> BaseException | None:

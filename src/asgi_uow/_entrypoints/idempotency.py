@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import sqlalchemy as sa
 
+from asgi_uow._asgi import BODY, START, respond
 from asgi_uow._databases.configuration import check
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._databases.keys import TABLE, Claim, is_expired, table_of
 from asgi_uow._entrypoints.body import HashedBody
-from asgi_uow._entrypoints.problem import START, described, send_problem
+from asgi_uow._entrypoints.problem import described
 from asgi_uow._unit.block import unit_of_work
 from asgi_uow._unit.claims import claim_key, end_with, has_claimed
 from asgi_uow._unit.unit import require
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from asgi_uow._databases.engines import Engines
     from asgi_uow._unit.unit import UnitOfWork
 
-BODY = "http.response.body"
 READ_FIRST = 65536  # bytes of a request's body that come before its key is claimed
 HOLD_SECONDS = 1.0  # then a response without a length that comes in parts is a stream
 RETRY_AFTER = 1  # seconds, for who asks while the first is still at work
@@ -128,13 +128,13 @@ class Idempotency:
             if scope["type"] != "http" or not (keys := self.keys(scope)):
                 if self.required and self.covers(scope):
                     detail = f"This request needs the header {self.header}."
-                    return await send_problem(send, *described(400, detail))
+                    return await respond(send, *described(400, detail))
                 return await app(scope, receive, send)
             key = keys[0].strip().removeprefix(b'"').removesuffix(b'"')
             if keys[1:] or not KEY.fullmatch(key):
                 detail = f"{self.header} is one key of 1 to 255 visible ASCII "
                 detail += "characters."
-                return await send_problem(send, *described(400, detail))
+                return await respond(send, *described(400, detail))
             if has_claimed(unit := require("an idempotency key")):
                 return await app(scope, receive, send)  # one around has the key
             keyed = _Keyed(self, app, scope, send)
@@ -185,7 +185,7 @@ class _Keyed:
     async def _answer(
         self, status: int, detail: str, retry_after: int | None = None
     ) -> None:
-        await send_problem(self._send, *described(status, detail, retry_after))
+        await respond(self._send, *described(status, detail, retry_after))
 
     async def _repeat(self, unit: UnitOfWork, row: Any) -> None:
         """Answer from what is kept: the work was done."""

@@ -6,26 +6,18 @@ import json
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from asgi_uow._asgi import respond
 from asgi_uow._decision import RETRY_AFTER
 
 if TYPE_CHECKING:
     from asgi_uow._asgi import Receive, Scope, Send
 
-START = "http.response.start"
 FAILURE = "asgi_uow.failure"  # the key in the scope of what an `error_app` answers
 
 
 async def problem_details(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
     """Answer with what `problem` gives for the failure in the scope."""
-    await send_problem(send, *problem(scope[FAILURE]))
-
-
-async def send_problem(
-    send: Send, status: int, fields: dict[str, str], body: bytes
-) -> None:
-    headers = [(name.encode(), value.encode()) for name, value in fields.items()]
-    await send({"type": START, "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await respond(send, *problem(scope[FAILURE]))
 
 
 def problem(failure: Exception) -> tuple[int, dict[str, str], bytes]:

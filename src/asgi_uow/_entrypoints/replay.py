@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
 
+from asgi_uow._asgi import START
 from asgi_uow._databases.configuration import check
 from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import Cause, State
 from asgi_uow._entrypoints.body import Body
 from asgi_uow._entrypoints.exchange import Again
-from asgi_uow._entrypoints.problem import START
 from asgi_uow._unit.hooks import is_async, name_of, run_in
 from asgi_uow.observers import RetryScheduled
 

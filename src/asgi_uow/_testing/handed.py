@@ -22,7 +22,7 @@ from asgi_uow import errors
 from asgi_uow._databases import known, loops
 from asgi_uow._databases.connection import POLICY
 from asgi_uow._databases.pool import ABORTING_CODES
-from asgi_uow._testing.nesting import Part
+from asgi_uow._testing.nesting import Nesting, Part
 from asgi_uow._testing.thread import hand_over
 from asgi_uow._unit.unit import current
 
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 IN_TRANSACTION, IN_ERROR = 2, 3  # of libpq; 0 is idle
-BEGIN = re.compile(r"(?i)\s*(?:BEGIN|START\s+TRANSACTION)\b")
-COMMIT = re.compile(r"(?i)\s*(?:COMMIT|END)\b(?!\s+PREPARED)")
-ROLLBACK = re.compile(r"(?i)\s*ROLLBACK\b(?!\s+(?:TO|PREPARED)\b)")
+VERBS = {
+    re.compile(r"(?i)\s*(?:BEGIN|START\s+TRANSACTION)\b"): Nesting.begin,
+    re.compile(r"(?i)\s*(?:COMMIT|END)\b(?!\s+PREPARED)"): Nesting.commit,
+    re.compile(r"(?i)\s*ROLLBACK\b(?!\s+(?:TO|PREPARED)\b)"): Nesting.rollback,
+}
 
 
 class Answers(Part):
@@ -179,22 +181,18 @@ class HandedCursor:
         handed = self._handed
         if statement == handed.shared.facts.TRANSACTION_ID:
             statement = "SELECT NULL"  # later nobody could tell what became of a part
-        if BEGIN.match(statement):
-            work = partial(handed.shared.begin, handed)
-        elif COMMIT.match(statement):
-            work = partial(handed.shared.commit, handed)
-        elif ROLLBACK.match(statement):
-            work = partial(handed.shared.rollback, handed)
-        else:
-            args = (statement,) if parameters is None else (statement, parameters)
-            call = partial(self._call, "execute", args)
-            work = partial(handed.shared.execute, handed, args, call)
-        handed.run(work)
+        for verb, do in VERBS.items():
+            if verb.match(statement):
+                return handed.run(do, handed.shared, handed)
+        args = (statement,) if parameters is None else (statement, parameters)
+        return self._run("execute", args)
 
     def executemany(self, statement: str, parameters: Any) -> None:
-        args = statement, parameters
-        call = partial(self._call, "executemany", args)
-        self._handed.run(self._handed.shared.execute, self._handed, args, call)
+        self._run("executemany", (statement, parameters))
+
+    def _run(self, method: str, args: tuple[Any, ...]) -> None:
+        handed, call = self._handed, partial(self._call, method, args)
+        handed.run(handed.shared.execute, handed, args, call)
 
     def _call(self, method: str, args: tuple[Any, ...]) -> None:
         cursor: Any = self._handed.shared.dbapi.cursor()

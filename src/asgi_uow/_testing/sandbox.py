@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from sqlalchemy.engine.base import OptionEngine
 
 from asgi_uow import errors
+from asgi_uow._asgi import respond
 from asgi_uow._concurrency import run_to_completion
 from asgi_uow._databases import loops
 from asgi_uow._databases.engines import check_databases
@@ -172,7 +173,5 @@ async def _refuse(scope: Scope, send: Send) -> None:
     if scope["type"] != "http":
         await send({"type": "websocket.close", "code": 1008})
         return
-    headers = [(b"content-type", b"text/plain; charset=utf-8")]
-    await send({"type": "http.response.start", "status": 409, "headers": headers})
     body = b"The sandbox of this test is not open, or is of another process."
-    await send({"type": "http.response.body", "body": body})
+    await respond(send, 409, {"content-type": "text/plain; charset=utf-8"}, body)

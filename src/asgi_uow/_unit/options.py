@@ -36,7 +36,7 @@ def inspect(databases: Sequence[Engines], observe: Observer) -> None:
         inspected.setdefault(db, []).append(inspector)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class UnitOptions:
     """Those of a middleware or a block; times in seconds, None is no limit."""
 
