@@ -174,6 +174,23 @@ async def test_cancelled_when_it_came() -> None:
     assert {"connection", "another"} == both, "one more than it has room for"
 
 
+def test_who_waits_in_a_loop_that_was_closed() -> None:
+    """They are passed over: what comes back is kept."""
+    queue, loop = FairQueue(1), asyncio.new_event_loop()
+
+    async def begin() -> asyncio.Task[object]:
+        task = asyncio.ensure_future(get(queue))
+        await asyncio.sleep(0)
+        return task
+
+    task = loop.run_until_complete(begin())
+    loop.close()
+    queue.put_nowait("connection")
+    assert "connection" == asyncio.run(get(queue))
+    with pytest.raises(RuntimeError, match="closed"):
+        task.cancel()
+
+
 @on(*DRIVERS, pool_size=1, max_overflow=1)
 async def test_a_crowd_of_which_many_leave(db: Database) -> None:
     """However many are cancelled, and when: none takes a connection with it."""

@@ -26,10 +26,10 @@ class FairQueue(AsyncAdaptedQueue[Any]):
 
     def put_nowait(self, item: Any) -> None:
         while self.waiters:
-            if not (first := self.waiters.popleft()).done():
-                first.set_result(item)
-                return
-        super().put_nowait(item)
+            first = self.waiters.popleft()
+            if not (first.done() or first.get_loop().is_closed()):
+                return first.set_result(item)
+        return super().put_nowait(item)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:  # noqa: FBT001, FBT002  # as SQLAlchemy has it
         if not (block and self.empty()):
