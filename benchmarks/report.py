@@ -175,9 +175,10 @@ def _throughput(results: Results, drawn: dict[str, str]) -> Iterable[str]:
         return
     yield from ("## Throughput", "")
     yield (
-        "All engines have SQLAlchemy's default pool: it keeps 5 connections, and closes "
-        "the others, up to 10, when they come back. So 10 clients have connections "
-        "made all the time, by hand too. `pool_size=10, max_overflow=5` avoids that."
+        "All engines have SQLAlchemy's default pool: it keeps 5 connections, and "
+        "closes the others, up to 10, when they come back. So 10 clients have "
+        "connections made all the time, by hand too. `pool_size=10, max_overflow=5` "
+        "avoids that."
     )
     yield ""
     yield from _chart("throughput", drawn)
