@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Any, TypeAlias
+from typing import Any
 
 from sqlalchemy.util import await_only, memoized_property
 from sqlalchemy.util.queue import AsyncAdaptedQueue, Empty, Full
-
-Waiter: TypeAlias = "asyncio.Future[Any]"
 
 
 class FairQueue(AsyncAdaptedQueue[Any]):
@@ -21,7 +19,7 @@ class FairQueue(AsyncAdaptedQueue[Any]):
     """
 
     @memoized_property
-    def waiters(self) -> deque[Waiter]:
+    def waiters(self) -> deque[asyncio.Future[Any]]:
         return deque()
 
     def put_nowait(self, item: Any) -> None:
@@ -29,12 +27,18 @@ class FairQueue(AsyncAdaptedQueue[Any]):
             first = self.waiters.popleft()
             if not (first.done() or first.get_loop().is_closed()):
                 return first.set_result(item)
-        return super().put_nowait(item)
+        try:
+            return self._queue.put_nowait(item)
+        except asyncio.QueueFull:
+            raise Full from None
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:  # noqa: FBT001, FBT002  # as SQLAlchemy has it
-        if not (block and self.empty()):
-            return self.get_nowait()
-        waiter: Waiter = asyncio.get_running_loop().create_future()
+        try:
+            return self._queue.get_nowait()
+        except asyncio.QueueEmpty:
+            if not block:
+                raise Empty from None
+        waiter = asyncio.get_running_loop().create_future()
         self.waiters.append(waiter)
         try:
             return await_only(_wait(waiter, timeout))
@@ -54,6 +58,6 @@ class FairQueue(AsyncAdaptedQueue[Any]):
             self._queue._put(item)  # noqa: SLF001
 
 
-async def _wait(waiter: Waiter, seconds: float | None) -> Any:
+async def _wait(waiter: asyncio.Future[Any], seconds: float | None) -> Any:
     async with asyncio.timeout(seconds):
         return await waiter

@@ -349,9 +349,10 @@ class Bank:
 
         async def read() -> None:
             sent.set()
-            # asyncpg takes None for a statement if it was closed while it prepared one.
+            # asyncpg takes None for a statement if it was closed while it prepared one,
+            # and on Python 3.11 for rows while it fetched them.
             forgets = self.mortal.backend.driver == "asyncpg"
-            own = (AttributeError,) * forgets
+            own = (AttributeError, TypeError) * forgets
             with suppress(SQLAlchemyError, OSError, AsgiUowError, *own):
                 await connection.execute(text("SELECT sum(amount) FROM transfers"))
 
