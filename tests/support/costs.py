@@ -192,7 +192,7 @@ class Steps:  # pragma: no cover - coverage is another trace function
 
     def __enter__(self) -> Self:
         self._before = sys.gettrace()  # that of coverage
-        sys._getframe().f_trace_opcodes = True  # noqa: SLF001  # 3.12 looks for it now
+        sys._getframe().f_trace_opcodes = True  # 3.12 looks for it now
         sys.settrace(self._trace)
         return self
 
