@@ -111,6 +111,18 @@ async def test_a_crowd_makes_no_connections(db: Database) -> None:
     assert 3 == len(connected)
 
 
+@on(*DRIVERS, pool_size=1, max_overflow=0)
+async def test_what_comes_back_was_thrown_away(db: Database) -> None:
+    """Then who is next makes a new connection in its place."""
+    order: list[str] = []
+    async with db.engine.connect() as connection:
+        tasks = await wait_in_line(db.engine, "ab", order)
+        await connection.invalidate()
+    await asyncio.gather(*tasks)
+    assert ["a", "b"] == order
+    assert [0, 0] == checked_out(db)
+
+
 # In time
 
 

@@ -48,7 +48,10 @@ if TYPE_CHECKING:
 pytestmark = on("aiosqlite")
 
 SECONDS = 0.1
-UNENDED = "ignore::pytest.PytestUnraisableExceptionWarning"
+UNENDED = (
+    "ignore:Exception ignored in. <coroutine object .*(wait_for_ever|leave) at"
+    ":pytest.PytestUnraisableExceptionWarning"
+)
 # Before Python 3.12 every end waits for a turn of the loop, and what the collector
 # closes has none.
 CLOSED = () if sys.version_info >= (3, 12) else (UNENDED,)

@@ -349,8 +349,8 @@ class Bank:
 
         async def read() -> None:
             sent.set()
-            # asyncpg takes None for a statement if it was closed while it prepared one,
-            # and on Python 3.11 for rows while it fetched them.
+            # asyncpg gets None for what was in flight when it was closed, and takes it
+            # for a statement that it has prepared, or for rows that it has fetched.
             forgets = self.mortal.backend.driver == "asyncpg"
             own = (AttributeError, TypeError) * forgets
             with suppress(SQLAlchemyError, OSError, AsgiUowError, *own):
