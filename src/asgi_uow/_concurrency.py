@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import math
 import os
 import sys
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from weakref import ref
 
 from anyio import CancelScope
+
+from asgi_uow._timers import timer_of
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -46,6 +47,7 @@ class Shield:
 
     seconds: float | None
     is_late: bool
+    _waiter: asyncio.Future[None] | None
 
     def __init__(self, *, forwards: bool = False) -> None:
         self.cancelled: BaseException | None = None
@@ -64,14 +66,18 @@ class Shield:
 
         Raises `TimeoutError` in both cases, unless it still gave a result. `cut` is
         called before, to have `work` fail: what is cancelled may talk to the server
-        first. What may start the like of itself, as hooks do, must not start `at_once`.
+        first. What may start the like of itself, as hooks of hooks do, must not start
+        `at_once`.
         """
         self.seconds, self._gave_up, self._cut = seconds, False, cut
         self.is_late = False
         if seconds is not None:
             self._until = self._loop.time() + seconds
-        options = EAGERLY if at_once else {}
-        task: asyncio.Task[T] = asyncio.Task(work, loop=self._loop, **options)
+        options, self._waiter = EAGERLY if at_once else {}, None
+        step = self._to_its_end(work) if options else work
+        task: asyncio.Task[T] = asyncio.Task(step, loop=self._loop, **options)
+        if not options:  # it may be cancelled before it begins
+            task.add_done_callback(self._wake)
         try:
             if not task.done():
                 asyncio._unregister_task(task)  # noqa: SLF001  # public in the link
@@ -86,6 +92,12 @@ class Shield:
         finally:
             del task  # an error in it refers to this frame
 
+    async def _to_its_end(self, work: Coroutine[object, object, T]) -> T:
+        try:
+            return await work
+        finally:
+            self._wake()  # not by a callback, which takes a turn of the loop
+
     def restart(self) -> None:
         """Give the work all its seconds again, for its next step."""
         self.is_late = False
@@ -98,8 +110,11 @@ class Shield:
 
     async def _wait(self, task: AnyTask) -> None:
         scope: CancelScope | None = None
-        task.add_done_callback(self._wake)
-        self._timer = self._watch(task) if self.seconds is not None else None
+        self._task, timer = task, timer_of(self._loop)
+        if self.seconds is not None:
+            is_paused = self._until == math.inf
+            until = self._loop.time() + self.seconds if is_paused else self._until
+            timer.add(self._itself, until)
         try:
             while not (task.done() or self._gave_up):
                 self._waiter = self._loop.create_future()
@@ -115,40 +130,38 @@ class Shield:
         finally:
             if scope is not None:
                 scope.__exit__(None, None, None)
-            if self._timer is not None:
-                self._timer.cancel()
+            timer.limited.pop(self._itself, None)
+            del self._task  # which refers to this frame
+
+    def _itself(self) -> Shield:
+        return self
 
     def _wake(self, _: object = None) -> None:
-        if not self._waiter.done():
+        if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _watch(self, task: AnyTask) -> asyncio.TimerHandle:
-        when = min(self._until, self._loop.time() + (self.seconds or GRACE))
-        # In an empty context: the loop keeps that of a cancelled timer for long.
-        context = contextvars.Context()
-        return self._loop.call_at(when, self._look, task, context=context)
-
-    def _look(self, task: AnyTask) -> None:
+    def look(self) -> float | None:
         """Cancel the task if its time is up; give it up if that did not help."""
-        if self._loop.time() < self._until:
-            self._timer = self._watch(task)
-        elif self._cut is not None:
-            cut, self._cut, self.is_late = self._cut, None, True
-            self._until = self._loop.time() + CUT_GRACE
-            self._timer = self._watch(task)
+        left = self._until - self._loop.time()
+        if left > 0:
+            return min(left, self.seconds or GRACE)
+        if self._cut is not None:
+            cut, self._cut = self._cut, None
+            self._give(CUT_GRACE)
             cut()
-        elif task.cancelling():
+        elif self._task.cancelling():
             self._gave_up = True
             self._wake()
         else:
-            self._cancel(task)
+            self._cancel(self._task)
+        return None
+
+    def _give(self, seconds: float) -> None:
+        self.is_late, self._until = True, self._loop.time() + seconds
+        timer_of(self._loop).add(self._itself, self._until)
 
     def _cancel(self, task: AnyTask) -> None:
-        self.is_late = True
-        self._until = self._loop.time() + GRACE
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(self._until, self._look, task)
+        self._give(GRACE)
         task.cancel()
 
     def deliver(self) -> None:
@@ -214,7 +227,7 @@ class TaskLock:
     def take(self, task: AnyTask) -> bool:
         """Take the lock if it is free, or the task's own."""
         loop = task._loop  # noqa: SLF001  # no call
-        if self.owner is None and self.loop in (None, loop):
+        if self.owner is None and (self.loop is loop or self.loop is None):
             self.owner, self.loop = task, loop
             if self.resume is not None:
                 self.resume(self.released)

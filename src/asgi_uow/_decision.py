@@ -65,23 +65,27 @@ class State(enum.Enum):
 # An enum's own hash is a Python function, and these are looked up often.
 State.__hash__ = Outcome.__hash__ = object.__hash__  # type: ignore[method-assign]
 
-UNDECIDED = frozenset({State.NEW, State.ACTIVE, State.ROLLBACK_ONLY})
-WRITABLE = UNDECIDED | {State.PREPARING}
+# A member is looked up by the enum's own class, which takes long.
+NEW, ACTIVE, ROLLBACK_ONLY, PREPARING, COMMITTING, ROLLING_BACK = tuple(State)[:6]
+RESPONDING, CLOSED = State.RESPONDING, State.CLOSED
+
+UNDECIDED = frozenset({NEW, ACTIVE, ROLLBACK_ONLY})
+WRITABLE = UNDECIDED | {PREPARING}
 STATE_OF = {outcome: State[outcome.name] for outcome in Outcome}
 SETTLED = frozenset(STATE_OF.values())
 
-_ENDS = {State.PREPARING, State.ROLLING_BACK}
+_ENDS = {PREPARING, ROLLING_BACK}
 # Every permitted step; `UnitOfWork` refuses any other.
 TRANSITIONS: Mapping[State, AbstractSet[State]] = {
-    State.NEW: {State.ACTIVE, State.ROLLBACK_ONLY, *_ENDS},
-    State.ACTIVE: {State.ROLLBACK_ONLY, *_ENDS},
-    State.ROLLBACK_ONLY: {State.ROLLING_BACK},
-    State.PREPARING: {State.COMMITTING, State.ROLLING_BACK},
-    State.COMMITTING: SETTLED,
-    State.ROLLING_BACK: {State.ROLLED_BACK, State.PARTIAL, State.UNKNOWN},
-    **{settled: {State.RESPONDING, State.CLOSED} for settled in SETTLED},
-    State.RESPONDING: {State.CLOSED},
-    State.CLOSED: set(),
+    NEW: {ACTIVE, ROLLBACK_ONLY, *_ENDS},
+    ACTIVE: {ROLLBACK_ONLY, *_ENDS},
+    ROLLBACK_ONLY: {ROLLING_BACK},
+    PREPARING: {COMMITTING, ROLLING_BACK},
+    COMMITTING: SETTLED,
+    ROLLING_BACK: {State.ROLLED_BACK, State.PARTIAL, State.UNKNOWN},
+    **{settled: {RESPONDING, CLOSED} for settled in SETTLED},
+    RESPONDING: {CLOSED},
+    CLOSED: set(),
 }
 
 

@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 import asgi_uow as uow
 from asgi_uow import Database, UnitOfWorkMiddleware
-from asgi_uow._unit import held
+from asgi_uow import _timers as timers
 from asgi_uow.errors import ConfigurationError
 from asgi_uow.observers import HeldIdle, UnitFinished
 from asgi_uow.testing import sandbox
@@ -322,7 +322,7 @@ async def test_lost_task(db: Database) -> None:
     gc.collect()
     assert lost() is None
     await pass_by()
-    assert not held._here.rounds.watches
+    assert not timers._here.timer.limited
     assert told  # asyncio tells of such a task
     told.clear()
     gc.collect()  # the block of that task too
@@ -528,7 +528,7 @@ async def test_what_ended_is_forgotten(db: Database) -> None:
         await alarm.request(endpoint(functools.partial(shop.insert, number)), db)
     await pass_by()
     assert [] == alarm.of(HeldIdle)
-    assert not held._here.rounds.watches
+    assert not timers._here.timer.limited
 
 
 async def test_wrong_option(db: Database) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from asgi_uow import UnitOfWork
 from asgi_uow import _concurrency as concurrency
 from asgi_uow._concurrency import Shield, TaskLock, bounded, run_to_completion
 from asgi_uow._databases.configuration import read as read_configuration
@@ -42,9 +41,10 @@ from asgi_uow._unit.hooks import _call_in_thread as call_in_thread
 from asgi_uow._unit.hooks import _threads as threads_of_hooks
 from asgi_uow._unit.options import UnitOptions, inspected
 from asgi_uow._unit.unit import current
+from asgi_uow._unit.unit import make_unit as make
 
 if TYPE_CHECKING:
-    from asgi_uow import Database
+    from asgi_uow import Database, UnitOfWork
 
 PHASES = ("before_commit", "after_commit", "after_rollback", "after_response")
 
@@ -104,8 +104,4 @@ SQLITE_CONNECTION = "asgi_uow._databases.sqlite_connection"
 
 def make_unit(*databases: Database) -> UnitOfWork:
     """Make a unit of work that nobody has entered."""
-    unit = UnitOfWork()
-    unit.databases, unit.options, unit.state = databases, UnitOptions(), State.NEW
-    unit.scope = unit.task = unit.outcome = unit.shared = None
-    unit.participants, unit.writers = {}, ()
-    return unit
+    return make(databases, UnitOptions())

@@ -42,13 +42,20 @@ class _Facts:
         vars(self).update({name: getattr(said, name) for name in names})
 
 
+def _yes(_: object) -> bool:
+    return True
+
+
+def _no(_: object) -> bool:
+    return False
+
+
 class Driver(_Facts):
     """Asked without a round trip; what it returns here is right for any, if slow."""
 
     is_known: bool = False  # if not, its connections are always rolled back
     savepoints_survive: bool = False  # an error aborts at most the innermost of them
     cursor_needs_begin: bool = False  # a cursor exists only inside a transaction
-    exclusive_streams: bool = True  # the connection can do nothing beside a stream
     errors_hide_state: bool = False  # `in_transaction` is that of before an error
     connect_args: tuple[tuple[str, object], ...] = ()  # unless the engine has its own
     pooled_args: tuple[tuple[str, object], ...] = ()  # so that no statement is kept
@@ -58,15 +65,18 @@ class Driver(_Facts):
     def connects_also(self) -> Collection[str]:  # with what no signature names
         return ()
 
-    def in_transaction(self, _: Any, /) -> bool:
-        return True
+    def __init__(self, said: object = None) -> None:
+        # On the object: what is asked for each statement is found sooner there.
+        self.exclusive_streams: bool = True  # it can do nothing beside a stream
+        self.in_transaction: Callable[[Any], bool] = _yes
+        self.is_dead: Callable[[Any], bool] = _no
+        self.is_busy: Callable[[Any], bool] = _no  # is a statement in flight, anybody's?
+        # It may be `unbuffered_active`: have rows still to be read.
+        self.last_result: Callable[[Any], Any] = _no
+        super().__init__(said)
 
-    def is_dead(self, _: Any, /) -> bool:
+    def reports_writable(self, _: Any, /) -> bool:  # is it not read-only (any more)?
         return False
-
-    is_busy = is_dead  # is a statement in flight, whoever has sent it?
-    last_result = is_dead  # which may be `unbuffered_active`: has rows still to be read
-    reports_writable = is_dead  # does the server say it is not read-only (any more)?
 
     def aborts_transaction(self, _: Any, error: BaseException, /) -> bool:
         """Has the server rolled back more than the statement that failed?"""
@@ -101,7 +111,8 @@ class Driver(_Facts):
 class NoLock:
     """In place of SQLAlchemy's, which 2.0 has for asyncmy and asyncpg alone."""
 
-    _locked = _waiters = False
+    _waiters = None
+    _locked = property(lambda _: False, lambda *_: None)
 
     async def acquire(self) -> None:
         pass

@@ -116,11 +116,11 @@ class Asyncpg(_Driver):
     def is_busy(self, raw: Any) -> bool:
         # Its protocol shows nobody the future for the answer that it waits for; that
         # of a request to cancel stays undone when the connection is lost.
-        held = gc.get_referents(None if raw.is_closed() else raw._protocol)  # noqa: SLF001
-        for each in held:  # noqa: SIM110  # a generator is a call for each
-            if type(each) is Future and not each.done():
-                return True
-        return False
+        held = gc.get_referents(raw._protocol)  # noqa: SLF001
+        if Future not in {*map(type, held)}:  # mostly so, and found in one step
+            return False
+        waits = any(type(each) is Future and not each.done() for each in held)
+        return waits and not raw.is_closed()
 
     def aborts_transaction(self, _: object, error: BaseException) -> bool:
         # Only what the server sent has a severity; a wrong parameter never got there.

@@ -13,10 +13,10 @@ import anyio
 from asgi_uow import _decision
 from asgi_uow._asgi import START
 from asgi_uow._concurrency import run_to_completion
-from asgi_uow._decision import ERROR_STATUS, SETTLED, Cause, Outcome, State
+from asgi_uow._decision import ERROR_STATUS, SETTLED, Cause, Outcome
 from asgi_uow._entrypoints.problem import FAILURE
 from asgi_uow._reading.route import written_position
-from asgi_uow._unit.finish import finish
+from asgi_uow._unit.finish import conflict_of, finish
 from asgi_uow._unit.unit import COMMITTED
 from asgi_uow.errors import (
     ConcurrentUseError,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from asgi_uow._decision import CommitWhen, Headers
     from asgi_uow._reading.causal import CausalReads
     from asgi_uow._sessions.record import Recorder
+    from asgi_uow._sessions.session import Session
     from asgi_uow._unit.unit import UnitOfWork
 
 POSITION_SECONDS = 2.0  # for learning a position; then the client reads the writer
@@ -84,7 +85,7 @@ class Exchange:
         unit = self.unit
         if (
             self.stage is OPEN
-            and not unit.is_used
+            and unit.shared is None
             and message["type"] == START
             and self.rules.commit_when is _decision.commit_below_400
         ):
@@ -110,7 +111,7 @@ class Exchange:
             raise self.unit.failure or UnitOfWorkClosedError(operation, self.unit.state)
         await self.forward(message)
         if is_start and self.unit.state in SETTLED:
-            self.unit.move(State.RESPONDING)
+            self.unit.move(_decision.RESPONDING)
 
     async def conclude(
         self, scope: Scope, receive: Receive, error: BaseException | None
@@ -123,8 +124,6 @@ class Exchange:
             why = Cause.ABANDONED if error is None else _decision.exception_cause(error)
             with suppress(UnitOfWorkFailedError):  # of the unit: answered below
                 await finish(self.unit, _decision.rollback(why))
-        if self.unit.again is not None:
-            self.stage = REPLAYED
         failure = self._unanswered(error)
         if failure is None or self.stage is REPLAYED:
             return
@@ -144,10 +143,14 @@ class Exchange:
 
     def _unanswered(self, error: BaseException | None) -> Exception | None:
         """Give what has to be answered for, if the application did not do so."""
-        if self.stage is ANSWERED or not isinstance(error, Exception | None):
-            return None
         shared = self.unit.shared
-        if self.unit.failure is None and shared is not None:
+        if shared is not None and self.unit.again is not None:
+            self.stage = REPLAYED
+        if shared is None or self.stage is ANSWERED:
+            return None
+        if not isinstance(error, Exception | None):
+            return None
+        if self.unit.failure is None:
             rolled_back = self.unit.outcome is Outcome.ROLLED_BACK
             return error if rolled_back and shared.may_repeat(error) else None
         return self.unit.failure
@@ -166,8 +169,7 @@ class Exchange:
 
     async def _decide(self, message: Message) -> Message:
         unit, rules = self.unit, self.rules
-        if unit.writers:
-            _refuse_inside_call(unit)
+        streams = _refuse_inside_call(unit.writers)
         self.stage = DECIDING
         # Sanic's headers are a generator, and are read twice: here and outside.
         headers: Headers = list(message.get("headers", ()))
@@ -176,16 +178,16 @@ class Exchange:
             decision = _decision.decide_response(
                 status=message["status"],
                 headers=headers,
-                rollback_only=unit.state is State.ROLLBACK_ONLY,
+                rollback_only=unit.state is _decision.ROLLBACK_ONLY,
                 doomed=unit.doomed_by is not None,
                 forced=unit.forced,
                 commit_when=rules.commit_when,
             )
             is_good = message["status"] < ERROR_STATUS
             if not decision.commit and self._is_used_up(decision, message["status"]):
-                unit.doom = unit.doomed_by or unit.to_retry(None)
+                unit.doom = unit.doomed_by or conflict_of(unit, None)
                 decision = _decision.rollback(Cause.DOOMED, replace_response=True)
-            elif unit.writers and is_good and not decision.replace_response:
+            elif streams and is_good and not decision.replace_response:
                 await _refuse_streams(unit)
         except BaseException as error:  # noqa: BLE001  # becomes the cause of the failure
             broken, cause = error, _decision.exception_cause(error)
@@ -207,9 +209,13 @@ class Exchange:
 
     def _is_used_up(self, decision: _decision.Decision, status: int) -> bool:
         """Tell whether the client is to come again, and not to see this answer."""
+        unit = self.unit
+        if unit.attempts is None or not unit.attempts.is_used_up:
+            return False
         # A 500 is what frameworks make of an error that nobody has handled.
         is_broken = decision.cause is Cause.STATUS and status == _decision.SERVER_ERROR
-        return (is_broken or decision.cause is Cause.DOOMED) and self.unit.is_used_up
+        is_asked = is_broken or decision.cause is Cause.DOOMED
+        return is_asked and conflict_of(unit, unit.doomed_by) is not None
 
     async def _add_causal_token(self, causal: CausalReads, headers: Headers) -> None:
         """Tell the client of a unit that wrote what its next reads must see."""
@@ -239,12 +245,18 @@ def _add_timing(recorder: Recorder, headers: Headers) -> None:
     headers.append((b"server-timing", ", ".join(parts).encode()))
 
 
-def _refuse_inside_call(unit: UnitOfWork) -> None:
-    """Doom the unit, and raise, where its end would wait for its own caller."""
-    for writer in unit.writers:
+def _refuse_inside_call(writers: tuple[Session, ...]) -> bool:
+    """Doom the unit, and raise, where its end would wait for its own caller.
+
+    Tells whether there are streams.
+    """
+    streams = False
+    for writer in writers:
         if (owner := writer.own_lock.owner) and owner is asyncio.current_task():
             what = "The start of a response", "this task is in a call"
             raise writer.journal.doom(ConcurrentUseError(*what))
+        streams = streams or bool(writer.streams)
+    return streams
 
 
 async def _refuse_streams(unit: UnitOfWork) -> None:

@@ -9,7 +9,7 @@ from asgi_uow import _decision, errors
 from asgi_uow._asgi import Response
 from asgi_uow._databases.configuration import check
 from asgi_uow._databases.engines import check_databases
-from asgi_uow._decision import UNDECIDED
+from asgi_uow._decision import CLOSED, NEW, UNDECIDED
 from asgi_uow._entrypoints.exchange import OPEN, PASSING, Exchange, Rules
 from asgi_uow._entrypoints.problem import problem_details
 from asgi_uow._entrypoints.replay import Replay
@@ -18,7 +18,7 @@ from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.finish import release
 from asgi_uow._unit.hooks import is_async
 from asgi_uow._unit.options import UnitOptions, inspected
-from asgi_uow._unit.unit import CLOSED, NEW, NONE, UnitOfWork, current
+from asgi_uow._unit.unit import NONE, UnitOfWork, current
 from asgi_uow.observers import LoggingObserver
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class UnitOfWorkMiddleware:
             raise
         finally:
             try:
-                if unit.is_used:
+                if exchange.unit.shared is not None:
                     await release(unit)
                 else:
                     unit.state = CLOSED

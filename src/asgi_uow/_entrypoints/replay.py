@@ -163,19 +163,18 @@ class Attempts:
         return self.is_last or self.number >= self.retry.attempts
 
     def schedule(
-        self, unit: UnitOfWork, error: BaseException | None
+        self, unit: UnitOfWork, conflict: BaseException | None
     ) -> RetryScheduled | None:
         """Decide that there is another attempt; gives the event that tells of it."""
         shared = unit.share()
-        first = unit.to_retry(error)
-        if first is None or self.is_used_up or not self._may_repeat(unit, shared):
+        if conflict is None or self.is_used_up or not self._may_repeat(unit, shared):
             return None
         longest = self.retry.backoff * 2 ** min(self.number - 1, 60)
         pause = random.uniform(0, min(longest, self.retry.max_backoff))  # noqa: S311  # to spread, not to hide
         if self.until and asyncio.get_running_loop().time() + pause >= self.until:
             return None
         self.pause = pause
-        return RetryScheduled(self.number + 1, pause, first, code_of(first))
+        return RetryScheduled(self.number + 1, pause, conflict, code_of(conflict))
 
     def _may_repeat(self, unit: UnitOfWork, shared: Shared) -> bool:
         """Tell whether nothing was kept or called, and nobody has another wish."""

@@ -23,7 +23,7 @@ from asgi_uow._databases.driver_errors import is_outage, means
 from asgi_uow._databases.journal import Savepoints
 from asgi_uow._databases.known import OWN_STATEMENT
 from asgi_uow._databases.pool import AUTOCOMMIT, CANCEL_SQL
-from asgi_uow._decision import WRITABLE, State
+from asgi_uow._decision import NEW, WRITABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from asgi_uow._concurrency import TaskLock
     from asgi_uow._databases.engines import Engines
     from asgi_uow._databases.journal import Journal
+    from asgi_uow._decision import State
     from asgi_uow._sessions.deadline import Deadline
     from asgi_uow._sessions.record import Access, Record, Recorder
     from asgi_uow.observers import Event
@@ -42,7 +43,7 @@ class Shared:
     """What the sessions of a unit of work have in common, also with units around it."""
 
     def __init__(self, around: Shared | None, *, nested: bool, hook: bool) -> None:
-        self.state: State = State.NEW
+        self.state: State = NEW
         self.recorder: Recorder | None = None  # if somebody asks for what went well
         self.outages: list[Exception] = []  # it may help to try again
         self.events: list[Event] = around.events if around and hook else []
@@ -185,7 +186,6 @@ class ReadOnlySession(ManagedSession):
     """Refuses to flush and to run DML; text that writes is the database's to refuse."""
 
     access: Access = "read"
-    cursors: Sequence[Any] = ()
     sibling: ManagedSession | None = None  # the write session of the unit
     executing: int = 0  # statements: of several tasks, or one for the rows of another
 

@@ -24,7 +24,7 @@ from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.claims import WAIT, Turn, claim_key, end_with
 from asgi_uow._unit.finish import end_unit
 from asgi_uow._unit.options import UnitOptions
-from asgi_uow._unit.unit import NONE, UnitOfWork, current
+from asgi_uow._unit.unit import UnitOfWork, current, make_unit
 
 if TYPE_CHECKING:
     from asgi_uow._databases.engines import Engines
@@ -140,10 +140,8 @@ def open_unit(
     databases: tuple[Engines, ...], *, independent: bool = False
 ) -> UnitOfWork:
     """Make a unit the current one; no session and no connection yet."""
-    around, unit = current.get(), UnitOfWork()
-    unit.databases, unit.options, unit.state = databases, DEFAULTS, State.NEW
-    unit.scope, unit.task, unit.outcome = None, asyncio.current_task(), None
-    unit.shared, unit.participants, unit.writers = None, NONE, ()
+    around, unit = current.get(), make_unit(databases, DEFAULTS)
+    unit.task = asyncio.current_task()
     if around is not None:
         unit.around, unit.options = around, around.options
         unit.must_see = around.must_see

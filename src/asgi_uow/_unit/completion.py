@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import math
 import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -93,12 +92,11 @@ class Commit:
 class Completion:
     """Ends the sessions of a unit of work, one after the other, each bounded."""
 
-    __slots__ = ("_limit", "_timeout", "began", "events", "shield")
+    __slots__ = ("_timeout", "began", "events", "shield")
 
     def __init__(self, events: list[Event], timeout: float | None) -> None:
         self.shield, self.began = Shield(), time.perf_counter()
         self.events, self._timeout = events, timeout
-        self._limit = min(ROLLBACK_SECONDS, math.inf if timeout is None else timeout)
 
     async def commit(self, writers: Sequence[Session]) -> Ended:
         """COMMIT every session that executed something, in the order of first use.
@@ -255,8 +253,9 @@ class Completion:
 
     async def _try(self, session: Session, work: Work) -> BaseException | None:
         """Give what `work` raised; what takes too long has its connection cut off."""
+        seconds = min(ROLLBACK_SECONDS, self._timeout or ROLLBACK_SECONDS)
         try:
-            await self.shield.run(work, self._limit, cut=session.sync_session.cut_off)
+            await self.shield.run(work, seconds, cut=session.sync_session.cut_off)
         except BaseException as error:  # noqa: BLE001  # reported; the outcome stands
             session.shared.stuck += isinstance(error, TimeoutError)
             if not isinstance(error, Exception):

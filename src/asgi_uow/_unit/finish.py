@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from asgi_uow import errors
+from asgi_uow import _decision, errors
 from asgi_uow._concurrency import Shield
-from asgi_uow._decision import STATE_OF, Cause, Outcome, State, rollback
+from asgi_uow._databases.driver_errors import to_retry
+from asgi_uow._decision import CLOSED, STATE_OF, Cause, Outcome, rollback
 from asgi_uow._sessions.deadline import lift
 from asgi_uow._unit.completion import Completion
 from asgi_uow._unit.ended import COMMITTED, ROLLED_BACK, Ended, stopped_by
@@ -39,14 +40,14 @@ async def finish(
     has to be replaced.
     """
     if unit.shared is None and not decision.replace_response:
-        unit.move(State.PREPARING if decision.commit else State.ROLLING_BACK)
+        unit.move(_decision.PREPARING if decision.commit else _decision.ROLLING_BACK)
         unit.conclude_unused(decision.cause)
         return
     shared = unit.shared or unit.share()
     completion = Completion(shared.events, unit.options.commit_timeout)
     ended = ROLLED_BACK
     if decision.commit:
-        unit.move(State.PREPARING)
+        unit.move(_decision.PREPARING)
         ended = await prepare(unit)
         if unit.around is not None or unit.last is not None:
             ended = await _go_last(unit, ended)
@@ -59,7 +60,7 @@ async def finish(
     if decision.replace_response:
         kind = errors.CommitFailedError if error is not None else errors.DoomedError
         ended = Ended(Outcome.ROLLED_BACK, kind, decision.cause, error or unit.doom)
-    unit.move(State.COMMITTING if decision.commit else State.ROLLING_BACK)
+    unit.move(_decision.COMMITTING if decision.commit else _decision.ROLLING_BACK)
     try:
         interrupted = await _complete(unit, decision, ended, completion) or stopped
     finally:
@@ -81,22 +82,31 @@ async def _complete(
         ended = COMMITTED  # in name, if nobody asked for a write session
         if writers:
             ended = await completion.commit(writers)  # <- here, and nowhere else
-    if ended.outcome is not Outcome.COMMITTED:
+    if ended is not COMMITTED:
         ended = await completion.prove(ended, decision.cause, writers)
         for writer in writers:
             await completion.roll_back(writer, ended)
-    unit.cause, unit.outcome = ended.cause or decision.cause, ended.outcome
-    if ended.cause is not None:
-        unit.failure = ended.failure(ended.cause, unit.share())
-    if ended.outcome is Outcome.ROLLED_BACK:
-        _ask_for_another(unit, ended)
-    unit.move(STATE_OF[ended.outcome])
-    note_end(unit, ended.outcome, completion.began)
-    if any(unit.hooks.queues.values()):
+        unit.cause = ended.cause or decision.cause
+        if ended.cause is not None:
+            unit.failure = ended.failure(ended.cause, unit.share())
+        if ended.outcome is Outcome.ROLLED_BACK:
+            _ask_for_another(unit, ended)
+    unit.outcome = ended.outcome
+    unit.move(STATE_OF[unit.outcome])
+    note_end(unit, unit.outcome, completion.began)
+    if unit.hooks is not NO_HOOKS and any(unit.hooks.queues.values()):
         await _run_hooks(unit, completion)
         if (recorder := unit.share().recorder) is not None:
             add_hooks(unit, recorder)
-    return None if ended.cause is Cause.DOOMED else ended.error
+    return None if ended.error is None or ended.cause is Cause.DOOMED else ended.error
+
+
+def conflict_of(unit: UnitOfWork, error: BaseException | None) -> BaseException | None:
+    """Give what the work of a unit failed for, if the same may succeed now."""
+    outages = [] if unit.shared is None else unit.shared.outages
+    # What went past the session was seen by the journal alone.
+    last = (each.journal.last for each in unit.writers)
+    return to_retry(next(filter(None, (error, *outages, *last)), None), outages)
 
 
 def _ask_for_another(unit: UnitOfWork, ended: Ended) -> None:
@@ -105,11 +115,11 @@ def _ask_for_another(unit: UnitOfWork, ended: Ended) -> None:
     is_hooks = ended.cause is Cause.BEFORE_COMMIT
     error = unit.doom or (None if is_hooks else ended.error)
     if unit.attempts is not None:
-        unit.again = unit.attempts.schedule(unit, error)
+        unit.again = unit.attempts.schedule(unit, conflict_of(unit, error))
         unit.is_replayed = unit.again is not None
     nested = unit.is_nested and unit.again is None and unit.cause is not Cause.EXPLICIT
     if nested and unit.around is not None:
-        first, outages = unit.to_retry(error), unit.around.share().outages
+        first, outages = conflict_of(unit, error), unit.around.share().outages
         outages += [first] if isinstance(first, Exception) and not outages else []
 
 
@@ -212,7 +222,7 @@ async def _call_undone(unit: UnitOfWork, hook: Hook) -> None:
 
 async def release(unit: UnitOfWork) -> None:
     """Close what is left open, run the `after_response` hooks, tell what is left."""
-    unit.move(State.CLOSED)
+    unit.move(CLOSED)
     shared = unit.shared
     if shared is None:
         return
@@ -223,7 +233,7 @@ async def release(unit: UnitOfWork) -> None:
                 completion = completion or completion_of(unit)
                 reader = participant.readers.pop()
                 await completion.close_reader(participant, reader)
-        if unit.outcome is Outcome.COMMITTED and unit.hooks is not NO_HOOKS:
+        if unit.hooks is not NO_HOOKS and unit.outcome is Outcome.COMMITTED:
             completion = completion or completion_of(unit)
             hooks = unit.hooks.take("after_response")
             shared.kept[0] += len(hooks)
@@ -242,8 +252,8 @@ async def release(unit: UnitOfWork) -> None:
         others.pop(watch and watch.own, None)
         for writer in unit.writers:
             shared.writers.remove(writer.sync_session)
-        unit.participants, unit.writers, unit.failure = {}, (), None
-        unit.again = unit.attempts = unit.last = unit.watch = None
+        unit.participants, unit.writers = {}, ()
+        unit.again = unit.attempts = unit.failure = unit.last = unit.watch = None
         unit.scope = unit.task = None
     if completion is not None:
         completion.shield.deliver()

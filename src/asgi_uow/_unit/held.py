@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextvars
 import gc
-import math
 import sysconfig
-import threading
 import time
-from asyncio import _get_running_loop, get_running_loop
+from asyncio import _get_running_loop
 from pathlib import Path
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,6 +16,7 @@ from asgi_uow._concurrency import Shield
 from asgi_uow._databases import known
 from asgi_uow._databases.connection import raw_of
 from asgi_uow._decision import WRITABLE
+from asgi_uow._timers import timer_of
 from asgi_uow.observers import HeldIdle
 
 if TYPE_CHECKING:
@@ -49,28 +48,26 @@ PARTS: dict[type, tuple[str, str]] = {
 class Watch:
     """The sessions of one unit that hold a transaction; tells of them at most once."""
 
-    sessions: tuple[Session, ...] = ()
-
     def begin(
         self, seconds: float, tell: Callable[[Event], None], task: Task | None
     ) -> Watch:
         """`task` is the request's: that of the last call may have ended."""
         self.own: ref[Watch] = ref(self)
-        self.others: dict[ref[Watch], None] = {}
-        if (loop := _get_running_loop()) is None:
-            if task is not None:  # a thread asks for the session of a request
-                loop = task.get_loop()
-                loop.call_soon_threadsafe(self.begin, seconds, tell, task)
-            return self
-        if (rounds := _here.rounds).loop() is not loop:
-            rounds = _here.rounds = _Rounds(loop)
+        self.sessions: list[Session] = []
         self._seconds, self._tell, self._task = seconds, tell, task
-        self._context, self.others = contextvars.copy_context(), rounds.watches
-        # Until its unit ends. A task that nobody refers to is to be collected.
-        self.others[self.own] = None
-        if seconds < rounds.comes_within:
-            rounds.look_after(seconds)
+        if (loop := _get_running_loop()) is not None:
+            self._enter(loop)
+            return self
+        self.others: dict[Any, None] = {}
+        if task is not None:  # a thread asks for the session of a request
+            task.get_loop().call_soon_threadsafe(self._enter, task.get_loop())
         return self
+
+    def _enter(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._context, timer = contextvars.copy_context(), timer_of(loop)
+        # Until its unit ends. A task that nobody refers to is to be collected.
+        self.others = timer.limited
+        timer.add(self.own, loop.time() + self._seconds)
 
     def look(self) -> float | None:
         """Give the seconds after which to look again; None once it has told."""
@@ -98,44 +95,6 @@ class Watch:
         # Attributes that are loaded, and connections, do not take the lock.
         released: float = max(lock.released, *(each.sent for each in held))
         return now - released
-
-
-class _Rounds:
-    """The watches of one event loop, which needs one timer for all."""
-
-    def __init__(self, loop: object) -> None:
-        self.loop: Callable[[], object] = ref(loop)
-        self.watches: dict[ref[Watch], None] = {}
-        self.comes_within: float = math.inf  # seconds from now, at most
-
-    def look_after(self, seconds: float) -> None:
-        self.comes_within = seconds
-        # In an empty context: not that of the request which happens to be first.
-        loop, context = get_running_loop(), contextvars.Context()
-        loop.call_later(seconds, self._look, context=context)
-
-    def _look(self) -> None:
-        within, self.comes_within, earliest = self.comes_within, math.inf, math.inf
-        try:
-            for each in tuple(self.watches):
-                # First: what one look raises is the loop's to log, and ends no other.
-                self.watches.pop(each, None)
-                if (watch := each()) and (seconds := watch.look()) is not None:
-                    self.watches[each] = None
-                    earliest = min(earliest, seconds)
-        finally:
-            if self.watches:
-                self.look_after(within if earliest == math.inf else earliest)
-
-
-class _Here(threading.local):
-    """The rounds of the loop that this thread runs, or has run."""
-
-    def __init__(self) -> None:
-        self.rounds: _Rounds = _Rounds(self)
-
-
-_here = _Here()
 
 
 def _is_in_use(connection: sa.Connection) -> bool:

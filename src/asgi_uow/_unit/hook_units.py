@@ -7,9 +7,9 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING
 
-from asgi_uow._decision import COMMIT, Cause, State, exception_cause, rollback
+from asgi_uow._decision import CLOSED, COMMIT, Cause, State, exception_cause, rollback
 from asgi_uow._unit.hooks import call_hook
-from asgi_uow._unit.unit import CLOSED, NEW, NONE, UnitOfWork, current
+from asgi_uow._unit.unit import UnitOfWork, current, make_unit
 from asgi_uow.observers import HookFailed, HookFinished, HookStarted
 
 if TYPE_CHECKING:
@@ -44,9 +44,11 @@ class HookRun:
     async def run(self, shield: Shield) -> tuple[Hook, BaseException] | None:
         """Call all, each for `hook_timeout` seconds; give what stops the commit."""
         seconds = self.unit.options.hook_timeout
+        # What fails before the commit would refer, by its frames, to who raises it.
+        at_once = self.unit.around is None and self.phase != "before_commit"
         while self.waiting:
             try:
-                await shield.run(self._call_all(shield), seconds, at_once=False)
+                await shield.run(self._call_all(shield), seconds, at_once=at_once)
             except TimeoutError as error:
                 if self.running is not None:  # pragma: no branch  # it is set at once
                     (hook, own), self.running = self.running, None
@@ -74,7 +76,7 @@ class HookRun:
             try:
                 if self.running is not running:
                     return  # it was left behind, and comes back now
-                if error is not None or own.is_used:
+                if error is not None or own.shared is not None:
                     shield.pause()
                     await self._conclude(hook, own, error)
                 else:  # a unit of the hook's own: one that has hooks is used
@@ -117,7 +119,7 @@ class HookRun:
         for follower in (phase,) if phase == "after_rollback" else committed:
             later = phase == "after_commit" and follower == "after_response"
             waiting = self.unit.hooks.queue(follower) if later else self.waiting
-            waiting.extend(own.hooks.take(follower))
+            waiting.extend(own.hooks.take(follower) if own.shared is not None else ())
         try:
             await self.end(own, _decide(own, error))
         except BaseException as failure:  # noqa: BLE001  # hook isolation
@@ -129,10 +131,7 @@ class HookRun:
 
 def _unit_for_hook(unit: UnitOfWork) -> UnitOfWork:
     """Make the unit that one hook gets for itself; its parts come when it asks."""
-    own = UnitOfWork()
-    own.databases, own.options, own.state = unit.databases, unit.options, NEW
-    own.scope = own.task = own.outcome = own.shared = None
-    own.participants, own.writers = NONE, ()
+    own = make_unit(unit.databases, unit.options)
     own.around, own.is_hook = unit, True
     own.must_see, own.attempt = unit.must_see, unit.attempt
     own.quota = unit.hooks.quota

@@ -135,7 +135,7 @@ NO_HOOKS = Hooks()
 
 def check_callable(phase: str, fn: object) -> None:
     """Raise `TypeError`, with the likely mistake, for what is no hook."""
-    if callable(fn) and not _has_flag(fn, inspect.CO_ASYNC_GENERATOR):
+    if callable(fn) and not _flags_of(fn) & inspect.CO_ASYNC_GENERATOR:
         return
     message = f"{phase}() takes a callable and its arguments, not {fn!r}. Did you "
     message += f"call the function? Write {phase}(fn, arg), not {phase}(fn(arg))."
@@ -205,19 +205,18 @@ def name_of(fn: Callable[..., object]) -> str:
 
 def is_async(fn: Callable[..., object]) -> bool:
     """Tell whether what it returns has to be awaited, as far as can be seen."""
-    if _has_flag(fn, inspect.CO_COROUTINE):
+    if _flags_of(fn) & inspect.CO_COROUTINE:
         return True  # the usual case, without inspect's many questions
     made = _unwrapped(fn)
     call = getattr(made, "__call__", None)  # noqa: B004  # the method, not a test
     return inspect.iscoroutinefunction(made) or inspect.iscoroutinefunction(call)
 
 
-def _has_flag(fn: object, flag: int) -> bool:
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    if isinstance(fn, types.MethodType):
-        fn = fn.__func__
-    return isinstance(fn, types.FunctionType) and bool(fn.__code__.co_flags & flag)
+def _flags_of(fn: object) -> int:
+    if not isinstance(fn, types.FunctionType):
+        fn = _unwrapped(fn)
+        fn = getattr(fn, "__func__", None) if isinstance(fn, types.MethodType) else fn
+    return fn.__code__.co_flags if isinstance(fn, types.FunctionType) else 0
 
 
 def _unwrapped(fn: object) -> object:

@@ -6,14 +6,12 @@ import dataclasses
 import functools
 import time
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from asgi_uow import errors
+from asgi_uow import _decision, errors
 from asgi_uow._concurrency import register_at_fork
-from asgi_uow._databases.driver_errors import to_retry
 from asgi_uow._databases.engines import check_databases
-from asgi_uow._decision import TRANSITIONS, UNDECIDED, WRITABLE, Cause, Outcome, State
+from asgi_uow._decision import CLOSED, UNDECIDED, WRITABLE, Cause, Outcome, State
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.deadline import Deadline
 from asgi_uow._sessions.managed import Shared
@@ -38,8 +36,7 @@ if TYPE_CHECKING:
 # Python 3.11 takes long for each member of an enum.
 COMMITTED = State.COMMITTED, Outcome.COMMITTED
 ROLLED_BACK = State.ROLLED_BACK, Outcome.ROLLED_BACK
-NEW, CLOSED = State.NEW, State.CLOSED
-NONE: Mapping[Engines, Participant] = MappingProxyType({})
+NONE: Mapping[Engines, Participant] = {}
 
 
 class UnitOfWork:
@@ -49,7 +46,7 @@ class UnitOfWork:
     nothing is, and what was registered for that end happens then.
     """
 
-    # Set by who makes one: __init__ costs a call, and a default makes setting slow.
+    # Set by who makes one: __init__ costs a call; a default makes asking slow, too.
     databases: tuple[Engines, ...]
     options: UnitOptions
     state: State  # where in its life the unit is; `NEW` at first
@@ -60,15 +57,20 @@ class UnitOfWork:
     participants: Mapping[Engines, Participant]
     writers: tuple[Session, ...]
     """The write sessions of its participants, in the order of first use."""
+    # Set by share(), if it is used: an unused unit is not asked for them.
+    hooks: Hooks
+    doom: BaseException | None  # what was found at its end, for which nothing is kept
+    again: Event | None  # what tells that its work is done again
+    failure: errors.UnitOfWorkFailedError | None
+    """What is raised because a commit was wanted and the work was not kept."""
+    last: Callable[[], Awaitable[object]] | None  # sends what COMMIT follows
+    opened: float | None  # when it was first asked for something
+    watch: Watch | None  # tells of connections held while nothing is executed
 
     cause: Cause | None = None  # why it was not committed
     reason: str | None = None  # what `set_rollback_only` was given
     attempt: int = 1
     attempts: Any = None  # asked, once it is rolled back, whether there is another
-    again: Event | None = None  # what tells that its work is done again
-    failure: errors.UnitOfWorkFailedError | None = None
-    """What is raised because a commit was wanted and the work was not kept."""
-
     response: Response | None = None  # when it left, if somebody asks
     until: float | None = None  # its deadline, by the event loop's clock
     around: UnitOfWork | None = None  # the unit that was current before
@@ -79,17 +81,10 @@ class UnitOfWork:
     is_replayed: bool = False  # what this attempt has left behind keeps nothing
     replayed: bool = False
     """Whether its idempotency key was used before: what it is for has been done."""
-    last: Callable[[], Awaitable[object]] | None = None  # sends what COMMIT follows
 
-    is_used: bool = False
-    """Whether its end is more than a word: something was opened, registered or set."""
     forced: bool = False
     must_see: MustSee = MustSee()
-    opened: float | None = None
-    hooks: Hooks = NO_HOOKS
     quota: Iterator[int] | None = None  # how many hooks its hooks may register
-    doom: BaseException | None = None
-    watch: Watch | None = None  # tells of connections held while nothing is executed
 
     @property
     def is_last_attempt(self) -> bool:
@@ -98,24 +93,13 @@ class UnitOfWork:
         return all(each.attempts is None or each.attempts.is_used_up for each in units)
 
     @property
-    def is_used_up(self) -> bool:
-        """Whether a conflict has undone its work and there is no attempt left."""
-        is_last = self.attempts is not None and self.attempts.is_used_up
-        return is_last and self.to_retry(self.doomed_by) is not None
-
-    def to_retry(self, error: BaseException | None) -> BaseException | None:
-        """Give what its work failed for, if the same may succeed now."""
-        outages = [] if self.shared is None else self.shared.outages
-        # What went past the session was seen by the journal alone.
-        last = (each.journal.last for each in self.writers)
-        return to_retry(next(filter(None, (error, *outages, *last)), None), outages)
-
-    @property
     def doomed_by(self) -> BaseException | None:
         """The first error for which the database rolled the work back, if it did.
 
         Until the decision a ROLLBACK TO SAVEPOINT can still undo it.
         """
+        if self.shared is None:
+            return None
         for writer in self.writers if self.doom is None else ():
             if writer.doomed_by is not None:
                 return writer.doomed_by
@@ -156,8 +140,9 @@ class UnitOfWork:
 
     def _look_after(self, session: Session) -> None:
         if (seconds := self.options.held_idle) is not None:
-            watch = self.watch or Watch().begin(seconds, self._tell_idle, self.task)
-            self.watch, watch.sessions = watch, (*watch.sessions, session)
+            if self.watch is None:
+                self.watch = Watch().begin(seconds, self._tell_idle, self.task)
+            self.watch.sessions.append(session)
 
     def reading(self, operation: str, db: Engines | None) -> Participant:
         """Give the participant that opens read sessions of `db`."""
@@ -174,14 +159,16 @@ class UnitOfWork:
     def set_rollback_only(self, reason: str) -> None:
         """Have nothing kept, whatever the response; `reason` is for observers."""
         self._check("set_rollback_only()", UNDECIDED)
-        self.reason, self.is_used = reason, True
-        if self.state is not State.ROLLBACK_ONLY:
-            self.move(State.ROLLBACK_ONLY)
+        self.reason = reason
+        self.share()  # its end is more than a word
+        if self.state is not _decision.ROLLBACK_ONLY:
+            self.move(_decision.ROLLBACK_ONLY)
 
     def force_commit(self) -> None:
         """Have everything committed whatever the status of the response."""
         self._check("force_commit()", UNDECIDED)
-        self.forced = self.is_used = True
+        self.forced = True
+        self.share()
 
     def register(self, phase: str, hook: Hook) -> None:
         """Register a hook; raises as `after_commit` says."""
@@ -189,18 +176,18 @@ class UnitOfWork:
             self._check(f"{phase}()", WRITABLE)
         if self.quota is not None and next(self.quota, None) is None:
             raise errors.TooManyHooksError(phase, MOST_BY_HOOKS)
-        if self.hooks is NO_HOOKS:
-            self.hooks = Hooks(self.quota)
         savepoints = (self.shared or self.share()).savepoints
+        if self.hooks is NO_HOOKS:
+            self.start()
+            self.hooks = Hooks(self.quota)
         hook.frame = savepoints.innermost if savepoints.opened else None
         self.hooks.queue(phase).append(hook)
-        if self.opened is None:
-            self.start()
 
     def share(self) -> Shared:
         """Give what its sessions have in common; made at first use."""
         if self.shared is None:
-            self.is_used = True
+            self.hooks, self.last, self.opened, self.watch = NO_HOOKS, None, None, None
+            self.again = self.doom = self.failure = None
             around = None if self.around is None else self.around.share()
             self.shared = Shared(around, nested=self.is_nested, hook=self.is_hook)
             self.shared.state = self.state
@@ -214,11 +201,12 @@ class UnitOfWork:
 
     def start(self) -> None:
         """Tell, once and at once, that the unit was asked for something."""
-        if self.state is NEW:
-            self.move(State.ACTIVE)
+        if self.state is _decision.NEW:
+            self.move(_decision.ACTIVE)
+        shared = self.shared or self.share()
         if self.opened is None:
             self.opened = time.perf_counter()
-            if (self.shared or self.share()).recorder is not None:
+            if shared.recorder is not None:
                 self.options.tell(UnitStarted(unit=self))
 
     def _tell_idle(self, event: Event) -> None:
@@ -237,7 +225,7 @@ class UnitOfWork:
 
     def move(self, state: State) -> None:
         """Take a step; raises `UnitOfWorkClosedError` for one that does not exist."""
-        if state not in TRANSITIONS[self.state]:
+        if state not in _decision.TRANSITIONS[self.state]:
             operation = f"becoming {state.value}"
             raise errors.UnitOfWorkClosedError(operation, self.state)
         self.state = state
@@ -247,7 +235,7 @@ class UnitOfWork:
     def conclude_unused(self, cause: Cause | None) -> None:
         """End a unit of which nothing was asked: no statement, nothing to tell."""
         self.state, self.outcome = COMMITTED if cause is None else ROLLED_BACK
-        self.cause = cause
+        self.cause, self.again, self.failure = cause, None, None
 
     def _check(self, operation: str, states: frozenset[State]) -> None:
         if self.state not in states:
@@ -281,6 +269,15 @@ class UnitOfWork:
     def __repr__(self) -> str:
         names = [db.name for db in self.databases]
         return f"<UnitOfWork {self.state.value} on {', '.join(names)}>"
+
+
+def make_unit(databases: tuple[Engines, ...], options: UnitOptions) -> UnitOfWork:
+    """Make a unit of which nothing was asked yet; the middleware makes its own."""
+    unit = UnitOfWork()
+    unit.databases, unit.options, unit.state = databases, options, _decision.NEW
+    unit.participants, unit.writers = NONE, ()
+    unit.scope = unit.task = unit.outcome = unit.shared = None
+    return unit
 
 
 current: ContextVar[UnitOfWork | None] = ContextVar("asgi_uow.current", default=None)
