@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -110,7 +109,6 @@ class _Server:
     """Has the middleware serve Sanic's requests; the start is their first write."""
 
     middleware: UnitOfWorkMiddleware
-    process: int = dataclasses.field(default_factory=os.getpid)
     serving: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
 
     async def start(self, app: Sanic[Any, Any]) -> None:
@@ -121,12 +119,6 @@ class _Server:
         if any(each.settings.get("version") == HTTP.VERSION_3 for each in servers):
             message = "setup() is for HTTP/1.1; Sanic's HTTP/3 is experimental."
             raise ConfigurationError(message)
-        if self.process != os.getpid():
-            # Forked: connections of the parent are the parent's.
-            # https://docs.sqlalchemy.org/en/20/core/pooling.html#pooling-multiprocessing
-            for db in self.middleware.databases:
-                for engine in {db.engine, db.read_engine, *db.readers}:
-                    await engine.dispose(close=False)
         with suppress(ServerError):  # the application has a handler for everything
             app.error_handler.add(Exception, asgi_uow_answer)
 

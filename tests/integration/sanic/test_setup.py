@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import ssl
 from contextlib import asynccontextmanager
 from inspect import Parameter, signature
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from sanic import HTTPResponse
 
-    from tests.servers import Backend, MariaDBBackend, PostgreSQLBackend
+    from tests.servers import Backend, PostgreSQLBackend
 
 pytestmark = on("aiosqlite")
 
@@ -281,37 +280,6 @@ async def test_two_tasks_send_first(
 
     assert (200, "one two") == (response.status_code, response.text)
     assert [1] == await shop.items(backend)
-
-
-async def test_connections_of_the_parent_are_left_alone(
-    mariadb: MariaDBBackend, app: Sanic[Any, Any]
-) -> None:
-    """A forked worker neither uses nor closes connections made before the fork."""
-    async with shop_database(mariadb) as db:
-        engines = (db.engine, db.read_engine)
-        pools: list[Any] = [engine.sync_engine.pool for engine in engines]
-        seen: list[object] = []
-
-        async def listener(_: Sanic[Any, Any]) -> None:
-            seen.extend(engine.sync_engine.pool for engine in engines)
-
-        app.before_server_start(listener)
-        setup(app, db)
-        parents = [await engine.connect() for engine in engines]
-        for idle in [await engine.connect() for engine in engines]:
-            await idle.close()
-        app.ctx.asgi_uow.process = os.getpid() + 1  # as if that had been the parent
-
-        async with serving(app):
-            assert seen == [engine.sync_engine.pool for engine in engines]
-
-        assert set(pools).isdisjoint(seen)
-        assert [1, 1] == [pool.checkedin() for pool in pools]
-        for parent in parents:
-            await parent.exec_driver_sql("SELECT 1")
-            await parent.close()
-        for pool in pools:
-            pool.dispose()
 
 
 def test_database_from_the_configuration(app: Sanic[Any, Any]) -> None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from tests.servers import PostgreSQLBackend
 
+CONNECTIONS = """SELECT pid FROM pg_stat_activity WHERE datname = current_database()
+    AND backend_type = 'client backend' AND pid <> pg_backend_pid()"""
+
 
 @pytest.mark.parametrize("start_method", ["spawn", "fork"])
 async def test_two_workers(
@@ -23,7 +26,7 @@ async def test_two_workers(
 ) -> None:
     """Both serve, also where the process they were forked from was connected before.
 
-    When the server has stopped, no connection is left.
+    They neither use nor close its connection; none is left when the server has stopped.
     """
     await create(postgresql)
     environment = {"START_METHOD": start_method}
@@ -38,8 +41,12 @@ async def test_two_workers(
             return len(pids)
 
         await eventually(2, count, within=20)
+        [parents] = await postgresql.fetch(CONNECTIONS)
         paths = [f"/answer/text/{number}" for number in range(20)]
         answers = await asyncio.gather(*map(server.get, paths))
         assert [200] * 20 == [answer.status_code for answer in answers]
+        connections = await postgresql.fetch(CONNECTIONS)
+        assert parents in connections
+        assert len(connections) > 1
         assert set(range(20)) <= set(await shop.items(postgresql))
     await eventually(0, postgresql.connections)
