@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import threading
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from asgi_uow._databases import known
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._testing.handed import HandedConnection
 from asgi_uow._testing.sandbox import here
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable
 
     from asgi_uow._databases.engines import Engines
 
@@ -22,72 +21,61 @@ if TYPE_CHECKING:
     Fault: TypeAlias = Callable[[Any, Send], None]
 
 _lock = threading.Lock()
-_faults: dict[Any, list[tuple[object, list[Fault]]]] = {}
-"""By what is patched, and by block: whose sandbox it is in, what is still to happen."""
+_blocks: dict[Any, list[Block]] = {}
+"""By what is patched: those that are entered."""
 
 
 class Block:
-    """A block with a fault: of `async with`, and in synchronous tests of `with`."""
+    """A block with faults: of `async with`, and in synchronous tests of `with`.
 
-    def __init__(self, block: AbstractContextManager[None]) -> None:
-        self._block = block
+    Inside it an attribute of `target` is `patch`, which asks `_next()`.
+    """
+
+    def __init__(self, target: Any, name: str, patch: object, *faults: Fault) -> None:
+        self._target, self._name, self._patch = target, name, patch
+        self._faults = faults
 
     def __enter__(self) -> None:
-        """Have it happen from now on."""
-        self._block.__enter__()
+        """Have it happen from now on, in this sandbox or outside of any."""
+        self.sandbox, self.left = here(), [*self._faults]
+        with _lock:
+            vars(self._target)[self._name] = self._patch
+            _blocks.setdefault(self._target, []).append(self)
 
-    def __exit__(self, *raised: Any) -> None:  # noqa: PYI036
+    def __exit__(self, *_: object) -> None:
         """Have it happen no more."""
-        self._block.__exit__(*raised)
+        with _lock:
+            _blocks[self._target].remove(self)
+            if not _blocks[self._target]:
+                del _blocks[self._target], vars(self._target)[self._name]
 
     async def __aenter__(self) -> None:
         """Have it happen from now on."""
         self.__enter__()
 
-    async def __aexit__(self, *raised: Any) -> None:  # noqa: PYI036
+    async def __aexit__(self, *_: object) -> None:
         """Have it happen no more."""
-        self.__exit__(*raised)
-
-
-@contextmanager
-def _patched(
-    target: Any, name: str, make: Callable[[], Any], faults: list[Fault]
-) -> Generator[None]:
-    """Have an attribute be another while there are blocks; some faults are for here."""
-    block = here(), faults
-    with _lock:
-        if target not in _faults:
-            vars(target)[name] = make()
-        _faults.setdefault(target, []).append(block)
-    try:
-        yield
-    finally:
-        with _lock:
-            _faults[target].remove(block)
-            if not _faults[target]:
-                del _faults[target], vars(target)[name]
+        self.__exit__()
 
 
 def _next(target: object) -> Fault | None:
-    """Take what is to happen now, in this sandbox or outside of any."""
+    """Take what is to happen now."""
     with _lock:
-        blocks = _faults.get(target, ())
-        mine = next((left for box, left in blocks if left and box is here()), None)
-        return mine.pop(0) if mine else None
+        for each in _blocks.get(target, ()):
+            if each.left and each.sandbox is here():
+                return each.left.pop(0)
+    return None
 
 
 def _at_commit(db: Engines, *faults: Fault) -> Block:
     """Have the next commits of `db` go wrong."""
     check_databases("a fault", (db,))
     dialect: Any = db.engine.dialect
-
-    def make() -> Any:
-        return partial(_do_commit, dialect, dialect.do_commit)
-
-    return Block(_patched(dialect, "do_commit", make, [*faults]))
+    return Block(dialect, "do_commit", partial(_do_commit, dialect), *faults)
 
 
-def _do_commit(dialect: Any, send: Send, dbapi: Any) -> None:
+def _do_commit(dialect: Any, dbapi: Any) -> None:
+    send = partial(type(dialect).do_commit, dialect)
     if (fault := _next(dialect)) is None:
         send(dbapi)
     else:
@@ -150,13 +138,10 @@ def drop_connection(db: Engines) -> Block:
     The work is rolled back for certain: 503 with `Retry-After`, or another attempt.
     """
     check_databases("drop_connection(db)", (db,))
-
-    def make() -> Any:
-        driver: Any = copy.copy(db.driver)
-        driver.is_dead = partial(_is_dead, db, db.driver)
-        return driver
-
-    return Block(_patched(db, "driver", make, [_cut_off]))
+    driver = known.driver_of(db.engine.dialect)
+    dropping: Any = copy.copy(driver)
+    dropping.is_dead = partial(_is_dead, db, driver)
+    return Block(db, "driver", dropping, _cut_off)
 
 
 def _is_dead(db: Engines, driver: Any, raw: Any) -> bool:
