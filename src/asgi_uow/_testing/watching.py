@@ -75,7 +75,7 @@ class capture_hooks(list[CapturedHook]):  # noqa: N801  # used like a function
 
     def __exit__(self, *_: object) -> None:
         """Have hooks called again."""
-        self._end()
+        self._active[:] = [each for each in self._active if each is not self]
 
     async def __aenter__(self) -> Self:
         """Capture from now on."""
@@ -83,7 +83,7 @@ class capture_hooks(list[CapturedHook]):  # noqa: N801  # used like a function
 
     async def __aexit__(self, exc_type: object, *_: object) -> None:
         """Have hooks called again; with `execute`, call those captured."""
-        self._end()
+        self.__exit__()
         for each in self if self._execute and exc_type is None else ():
             await each.execute()
 
@@ -92,16 +92,14 @@ class capture_hooks(list[CapturedHook]):  # noqa: N801  # used like a function
         self._active.append(self)
         return self
 
-    def _end(self) -> None:
-        self._active[:] = [each for each in self._active if each is not self]
-
     @classmethod
     def _capture(cls, phase: str, unit: UnitOfWork, hook: Hook) -> bool:
         mine = [each for each in cls._active if each._of is here()]  # noqa: SLF001
-        if mine and phase != "before_commit":
-            told = phase, hook.fn, hook.args, hook.kwargs, unit, hook
-            mine[-1].append(CapturedHook(*told))
-        return bool(mine) and phase != "before_commit"
+        if not mine or phase == "before_commit":
+            return False
+        told = phase, hook.fn, hook.args, hook.kwargs, unit, hook
+        mine[-1].append(CapturedHook(*told))
+        return True
 
 
 class Statements(list[str]):
@@ -110,8 +108,6 @@ class Statements(list[str]):
     def __repr__(self) -> str:
         lines = (f"{number:3}. {text}" for number, text in enumerate(self, 1))
         return "\n".join((f"{len(self)} statements", *lines))
-
-    __str__ = __repr__
 
 
 @contextmanager
