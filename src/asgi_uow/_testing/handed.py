@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sqlalchemy.connectors.asyncio import AsyncAdapt_dbapi_cursor
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
@@ -41,14 +42,23 @@ VERBS = {
 }
 
 
-class Answers(Part):
-    """What is asked of a driver's own connection, in the words of each of them."""
+class HandedConnection(Part):
+    """A DBAPI connection whose transaction is a savepoint in that of the sandbox.
 
+    And what is asked of a driver's own connection, in the words of each of them.
+    """
+
+    isolation_level: Any = None  # of SQLite: BEGIN is a statement
     _cancellations: tuple[()] = ()
     _result = _protocol = _read_waiter = None
     _stream_broken = is_hurried = False
     length = pos = 0
     lock = known.NO_LOCK
+
+    def __init__(self, shared: SharedConnection, **how: bool) -> None:
+        super().__init__(current.get(), **how)
+        self.shared = shared
+        loops.owners[self] = asyncio.get_running_loop(), shared.driver
 
     @property
     def itself(self) -> Any:
@@ -56,53 +66,32 @@ class Answers(Part):
 
     driver_connection = _connection = _transport = _proto = pgconn = itself
 
-    @property
-    def closed(self) -> bool:
-        return self.is_gone
-
-    broken = closed
-
-    @property
-    def in_transaction(self) -> bool:
-        return self.is_open or self.is_due
-
-    @property
-    def transaction_status(self) -> int:
-        if not self.in_transaction:
-            return 0
-        return IN_ERROR if self.has_failed else IN_TRANSACTION
-
     def is_closed(self) -> bool:
         return self.is_gone
 
+    closed = broken = property(is_closed)
+
     def is_in_transaction(self) -> bool:
-        return self.in_transaction
+        return self.is_open or self.is_due
 
     get_transaction_status = is_in_transaction
+    in_transaction = property(is_in_transaction)
 
-    def fileno(self) -> int:
-        return _silent()
+    @property
+    def transaction_status(self) -> int:
+        if not self.is_in_transaction():
+            return 0
+        return IN_ERROR if self.has_failed else IN_TRANSACTION
+
+    @staticmethod
+    @cache
+    def fileno() -> int:
+        return os.pipe()[0]  # nothing is ever to be read from it
 
     def get_extra_info(self, *_: object) -> None:
         """It has no socket, settings or parameters."""
 
     get_settings = parameter_status = get_extra_info
-
-
-@cache
-def _silent() -> int:
-    return os.pipe()[0]  # nothing is ever to be read from it
-
-
-class HandedConnection(Answers):
-    """A DBAPI connection whose transaction is a savepoint in that of the sandbox."""
-
-    isolation_level: Any = None  # of SQLite: BEGIN is a statement
-
-    def __init__(self, shared: SharedConnection, **how: bool) -> None:
-        super().__init__(current.get(), **how)
-        self.shared = shared
-        loops.owners[self] = asyncio.get_running_loop(), shared.driver
 
     @property
     def autocommit(self) -> Any:  # MySQL's drivers have a method in its place
@@ -165,30 +154,32 @@ class HandedConnection(Answers):
         raise AttributeError(message)
 
 
-class HandedCursor:
-    """A cursor whose rows are all here once it has executed."""
+class HandedCursor(AsyncAdapt_dbapi_cursor):
+    """A cursor whose rows are all here once it has executed; it has no other below."""
 
     description: Any = None
-    rowcount: int = -1
+    rowcount: Any = -1
     lastrowid: Any = None
-    arraysize: int = 1
+    arraysize: Any = 1
+    _cursor: Any = None
+    _awaitable_cursor_close = False
 
     def __init__(self, connection: HandedConnection) -> None:
         self._handed, self._connection = connection, connection._connection  # noqa: SLF001
-        self._rows: deque[Any] = deque()
+        self._rows = deque()
 
-    def execute(self, statement: str, parameters: Any = None) -> None:
+    def execute(self, operation: str, parameters: Any = None) -> None:
         handed = self._handed
-        if statement == handed.shared.facts.TRANSACTION_ID:
-            statement = "SELECT NULL"  # later nobody could tell what became of a part
+        if operation == handed.shared.facts.TRANSACTION_ID:
+            operation = "SELECT NULL"  # later nobody could tell what became of a part
         for verb, do in VERBS.items():
-            if verb.match(statement):
+            if verb.match(operation):
                 return handed.run(do, handed.shared, handed)
-        args = (statement,) if parameters is None else (statement, parameters)
+        args = (operation,) if parameters is None else (operation, parameters)
         return self._run("execute", args)
 
-    def executemany(self, statement: str, parameters: Any) -> None:
-        self._run("executemany", (statement, parameters))
+    def executemany(self, operation: str, seq_of_parameters: Any) -> None:
+        self._run("executemany", (operation, seq_of_parameters))
 
     def _run(self, method: str, args: tuple[Any, ...]) -> None:
         handed, call = self._handed, partial(self._call, method, args)
@@ -205,22 +196,6 @@ class HandedCursor:
             self._rows = deque(cursor.fetchall() if cursor.description else ())
         finally:
             cursor.close()
-
-    def fetchone(self) -> Any:
-        return self._rows.popleft() if self._rows else None
-
-    def fetchmany(self, size: int | None = None) -> list[Any]:
-        wanted = self.arraysize if size is None else size
-        return [self._rows.popleft() for _ in range(min(wanted, len(self._rows)))]
-
-    def fetchall(self) -> list[Any]:
-        return self.fetchmany(len(self._rows))
-
-    def close(self) -> None:
-        self._rows.clear()
-
-    async def _async_soft_close(self) -> None:
-        """Has no result on the server, which SQLAlchemy would close here."""
 
 
 class HandedPool(NullPool):
