@@ -128,7 +128,9 @@ class LoggingObserver:
             names = [each.name for each in dataclasses.fields(event) if each.repr]
             values = {name: _shown(getattr(event, name)) for name in names}
             if isinstance(event, CommitFailed | UnitFinished):
-                values["request"] = _shown_request(event)
+                request = f"{values['method']} {values['path']}"
+                is_none = event.path is None
+                values["request"] = "outside of requests" if is_none else request
             info = None if error is None else (type(error), error, error.__traceback__)
             about = self.log.name, level, __file__, 0, line, (values,), info
             record = self.log.makeRecord(*about)
@@ -136,12 +138,6 @@ class LoggingObserver:
             is_raised = isinstance(event, CommitFailed) and not self.logs_outcomes
             record.exc_text = str(error) if is_raised else event.trace()
             self.log.handle(record)
-
-
-def _shown_request(event: CommitFailed | UnitFinished) -> str:
-    if event.path is None:
-        return "outside of requests"
-    return f"{_shown(event.method)} {_shown(event.path)}"
 
 
 def _shown(value: object) -> object:

@@ -95,8 +95,7 @@ class HandedConnection(Part):
 
     @property
     def autocommit(self) -> Any:  # MySQL's drivers have a method in its place
-        is_method = self.shared.facts.IMPLICIT_COMMIT is not None
-        return self.set_autocommit if is_method else self.is_auto
+        return self.set_autocommit if self.shared.commits_for_ddl else self.is_auto
 
     def set_autocommit(self, value: bool) -> None:  # noqa: FBT001  # the drivers'
         self.is_auto = bool(value)

@@ -161,17 +161,13 @@ class SandboxMiddleware:
         if not token:
             return await self.app(scope, receive, send)
         if (named := _by_token.get(token)) is None:
-            return await _refuse(scope, send)
+            if scope["type"] != "http":
+                return await send({"type": "websocket.close", "code": 1008})
+            body = b"The sandbox of this test is not open, or is of another process."
+            about = {"content-type": "text/plain; charset=utf-8"}
+            return await respond(send, 409, about, body)
         before = _entered.set(named)
         try:
             await self.app(scope, receive, send)
         finally:
             _entered.reset(before)
-
-
-async def _refuse(scope: Scope, send: Send) -> None:
-    if scope["type"] != "http":
-        await send({"type": "websocket.close", "code": 1008})
-        return
-    body = b"The sandbox of this test is not open, or is of another process."
-    await respond(send, 409, {"content-type": "text/plain; charset=utf-8"}, body)
