@@ -21,7 +21,7 @@ from asgi_uow._databases.keys import TABLE, Claim, is_expired, table_of
 from asgi_uow._entrypoints.body import HashedBody
 from asgi_uow._entrypoints.problem import described
 from asgi_uow._unit.block import unit_of_work
-from asgi_uow._unit.claims import claim_key, end_with, has_claimed
+from asgi_uow._unit.claims import claim_key, end_with
 from asgi_uow._unit.unit import require
 from asgi_uow.errors import KeyInUseError
 
@@ -135,7 +135,8 @@ class Idempotency:
                 detail = f"{self.header} is one key of 1 to 255 visible ASCII "
                 detail += "characters."
                 return await respond(send, *described(400, detail))
-            if has_claimed(unit := require("an idempotency key")):
+            unit = require("an idempotency key")
+            if any(each.journal.claim is not None for each in unit.writers):
                 return await app(scope, receive, send)  # one around has the key
             keyed = _Keyed(self, app, scope, send)
             return await keyed.serve(unit, self._claim(scope, key), receive)
@@ -166,21 +167,22 @@ class _Keyed:
         self._since = 0.0
 
     async def serve(self, unit: UnitOfWork, claim: Claim, receive: Receive) -> None:
-        self._claim, self._body = claim, HashedBody(receive)
+        self._unit, self._claim, self._body = unit, claim, HashedBody(receive)
         await self._body.fetch(READ_FIRST)
         if self._body.is_gone:
             return None  # not all of the request has come
         try:
             self._turn, row = await claim_key(unit, claim, self._options.wait)
             if row is not None:
-                self._turn.end()
+                self._turn.close()
                 return await self._repeat(unit, row)
         except KeyInUseError as error:
             return await self._answer(409, str(error), RETRY_AFTER)
-        try:
-            return await self._run(unit)
-        finally:
-            self._turn.end()
+        with self._turn:
+            await self._app(self._scope, self._body.receive, self._hold)
+            if self._held:  # it has no end, and is the server's to judge
+                await self._pass(None)
+        return None
 
     async def _answer(
         self, status: int, detail: str, retry_after: int | None = None
@@ -209,12 +211,6 @@ class _Keyed:
             headers = [tuple(part.encode("latin-1") for part in pair) for pair in pairs]
             await self._send({"type": START, "status": row.status, "headers": headers})
             await self._send({"type": BODY, "body": body})
-
-    async def _run(self, unit: UnitOfWork) -> None:
-        self._unit = unit
-        await self._app(self._scope, self._body.receive, self._hold)
-        if self._held:  # it has no end, and is the server's to judge
-            await self._pass(None)
 
     async def _hold(self, message: Message) -> None:
         """Hold the response until its end; or pass it on, if it is too large."""
@@ -262,7 +258,7 @@ class _Keyed:
         held, self._held = self._held, []
         for message in held:
             await self._send(message)
-            self._turn.end()  # the first has ended the unit: others have its answer
+            self._turn.close()  # the first has ended the unit: others have its answer
 
 
 def _is_stream(start: Message) -> bool:

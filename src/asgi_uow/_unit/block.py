@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from asgi_uow import errors
@@ -21,14 +22,15 @@ from asgi_uow._decision import (
     rollback,
 )
 from asgi_uow._sessions.deadline import earlier
-from asgi_uow._unit.claims import WAIT, Turn, claim_key, end_with
+from asgi_uow._unit.claims import WAIT, claim_key, end_with
 from asgi_uow._unit.finish import end_unit
 from asgi_uow._unit.options import UnitOptions
 from asgi_uow._unit.unit import UnitOfWork, current, make_unit
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from asgi_uow._databases.engines import Engines
-    from asgi_uow._decision import Decision
 
 DEFAULTS = UnitOptions()
 DONE: dict[str, object] = {"fingerprint": ""}
@@ -56,7 +58,7 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
     deadline: float | None = None
     key: str | None = None
     is_entered: bool = False
-    turn: Turn | None = None
+    turn: AbstractContextManager[object] = nullcontext()  # that of the key
 
     def __init__(
         self,
@@ -80,33 +82,33 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         self.is_entered, self._process = True, os.getpid()
         self._loop = asyncio.get_running_loop()
         if self.key is not None:
-            await self._claim(self.key)
+            try:
+                await self._claim(self.key)
+            except BaseException as error:
+                self.is_entered = False  # nobody will leave it
+                await self.__aexit__(type(error), error, None)
+                raise
         return self.unit
 
     async def _claim(self, key: str) -> None:
         claim = Claim.of(table_of(TABLE), "job", key)
-        try:
-            self.turn, row = await claim_key(self.unit, claim, WAIT)
-            if row is None:
-                end_with(self.unit, claim, DONE.copy)
-            else:
-                _refuse_a_part(row.fingerprint)
-                self.unit.set_rollback_only("its key was used before")
-                self.unit.replayed = True
-        except BaseException as error:
-            self.is_entered = False  # nobody will leave it
-            await self.__aexit__(type(error), error, None)
-            raise
+        self.turn, row = await claim_key(self.unit, claim, WAIT)
+        if row is None:
+            end_with(self.unit, claim, DONE.copy)
+            return
+        if row.fingerprint is None:
+            part, why = Outcome.PARTIAL, Cause.COMMIT_FAILED
+            detail = "of who had this key before; DDL keeps what came before it"
+            raise errors.PartialCommitError(part, why, detail=detail)
+        self.unit.set_rollback_only("its key was used before")
+        self.unit.replayed = True
 
     async def __aexit__(
         self, exc_type: object, exc: BaseException | None, traceback: object
     ) -> None:
         """Commit or roll back, then close; raises if the work was not kept."""
-        try:
+        with self.turn:
             await leave_unit(self.unit, exc)
-        finally:
-            if self.turn is not None:
-                self.turn.end()
 
     def __del__(self) -> None:
         """Roll back what nobody can leave any more."""
@@ -117,23 +119,13 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         message = f"nobody has left the block of {self.unit!r}: it is rolled back"
         warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
         if self._loop.is_running():
-            end = _end(self.unit, self.turn, rollback(Cause.ABANDONED))
+            end = _abandon(self.unit, self.turn)
             asyncio.run_coroutine_threadsafe(end, self._loop)
 
 
-async def _end(unit: UnitOfWork, turn: Turn | None, decision: Decision) -> None:
-    try:
-        await end_unit(unit, decision)
-    finally:
-        if turn is not None:
-            turn.end()
-
-
-def _refuse_a_part(fingerprint: str | None) -> None:
-    if fingerprint is None:
-        part, why = Outcome.PARTIAL, Cause.COMMIT_FAILED
-        detail = "of who had this key before; DDL keeps what came before it"
-        raise errors.PartialCommitError(part, why, detail=detail)
+async def _abandon(unit: UnitOfWork, turn: AbstractContextManager[object]) -> None:
+    with turn:
+        await end_unit(unit, rollback(Cause.ABANDONED))
 
 
 def open_unit(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -29,50 +31,25 @@ WAIT = 10.0  # seconds for who has the key; then it is in use
 _turns: WeakValueDictionary[tuple[object, ...], asyncio.Lock] = WeakValueDictionary()
 
 
-class Turn:
-    """That of a key in this event loop: whoever waits for it holds no connection."""
-
-    until: float  # by the clock of the loop; then the key is in use
-    _lock: asyncio.Lock
-    _is_over: bool = False
-
-    @classmethod
-    async def of(cls, claim: Claim, wait: float, unit: UnitOfWork) -> Turn:
-        """Wait for it; raises `KeyInUseError` after so many seconds."""
-        table, turn = claim.table.fullname, cls()
-        here = asyncio.get_running_loop(), unit.databases[0], table, claim.id
-        turn.until = anyio.current_time() + wait
-        if unit.until is not None:
-            turn.until = min(turn.until, unit.until)
-        turn._lock = _turns.get(here) or asyncio.Lock()
-        _turns[here] = turn._lock
-        with anyio.CancelScope(deadline=turn.until):
-            await turn._lock.acquire()
-            return turn
-        raise KeyInUseError
-
-    def end(self) -> None:
-        """Let the next one have it; may be called again."""
-        if not self._is_over:
-            self._is_over = True
-            self._lock.release()
-
-
 async def claim_key(
     unit: UnitOfWork, claim: Claim, wait: float
-) -> tuple[Turn, sa.Row[*tuple[Any, ...]] | None]:
-    """Claim a key for the unit; give the turn, which is to be ended, and the row.
+) -> tuple[ExitStack, sa.Row[*tuple[Any, ...]] | None]:
+    """Claim a key for the unit; give its turn in this loop, to be closed, and the row.
 
     That is of who had the key before, if it was kept. Raises `KeyInUseError` after
     `wait` seconds, of which the database gets one at least.
     """
-    turn = await Turn.of(claim, wait, unit)
-    try:
-        until = max(turn.until, anyio.current_time() + LEAST)
-        return turn, await _claim(unit, claim, until)
-    except BaseException:
-        turn.end()
-        raise
+    here = asyncio.get_running_loop(), unit.databases[0], claim.table.fullname, claim.id
+    lock = _turns.setdefault(here, asyncio.Lock())
+    until = min(anyio.current_time() + wait, unit.until or math.inf)
+    with anyio.CancelScope(deadline=until) as waiting:
+        await lock.acquire()
+    if waiting.cancelled_caught:
+        raise KeyInUseError
+    with ExitStack() as turn:
+        turn.callback(lock.release)
+        row = await _claim(unit, claim, max(until, anyio.current_time() + LEAST))
+        return turn.pop_all(), row
 
 
 async def _claim(
@@ -117,10 +94,6 @@ async def _take(
         if row is not None and row.created < 0:  # nobody's
             made, row = await session.execute(claim.take_over()), None
     return made.rowcount == 1, row
-
-
-def has_claimed(unit: UnitOfWork) -> bool:
-    return any(writer.journal.claim is not None for writer in unit.writers)
 
 
 def end_with(
