@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +165,7 @@ class _Keyed:
         self._held: list[Message] = []  # of the response, until its end
         self._size = 0
         self._is_passing = False
-        self._since = 0.0
+        self._until = math.inf  # when a response that is not whole is a stream
 
     async def serve(self, unit: UnitOfWork, claim: Claim, receive: Receive) -> None:
         self._unit, self._claim, self._body = unit, claim, HashedBody(receive)
@@ -214,27 +215,27 @@ class _Keyed:
 
     async def _hold(self, message: Message) -> None:
         """Hold the response until its end; or pass it on, if it is too large."""
-        if self._is_passing or not (self._held or message["type"] == START):
+        kind, has_more = message["type"], message.get("more_body", False)
+        if self._is_passing or not (self._held or kind == START):
             return await self._send(message)
-        if message["type"] == START:  # whose headers may be a generator
+        if kind == START:  # whose headers may be a generator
             message = {**message, "headers": [*message.get("headers", ())]}
-        self._held.append(message)
-        if message["type"] == START:
-            self._since = anyio.current_time()
-            if _is_stream(message):
-                await self._pass(None)
-        elif message["type"] == BODY:
+            fields = {name.lower(): value for name, value in message["headers"]}
+            content: bytes = fields.get(b"content-type", b"")
+            is_stream = content.startswith(b"text/event-stream")
+            if b"content-length" not in fields:
+                self._until = anyio.current_time() + HOLD_SECONDS
+        elif kind == BODY:
             self._size += len(message.get("body", b""))
-            if self._size > self._options.max_body:
-                await self._pass(None)
-            elif not message.get("more_body", False):
-                await self._pass(self._held[0])
-            elif anyio.current_time() - self._since > HOLD_SECONDS and not _length(
-                self._held[0]
-            ):
-                await self._pass(None)
-        elif message["type"].startswith("http.response."):
-            await self._pass(None)  # of an extension: a file, a trailer
+            is_late = has_more and anyio.current_time() > self._until
+            is_stream = is_late or self._size > self._options.max_body
+        else:  # of an extension: a file, a trailer
+            is_stream = kind.startswith("http.response.")
+        self._held.append(message)
+        if is_stream:
+            await self._pass(None)
+        elif kind == BODY and not has_more:
+            await self._pass(self._held[0])
         return None
 
     async def _pass(self, start: Message | None) -> None:
@@ -259,14 +260,3 @@ class _Keyed:
         for message in held:
             await self._send(message)
             self._turn.close()  # the first has ended the unit: others have its answer
-
-
-def _is_stream(start: Message) -> bool:
-    return any(
-        name.lower() == b"content-type" and value.startswith(b"text/event-stream")
-        for name, value in start["headers"]
-    )
-
-
-def _length(start: Message) -> bool:
-    return any(name.lower() == b"content-length" for name, _ in start["headers"])
