@@ -28,7 +28,7 @@ from asgi_uow._unit.options import UnitOptions
 from asgi_uow._unit.unit import UnitOfWork, current, make_unit
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+    from contextlib import ExitStack
 
     from asgi_uow._databases.engines import Engines
 
@@ -58,7 +58,7 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
     deadline: float | None = None
     key: str | None = None
     is_entered: bool = False
-    turn: AbstractContextManager[object] = nullcontext()  # that of the key
+    turn: ExitStack | None = None
 
     def __init__(
         self,
@@ -107,8 +107,11 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         self, exc_type: object, exc: BaseException | None, traceback: object
     ) -> None:
         """Commit or roll back, then close; raises if the work was not kept."""
-        with self.turn:
+        try:
             await leave_unit(self.unit, exc)
+        finally:
+            if self.turn is not None:
+                self.turn.close()
 
     def __del__(self) -> None:
         """Roll back what nobody can leave any more."""
@@ -123,8 +126,8 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
             asyncio.run_coroutine_threadsafe(end, self._loop)
 
 
-async def _abandon(unit: UnitOfWork, turn: AbstractContextManager[object]) -> None:
-    with turn:
+async def _abandon(unit: UnitOfWork, turn: ExitStack | None) -> None:
+    with turn or nullcontext():
         await end_unit(unit, rollback(Cause.ABANDONED))
 
 
