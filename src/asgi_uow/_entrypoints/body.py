@@ -134,9 +134,7 @@ class HashedBody:
                 left -= len(chunk)
                 has_enough = left < 0 or (left == 0 and was_ended == "0")
                 if has_enough or self._is_ended or self.is_gone:
-                    break
+                    is_whole = was_ended == "0" or (left == 0 and self._is_ended)
+                    return is_whole and same.hexdigest() == hashed
                 self._ahead = [await self._next()]
-            is_whole = left == 0 and self._is_ended
-            is_same = left <= 0 and same.hexdigest() == hashed
-            return is_same and (was_ended == "0" or is_whole)
         raise KeyInUseError

@@ -60,9 +60,9 @@ async def _claim(
     What conflicts there is begun anew, as nothing else was done yet.
     """
     first = not unit.writers
-    while True:
-        session: Any = unit.session()
-        with anyio.CancelScope(deadline=until):
+    with anyio.CancelScope(deadline=until):
+        while True:
+            session: Any = unit.session()
             try:
                 is_claimed, row = await _take(session, claim)
                 if is_claimed:
@@ -79,8 +79,7 @@ async def _claim(
             if row is not None:
                 return row
             await anyio.sleep(PAUSE)
-            continue
-        raise KeyInUseError
+    raise KeyInUseError
 
 
 async def _take(
