@@ -25,7 +25,7 @@ from asgi_uow import (
     current_read_session,
     current_session,
 )
-from asgi_uow._databases.sqlite_connection import Connection, Cursor, connect
+from asgi_uow._databases.sqlite_connection import Connection, Cursor
 from tests.servers import eventually
 from tests.support import shop
 from tests.support.asgi import endpoint, request
@@ -49,7 +49,7 @@ ENDLESS = (
 
 @asynccontextmanager
 async def opened(
-    backend: SQLiteBackend, make: Callable[..., Any] = connect
+    backend: SQLiteBackend, make: Callable[..., Any] = Connection
 ) -> AsyncGenerator[Any]:
     """Open a connection to a file with 200 numbers and no write-ahead log."""
     backend.path.unlink(missing_ok=True)
@@ -773,7 +773,7 @@ async def test_cancelled_close(connection: Connection) -> None:
 
 async def test_cancelled_while_it_opens(sqlite: SQLiteBackend) -> None:
     """A connection that nobody waits for any more is closed before one hears of it."""
-    opening = connect(str(sqlite.path))
+    opening = Connection(str(sqlite.path))
     task: asyncio.Future[Any] = asyncio.ensure_future(opening)
     await asyncio.sleep(0)
     task.cancel()

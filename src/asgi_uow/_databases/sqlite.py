@@ -40,7 +40,9 @@ REFUSED, CONFLICT = "SQLITE_CONSTRAINT_FOREIGNKEY", "SQLITE_BUSY"
 
 class Aiosqlite:
     is_known, exclusive_streams = True, False
-    connect_args = (("async_creator_fn", f"{__package__}.sqlite_connection:connect"),)
+    connect_args = (
+        ("async_creator_fn", f"{__package__}.sqlite_connection:Connection"),
+    )
     in_transaction = attrgetter("in_transaction")
 
     def stop(self, raw: Any) -> None:

@@ -134,16 +134,19 @@ class _Nobody:
 class Connection(aiosqlite.Connection):
     """Stops and undoes what was cancelled before anybody hears of it."""
 
-    def __init__(self, database: str, options: dict[str, Any]) -> None:
-        super().__init__(lambda: sqlite3.connect(database, **options), CHUNK)
+    def __init__(
+        self, database: str, iter_chunk_size: int = CHUNK, **options: Any
+    ) -> None:
+        super().__init__(partial(sqlite3.connect, database, **options), iter_chunk_size)
+        # aiosqlite before 0.22 is a thread, later ones have one.
+        thread: Any = getattr(self, "_thread", self)
+        thread.daemon = True
         self.file = Path(database.removeprefix("file:").partition("?")[0]).absolute()
         self.cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
         self._begin: str | None = None
         self._stopped: asyncio.Future[None] | None = None
         self._is_beginning = False
-        self.is_hurried = (
-            False  # has the end of a wait for the lock to be heard at once?
-        )
+        self.is_hurried = False  # has a wait for the lock to end at once?
 
     def begin_with(self, statement: str) -> None:
         self._begin = statement  # executed just before the next statement
@@ -176,8 +179,7 @@ class Connection(aiosqlite.Connection):
     def stop(self) -> asyncio.Future[None] | None:
         """Stop the thread, once: a second request would wait for its answer forever."""
         self._running = False
-        # aiosqlite before 0.22 is a thread; a forked process does not have it.
-        thread: Any = getattr(self, "_thread", self)
+        thread: Any = getattr(self, "_thread", self)  # a forked process has none
         if self._stopped is None and thread.is_alive():
             self._stopped = super().stop()
         return self._stopped
@@ -269,13 +271,3 @@ def _take_steps(steps: list[Callable[[], T]]) -> T | None:
     while steps:  # emptied, as the thread refers to the list until its next call
         result = steps.pop()()
     return result
-
-
-def connect(database: str, iter_chunk_size: int = CHUNK, **options: Any) -> Connection:
-    """Stand in for `aiosqlite.connect`."""
-    connection = Connection(database, options)
-    connection._iter_chunk_size = iter_chunk_size  # noqa: SLF001  # aiosqlite's own
-    # aiosqlite before 0.22 is a thread, later ones have one.
-    thread: Any = getattr(connection, "_thread", connection)
-    thread.daemon = True
-    return connection
