@@ -79,7 +79,7 @@ class Engines:
         self.write_options |= session_options
         self.read_options: dict[str, Any] = self.write_options | READ_OPTIONS
         if engine is not None:
-            self.use(engine)
+            self.engine = engine
         else:
             self._make_readers_read_only()
 
@@ -92,10 +92,6 @@ class Engines:
 
     @engine.setter
     def engine(self, engine: AsyncEngine) -> None:
-        self.use(engine)
-
-    def use(self, engine: AsyncEngine) -> None:
-        """Take the writer, and make the read engine."""
         if self._engine is not None:
             message = "This Database has an engine already; make another Database."
             raise ConfigurationError(message)
