@@ -32,20 +32,21 @@ class Nodes:
     """
 
     def __init__(self, engines: Sequence[sa.Engine], facts: Database | None) -> None:
-        if facts is None or facts.SINGLE_WRITER or len({*map(_kind, engines)}) > 1:
+        kinds = {(e.dialect.name, e.dialect.driver, e.url.database) for e in engines}
+        if facts is None or facts.SINGLE_WRITER or len(kinds) > 1:
             message = "Several URLs have to name servers of one database, with one "
             message += "driver: those of a cluster, or of a primary and its standbys."
             raise ConfigurationError(message)
         self._facts = facts
         self._places = [each.dialect.create_connect_args(each.url) for each in engines]
-        self._used = self._doubts = 0
+        self._used = self.doubts = 0
 
     def connect(self, create: Callable[[Any], Any], entry: Any) -> Any:
         """Connect to the address in use, or to the next one that takes writes."""
         error: Exception = ConnectionError("none of the addresses takes writes")
         first, count = self._used, len(self._places)
         for node in [(first + each) % count for each in range(count)]:
-            entry.info[NODE], began = (node, self._doubts), time.monotonic()
+            entry.info[NODE], began = (node, self.doubts), time.monotonic()
             try:
                 dbapi = create(entry)
                 self._check(dbapi)
@@ -71,12 +72,8 @@ class Nodes:
 
     def is_left(self, info: dict[Any, Any]) -> bool:
         """Tell whether a connection is of another address, or of before a doubt."""
-        now = self._used, self._doubts
+        now = self._used, self.doubts
         return bool(info.get(NODE, now) != now)
-
-    def doubt(self) -> None:
-        """Have all connect anew: the server in use has said that it takes no writes."""
-        self._doubts += 1
 
     def _check(self, dbapi: Any) -> None:
         try:
@@ -99,9 +96,6 @@ class Nodes:
 
 
 def doubt(nodes: Nodes | None, *, demoted: bool) -> None:
+    """Have all connect anew if the server in use has said that it takes no writes."""
     if nodes is not None and demoted:
-        nodes.doubt()
-
-
-def _kind(engine: sa.Engine) -> tuple[str | None, ...]:
-    return engine.dialect.name, engine.dialect.driver, engine.url.database
+        nodes.doubts += 1
