@@ -30,13 +30,10 @@ class Replica:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
+        self.name = known.shown(engine.url)
         self.failures = 0
         self.open_until = 0.0
         self.half_open = False  # whether a request is finding out if it is up again
-
-    @property
-    def name(self) -> str:
-        return known.shown(self.engine.url)
 
     @property
     def is_healthy(self) -> bool:

@@ -78,10 +78,8 @@ class Claim:
 
     def insert(self, database: known.Database, *, proves: bool = False) -> sa.Insert:
         """Give what has a `rowcount` of 1 if the key is new; waits for who has it."""
-        now = int(time.time())
-        created = -now if proves else now
-        about = {"id": self.id, "request": self.request, "run": self.run}
-        row: dict[str, Any] = {**about, "created": created}
+        now = -int(time.time()) if proves else int(time.time())
+        row = {"id": self.id, "request": self.request, "run": self.run, "created": now}
         insert = database.insert_if_new(self.table, row)
         return insert.execution_options(preserve_rowcount=True, **known.OWN_STATEMENT)
 
