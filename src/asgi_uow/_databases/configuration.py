@@ -132,16 +132,13 @@ def _number(kind: type[float]) -> Callable[[object], float]:
     return lambda value: kind(str(value))  # not of True; no integer of 1.5
 
 
-def _url(value: object) -> str | sa.URL:
-    return value if isinstance(value, sa.URL) else str(value).strip()
-
-
 def _urls(value: Any) -> tuple[str | sa.URL, ...]:
     if isinstance(value, sa.URL):
         return (value,)
     # A password may have a comma, and a URL several hosts.
     parts = BETWEEN_URLS.split(value) if isinstance(value, str) else value
-    return tuple(filter(None, map(_url, parts)))
+    urls = (it if isinstance(it, sa.URL) else str(it).strip() for it in parts)
+    return tuple(filter(None, urls))
 
 
 def _addresses(value: object) -> str | sa.URL | Sequence[str | sa.URL]:

@@ -97,9 +97,6 @@ class Claim:
         """The row of `was_kept`, where that was broken off: it is nobody's."""
         return self.is_here & (self.table.c.created < 0)
 
-    def take_back(self) -> sa.Delete:
-        return self.table.delete().where(self.is_left)
-
     def take_over(self) -> sa.Update:
         row = {"request": self.request, "run": self.run, "created": int(time.time())}
         update = self.table.update().where(self.is_left).values(row)
@@ -158,7 +155,7 @@ async def _is_kept(
     await connection.execution_options(isolation_level="AUTOCOMMIT")
     await connection.execute(claim.insert(database, proves=True))
     # Also where it was inserted by a try before this one, whose answer was lost.
-    taken_back = await connection.execute(claim.take_back())
+    taken_back = await connection.execute(claim.table.delete().where(claim.is_left))
     if taken_back.rowcount == 1:
         return False
     # Another may have claimed the key since then, and have done what it is for.
