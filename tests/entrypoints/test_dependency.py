@@ -59,7 +59,7 @@ class WatchedDatabase(Database):
 
     @engine.setter
     def engine(self, engine: AsyncEngine) -> None:
-        self.use(engine)
+        vars(Database.__mro__[1])["engine"].fset(self, engine)
 
     @property
     def read_engine(self) -> AsyncEngine:

@@ -15,14 +15,9 @@ from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
+from asgi_uow import errors
 from asgi_uow._databases import known, loops
 from asgi_uow._databases.driver_errors import means
-from asgi_uow.errors import (
-    ConcurrentUseError,
-    NoSavepointsError,
-    ReadOnlySessionError,
-    TransactionGoneError,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -68,7 +63,8 @@ class Connection(sa.Connection):
 
     def _revalidate_connection(self) -> Any:
         if self.journal is not None and self._transaction is None:
-            raise TransactionGoneError  # its unit has ended; nobody would close another
+            # Its unit has ended; nobody would close another.
+            raise errors.TransactionGoneError
         return super()._revalidate_connection()
 
     def _handle_dbapi_exception(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -92,8 +88,7 @@ class Connection(sa.Connection):
         driver = self._execution_options[POLICY].driver
         if lock._locked or lock._waiters:  # noqa: SLF001
             await_only(lock.acquire())
-        else:
-            lock._locked = True  # as acquire() does, without a turn of greenlets  # noqa: SLF001
+        lock._locked = True  # where it is free without a turn of greenlets  # noqa: SLF001
         try:
             while driver.is_busy(raw_of(dbapi)):
                 await_only(asyncio.sleep(0.005))
@@ -132,7 +127,7 @@ class Connection(sa.Connection):
                 journal.check_statement(statement, raw_of(dbapi))
         elif journal.ending is not asyncio.current_task():
             operation = "A statement"
-            raise ConcurrentUseError(operation, "the unit of work is ending")
+            raise errors.ConcurrentUseError(operation, "the unit of work is ending")
         journal.executed = True
 
     def _commit_impl(self) -> None:
@@ -161,7 +156,7 @@ class Connection(sa.Connection):
             name = super()._savepoint_impl(name)
         except DBAPIError as error:
             if means(error, "unsupported"):
-                raise NoSavepointsError from error
+                raise errors.NoSavepointsError from error
             raise
         if self.journal is not None:
             self.journal.open_savepoint(name)
@@ -194,7 +189,7 @@ class ReaderConnection(Connection):
         # Behind a pooler only the transaction of each read is read-only.
         if writes and self._execution_options[POLICY].pooler == "transaction":
             operation = "AUTOCOMMIT, or postgresql_readonly=False,"
-            raise ReadOnlySessionError(operation)
+            raise errors.ReadOnlySessionError(operation)
         if not CHANGING_OPTIONS.isdisjoint(options):
             self.info[SETTINGS_CHANGED] = self.is_kept = True
         return super().execution_options(**options)
@@ -206,7 +201,7 @@ class ReaderConnection(Connection):
             commits = kind == "implicit_commit" and policy.database.IMPLICIT_COMMIT
             if commits or kind == "transaction_control":
                 operation = "What ends a read-only transaction"
-                raise ReadOnlySessionError(operation)
+                raise errors.ReadOnlySessionError(operation)
         # One of them may be what makes the connection read-only.
         if self.is_beginning:
             super().check_statement(statement, parameters)
@@ -272,7 +267,7 @@ def check_statement(cursor: Any, statement: str, *rest: Any) -> bool | None:
         last = driver.exclusive_streams and driver.last_result(raw_of(cursor))
         if last and last.unbuffered_active:
             operation = "A statement"
-            raise ConcurrentUseError(operation, "a stream() is still being read")
+            raise errors.ConcurrentUseError(operation, "a stream() is still being read")
         connection.check_statement(statement, rest[0])
         connection.sent = time.perf_counter()
         if connection.deadline is not None or connection.record is not None:

@@ -42,14 +42,6 @@ class _Facts:
         vars(self).update({name: getattr(said, name) for name in names})
 
 
-def _yes(_: object) -> bool:
-    return True
-
-
-def _no(_: object) -> bool:
-    return False
-
-
 class Driver(_Facts):
     """Asked without a round trip; what it returns here is right for any, if slow."""
 
@@ -68,11 +60,12 @@ class Driver(_Facts):
     def __init__(self, said: object = None) -> None:
         # On the object: what is asked for each statement is found sooner there.
         self.exclusive_streams: bool = True  # it can do nothing beside a stream
-        self.in_transaction: Callable[[Any], bool] = _yes
-        self.is_dead: Callable[[Any], bool] = _no
-        self.is_busy: Callable[[Any], bool] = _no  # is a statement in flight, anybody's?
-        # It may be `unbuffered_active`: have rows still to be read.
-        self.last_result: Callable[[Any], Any] = _no
+        self.in_transaction: Callable[[Any], bool] = lambda _: True
+        self.is_dead: Callable[[Any], bool] = lambda _: False
+        # Is a statement in flight, whoever has sent it?
+        self.is_busy: Callable[[Any], bool] = lambda _: False
+        # Which may be `unbuffered_active`: has rows still to be read.
+        self.last_result: Callable[[Any], Any] = lambda _: None
         super().__init__(said)
 
     def reports_writable(self, _: Any, /) -> bool:  # is it not read-only (any more)?
@@ -111,8 +104,10 @@ class Driver(_Facts):
 class NoLock:
     """In place of SQLAlchemy's, which 2.0 has for asyncmy and asyncpg alone."""
 
-    _waiters = None
-    _locked = property(lambda _: False, lambda *_: None)
+    _locked = _waiters = False
+
+    def __setattr__(self, *_: object) -> None:
+        pass  # nobody takes it
 
     async def acquire(self) -> None:
         pass
