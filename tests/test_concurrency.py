@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from tests.support.private import TaskLock, bounded, concurrency, run_to_completion
+from tests.support.private import (
+    Shield,
+    TaskLock,
+    bounded,
+    concurrency,
+    run_to_completion,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -282,3 +288,18 @@ async def test_one_task_that_does_not_wait() -> None:
         await run_to_completion(work(ZeroDivisionError()))
     assert caller is asyncio.current_task()
     assert tasks == asyncio.all_tasks()
+
+
+async def test_paused_from_its_first_step() -> None:
+    """What pauses its limit before it ever waits has one again afterwards."""
+    shield, may_go_on = Shield(), asyncio.Event()
+
+    async def work() -> None:
+        shield.pause()
+        await may_go_on.wait()
+        shield.restart()
+        await asyncio.get_running_loop().create_future()
+
+    asyncio.get_running_loop().call_soon(may_go_on.set)
+    with pytest.raises(TimeoutError):
+        await shield.run(work(), 0.05)
