@@ -290,8 +290,8 @@ async def test_one_task_that_does_not_wait() -> None:
     assert tasks == asyncio.all_tasks()
 
 
-async def test_paused_from_its_first_step() -> None:
-    """What pauses its limit before it ever waits has one again afterwards."""
+async def test_paused() -> None:
+    """What has paused its limit has one again afterwards."""
     shield, may_go_on = Shield(), asyncio.Event()
 
     async def work() -> None:
@@ -302,4 +302,4 @@ async def test_paused_from_its_first_step() -> None:
 
     asyncio.get_running_loop().call_soon(may_go_on.set)
     with pytest.raises(TimeoutError):
-        await shield.run(work(), 0.05)
+        await shield.run(work(), 0.05, at_once=False)

@@ -72,8 +72,9 @@ async def test_one_timer_for_all() -> None:
     """A thousand limits are one timer of the loop."""
     loop: Any = asyncio.get_running_loop()
     before = len(loop._scheduled)
+    timer = add(Limited(None), FAR)
     for _ in range(1000):
-        timer = add(Limited(None), FAR)
+        add(Limited(None), FAR)
     assert len(loop._scheduled) == before + 1
     timer.limited.clear()
 

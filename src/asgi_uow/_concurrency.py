@@ -66,8 +66,7 @@ class Shield:
 
         Raises `TimeoutError` in both cases, unless it still gave a result. `cut` is
         called before, to have `work` fail: what is cancelled may talk to the server
-        first. What may start the like of itself, as hooks of hooks do, must not start
-        `at_once`.
+        first. What may start the like of itself, as hooks do, must not start `at_once`.
         """
         self.seconds, self._gave_up, self._cut = seconds, False, cut
         self.is_late = False
@@ -96,13 +95,16 @@ class Shield:
         try:
             return await work
         finally:
-            self._wake()  # not by a callback, which takes a turn of the loop
+            if not self._loop.is_closed():
+                self._wake()  # not by a callback, which takes a turn of the loop
 
     def restart(self) -> None:
         """Give the work all its seconds again, for its next step."""
-        self.is_late = False
         if self.seconds is not None:
             self._until = self._loop.time() + self.seconds
+            if self.is_late:  # it would be looked at after `GRACE`
+                self._timer.add(ref(self), self._until)
+        self.is_late = False
 
     def pause(self) -> None:
         """Let the work do what has a limit of its own."""
@@ -110,11 +112,9 @@ class Shield:
 
     async def _wait(self, task: AnyTask) -> None:
         scope: CancelScope | None = None
-        self._task, timer = task, timer_of(self._loop)
+        self._task, self._timer = task, timer_of(self._loop)
         if self.seconds is not None:
-            is_paused = self._until == math.inf
-            until = self._loop.time() + self.seconds if is_paused else self._until
-            timer.add(self._itself, until)
+            self._timer.add(ref(self), self._until)
         try:
             while not (task.done() or self._gave_up):
                 self._waiter = self._loop.create_future()
@@ -130,11 +130,8 @@ class Shield:
         finally:
             if scope is not None:
                 scope.__exit__(None, None, None)
-            timer.limited.pop(self._itself, None)
+            self._timer.limited.pop(ref(self), None)
             del self._task  # which refers to this frame
-
-    def _itself(self) -> Shield:
-        return self
 
     def _wake(self, _: object = None) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -158,7 +155,7 @@ class Shield:
 
     def _give(self, seconds: float) -> None:
         self.is_late, self._until = True, self._loop.time() + seconds
-        timer_of(self._loop).add(self._itself, self._until)
+        self._timer.add(ref(self), self._until)
 
     def _cancel(self, task: AnyTask) -> None:
         self._give(GRACE)

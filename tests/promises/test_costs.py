@@ -208,9 +208,7 @@ async def test_hooks(register: Callable[..., None]) -> None:
         app = UnitOfWorkMiddleware(endpoint(register_all), unused_database())
         found[number] = await cost(app)
     one, some, many = found.values()
-    # What is eager comes to its end without a wait. One timer of the loop serves all.
-    at_once = IS_EAGER and register is not before_commit
-    assert one.waits == {"tasks": 1} if at_once else {"tasks": 1, "futures": 1}
+    assert {"tasks": 1, "futures": 1} == one.waits  # one timer of the loop serves all
     assert one.waits == some.waits == many.waits
     per_hook = (many.calls - some.calls) / HOOKS
     assert per_hook <= PER_HOOK[register.__name__] + (not IS_EAGER)

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import threading
+import weakref
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import pytest
 
+import asgi_uow as uow
+from asgi_uow.observers import UnitStarted
+from tests.support.asgi import handle
 from tests.support.private import (
     PHASES,
     Hook,
     Hooks,
     Shield,
     check_callable,
+    concurrency,
     name_of,
 )
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from asgi_uow import Database
+    from asgi_uow.observers import Event
 
 
 class Recorder:
@@ -203,3 +212,62 @@ def test_async_generator_function(phase: str, fn: Callable[[], object]) -> None:
     """Nobody would read it, so it would never start."""
     with pytest.raises(TypeError, match=r"generate.*async generator function"):
         check_callable(phase, fn)
+
+
+async def test_hook_of_an_observer(db: Database) -> None:
+    """What an observer registers when it is told of the unit comes after the first."""
+    called: list[str] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, UnitStarted):
+            uow.after_commit(called.append, "observer")
+
+    async def work() -> None:
+        uow.after_commit(called.append, "handler")
+
+    await handle(work, db, observers=[observe])
+    assert ["handler", "observer"] == called
+
+
+async def test_hook_after_a_late_one(db: Database) -> None:
+    """A hook has all its own time, and no more, after one whose time was up."""
+    taken: list[float] = []
+
+    async def hang() -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            await loop.create_future()
+        finally:
+            taken.append(loop.time() - began)
+
+    async def work() -> None:
+        uow.after_commit(hang)
+        uow.after_commit(hang)
+
+    await handle(work, db, hook_timeout=0.2)
+    first, second = taken
+    assert first > 0.1
+    assert 0.1 < second < concurrency.GRACE / 2
+
+
+def test_closed_loop() -> None:
+    """A loop that was closed while somebody waited is not kept with what waits."""
+    shields: list[weakref.ref[Shield]] = []
+
+    async def for_ever() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def wait() -> None:
+        shield = Shield()
+        shields.append(weakref.ref(shield))
+        await shield.run(for_ever(), 60)
+
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(print)  # tasks that were destroyed
+    task = loop.create_task(wait())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    del task, loop
+    gc.collect()
+    assert shields[0]() is None

@@ -44,11 +44,9 @@ class HookRun:
     async def run(self, shield: Shield) -> tuple[Hook, BaseException] | None:
         """Call all, each for `hook_timeout` seconds; give what stops the commit."""
         seconds = self.unit.options.hook_timeout
-        # What fails before the commit would refer, by its frames, to who raises it.
-        at_once = self.unit.around is None and self.phase != "before_commit"
         while self.waiting:
             try:
-                await shield.run(self._call_all(shield), seconds, at_once=at_once)
+                await shield.run(self._call_all(shield), seconds, at_once=False)
             except TimeoutError as error:
                 if self.running is not None:  # pragma: no branch  # it is set at once
                     (hook, own), self.running = self.running, None

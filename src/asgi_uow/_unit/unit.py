@@ -178,10 +178,11 @@ class UnitOfWork:
             raise errors.TooManyHooksError(phase, MOST_BY_HOOKS)
         savepoints = (self.shared or self.share()).savepoints
         if self.hooks is NO_HOOKS:
-            self.start()
             self.hooks = Hooks(self.quota)
         hook.frame = savepoints.innermost if savepoints.opened else None
         self.hooks.queue(phase).append(hook)
+        if self.opened is None:
+            self.start()  # observers that are told may register hooks, too
 
     def share(self) -> Shared:
         """Give what its sessions have in common; made at first use."""
