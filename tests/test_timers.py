@@ -11,7 +11,7 @@ from asgi_uow import _timers as timers
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FAR, SOON = 60.0, 0.01  # seconds
+FAR, SOON = 3600.0, 0.01  # seconds
 
 
 class Limited:
@@ -21,6 +21,11 @@ class Limited:
         self.answers = list(answers)
         self.looked_at: list[float] = []
         self.ended = asyncio.Event()
+
+    async def is_done(self) -> None:
+        """Wait until it was looked at for the last time."""
+        async with asyncio.timeout(20):
+            await self.ended.wait()
 
     def __call__(self) -> Limited:
         """Give itself, as what is kept in the timer does."""
@@ -48,7 +53,7 @@ async def test_what_is_sooner_comes_first() -> None:
     late, soon = Limited(FAR, None), Limited(None)
     add(late, FAR)
     timer = add(soon, SOON)
-    await soon.ended.wait()
+    await soon.is_done()
     assert len(soon.looked_at) == 1
     assert late.answers == [None]
     assert list(timer.limited) == [late]
@@ -60,7 +65,7 @@ async def test_never_before_its_time() -> None:
     started = asyncio.get_running_loop().time()
     limited = Limited(SOON, None)
     timer = add(limited, SOON)
-    await limited.ended.wait()
+    await limited.is_done()
     first, second = limited.looked_at
     # As exact as the loop's clock, which takes an end within its resolution.
     assert first - started > SOON * 0.9
@@ -88,7 +93,7 @@ async def test_an_error_keeps_nobody_waiting() -> None:
     broken, whole = Limited(), Limited(None)
     add(broken, SOON)
     add(whole, SOON)
-    await whole.ended.wait()
+    await whole.is_done()
     assert isinstance(told[0]["exception"], IndexError)
     assert len(whole.looked_at) == len(broken.looked_at) == 1
 
@@ -99,7 +104,7 @@ async def test_what_is_gone_is_forgotten() -> None:
     add(weakref.ref(gone), SOON)
     timer = add(last, SOON)
     del gone
-    await last.ended.wait()
+    await last.is_done()
     assert not timer.limited
 
 
@@ -115,7 +120,7 @@ async def test_added_by_a_look() -> None:
 
     longer = Longer(SOON, None)
     timer = add(longer, SOON)
-    await longer.ended.wait()
+    await longer.is_done()
     assert len(longer.looked_at) == 2
     assert not timer.limited
 
@@ -127,7 +132,7 @@ def test_each_loop_has_its_own() -> None:
         limited = Limited(None)
         timer = add(limited, SOON)
         add(Limited(None), FAR)
-        await limited.ended.wait()
+        await limited.is_done()
         return timer
 
     first, second = asyncio.run(wait()), asyncio.run(wait())
