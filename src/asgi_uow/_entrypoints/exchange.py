@@ -151,8 +151,8 @@ class Exchange:
         if not isinstance(error, Exception | None):
             return None
         if self.unit.failure is None:
-            undone = self.unit.opened and self.unit.outcome is Outcome.ROLLED_BACK
-            return error if undone and shared.may_repeat(error) else None
+            rolled_back = self.unit.outcome is Outcome.ROLLED_BACK
+            return error if rolled_back and shared.may_repeat(error) else None
         return self.unit.failure
 
     async def _answer(self, message: Message) -> None:
@@ -198,7 +198,7 @@ class Exchange:
                 raise Again
             if rules.causal_reads is not None:
                 await self._add_causal_token(rules.causal_reads, headers)
-            if unit.options.server_timing and unit.shared and unit.opened:
+            if unit.options.server_timing and unit.shared is not None:
                 _add_timing(cast("Recorder", unit.shared.recorder), headers)
         finally:
             self.stage = PASSING if unit.failure is None else REFUSED
