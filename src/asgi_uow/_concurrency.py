@@ -103,7 +103,7 @@ class Shield:
         if self.seconds is not None:
             self._until = self._loop.time() + self.seconds
             if self.is_late:  # it would be looked at after `GRACE`
-                self._timer.add(ref(self), self._until)
+                self._timer.add(self._itself, self._until)
         self.is_late = False
 
     def pause(self) -> None:
@@ -114,7 +114,7 @@ class Shield:
         scope: CancelScope | None = None
         self._task, self._timer = task, timer_of(self._loop)
         if self.seconds is not None:
-            self._timer.add(ref(self), self._until)
+            self._timer.add(self._itself, self._until)
         try:
             while not (task.done() or self._gave_up):
                 self._waiter = self._loop.create_future()
@@ -130,8 +130,11 @@ class Shield:
         finally:
             if scope is not None:
                 scope.__exit__(None, None, None)
-            self._timer.limited.pop(ref(self), None)
+            self._timer.limited.pop(self._itself, None)
             del self._task  # which refers to this frame
+
+    def _itself(self) -> Shield:
+        return self  # kept by the timer, as long as it waits
 
     def _wake(self, _: object = None) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -155,7 +158,7 @@ class Shield:
 
     def _give(self, seconds: float) -> None:
         self.is_late, self._until = True, self._loop.time() + seconds
-        self._timer.add(ref(self), self._until)
+        self._timer.add(self._itself, self._until)
 
     def _cancel(self, task: AnyTask) -> None:
         self._give(GRACE)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextvars
 import math
 import threading
+from contextvars import Context
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
@@ -42,8 +42,7 @@ class Timer:
             self._handle.cancel()
         loop: AbstractEventLoop = self.loop()  # type: ignore[assignment]  # it runs
         # In an empty context: not that of the request which happens to be first.
-        context = contextvars.Context()
-        self._handle = loop.call_at(when, self._look, loop, context=context)
+        self._handle = loop.call_at(when, self._look, loop, context=Context())
         self._next = when
 
     def _look(self, loop: AbstractEventLoop) -> None:
@@ -64,10 +63,9 @@ class Timer:
 
 
 class _Here(threading.local):
-    """The timer of the loop that this thread runs, or has run."""
+    """The timer of the loop that this thread runs; its loop alone keeps it alive."""
 
-    def __init__(self) -> None:
-        self.timer: Timer = Timer(self)
+    timer: Callable[[], Timer | None] = staticmethod(lambda: None)
 
 
 _here = _Here()
@@ -75,7 +73,8 @@ _here = _Here()
 
 def timer_of(loop: AbstractEventLoop) -> Timer:
     """Give the timer of the running loop."""
-    timer = _here.timer
-    if timer.loop() is not loop:
-        timer = _here.timer = Timer(loop)
+    timer = _here.timer()
+    if timer is None or timer.loop() is not loop:
+        timer = Timer(loop)
+        _here.timer = ref(timer)
     return timer

@@ -307,7 +307,8 @@ async def test_coroutine_without_frames(db: Database) -> None:
 
 def watches() -> list[Watch]:
     """Give those that the timer of this loop still looks at."""
-    found = (each() for each in timers._here.timer.limited)
+    timer = timers._here.timer()
+    found = () if timer is None else [each() for each in timer.limited]
     return [each for each in found if isinstance(each, Watch)]
 
 

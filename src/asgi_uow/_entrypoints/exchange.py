@@ -146,9 +146,8 @@ class Exchange:
         shared = self.unit.shared
         if shared is not None and self.unit.again is not None:
             self.stage = REPLAYED
-        if shared is None or self.stage is ANSWERED:
-            return None
-        if not isinstance(error, Exception | None):
+        is_answered = self.stage is ANSWERED
+        if is_answered or not (shared and isinstance(error, Exception | None)):
             return None
         if self.unit.failure is None:
             rolled_back = self.unit.outcome is Outcome.ROLLED_BACK
