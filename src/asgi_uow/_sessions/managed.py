@@ -231,7 +231,7 @@ class ReadOnlySession(ManagedSession):
         self.executing -= 1
         cursor = result.raw if isinstance(result, IteratorResult) else result
         if isinstance(cursor, CursorResult) and cursor.context._is_server_side:  # noqa: SLF001  # no other way
-            self.cursors = [*self.cursors, cursor]
+            self.cursors: Sequence[Any] = [*self.cursors, cursor]
         self.give_back()
         return result
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from asgi_uow._databases.engines import Engines
+    from asgi_uow._testing.sandbox import sandbox
 
     Send: TypeAlias = Callable[[Any], None]
     Fault: TypeAlias = Callable[[Any, Send], None]
@@ -37,7 +38,8 @@ class Block:
 
     def __enter__(self) -> None:
         """Have it happen from now on, in this sandbox or outside of any."""
-        self.sandbox, self.left = here(), [*self._faults]
+        self.sandbox: sandbox | None = here()
+        self.left: list[Fault] = [*self._faults]
         with _lock:
             vars(self._target)[self._name] = self._patch
             _blocks.setdefault(self._target, []).append(self)
