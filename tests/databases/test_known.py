@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 from asyncmy import errors as asyncmy_errors
@@ -25,6 +25,7 @@ from asgi_uow._databases.driver_errors import (
     means,
 )
 from asgi_uow._databases.known import database_of, driver_of, is_memory
+from asgi_uow._databases.postgresql import Asyncpg
 from tests.servers import eventually
 from tests.servers.process import free_port
 from tests.support.databases import DRIVERS, SERVER_DRIVERS, on
@@ -150,6 +151,33 @@ async def test_what_a_dead_connection_tells(
 
         await eventually(True, is_dead)
         await connection.invalidate()
+
+
+@on("asyncpg")
+@pytest.mark.parametrize("first", ["idle", "in flight"])
+async def test_a_statement_that_only_the_driver_knows(
+    engine: AsyncEngine, first: str
+) -> None:
+    """asyncpg's connection is busy until the answer is there, whatever was seen first.
+
+    Where the future for the answer is has been learnt of another state, or of this.
+    """
+    lock, driver = "SELECT pg_advisory_lock(1)", Asyncpg()
+    async with engine.connect() as one, engine.connect() as another:
+        holder = (await one.get_raw_connection()).driver_connection
+        raw: Any = (await another.get_raw_connection()).driver_connection
+        for looked in range(3):
+            await one.exec_driver_sql(lock)
+            if looked or first == "idle":
+                assert not driver.is_busy(raw)
+            waiting = asyncio.create_task(raw.fetchval(lock))
+            await asyncio.sleep(0)
+            assert driver.is_busy(raw), looked
+            assert not driver.is_busy(holder)
+            await one.exec_driver_sql("SELECT pg_advisory_unlock(1)")
+            await waiting
+            assert not driver.is_busy(raw)
+            await raw.fetchval("SELECT pg_advisory_unlock(1)")
 
 
 @on("psycopg")

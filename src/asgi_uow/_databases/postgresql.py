@@ -6,8 +6,9 @@ import gc
 import re
 import select
 from asyncio import Future
-from operator import attrgetter, methodcaller
+from operator import attrgetter, itemgetter, methodcaller
 from pkgutil import resolve_name
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -17,6 +18,8 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.dialects import postgresql
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 EXTRAS = {"asyncpg": "postgresql"}
@@ -104,6 +107,8 @@ class Asyncpg(_Driver):
     cut_off = methodcaller("terminate")
     connects_with = "asyncpg:connect"
     cancellations = attrgetter("_cancellations")
+    # Where, among so many objects that a protocol refers to, a future may be.
+    futures: tuple[int, Callable[[list[Any]], Any]] = (0, tuple)
 
     async def is_pooled(self, raw: Any) -> bool:
         # A pooler gives numbers of its own, with which it finds whom to cancel.
@@ -117,8 +122,13 @@ class Asyncpg(_Driver):
         # Its protocol shows nobody the future for the answer that it waits for; that
         # of a request to cancel stays undone when the connection is lost.
         held = gc.get_referents(raw._protocol)  # noqa: SLF001
-        if Future not in {*map(type, held)}:  # mostly so, and found in one step
+        length, places = self.futures
+        # Mostly there is None in each of them, which is found in one step.
+        if length == len(held) and (found := places(held)).count(None) == len(found):
             return False
+        at = [at for at, each in enumerate(held) if type(each) in (Future, NoneType)]
+        if at:  # a connection that was closed has no protocol
+            self.futures = len(held), itemgetter(*at)
         waits = any(type(each) is Future and not each.done() for each in held)
         return waits and not raw.is_closed()
 
