@@ -380,6 +380,7 @@ async def test_delete_expired_of_nothing() -> None:
     [
         {"header": ""},
         {"header": "a b"},
+        {"header": "kéy"},
         {"header": None},
         {"methods": "POST"},
         {"required": "yes"},

@@ -45,6 +45,7 @@ _SWITCHES = {"autoflush", "enable_baked_queries", "expire_on_commit", "twophase"
 OF_SESSIONS = _SWITCHES | {"info", "query_cls"}
 
 BETWEEN_URLS = re.compile(r",[,\s]*(?=[\w+]+://|$)")
+HTTP_NAME = re.compile(r"(?a:[\w!#$%&'*+.^`|~-])+")  # a "token" of RFC 9110
 
 POOLERS: Mapping[Any, Any] = {it: it or None for it in ("transaction", "session", "")}
 
@@ -86,9 +87,10 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("echo echo_pool", "a boolean or 'debug'", (0, 1, None, "debug").__contains__),
     ("error_app", "an ASGI application, or None", callable),
     ("expire_on_commit required resolve_unknown twophase", *_BOOLEAN),
-    ("header", "the name of a header", re.compile(r"[\w!#$%&'*+.^`|~-]+").fullmatch),
+    ("cookie header", "a name for HTTP", HTTP_NAME.fullmatch),
     ("idempotency", "Idempotency(...), or None", lambda it: _has(it, "wrap")),
     ("key", "a text of at least one character, or None", lambda it: len(it + "")),
+    ("max_age", "seconds, at least 1", lambda it: it - it == 0 and it >= 1),
     ("max_body", "a number of bytes", lambda it: it >= 0 == it % 1),
     ("max_overflow", "a whole number from -1 on", lambda it: it + 1 >= 0 == it % 1),
     ("methods", "a list of methods", lambda it: "," not in "".join(it) != it),

@@ -7,10 +7,10 @@ import dataclasses
 import hmac
 import json
 import math
-import re
 import time
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from asgi_uow._databases.configuration import check
 from asgi_uow.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ READ_FROM_WRITER = ""  # the position of a write whose position could not be lea
 SHORTEST_SECRET = 16
 LONGEST_TOKEN = 4096  # bytes of a cookie's name and value that browsers keep
 CLOCK_SKEW = 5.0  # seconds by which the clocks of two application servers may differ
-
-# What a cookie and a header can be called. https://www.rfc-editor.org/rfc/rfc9110
-NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,15 +56,8 @@ class CausalReads:
 
     def __post_init__(self, secret: str | bytes | Sequence[str | bytes]) -> None:
         object.__setattr__(self, "_keys", _keys(secret))
-        for option, least in (("wait", 0), ("max_age", 1)):
-            value = getattr(self, option)
-            if not isinstance(value, (int, float)) or not least <= value < math.inf:
-                _refuse(f"{option}={value!r}", f"seconds, at least {least}")
-        for option in ("cookie", "header"):
-            value = getattr(self, option)
-            is_name = isinstance(value, str) and NAME.fullmatch(value)
-            if not is_name and (option, value) != ("header", None):
-                _refuse(f"{option}={value!r}", "a name as HTTP allows it")
+        options = {"wait": self.wait, "max_age": self.max_age, "cookie": self.cookie}
+        check(options if self.header is None else {**options, "header": self.header})
 
     def positions(self, headers: Headers) -> dict[str, str]:
         """Read the positions in a request's valid tokens, by name of the database."""
@@ -164,13 +154,9 @@ def _keys(secret: object) -> tuple[bytes, ...]:
         key = each.encode(errors="surrogatepass") if isinstance(each, str) else each
         keys.append(key if isinstance(key, bytes) else b"")  # too short
     if min(map(len, keys), default=0) < SHORTEST_SECRET:
-        _refuse("secret", f"at least {SHORTEST_SECRET} bytes: secrets.token_hex()")
+        message = f"CausalReads(secret): pass at least {SHORTEST_SECRET} bytes, as of "
+        raise ConfigurationError(message + "secrets.token_hex().")
     return tuple(keys)
-
-
-def _refuse(option: str, remedy: str) -> NoReturn:
-    message = f"CausalReads({option}): pass {remedy}."
-    raise ConfigurationError(message)
 
 
 def _encode(data: bytes) -> bytes:
