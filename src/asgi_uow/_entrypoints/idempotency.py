@@ -112,9 +112,6 @@ class Idempotency:
         """Tell whether the key of this request counts."""
         return scope["type"] == "http" and scope["method"] in self.methods
 
-    def has_key(self, scope: Scope) -> bool:
-        return bool(self.keys(scope))
-
     def keys(self, scope: Scope) -> list[bytes]:
         """Give the keys of a request, of which there should be one."""
         if not self.covers(scope):

@@ -33,10 +33,7 @@ if TYPE_CHECKING:
     from asgi_uow.observers import Observer
 
 UNIT = "asgi_uow.unit"  # the key in the scope, for another middleware inside
-
-
-def _has_no_key(_: Scope) -> bool:
-    return False
+make_current, restore = current.set, current.reset  # found at once, here
 
 
 class UnitOfWorkMiddleware:
@@ -87,9 +84,8 @@ class UnitOfWorkMiddleware:
             raise TypeError(message)
         errors.NoUnitOfWorkError.template = errors.NoUnitOfWorkError.wrong_order
         self.app: ASGIApp = app if idempotency is None else idempotency.wrap(app)
-        self.has_key: Callable[[Scope], bool] = _has_no_key
-        if idempotency is not None:
-            self.has_key = idempotency.has_key
+        self.keys: Callable[[Scope], list[bytes]]
+        self.keys = idempotency.keys if idempotency else lambda _: []
         self.deadline: float | None = deadline
         self.retry: Retry | None = retry
         self.databases = databases
@@ -115,7 +111,7 @@ class UnitOfWorkMiddleware:
                 return await self.app(scope, receive, send)
             unit.around, unit.is_nested = outer, True
             unit.until, unit.attempt = outer.until, outer.attempt
-        elif self.retry and not replay and self.retry.covers(scope, self.has_key):
+        elif self.retry and not replay and self.retry.covers(scope, self.keys):
             replay = Replay(self.retry, scope, receive, send)
             return await replay.serve(UnitOfWorkMiddleware.__call__, self)
         exchange = Exchange()
@@ -123,7 +119,7 @@ class UnitOfWorkMiddleware:
         exchange.rules, exchange.stage = self.rules, OPEN
         if replay is not None or not self.is_plain or inspected:
             self._prepare(exchange, scope, replay)
-        scope[UNIT], token = unit, current.set(unit)
+        scope[UNIT], token = unit, make_current(unit)
         try:
             await self.app(scope, receive, exchange.send)
             if exchange.stage is not PASSING:
@@ -138,7 +134,7 @@ class UnitOfWorkMiddleware:
                 else:
                     unit.state = CLOSED
             finally:
-                current.reset(token)  # pipelined requests share it: encode/uvicorn#2167
+                restore(token)  # pipelined requests share it: encode/uvicorn#2167
                 scope[UNIT] = outer
 
     def _prepare(self, exchange: Exchange, scope: Scope, replay: Replay | None) -> None:

@@ -81,10 +81,10 @@ class Retry:
         check(vars(self))
         object.__setattr__(self, "methods", frozenset(map(str.upper, self.methods)))
 
-    def covers(self, scope: Scope, has_key: Callable[[Scope], bool]) -> bool:
+    def covers(self, scope: Scope, keys: Callable[[Scope], list[bytes]]) -> bool:
         """Tell whether this request may be replayed at all."""
-        may_be = scope.get("method") in self.methods or has_key(scope)
-        return may_be and self.when(scope)
+        may_be = scope.get("method") in self.methods or keys(scope)
+        return bool(may_be and self.when(scope))
 
     async def run(
         self,
