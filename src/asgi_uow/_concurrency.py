@@ -113,8 +113,9 @@ class Shield:
     async def _wait(self, task: AnyTask) -> None:
         scope: CancelScope | None = None
         self._task, self._timer = task, timer_of(self._loop)
+        itself = self._itself
         if self.seconds is not None:
-            self._timer.add(self._itself, self._until)
+            self._timer.add(itself, self._until)
         try:
             while not (task.done() or self._gave_up):
                 self._waiter = self._loop.create_future()
@@ -130,7 +131,7 @@ class Shield:
         finally:
             if scope is not None:
                 scope.__exit__(None, None, None)
-            self._timer.limited.pop(self._itself, None)
+            self._timer.limited.pop(itself, None)
             del self._task  # which refers to this frame
 
     def _itself(self) -> Shield:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from sqlalchemy import AsyncAdaptedQueuePool, event, text
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util.queue import AsyncAdaptedQueue
 
 from asgi_uow import Database
 from tests.support.databases import DRIVERS, checked_out, on
-from tests.support.private import FairQueue, pool_states
+from tests.support.private import FairQueue, make_fair, pool_states
 
 if TYPE_CHECKING:
     from tests.servers import Backend
@@ -140,6 +141,12 @@ async def test_who_waits_too_long(db: Database) -> None:
 # Cancelled
 
 
+def fair() -> FairQueue:
+    queue: Any = AsyncAdaptedQueue(1)
+    make_fair(queue)
+    return cast("FairQueue", queue)
+
+
 async def get(queue: FairQueue) -> object:
     return await greenlet_spawn(queue.get, True, 5.0)
 
@@ -155,7 +162,7 @@ async def first_and_second(queue: FairQueue) -> list[asyncio.Task[object]]:
 
 async def test_cancelled_while_it_waits() -> None:
     """The next one is served, whether or not the first has left the line yet."""
-    queue = FairQueue(1)
+    queue = fair()
     first, second = await first_and_second(queue)
     first.cancel()
     queue.put_nowait("connection")
@@ -170,7 +177,7 @@ async def test_cancelled_while_it_waits() -> None:
 
 async def test_cancelled_when_it_came() -> None:
     """What nobody takes goes to the next in line, then back."""
-    queue = FairQueue(1)
+    queue = fair()
     first, second = await first_and_second(queue)
     queue.put_nowait("connection")
     first.cancel()
@@ -188,7 +195,7 @@ async def test_cancelled_when_it_came() -> None:
 
 def test_who_waits_in_a_loop_that_was_closed() -> None:
     """They are passed over: what comes back is kept."""
-    queue, loop = FairQueue(1), asyncio.new_event_loop()
+    queue, loop = fair(), asyncio.new_event_loop()
 
     async def begin() -> asyncio.Task[object]:
         task = asyncio.ensure_future(get(queue))

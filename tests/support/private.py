@@ -8,7 +8,7 @@ from asgi_uow import _concurrency as concurrency
 from asgi_uow._concurrency import Shield, TaskLock, bounded, run_to_completion
 from asgi_uow._databases.configuration import read as read_configuration
 from asgi_uow._databases.driver_errors import code_of, means
-from asgi_uow._databases.fair_queue import FairQueue
+from asgi_uow._databases.fair_queue import FairQueue, make_fair
 from asgi_uow._databases.health import LONGEST_PAUSE, Replica, by_free_connections
 from asgi_uow._databases.known import driver_of
 from asgi_uow._databases.loops import SetUpLock, derive_engine, pool_states
@@ -87,6 +87,7 @@ __all__ = [
     "exception_cause",
     "finish",
     "inspected",
+    "make_fair",
     "make_unit",
     "means",
     "name_of",

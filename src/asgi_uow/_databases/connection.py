@@ -131,9 +131,10 @@ class Connection(sa.Connection):
         journal.executed = True
 
     def _commit_impl(self) -> None:
-        self.call_alone(super()._commit_impl, self.journal, "commit")
-        if self.journal is not None:
-            self.journal.committed = True
+        journal = self.journal
+        self.call_alone(super()._commit_impl, journal, "commit")
+        if journal is not None:
+            journal.committed = True
 
     def _prepare_twophase_impl(self, xid: str) -> None:
         if self.journal is not None:

@@ -41,12 +41,6 @@ CANCEL_SECONDS = 2.0  # for connecting to a server and stopping a statement ther
 
 
 class Engines:
-    is_memory: bool = False
-    owns_engines: bool = False
-    on_begin: Any = None
-    _engine: AsyncEngine | None = None
-    _read_engine: AsyncEngine | None = None
-
     def __init__(
         self,
         engine: AsyncEngine | None,
@@ -65,6 +59,11 @@ class Engines:
             message += "An engine's go to create_async_engine() or Database.from_url()."
             raise ConfigurationError(message)
         check(locals() | session_options)
+        # Not defaults of the class: an attribute that hides one is found slowly.
+        self._engine: AsyncEngine | None = None
+        self._read_engine: AsyncEngine | None = None
+        self.is_memory: bool = False
+        self.owns_engines: bool = False
         self.commit_on_exit = commit_on_exit
         self.on_begin = on_begin
         self.resolve_unknown = resolve_unknown

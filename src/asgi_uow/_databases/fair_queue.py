@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from typing import Any
 
-from sqlalchemy.util import await_only, memoized_property
+from sqlalchemy.util import await_only
 from sqlalchemy.util.queue import AsyncAdaptedQueue, Empty, Full
 
 
@@ -18,9 +18,7 @@ class FairQueue(AsyncAdaptedQueue[Any]):
     the queue full, so that the pool closes it and soon makes another.
     """
 
-    @memoized_property
-    def waiters(self) -> deque[asyncio.Future[Any]]:
-        return deque()
+    waiters: deque[asyncio.Future[Any]]
 
     def put_nowait(self, item: Any) -> None:
         while self.waiters:
@@ -56,6 +54,11 @@ class FairQueue(AsyncAdaptedQueue[Any]):
             self.put_nowait(item)
         except Full:  # only the pool could close it: the next that comes back is
             self._queue._put(item)  # noqa: SLF001
+
+
+def make_fair(queue: Any) -> None:
+    """Have SQLAlchemy's queue be one, with what it holds."""
+    queue.__class__, queue.waiters = FairQueue, deque()
 
 
 async def _wait(waiter: asyncio.Future[Any], seconds: float | None) -> Any:

@@ -20,7 +20,7 @@ from sqlalchemy.util.queue import AsyncAdaptedQueue
 
 from asgi_uow._concurrency import register_at_fork, run_to_completion
 from asgi_uow._databases import known
-from asgi_uow._databases.fair_queue import FairQueue
+from asgi_uow._databases.fair_queue import make_fair
 from asgi_uow.errors import ConfigurationError, WrongLoopError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class LoopEngine(sa.Engine):
     def _adopt(self, pool: Any) -> None:
         vars(pool)["dispatch"] = self.like.dispatch
         if type(queue := getattr(pool, "_pool", None)) is AsyncAdaptedQueue:
-            queue.__class__ = FairQueue
+            make_fair(queue)
 
     def _move_to(self, loop: Loop) -> None:
         used: bool = getattr(self.like, "checkedout", int)() > 0

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import exc, orm
 from sqlalchemy.ext.asyncio import AsyncSessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
@@ -28,7 +28,6 @@ from asgi_uow._sessions.statements import StatementSession, StreamResult, adopt
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Mapping
 
-    from sqlalchemy import orm
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncResult
     from sqlalchemy.util.typing import TupleAny
 
@@ -100,8 +99,9 @@ class Session(StatementSession):
         self, db: Engines, bind: AsyncEngine, options: Mapping[str, Any], shared: Shared
     ) -> None:
         begins = db.on_begin is not None or shared.deadline is not None
-        kind: Any = self.beginning_class if begins else self.sync_session_class
-        self.sync_session_class = kind if shared.recorder is None else recording(kind)
+        if begins or shared.recorder is not None:
+            kind: Any = self.beginning_class if begins else self.sync_session_class
+            self.sync_session_class = recording(kind) if shared.recorder else kind
         super().__init__(bind, close_resets_only=False, **options)
         self.own_lock: TaskLock = TaskLock(errors.WrongLoopError)
         if shared.deadline is not None:
@@ -218,7 +218,7 @@ class Session(StatementSession):
                         return await fetch()
                 except BaseException as error:
                     await self.failed(error, "a fetch")
-                    if isinstance(error, DBAPIError):  # no more rows are on their way
+                    if isinstance(error, exc.DBAPIError):  # no more rows are coming
                         await greenlet_spawn(result.close)
                     raise
                 finally:

@@ -9,8 +9,7 @@ import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from sqlalchemy import orm, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import exc, orm, text
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
@@ -78,7 +77,7 @@ class Commit:
             if sync.driver_exposed and db.facts.QUESTION_BEFORE_COMMIT is not None:
                 try:
                     sync.scalar(text(db.facts.QUESTION_BEFORE_COMMIT))
-                except DBAPIError as error:
+                except exc.DBAPIError as error:
                     raise errors.TransactionGoneError from error
                 sync.journal.look(dbapi)
             if sync.journal.ended_unseen:
@@ -107,7 +106,9 @@ class Completion:
         """
         steps: list[tuple[Commit, Callable[[], None]]] = []
         prepared: list[tuple[Commit, Callable[[], None]]] = []
-        for writer in sorted(writers, key=lambda each: each.journal.claim is not None):
+        if writers[1:]:
+            writers = sorted(writers, key=lambda each: each.journal.claim is not None)
+        for writer in writers:
             commit = Commit(writer)
             if writer.sync_session.twophase:
                 steps.insert(len(prepared), (commit, commit.prepare))
