@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from decimal import Decimal
 from http.cookies import SimpleCookie
 from typing import TYPE_CHECKING
 
@@ -353,7 +354,8 @@ def test_frozen() -> None:
         reads.wait = 2  # type: ignore[misc]
 
 
-NOT_SECONDS: list[object] = [-0.1, float("nan"), float("inf"), "1", None]
+NOT_FINITE = [float("nan"), float("inf")]
+NOT_SECONDS: list[object] = [*NOT_FINITE, -0.1, "1", None, True, Decimal(1)]
 NOT_NAMES: list[object] = ["", "a b", "a=b", "a;b", "ä", "a\r\nb", "a\n", 1]
 NOT_SECRETS: list[object] = ["", b"", "fifteen bytes..", [], (), None, 7, {SECRET: 1}]
 NONSENSE: dict[str, list[object]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import warnings
 from contextlib import suppress
@@ -46,7 +47,6 @@ OF_SESSIONS = _SWITCHES | {"info", "query_cls"}
 
 BETWEEN_URLS = re.compile(r",[,\s]*(?=[\w+]+://|$)")
 HTTP_NAME = re.compile(r"(?a:[\w!#$%&'*+.^`|~-])+")  # a "token" of RFC 9110
-
 POOLERS: Mapping[Any, Any] = {it: it or None for it in ("transaction", "session", "")}
 
 
@@ -62,6 +62,10 @@ def _is_above_0(it: Any) -> bool:
     return it is not True and it + 0.0 > 0
 
 
+def _is_finite(it: Any, least: float = 0) -> bool:
+    return it is not True and least <= it + 0.0 < math.inf
+
+
 def _has(it: Any, method: str) -> bool:
     return callable(getattr(it, method)) and not isinstance(it, type)
 
@@ -72,11 +76,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("app", "the application, which comes first", callable),
     ("attempts", "a whole number above 0", lambda it: range(it) and it is not True),
     ("autoflush commit_flushes commit_on_exit", *_BOOLEAN),
-    (
-        "backoff keep max_backoff wait",
-        "seconds",
-        lambda it: it - it == 0 <= it is not True,
-    ),
+    ("backoff keep max_backoff wait", "seconds", _is_finite),
     ("causal_reads", "CausalReads(secret), or None", lambda it: callable(it.positions)),
     ("commit_timeout deadline hook_timeout", "seconds above 0, or None", _is_above_0),
     ("held_idle", "seconds above 0, or None", _is_above_0),
@@ -90,7 +90,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("cookie header", "a name for HTTP", HTTP_NAME.fullmatch),
     ("idempotency", "Idempotency(...), or None", lambda it: _has(it, "wrap")),
     ("key", "a text of at least one character, or None", lambda it: len(it + "")),
-    ("max_age", "seconds, at least 1", lambda it: it - it == 0 and it >= 1),
+    ("max_age", "seconds, at least 1", lambda it: _is_finite(it, 1)),
     ("max_body", "a number of bytes", lambda it: it >= 0 == it % 1),
     ("max_overflow", "a whole number from -1 on", lambda it: it + 1 >= 0 == it % 1),
     ("methods", "a list of methods", lambda it: "," not in "".join(it) != it),
