@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import traceback
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -339,6 +340,16 @@ async def test_no_password_is_logged(
 
 
 # Without an engine
+
+
+def test_one_that_was_refused_is_shown() -> None:
+    """Whoever shows the values of frames, as error trackers do, shows the error too."""
+    with pytest.raises(errors.ConfigurationError) as refused:
+        Database(None, commit_on_exit="x")  # type: ignore[arg-type]
+    shown = traceback.TracebackException.from_exception(
+        refused.value, capture_locals=True
+    )
+    assert "self = Database(no engine)" in "".join(shown.format())
 
 
 async def test_without_an_engine(sqlite: SQLiteBackend) -> None:

@@ -792,6 +792,7 @@ async def test_a_conflict_at_commit(backend: Backend) -> None:
         ({"methods": "POST"}, "methods must be"),
         ({"methods": ["POST,PUT"]}, "methods must be"),
         ({"backoff": float("inf")}, "backoff must be"),
+        ({"backoff": 10**400}, "backoff must be"),
         ({"when": True}, "when must be"),
         ({"backoff": -1}, "backoff must be"),
         ({"max_backoff": None}, "max_backoff must be"),

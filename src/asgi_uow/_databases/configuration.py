@@ -87,7 +87,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("echo echo_pool", "a boolean or 'debug'", (0, 1, None, "debug").__contains__),
     ("error_app", "an ASGI application, or None", callable),
     ("expire_on_commit required resolve_unknown twophase", *_BOOLEAN),
-    ("cookie header", "a name for HTTP", HTTP_NAME.fullmatch),
+    ("cookie header", "a name in ASCII, without spaces", HTTP_NAME.fullmatch),
     ("idempotency", "Idempotency(...), or None", lambda it: _has(it, "wrap")),
     ("key", "a text of at least one character, or None", lambda it: len(it + "")),
     ("max_age", "seconds, at least 1", lambda it: _is_finite(it, 1)),
@@ -114,7 +114,7 @@ def check(options: Mapping[str, Any]) -> None:
     for names, kind, is_right in _RULES:
         for name in options.keys() & names.split():
             value = options[name]
-            with suppress(AttributeError, TypeError):
+            with suppress(AttributeError, OverflowError, TypeError):
                 if (value is None and kind.endswith("None")) or is_right(value):
                     continue
             shown = value if isinstance(value, int | float) else type(value).__name__

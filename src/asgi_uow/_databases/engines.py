@@ -231,7 +231,7 @@ class Engines:
             await _dispose({self._read_engine})
 
     def __repr__(self) -> str:
-        shown = "no engine" if self._engine is None else self.name
+        shown = "no engine" if getattr(self, "_engine", None) is None else self.name
         return f"{type(self).__name__}({shown})"
 
 

@@ -58,7 +58,7 @@ class FairQueue(AsyncAdaptedQueue[Any]):
 
 def make_fair(queue: Any) -> None:
     """Have SQLAlchemy's queue be one, with what it holds."""
-    queue.__class__, queue.waiters = FairQueue, deque()
+    queue.waiters, queue.__class__ = deque(), FairQueue
 
 
 async def _wait(waiter: asyncio.Future[Any], seconds: float | None) -> Any:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from asgi_uow.observers import Observer
 
 UNIT = "asgi_uow.unit"  # the key in the scope, for another middleware inside
-make_current, restore = current.set, current.reset  # found at once, here
+make_current, restore = current.set, current.reset  # bound once, not by each
 
 
 class UnitOfWorkMiddleware:

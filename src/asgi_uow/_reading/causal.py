@@ -154,8 +154,8 @@ def _keys(secret: object) -> tuple[bytes, ...]:
         key = each.encode(errors="surrogatepass") if isinstance(each, str) else each
         keys.append(key if isinstance(key, bytes) else b"")  # too short
     if min(map(len, keys), default=0) < SHORTEST_SECRET:
-        message = f"CausalReads(secret): pass at least {SHORTEST_SECRET} bytes, as of "
-        raise ConfigurationError(message + "secrets.token_hex().")
+        message = f"CausalReads(secret): pass at least {SHORTEST_SECRET} bytes, "
+        raise ConfigurationError(message + "such as secrets.token_hex().")
     return tuple(keys)
 
 
