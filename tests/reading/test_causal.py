@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from decimal import Decimal
+from fractions import Fraction
 from http.cookies import SimpleCookie
 from typing import TYPE_CHECKING
 
@@ -355,7 +356,8 @@ def test_frozen() -> None:
 
 
 NOT_FINITE = [float("nan"), float("inf")]
-NOT_SECONDS: list[object] = [*NOT_FINITE, -0.1, "1", None, True, Decimal(1)]
+NOT_NUMBERS = ["1", None, True, Decimal(1), Fraction(1)]
+NOT_SECONDS: list[object] = [*NOT_FINITE, -0.1, *NOT_NUMBERS]
 NOT_NAMES: list[object] = ["", "a b", "a=b", "a;b", "ä", "a\r\nb", "a\n", 1]
 NOT_SECRETS: list[object] = ["", b"", "fifteen bytes..", [], (), None, 7, {SECRET: 1}]
 NONSENSE: dict[str, list[object]] = {

@@ -62,8 +62,8 @@ def _is_above_0(it: Any) -> bool:
     return it is not True and it + 0.0 > 0
 
 
-def _is_finite(it: Any, least: float = 0) -> bool:
-    return it is not True and least <= it + 0.0 < math.inf
+def _is_finite(n: Any, least: float = 0) -> bool:
+    return isinstance(n, int | float) and n is not True and least <= n + 0.0 < math.inf
 
 
 def _has(it: Any, method: str) -> bool:
