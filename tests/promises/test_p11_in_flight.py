@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event, literal_column
-from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.ext.asyncio import AsyncAttrs
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
 from sqlalchemy.util import await_only, greenlet_spawn
 
 import asgi_uow as uow
 from asgi_uow import Database
-from asgi_uow.errors import ConcurrentUseError
+from asgi_uow.errors import AsgiUowError, ConcurrentUseError
 from tests.servers import eventually
 from tests.support import shop
 from tests.support.asgi import Response, handle
@@ -396,6 +396,30 @@ async def test_what_comes_during_commit(backend: ServerBackend) -> None:
         assert ["commit"] == response.hooks
         assert late[0].exception() is not None
         await works(db, backend, [1])
+
+
+@on(*SERVER_DRIVERS, **ONE_CONNECTION)
+@pytest.mark.parametrize("end", ["deadline", "closed"])
+async def test_what_waits_when_its_connection_is_closed(
+    db: Database, backend: ServerBackend, end: str
+) -> None:
+    """Each of several statements is told why it failed, also when it hears it last."""
+    seconds = 0.3 if end == "deadline" else None
+    async with asyncio.timeout(SECONDS):
+        with pytest.raises((AsgiUowError, DBAPIError)):
+            async with uow.unit_of_work(db, deadline=seconds):
+                connection = await uow.current_session().connection()
+                slow = functools.partial(connection.exec_driver_sql, backend.slow)
+                tasks = [asyncio.create_task(slow()) for _ in range(6)]
+                await eventually(1, functools.partial(backend.running, backend.slow))
+                if end == "closed":
+                    tasks[0].cancel()
+                    await connection.close()
+        await asyncio.wait(tasks)
+    told = (asyncio.CancelledError, AsgiUowError, SQLAlchemyError)
+    failures = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [] == [each for each in failures if not isinstance(each, told)]
+    await works(db, backend, [])
 
 
 @on(*SERVER_DRIVERS, **ONE_CONNECTION)

@@ -90,8 +90,8 @@ class RecordingProxy:
         self._rules: list[Rule] = []
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[object]] = set()
-        self.audible = asyncio.Event()
-        self.audible.set()
+        self.audible, self.honest = asyncio.Event(), asyncio.Event()
+        self.thaw()
 
     async def __aenter__(self) -> Self:
         self._listener = await asyncio.start_server(self._accept, HOST, 0)
@@ -100,7 +100,7 @@ class RecordingProxy:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._listener.close()
-        self.audible.set()
+        self.thaw()
         while self._tasks:  # again, for a client that was just coming in
             self.cut()
             await asyncio.wait(self._tasks, timeout=POLL_SECONDS)
@@ -122,8 +122,13 @@ class RecordingProxy:
         """
         self.audible.clear()
 
+    def hide_ends(self) -> None:
+        """Do not tell clients that the server has hung up."""
+        self.honest.clear()
+
     def thaw(self) -> None:
         self.audible.set()
+        self.honest.set()
 
     def cut_before(self, predicate: Callable[[str], bool]) -> Rule:
         """Cut instead of forwarding the next trip that fits."""
@@ -216,6 +221,7 @@ class _Link:
         self._client = client[1]
         self._server_reader, self._server = server
         self._pending: Rule | None = None
+        self._has_trips = False
         self._holds: list[Hold] = []
 
     async def run(self, chunks: AsyncIterator[Chunk]) -> None:
@@ -230,6 +236,7 @@ class _Link:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             async for data, trip in chunks:
                 rule = None if trip is None else self._proxy.note(trip)
+                self._has_trips |= trip is not None
                 if rule is not None and rule.action == "cut_before":
                     self.cut()
                     rule.fired.set()
@@ -266,6 +273,8 @@ class _Link:
                 await self._proxy.pause()
                 self._client.write(data)
                 await self._client.drain()
+        if self._has_trips:  # not who asked to cancel a statement, and waits for this
+            await self._proxy.honest.wait()
         self._hang_up()
 
     def _hang_up(self) -> None:

@@ -30,6 +30,7 @@ from asgi_uow._databases.connection import (
     raw_of,
 )
 from asgi_uow._databases.nodes import NODE, Nodes, doubt
+from asgi_uow._databases.pool_entry import PoolEntry
 
 if TYPE_CHECKING:
     from sqlalchemy import pool
@@ -135,9 +136,9 @@ class _Policy:
         if isinstance(name := options.get("async_creator_fn"), str):
             options["async_creator_fn"] = resolve_name(name)
 
-    def connect(self, rec: Entry) -> DBAPI:  # as SQLAlchemy names it
+    def connect(self, rec: Any) -> DBAPI:  # as SQLAlchemy names it
         """Connect, and say whose connection it is."""
-        create = self.creator
+        create, rec.__class__ = self.creator, PoolEntry
         dbapi: DBAPI = self.nodes.connect(create, rec) if self.nodes else create(rec)
         rec.info[POLICY] = self  # what it was derived from has said the same
         return dbapi
@@ -250,29 +251,34 @@ class _Policy:
             context.is_disconnect = True
         if self.is_memory and (is_late or not isinstance(error, Exception)):
             context.is_disconnect = False  # the connection is the database
-        connection = context.connection
+        connection: Any = context.connection
         if isinstance(error, errors.AsgiUowError) and not is_late:
             return  # nothing was sent
-        if isinstance(connection, Connection) and not connection.invalidated:
-            info, journal = connection.info, connection.journal
-            raw = connection.connection.driver_connection
-            if requests := self.driver.cancellations(raw):  # SQLAlchemy cuts them off
-                stopping = asyncio.wait(requests, timeout=CLOSE_SECONDS)
-                await_only(run_to_completion(stopping))
-            info[ERROR_SEEN] = True
-            foreign = not isinstance(error, self.dialect.loaded_dbapi.Error)
-            if foreign and context.execution_context is not None:
-                info[SETTINGS_CHANGED] = not self.is_memory
-            if journal is not None:
-                dbapi: Any = connection.connection.dbapi_connection
-                is_harmless = known.HARMLESS.fullmatch(context.statement or "SELECT")
-                if journal.ending is None and not is_harmless:
-                    self._look_again(journal, dbapi, context)
-                aborting = info.get(ABORTING_CODES, ())
-                journal.record_error(context, raw_of(dbapi), aborting)
+        raw = _raw_if_open(connection)
+        if raw is not None and (requests := self.driver.cancellations(raw)):
+            stopping = asyncio.wait(requests, timeout=CLOSE_SECONDS)
+            await_only(run_to_completion(stopping))  # SQLAlchemy cuts them off
+            raw = _raw_if_open(connection)
+        if connection is not None and connection.closed:
+            context.is_disconnect = False  # another task has ended the unit meanwhile
+        elif raw is not None:
+            self._record(context, connection, raw)
         if read_only and failures.means(error, "read_only"):
             refused = errors.ReadOnlySessionError("A statement")
             raise refused from context.sqlalchemy_exception
+
+    def _record(self, of: Context, connection: Connection, raw: object) -> None:
+        info, journal = connection.info, connection.journal
+        info[ERROR_SEEN] = True
+        foreign = not isinstance(of.original_exception, self.dialect.loaded_dbapi.Error)
+        if foreign and of.execution_context is not None:
+            info[SETTINGS_CHANGED] = not self.is_memory
+        if journal is not None:
+            dbapi: Any = connection.connection.dbapi_connection
+            is_harmless = known.HARMLESS.fullmatch(of.statement or "SELECT")
+            if journal.ending is None and not is_harmless:
+                self._look_again(journal, dbapi, of)
+            journal.record_error(of, raw, info.get(ABORTING_CODES, ()))
 
     def _look_again(self, journal: Journal, dbapi: Any, of: Context) -> None:
         """Learn whether a statement that failed, such as CALL, has ended it all."""
@@ -284,3 +290,9 @@ class _Policy:
             execute(dbapi, self.database.QUESTION_BEFORE_COMMIT or "")
             journal.ended_unseen = False
             journal.look(dbapi)
+
+
+def _raw_if_open(connection: sa.Connection | None) -> Any:
+    if not isinstance(connection, Connection) or connection.closed:
+        return None
+    return None if connection.invalidated else connection.connection.driver_connection

@@ -46,9 +46,7 @@ class Aiosqlite:
     in_transaction = attrgetter("in_transaction")
 
     def stop(self, raw: Any) -> None:
-        # Of ours, of aiosqlite before 0.22, of a later one.
-        names = ("abandon", "_stop_running", "stop")
-        next(filter(None, (getattr(raw, name, None) for name in names)))()
+        getattr(raw, "abandon", raw.stop)()  # one of ours has the first
 
     def hurry(self, raw: Any) -> None:
         raw.is_hurried = True

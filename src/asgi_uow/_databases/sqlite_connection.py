@@ -138,9 +138,7 @@ class Connection(aiosqlite.Connection):
         self, database: str, iter_chunk_size: int = CHUNK, **options: Any
     ) -> None:
         super().__init__(partial(sqlite3.connect, database, **options), iter_chunk_size)
-        # aiosqlite before 0.22 is a thread, later ones have one.
-        thread: Any = getattr(self, "_thread", self)
-        thread.daemon = True
+        self._thread.daemon = True
         self.file = Path(database.removeprefix("file:").partition("?")[0]).absolute()
         self.cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
         self._begin: str | None = None
@@ -179,8 +177,7 @@ class Connection(aiosqlite.Connection):
     def stop(self) -> asyncio.Future[None] | None:
         """Stop the thread, once: a second request would wait for its answer forever."""
         self._running = False
-        thread: Any = getattr(self, "_thread", self)  # a forked process has none
-        if self._stopped is None and thread.is_alive():
+        if self._stopped is None and self._thread.is_alive():  # not if it was forked
             self._stopped = super().stop()
         return self._stopped
 
@@ -189,9 +186,7 @@ class Connection(aiosqlite.Connection):
         self._running, raw, self._connection = False, self._connection, None
         nobody: Any = _Nobody()
         self._tx.put_nowait((nobody, raw.close if raw else bool))
-        end: Any = core._STOP_RUNNING_SENTINEL  # noqa: SLF001
-        is_old = hasattr(self, "_stop_running")  # before 0.22
-        self._tx.put_nowait(end if is_old else (None, lambda: end))
+        self._tx.put_nowait((None, lambda: core._STOP_RUNNING_SENTINEL))  # noqa: SLF001
 
     async def _connect(self) -> Connection:
         try:
