@@ -399,7 +399,7 @@ async def test_what_comes_during_commit(backend: ServerBackend) -> None:
 
 
 @on(*SERVER_DRIVERS, **ONE_CONNECTION)
-@pytest.mark.parametrize("end", ["deadline", "closed"])
+@pytest.mark.parametrize("end", ["deadline", "close", "invalidate"])
 async def test_what_waits_when_its_connection_is_closed(
     db: Database, backend: ServerBackend, end: str
 ) -> None:
@@ -412,13 +412,15 @@ async def test_what_waits_when_its_connection_is_closed(
                 slow = functools.partial(connection.exec_driver_sql, backend.slow)
                 tasks = [asyncio.create_task(slow()) for _ in range(6)]
                 await eventually(1, functools.partial(backend.running, backend.slow))
-                if end == "closed":
+                if end != "deadline":
                     tasks[0].cancel()
-                    await connection.close()
+                    await asyncio.sleep(0)
+                    await getattr(connection, end)()
         await asyncio.wait(tasks)
     told = (asyncio.CancelledError, AsgiUowError, SQLAlchemyError)
     failures = await asyncio.gather(*tasks, return_exceptions=True)
     assert [] == [each for each in failures if not isinstance(each, told)]
+    assert tasks[0].cancelled() is (end != "deadline")
     await works(db, backend, [])
 
 
