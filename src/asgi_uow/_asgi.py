@@ -34,7 +34,6 @@ class Response:
         self._forward = forward
 
     async def send(self, message: Message) -> None:
-        """Forward a message of the response."""
         if message["type"] == START:
             self.status, self.started = message["status"], time.perf_counter()
         try:

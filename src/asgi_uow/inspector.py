@@ -91,7 +91,6 @@ class Entry:
     notes: list[str] = dataclasses.field(default_factory=list[str])
 
     def take(self, event: of.Event) -> None:
-        """Keep what is shown of an event."""
         if isinstance(event, of.UnitFinished):
             self.finished = dataclasses.replace(event, unit=None)
         elif isinstance(event, of.UnitClosed):
@@ -111,7 +110,6 @@ class Entry:
         self.hooks.append({"kind": "hook", **about, "failed": failed})
 
     def sentence(self) -> str:
-        """Say how it ended, and why."""
         if (finished := self.finished) is None:
             return "It is not decided yet."
         outcome, cause, reason = finished.outcome, finished.cause, finished.reason

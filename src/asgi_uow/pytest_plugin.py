@@ -26,9 +26,7 @@ def uow_database() -> Database | Sequence[Database]:
 
 
 @pytest.fixture
-def uow_sandbox(
-    uow_database: Database | Sequence[Database],
-) -> Iterator[sandbox]:
+def uow_sandbox(uow_database: Database | Sequence[Database]) -> Iterator[sandbox]:
     """Roll back, after the test, whatever it has had the databases do."""
     with sandbox(*_all(uow_database)) as box:
         yield box

@@ -9,7 +9,6 @@ from contextlib import closing
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import anyio
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.exc import DBAPIError
@@ -76,11 +75,10 @@ class Connection(sa.Connection):
             if fairy is not None and fairy.dbapi_connection is None:
                 self.invalidate()
 
-    def call_alone(
-        self, end: Callable[[], object], ending: Journal | None = None, kind: str = ""
-    ) -> None:
+    def call_alone(self, end: Callable[[], object], kind: str = "") -> None:
         """Wait until nobody's statement is in flight, call; none begins meanwhile."""
-        if kind and self.record is not None and self.journal is not None:
+        journal = self.journal
+        if kind and self.record is not None and journal is not None:
             end = functools.partial(self.record.send, kind, end)
         # Cursors hold the lock, COMMIT and ROLLBACK do not; a driver knows its own.
         dbapi: Any = self._dbapi_connection.dbapi_connection  # type: ignore[union-attr]
@@ -92,8 +90,8 @@ class Connection(sa.Connection):
         try:
             while driver.is_busy(raw_of(dbapi)):
                 await_only(asyncio.sleep(0.005))
-            if ending is not None:
-                ending.begin_commit()
+            if journal is not None and kind == "commit":
+                journal.begin_commit()
             end()
         finally:
             lock.release()
@@ -103,7 +101,7 @@ class Connection(sa.Connection):
         if self.journal is not None:
             self.journal.record_rollback(fairy and fairy.dbapi_connection)
         if fairy is not None and fairy.dbapi_connection is not None:
-            self.call_alone(self._send_rollback, kind="rollback")
+            self.call_alone(self._send_rollback, "rollback")
         if fairy is not None and fairy is self._dbapi_connection:
             fairy.info.pop(ERROR_SEEN, None)
 
@@ -131,10 +129,9 @@ class Connection(sa.Connection):
         journal.executed = True
 
     def _commit_impl(self) -> None:
-        journal = self.journal
-        self.call_alone(super()._commit_impl, journal, "commit")
-        if journal is not None:
-            journal.committed = True
+        self.call_alone(super()._commit_impl, "commit")
+        if self.journal is not None:
+            self.journal.committed = True
 
     def _prepare_twophase_impl(self, xid: str) -> None:
         if self.journal is not None:
@@ -215,27 +212,15 @@ def info_of(connection: sa.Connection) -> dict[Any, Any]:
     return connection.info if entry is None else entry.info
 
 
-def cut_off(connections: Iterable[sa.Connection]) -> None:
-    """Have what waits for a server fail at once; nobody uses the connection again."""
-    for each in connections:
-        if not (each.closed or each.invalidated):
-            raw = raw_of(each.connection.dbapi_connection)
-            known.driver_of(each.dialect).cut_off(raw)
-
-
 def end_calls(driver: known.Driver, raw: Any) -> None:
     """Cut a connection off, and let what is in flight on it fail before it is closed.
 
     libpq frees what a call of psycopg still reads, and the process would crash.
     """
     driver.cut_off(raw)
-    await_only(_until_idle(driver, raw))
-
-
-async def _until_idle(driver: known.Driver, raw: Any) -> None:
-    with anyio.move_on_after(SECONDS_TO_FAIL):
-        while driver.is_busy(raw):  # noqa: ASYNC110  # a driver has no event for it
-            await asyncio.sleep(0.005)
+    until = time.monotonic() + SECONDS_TO_FAIL
+    while driver.is_busy(raw) and time.monotonic() < until:
+        await_only(asyncio.sleep(0.005))
 
 
 def close_for_good(connections: Iterable[sa.Connection], driver: known.Driver) -> None:

@@ -162,10 +162,6 @@ class Redactor:
         return "".join(lines)
 
 
-def stacktrace_of(error: BaseException) -> str:
-    return Redactor(error).stacktrace()
-
-
 def name_of(kind: type[BaseException]) -> str:
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{module}{kind.__qualname__}"

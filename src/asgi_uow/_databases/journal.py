@@ -80,10 +80,6 @@ class Savepoints:
     def call_if_undone(self, frame: Frame, callback: Callback) -> None:
         self._callbacks.append((frame, callback))
 
-    def take_due(self, by: object) -> list[Callback]:
-        """Give, once, the callbacks for what the journal `by` saw rolled back."""
-        return self.due.pop(by, [])
-
     def clear(self) -> None:
         self._callbacks.clear()
         self.due.clear()

@@ -104,9 +104,8 @@ class Claim:
 
     def update(self, **values: object) -> sa.Update:
         """Say as the last thing before COMMIT that all is done."""
-        update = self.table.update().where(self.is_here)
-        update = update.execution_options(**known.OWN_STATEMENT)
-        return update.values(run=self.done, **values)
+        update = self.table.update().where(self.is_here).values(run=self.done, **values)
+        return update.execution_options(**known.OWN_STATEMENT)
 
     def explain(self, error: BaseException) -> None:
         """Say on an error of the database what it was about."""

@@ -11,8 +11,7 @@ from weakref import ref
 from anyio import CancelScope, move_on_after
 
 from asgi_uow._databases import known, postgresql
-
-SECONDS_TO_FAIL = 1.0  # for a statement on a connection that is shut down
+from asgi_uow._databases.connection import SECONDS_TO_FAIL
 
 DRIVER = known.Driver(postgresql.Psycopg())
 _endings: set[Task[None]] = set()

@@ -88,13 +88,13 @@ class Body:
 class HashedBody:
     """The body of a request: read ahead, hashed as it comes, never stored."""
 
+    _is_ended = is_gone = False
+    _size = 0
+
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._ahead: list[Message] = []
         self._hash = hashlib.sha256()
-        self._size = 0
-        self._is_ended = False
-        self.is_gone = False
 
     async def fetch(self, least: int) -> None:
         """Read so many bytes; whoever is slow holds no connection then."""

@@ -175,40 +175,33 @@ class _Keyed:
                 self._turn.close()
                 return await self._repeat(unit, row)
         except KeyInUseError as error:
-            return await self._answer(409, str(error), RETRY_AFTER)
+            return await respond(self._send, *described(409, str(error), RETRY_AFTER))
         with self._turn:
             await self._app(self._scope, self._body.receive, self._hold)
             if self._held:  # it has no end, and is the server's to judge
                 await self._pass(None)
         return None
 
-    async def _answer(
-        self, status: int, detail: str, retry_after: int | None = None
-    ) -> None:
-        await respond(self._send, *described(status, detail, retry_after))
-
     async def _repeat(self, unit: UnitOfWork, row: Any) -> None:
         """Answer from what is kept: the work was done."""
         unit.set_rollback_only("its key was used before")
         unit.replayed = True
         if row.request != self._claim.request:
-            detail = "This idempotency key was used for another method or path."
-            await self._answer(422, detail)
+            told = 422, "This idempotency key was used for another method or path."
         elif row.fingerprint is None:
-            detail = "A part of this was kept before; whether all was is not known."
-            await self._answer(409, detail)
+            told = 409, "A part of this was kept before; whether all was is not known."
         elif not await self._body.is_like(row.fingerprint, self._options.wait):
-            detail = "This idempotency key was used with another body."
-            await self._answer(422, detail)
+            told = 422, "This idempotency key was used with another body."
         elif row.status is None:
-            detail = "This was done; its response was not kept, as it was too large."
-            await self._answer(409, detail)
+            told = 409, "This was done; its response was not kept, as it was too large."
         else:
             lines, _, body = row.response.partition(b"\n")
             pairs = [*json.loads(lines), ("idempotency-replayed", "true")]
             headers = [tuple(part.encode("latin-1") for part in pair) for pair in pairs]
             await self._send({"type": START, "status": row.status, "headers": headers})
             await self._send({"type": BODY, "body": body})
+            return
+        await respond(self._send, *described(*told))
 
     async def _hold(self, message: Message) -> None:
         """Hold the response until its end; or pass it on, if it is too large."""

@@ -93,11 +93,10 @@ class BeginningReadSession(ReadOnlySession, BeginningSession):
     """Leaves it to the write session to begin while it reads in its transaction."""
 
     def begin_first(self) -> None:
-        host = self.writer
+        writer = self.writer
+        host = writer if isinstance(writer, BeginningSession) else self
         self.executing += 1  # so that the connection is not given back in between
         try:
-            BeginningSession.begin_first(
-                host if isinstance(host, BeginningSession) else self
-            )
+            BeginningSession.begin_first(host)
         finally:
             self.executing -= 1

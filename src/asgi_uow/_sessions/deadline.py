@@ -57,9 +57,8 @@ class Deadline:
         try:
             yield
         except StatementError as error:  # SQLAlchemy has wrapped ours
-            late = (
-                error.orig if isinstance(error.orig, DeadlineExceededError) else error
-            )
+            origin = error.orig
+            late = origin if isinstance(origin, DeadlineExceededError) else error
             raise late from late.__cause__
         except asyncio.CancelledError as error:
             if is_over and task.cancelling() == others + 1:

@@ -16,12 +16,11 @@ from asgi_uow._databases.connection import (
     Connection,
     ReaderConnection,
     close_for_good,
-    cut_off,
     info_of,
 )
 from asgi_uow._databases.driver_errors import is_outage, means
 from asgi_uow._databases.journal import Savepoints
-from asgi_uow._databases.known import OWN_STATEMENT
+from asgi_uow._databases.known import OWN_STATEMENT, driver_of
 from asgi_uow._databases.pool import AUTOCOMMIT, CANCEL_SQL
 from asgi_uow._decision import NEW, WRITABLE
 
@@ -60,11 +59,9 @@ class Shared:
 
     def may_repeat(self, error: BaseException | None) -> bool:
         """Tell whether to try again may help; no unit of the request kept anything."""
-        return (
-            error is not None
-            and not self.committed
-            and (is_outage(error, self.outages) or means(error, "conflict"))
-        )
+        if error is None or self.committed:
+            return False
+        return is_outage(error, self.outages) or means(error, "conflict")
 
     def has_written(self, db: Engines) -> bool:
         """Tell whether reads of `db` must see what a unit among these has written."""
@@ -152,7 +149,10 @@ class ManagedSession(orm.Session):
         ]
 
     def cut_off(self) -> None:
-        cut_off(self.connections)
+        """Have what waits for a server fail at once; nobody uses these again."""
+        for each in self.connections:
+            if not (each.closed or each.invalidated):
+                driver_of(each.dialect).cut_off(each.connection.driver_connection)
 
     def discard(self) -> None:
         """Close the connections for good, also under a statement in flight."""

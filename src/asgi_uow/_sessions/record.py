@@ -41,8 +41,7 @@ class Recorder:
 
     def attach(self, session: Any, lock: TaskLock) -> None:
         """Have what a synchronous session does recorded."""
-        record = Record(session, self.timeline, lock)
-        session.record = record
+        session.record = record = Record(session, self.timeline, lock)
         self.records.append(record)
         lock.resume = record.resume
 
@@ -147,11 +146,9 @@ class Record:
         self, kind: Kind, start: float, end: float, sql: str = "", *, failed: bool
     ) -> None:
         steps = self._timeline
-        if steps is None:
-            return
         # Each read has a connection: only that of a write session is one a unit.
         is_end = kind != "statement" and self.access == "write"
-        if is_end or len(steps) < MOST_STEPS:
+        if steps is not None and (is_end or len(steps) < MOST_STEPS):
             text = known.without_literals(sql) if sql else ""
             about = self.database, self.access, start, end - start
             steps.append(Step(kind, *about, text, failed))

@@ -161,7 +161,7 @@ class Session(StatementSession):
         # Not inside another call of this task: a hook may wait for its turn.
         is_proven = self.doomed_by is None and self.shared.state in WRITABLE
         if is_proven and not self.host.own_lock.is_mine:
-            for callback in self.shared.savepoints.take_due(by=self.journal):
+            for callback in self.shared.savepoints.due.pop(self.journal, ()):
                 await callback()
 
     @property

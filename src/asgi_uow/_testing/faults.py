@@ -45,18 +45,15 @@ class Block:
             _blocks.setdefault(self._target, []).append(self)
 
     def __exit__(self, *_: object) -> None:
-        """Have it happen no more."""
         with _lock:
             _blocks[self._target].remove(self)
             if not _blocks[self._target]:
                 del _blocks[self._target], vars(self._target)[self._name]
 
     async def __aenter__(self) -> None:
-        """Have it happen from now on."""
         self.__enter__()
 
     async def __aexit__(self, *_: object) -> None:
-        """Have it happen no more."""
         self.__exit__()
 
 
@@ -70,7 +67,6 @@ def _next(target: object) -> Fault | None:
 
 
 def _at_commit(db: Engines, *faults: Fault) -> Block:
-    """Have the next commits of `db` go wrong."""
     check_databases("a fault", (db,))
     dialect: Any = db.engine.dialect
     return Block(dialect, "do_commit", partial(_do_commit, dialect), *faults)
@@ -84,15 +80,14 @@ def _do_commit(dialect: Any, dbapi: Any) -> None:
         fault(dbapi, send)
 
 
-def _error(db: Engines, code: int | str, kind: str, what: str) -> Exception:
+def _error(db: Engines, code: int | str, kind: str, what: str) -> Any:
     message = f"{what} (asgi_uow.testing)"
     args = (code, message) if isinstance(code, int) else (message,)
     dbapi: Any = db.engine.dialect.loaded_dbapi
-    error: Any = getattr(dbapi, kind)(*args)
+    error = getattr(dbapi, kind)(*args)
     if isinstance(code, str):
         error.sqlstate = error.sqlite_errorname = code
-    found: Exception = error
-    return found
+    return error
 
 
 def fail_commit(db: Engines, *, error: Exception | None = None) -> Block:

@@ -119,9 +119,8 @@ class SharedConnection(Nesting):
     async def _turn(self, part: Part) -> AsyncGenerator[None]:
         async with self.turns:
             try:
-                if not self._is_free(part):
-                    async with asyncio.timeout(WAIT):
-                        await self.turns.wait_for(lambda: self._is_free(part))
+                async with asyncio.timeout(WAIT):
+                    await self.turns.wait_for(lambda: self._is_free(part))
             except TimeoutError:
                 who = self.holder and self.holder.unit
                 message = HELD.format(who or "A connection of an engine")

@@ -124,10 +124,9 @@ def count_statements(db: Engines, expected: int | None = None) -> Generator[Stat
         if here() is mine:
             found.append(statement)
 
+    readers = (each.sync_engine for each in db.readers)
     # Those derived from the writer's engine have its listeners.
-    own = (
-        e.sync_engine for e in db.readers if not isinstance(e.sync_engine, OptionEngine)
-    )
+    own = (each for each in readers if not isinstance(each, OptionEngine))
     engines = (db.engine.sync_engine, *own)
     for each in engines:
         event.listen(each, "before_cursor_execute", note)

@@ -54,10 +54,8 @@ def note_end(unit: UnitOfWork, outcome: Outcome, ending_since: float) -> None:
         used = [db for db, each in unit.participants.items() if each.has_written]
         what = outcome, unit.cause, unit.reason, tuple(db.name for db in used)
         times = now - unit.opened, now - ending_since
-        event = UnitFinished(*what, *times, *_request(unit), unit.attempt)
-        usage = recorder.usage()
-        event = dataclasses.replace(event, replayed=unit.replayed, usage=usage)
-        events.append(event)
+        values = *what, *times, *_request(unit), unit.attempt, unit.replayed
+        events.append(UnitFinished(*values, recorder.usage()))
     if events:
         stamp(unit)
 
@@ -68,8 +66,7 @@ def add_hooks(unit: UnitOfWork, recorder: Recorder) -> None:
     for index, each in enumerate(events):
         if isinstance(each, UnitFinished) and each.unit is unit:
             hooks, seconds = recorder.hooks, recorder.hook_seconds
-            told = dataclasses.replace(each, hooks=hooks, hook_seconds=seconds)
-            events[index] = told
+            events[index] = dataclasses.replace(each, hooks=hooks, hook_seconds=seconds)
 
 
 def note_close(unit: UnitOfWork, recorder: Recorder) -> None:

@@ -7,7 +7,7 @@ import functools
 from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakMethod
 
-from asgi_uow._databases.driver_errors import stacktrace_of
+from asgi_uow._databases.driver_errors import Redactor
 from asgi_uow.observers import LoggingObserver, notify
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class UnitOptions:
 
     def tell(self, event: Event) -> None:
         if (error := getattr(event, "error", None)) is not None:
-            show = functools.partial(stacktrace_of, error)
-            event = dataclasses.replace(event, trace=show)
+            event = dataclasses.replace(
+                event, trace=lambda: Redactor(error).stacktrace()
+            )
         notify((*self.observers, *self.inspectors), event)
