@@ -404,7 +404,7 @@ async def test_what_waits_when_its_connection_is_closed(
     db: Database, backend: ServerBackend, end: str
 ) -> None:
     """Each of several statements is told why it failed, also when it hears it last."""
-    seconds = 0.3 if end == "deadline" else None
+    seconds, tasks = 0.3 if end == "deadline" else None, []
     async with asyncio.timeout(SECONDS):
         with pytest.raises((AsgiUowError, DBAPIError)):
             async with uow.unit_of_work(db, deadline=seconds):

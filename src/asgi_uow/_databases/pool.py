@@ -251,7 +251,7 @@ class _Policy:
             context.is_disconnect = True
         if self.is_memory and (is_late or not isinstance(error, Exception)):
             context.is_disconnect = False  # the connection is the database
-        connection: Any = context.connection
+        connection = context.connection
         if isinstance(error, errors.AsgiUowError) and not is_late:
             return  # nothing was sent
         raw = _raw_if_open(connection)
@@ -261,7 +261,7 @@ class _Policy:
             raw = _raw_if_open(connection)
         if connection is not None and connection.closed:
             context.is_disconnect = False  # another task has ended the unit meanwhile
-        elif raw is not None:
+        elif isinstance(connection, Connection) and raw is not None:
             self._record(context, connection, raw)
         if read_only and failures.means(error, "read_only"):
             refused = errors.ReadOnlySessionError("A statement")
@@ -293,6 +293,6 @@ class _Policy:
 
 
 def _raw_if_open(connection: sa.Connection | None) -> Any:
-    if not isinstance(connection, Connection) or connection.closed:
+    if connection is None or connection.closed or connection.invalidated:
         return None
-    return None if connection.invalidated else connection.connection.driver_connection
+    return raw_of(connection.connection.dbapi_connection)

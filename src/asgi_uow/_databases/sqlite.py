@@ -46,7 +46,7 @@ class Aiosqlite:
     in_transaction = attrgetter("in_transaction")
 
     def stop(self, raw: Any) -> None:
-        getattr(raw, "abandon", raw.stop)()  # one of ours has the first
+        (raw.abandon if hasattr(raw, "abandon") else raw.stop)()  # one of ours has it
 
     def hurry(self, raw: Any) -> None:
         raw.is_hurried = True

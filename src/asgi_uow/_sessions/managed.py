@@ -17,10 +17,11 @@ from asgi_uow._databases.connection import (
     ReaderConnection,
     close_for_good,
     info_of,
+    raw_of,
 )
 from asgi_uow._databases.driver_errors import is_outage, means
 from asgi_uow._databases.journal import Savepoints
-from asgi_uow._databases.known import OWN_STATEMENT, driver_of
+from asgi_uow._databases.known import OWN_STATEMENT
 from asgi_uow._databases.pool import AUTOCOMMIT, CANCEL_SQL
 from asgi_uow._decision import NEW, WRITABLE
 
@@ -148,11 +149,10 @@ class ManagedSession(orm.Session):
             if statement is not None and not each.closed
         ]
 
-    def cut_off(self) -> None:
-        """Have what waits for a server fail at once; nobody uses these again."""
+    def cut_off(self) -> None:  # so that what waits for a server fails at once
         for each in self.connections:
             if not (each.closed or each.invalidated):
-                driver_of(each.dialect).cut_off(each.connection.driver_connection)
+                self.database.driver.cut_off(raw_of(each.connection.dbapi_connection))
 
     def discard(self) -> None:
         """Close the connections for good, also under a statement in flight."""
