@@ -8,14 +8,17 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 
 import asgi_uow as uow
-from asgi_uow.errors import DoomedError
+from asgi_uow.errors import AsgiUowError, DoomedError
 from tests.servers import eventually
-from tests.support.databases import behind_proxy, on
+from tests.support.databases import DRIVERS, behind_proxy, checked_out, on
 
 if TYPE_CHECKING:
+    from sqlalchemy.pool import ConnectionPoolEntry
+
     from asgi_uow import Database
     from tests.servers import ServerBackend
 
@@ -39,14 +42,16 @@ async def throw_away_twice(
 
 
 @on("asyncpg")
+@pytest.mark.parametrize("gives_up", [False, True])
 async def test_the_next_connection_is_kept(
-    backend: ServerBackend, monkeypatch: pytest.MonkeyPatch
+    backend: ServerBackend, monkeypatch: pytest.MonkeyPatch, *, gives_up: bool
 ) -> None:
     """Who still closes the dead one does not forget what others have connected.
 
-    It closes for long: the server has gone, but the client has not heard of it.
+    It closes for long: the server has gone, but the client has not heard of it. Who
+    comes next waits; one that gives up stops nobody.
     """
-    monkeypatch.setattr("asgi_uow._databases.pool.CLOSE_SECONDS", 0.3)
+    monkeypatch.setattr("asgi_uow._databases.pool.CLOSE_SECONDS", 1.0)
     closing = asyncio.Event()
 
     async with behind_proxy(backend, pool_size=1, max_overflow=0) as (db, proxy):
@@ -58,6 +63,10 @@ async def test_the_next_connection_is_kept(
 
         async def come_next() -> object:
             await closing.wait()
+            if gives_up:
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.05), db:
+                        await uow.current_session().scalar(WHO)
             async with db:
                 number = await uow.current_session().scalar(WHO)
                 await asyncio.wait([first])
@@ -70,3 +79,26 @@ async def test_the_next_connection_is_kept(
             async with db:
                 assert number == await uow.current_session().scalar(WHO)
         assert 1 == await backend.connections()
+        assert [0, 0] == checked_out(db)
+
+
+@on(*DRIVERS)
+async def test_a_listener_throws_it_away_again(db: Database) -> None:
+    """It waits for nobody: not for itself either."""
+    again: list[object] = []
+
+    @event.listens_for(db.engine.sync_engine, "close")
+    def close(_: object, entry: ConnectionPoolEntry) -> None:
+        if not again:
+            again.append(entry)
+            entry.invalidate()
+
+    async with asyncio.timeout(10):
+        with pytest.raises(AsgiUowError):
+            async with db:
+                connection = await uow.current_session().connection()
+                await connection.invalidate()
+        async with db:
+            assert 1 == await uow.current_session().scalar("SELECT 1")
+    assert [] != again
+    assert [0, 0] == checked_out(db)

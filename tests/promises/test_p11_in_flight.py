@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from sqlalchemy import event, literal_column
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
@@ -34,6 +36,7 @@ from tests.support.writes import driver_connection
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
+    from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.pool import PoolProxiedConnection
 
@@ -400,27 +403,67 @@ async def test_what_comes_during_commit(backend: ServerBackend) -> None:
 
 @on(*SERVER_DRIVERS, **ONE_CONNECTION)
 @pytest.mark.parametrize("end", ["deadline", "close", "invalidate"])
+@pytest.mark.parametrize("cancelled_by", ["task", "scope"])
 async def test_what_waits_when_its_connection_is_closed(
-    db: Database, backend: ServerBackend, end: str
+    db: Database, backend: ServerBackend, end: str, cancelled_by: str
 ) -> None:
-    """Each of several statements is told why it failed, also when it hears it last."""
-    seconds, tasks = 0.3 if end == "deadline" else None, []
+    """Each of several statements is told why it failed, also when it hears it last.
+
+    A scope cancels again in each turn of the loop.
+    """
+    seconds, scope = 0.3 if end == "deadline" else None, anyio.CancelScope()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def slow() -> None:
+        await connection.exec_driver_sql(backend.slow)
+
+    async def first() -> None:
+        with scope:
+            await slow()
+
     async with asyncio.timeout(SECONDS):
         with pytest.raises((AsgiUowError, DBAPIError)):
             async with uow.unit_of_work(db, deadline=seconds):
                 connection = await uow.current_session().connection()
-                slow = functools.partial(connection.exec_driver_sql, backend.slow)
-                tasks = [asyncio.create_task(slow()) for _ in range(6)]
+                tasks += [asyncio.create_task(first())]
+                tasks += [asyncio.create_task(slow()) for _ in range(5)]
                 await eventually(1, functools.partial(backend.running, backend.slow))
                 if end != "deadline":
-                    tasks[0].cancel()
+                    (tasks[0] if cancelled_by == "task" else scope).cancel()
                     await asyncio.sleep(0)
                     await getattr(connection, end)()
         await asyncio.wait(tasks)
-    told = (asyncio.CancelledError, AsgiUowError, SQLAlchemyError)
-    failures = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [] == [each for each in failures if not isinstance(each, told)]
-    assert tasks[0].cancelled() is (end != "deadline")
+    told, *failures = await asyncio.gather(*tasks, return_exceptions=True)
+    kinds = (AsgiUowError, SQLAlchemyError)
+    assert [] == [each for each in failures if not isinstance(each, kinds)]
+    if end == "deadline":
+        assert isinstance(told, kinds)
+    elif cancelled_by == "task":
+        assert isinstance(told, asyncio.CancelledError)
+    else:
+        assert told is None
+    await works(db, backend, [])
+
+
+@on(*SERVER_DRIVERS, **ONE_CONNECTION)
+async def test_closed_while_its_error_is_looked_at(
+    db: Database, backend: ServerBackend
+) -> None:
+    """What is raised is the database's error: there is nothing left to throw away."""
+
+    @event.listens_for(db.engine.sync_engine, "handle_error")
+    def close(context: ExceptionContext) -> None:
+        assert context.connection is not None
+        with suppress(DBAPIError):  # of its ROLLBACK
+            context.connection.close()
+
+    with pytest.raises(DBAPIError) as caught:
+        async with db:
+            connection = await uow.current_session().connection()
+            await backend.kill_connections()
+            await connection.exec_driver_sql("SELECT 1")
+    assert caught.value.connection_invalidated
+    event.remove(db.engine.sync_engine, "handle_error", close)
     await works(db, backend, [])
 
 

@@ -60,6 +60,12 @@ class Connection(sa.Connection):
         except BaseException as error:  # noqa: BLE001  # raised again, wrapped
             self._handle_dbapi_exception(error, statement, None, None, None)
 
+    @property
+    def invalidated(self) -> bool:
+        # Also when another task has closed it: SQLAlchemy, which asks when a statement
+        # has failed, takes any other for one that it can throw away.
+        return self._dbapi_connection is None or super().invalidated
+
     def _revalidate_connection(self) -> Any:
         if self.journal is not None and self._transaction is None:
             # Its unit has ended; nobody would close another.

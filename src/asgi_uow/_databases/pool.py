@@ -259,9 +259,7 @@ class _Policy:
             stopping = asyncio.wait(requests, timeout=CLOSE_SECONDS)
             await_only(run_to_completion(stopping))  # SQLAlchemy cuts them off
             raw = _raw_if_open(connection)
-        if connection is not None and connection.closed:
-            context.is_disconnect = False  # another task has ended the unit meanwhile
-        elif isinstance(connection, Connection) and raw is not None:
+        if isinstance(connection, Connection) and raw is not None:
             self._record(context, connection, raw)
         if read_only and failures.means(error, "read_only"):
             refused = errors.ReadOnlySessionError("A statement")
@@ -293,6 +291,6 @@ class _Policy:
 
 
 def _raw_if_open(connection: sa.Connection | None) -> Any:
-    if connection is None or connection.closed or connection.invalidated:
+    if not isinstance(connection, Connection) or connection.invalidated:
         return None
     return raw_of(connection.connection.dbapi_connection)

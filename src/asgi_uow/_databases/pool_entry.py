@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+from typing import Any
 
 from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import await_only
@@ -14,20 +16,21 @@ class PoolEntry(_ConnectionRecord):
 
     There, who finds the connection dead while another is still closing it gives the
     entry back at once. Somebody connects in it, and what the first then forgets is
-    that new connection, which nobody will close.
+    that new connection, which nobody will close. Here that somebody waits.
     """
-
-    _closing: asyncio.Future[None] | None = None
 
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:  # noqa: FBT001, FBT002  # as SQLAlchemy has it
         if soft or not in_greenlet():
             super().invalidate(e, soft)
-        elif self._closing is not None:
-            await_only(asyncio.wait([self._closing]))
-        else:
-            self._closing = asyncio.get_running_loop().create_future()
+        elif "get_connection" not in vars(self):  # otherwise it is being closed
+            closed = asyncio.get_running_loop().create_future()
+            vars(self)["get_connection"] = functools.partial(self._get_later, closed)
             try:
                 super().invalidate(e)
             finally:
-                self._closing.set_result(None)
-                self._closing = None
+                del vars(self)["get_connection"]
+                closed.set_result(None)
+
+    def _get_later(self, closed: asyncio.Future[None]) -> Any:
+        await_only(asyncio.wait([closed]))
+        return self.get_connection()

@@ -21,7 +21,7 @@ from asgi_uow._databases.connection import (
 )
 from asgi_uow._databases.driver_errors import is_outage, means
 from asgi_uow._databases.journal import Savepoints
-from asgi_uow._databases.known import OWN_STATEMENT
+from asgi_uow._databases.known import OWN_STATEMENT, driver_of
 from asgi_uow._databases.pool import AUTOCOMMIT, CANCEL_SQL
 from asgi_uow._decision import NEW, WRITABLE
 
@@ -150,9 +150,9 @@ class ManagedSession(orm.Session):
         ]
 
     def cut_off(self) -> None:  # so that what waits for a server fails at once
-        for each in self.connections:
-            if not (each.closed or each.invalidated):
-                self.database.driver.cut_off(raw_of(each.connection.dbapi_connection))
+        for each in [e for e in self.connections if not (e.closed or e.invalidated)]:
+            raw = raw_of(each.connection.dbapi_connection)
+            driver_of(each.dialect).cut_off(raw)  # a replica may have another
 
     def discard(self) -> None:
         """Close the connections for good, also under a statement in flight."""

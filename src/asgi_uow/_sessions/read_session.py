@@ -135,8 +135,8 @@ class ReadSession(Session):
 
 def _is_lost(connection: sa.Connection, error: BaseException) -> bool:
     """Tell whether a connection is of no use, or the transaction of its stream."""
-    if connection.invalidated or connection.closed:
-        return connection.invalidated
+    if connection.closed or connection.invalidated:
+        return not connection.closed
     driver = known.driver_of(connection.dialect)
     raw = connection.connection.driver_connection
     return driver.in_transaction(raw) and any(
