@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import AsyncAdaptedQueuePool, event, text
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.queue import AsyncAdaptedQueue
 
 from asgi_uow import Database
@@ -230,3 +230,59 @@ async def test_a_crowd_of_which_many_leave(db: Database) -> None:
     assert [0, 0] == checked_out(db)
     async with db.engine.connect(), db.engine.connect():
         pass
+
+
+# Connecting fails
+
+
+@on(*DRIVERS, pool_size=1, max_overflow=0)
+async def test_connecting_fails_while_others_wait(db: Database) -> None:
+    """Each who waits tries for itself, at once, and not when its time is up."""
+    tried, may_fail, errors = [], asyncio.Event(), []
+
+    def refuse(*_: object) -> None:
+        tried.append(waiting(db.engine))
+        await_only(may_fail.wait())
+        if len(tried) < 3:
+            message = "it is down"
+            raise ConnectionRefusedError(message)
+
+    async def try_to_take() -> None:
+        try:
+            await take(db.engine, "one", order)
+        except ConnectionRefusedError as error:
+            errors.append(error)
+
+    order: list[str] = []
+    event.listen(db.engine.sync_engine, "do_connect", refuse)
+    tasks = [asyncio.create_task(try_to_take()) for _ in range(4)]
+    while waiting(db.engine) < 3:
+        await asyncio.sleep(0)
+    may_fail.set()
+    await asyncio.wait_for(asyncio.gather(*tasks), 10)
+    assert (2, ["one", "one"]) == (len(errors), order)
+    assert [0, 2, 1] == tried
+    assert [0, 0] == checked_out(db)
+
+
+@on(*DRIVERS, pool_size=1, max_overflow=1)
+async def test_closing_while_others_wait(db: Database) -> None:
+    """When one too many is closed, who came meanwhile does not wait for the others."""
+    order: list[str] = []
+    is_closing, may_close = asyncio.Event(), asyncio.Event()
+
+    def close(*_: object) -> None:
+        is_closing.set()
+        await_only(may_close.wait())
+
+    first, second = await db.engine.connect(), await db.engine.connect()
+    await first.close()
+    event.listen(db.engine.sync_engine, "close", close)
+    closing = asyncio.create_task(second.close())
+    await is_closing.wait()
+    async with db.engine.connect():
+        tasks = await wait_in_line(db.engine, "a", order)
+        may_close.set()
+        await asyncio.wait_for(asyncio.gather(closing, *tasks), 10)
+    assert ["a"] == order
+    assert [0, 0] == checked_out(db)

@@ -9,6 +9,8 @@ from typing import Any
 from sqlalchemy.util import await_only
 from sqlalchemy.util.queue import AsyncAdaptedQueue, Empty, Full
 
+from asgi_uow._databases.pool_entry import PoolEntry
+
 
 class FairQueue(AsyncAdaptedQueue[Any]):
     """What a pool keeps its connections in; takes the place of SQLAlchemy's.
@@ -59,6 +61,13 @@ class FairQueue(AsyncAdaptedQueue[Any]):
 def make_fair(queue: Any) -> None:
     """Have SQLAlchemy's queue be one, with what it holds."""
     queue.waiters, queue.__class__ = deque(), FairQueue
+
+
+def free_place(pool: Any) -> None:
+    """Have who waits connect, where a connection was closed or could not be made."""
+    type(pool)._dec_overflow(pool)  # noqa: SLF001
+    if pool._pool.waiters and pool._inc_overflow():  # noqa: SLF001
+        pool._do_return_conn(PoolEntry(pool, connect=False))  # noqa: SLF001
 
 
 async def _wait(waiter: asyncio.Future[Any], seconds: float | None) -> Any:

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import threading
+import weakref
 from asyncio import _get_running_loop
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -20,7 +21,7 @@ from sqlalchemy.util.queue import AsyncAdaptedQueue
 
 from asgi_uow._concurrency import register_at_fork, run_to_completion
 from asgi_uow._databases import known
-from asgi_uow._databases.fair_queue import make_fair
+from asgi_uow._databases.fair_queue import free_place, make_fair
 from asgi_uow.errors import ConfigurationError, WrongLoopError
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class LoopEngine(sa.Engine):
         vars(pool)["dispatch"] = self.like.dispatch
         if type(queue := getattr(pool, "_pool", None)) is AsyncAdaptedQueue:
             make_fair(queue)
+            this = weakref.ref(pool)
+            vars(pool)["_dec_overflow"] = lambda: free_place(this())
 
     def _move_to(self, loop: Loop) -> None:
         used: bool = getattr(self.like, "checkedout", int)() > 0
@@ -163,10 +166,17 @@ class DerivedEngine(LoopEngine, OptionEngine):
 def derive_engine(engine: AsyncEngine, place: AsyncEngine | None = None) -> AsyncEngine:
     """Make an engine that does all as `engine`, in the place of another if named."""
     place = place or engine
-    if type(place.dialect) is not type(engine.dialect):
-        message = "read_urls have to name the database and driver of the writer's URL."
-        raise ConfigurationError(message)
+    check_reader(place, engine)
     return AsyncEngine(DerivedEngine(engine.sync_engine, place.sync_engine))
+
+
+def check_reader(reader: AsyncEngine, writer: AsyncEngine) -> None:
+    """Raise `ConfigurationError` where another driver, or database, is asked."""
+    one, other = reader.dialect, writer.dialect
+    is_alike = one.driver == other.driver
+    if not (is_alike and known.database_of(one) == known.database_of(other)):
+        message = "readers, read_urls have to name the writer's database and driver."
+        raise ConfigurationError(message)
 
 
 def attach(engine: Any) -> LoopEngine:
