@@ -237,10 +237,12 @@ async def test_waits_for_a_connection(backend: Backend) -> None:
             tasks.create_task(hold())
             await is_held.wait()
             async with unit_of_work(db, independent=True):
+                began = time.perf_counter()
                 response = await handle(lambda: shop.insert(2), db)
+                seconds = time.perf_counter() - began
     ended = response.events.only(UnitFinished)
-    assert is_about(ended.waited, NAP)
-    assert ended.held < MORE
+    assert 0.9 * NAP <= ended.waited
+    assert ended.waited + ended.held <= seconds, "the wait is not held time, too"
 
 
 async def test_waits_in_vain(backend: Backend) -> None:
