@@ -771,6 +771,22 @@ async def test_cancelled_close(connection: Connection) -> None:
             await call
 
 
+@pytest.mark.parametrize("end", ["close", "stop", "abandon"])
+async def test_ended_in_a_transaction(
+    connection: Connection, sqlite: SQLiteBackend, end: str
+) -> None:
+    """However it ends, an open cursor that somebody refers to keeps no lock."""
+    reading = await connection.cursor().execute(SELECT)
+    connection.begin_with(BEGIN)
+    await connection.cursor().execute(INSERT)
+    assert is_locked(sqlite)
+    if (ended := getattr(connection, end)()) is not None:
+        await ended
+    await asyncio.to_thread(connection._thread.join)
+    assert not is_locked(sqlite)
+    await reading.close()
+
+
 async def test_cancelled_while_it_opens(sqlite: SQLiteBackend) -> None:
     """A connection that nobody waits for any more is closed before one hears of it."""
     opening = Connection(str(sqlite.path))

@@ -113,6 +113,35 @@ def test_what_cannot_be(url: str, message: str) -> None:
             Database.from_url(urls[0], read_urls=urls[1])
 
 
+@pytest.mark.parametrize(
+    ("url", "arguments", "message"),
+    [
+        ("postgres://h/d", {"sslmode": "require"}, "asyncpg takes no 'sslmode'"),
+        ("postgres://h/d", {"connect_timeout": 3}, "'connect_timeout': leave it out"),
+        ("postgresql+psycopg://h/d", {"ssl": True}, "psycopg takes no 'ssl'"),
+        ("mysql://h/d", {"timeout": 3}, "asyncmy takes no 'timeout'"),
+        ("mysql://h/d", "x", "cannot be made of its URL and options"),
+        (
+            "mysql://h/d?connect_timeout=abc",
+            {},
+            "cannot be made of its URL and options",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be(url: str, arguments: Any, message: str) -> None:
+    """So is what is passed on to the driver, beside the URL."""
+    with pytest.raises(ConfigurationError, match=message):
+        Database.from_url(url, connect_args=arguments)
+
+
+@pytest.mark.parametrize("name", ["async_creator_fn", "prepared_statement_name_func"])
+def test_arguments_of_sqlalchemy(name: str) -> None:
+    """What SQLAlchemy takes, or a function that connects, may be anything."""
+    arguments = {name: str, "server_settings": {"application_name": "shop"}}
+    db = Database.from_url("postgres://h/d", connect_args=arguments)
+    assert "asyncpg" == db.engine.dialect.driver
+
+
 @pytest.mark.parametrize("name", ["async_creator", "pool"])
 def test_one_place_for_all(name: str) -> None:
     """What connects to one server connects to no replica: refused, not ignored."""

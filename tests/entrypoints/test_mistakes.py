@@ -83,6 +83,8 @@ def test_swapped(app: Any) -> None:
     [
         ("commit_when", True, "a function of status and headers"),
         ("commit_when", None, "a function of status and headers"),
+        ("commit_when", lambda: True, "a function of status and headers"),
+        ("commit_when", lambda _: True, "a function of status and headers"),
         ("commit_timeout", -1, "seconds above 0, or None"),
         ("commit_timeout", 0, "seconds above 0, or None"),
         ("commit_timeout", "30", "seconds above 0, or None"),
@@ -95,6 +97,7 @@ def test_swapped(app: Any) -> None:
         ("observers", [APP], "a list of functions"),
         ("observers", [LoggingObserver], "a list of functions"),
         ("causal_reads", "secret", r"CausalReads\(secret\), or None"),
+        ("causal_reads", uow.CausalReads, r"CausalReads\(secret\), or None"),
         ("error_app", "app", "an ASGI application, or None"),
     ],
 )

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy import text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -292,6 +293,26 @@ async def test_no_further_call(db: Database, backend: Backend) -> None:
         await until_over()
 
     assert 200 == (await handle(handler, db, deadline=SHORT)).status
+
+
+async def test_what_was_refused_throws_no_connection_away(
+    db: Database, backend: Backend
+) -> None:
+    """Nothing was sent, so the connection is sound: it is rolled back, and kept."""
+    made: list[object] = []
+    sa.event.listen(db.engine.sync_engine, "connect", lambda *it: made.append(it))
+    await backend.execute("INSERT INTO items (id) VALUES (1)")
+
+    async def work() -> None:
+        await shop.insert(2)
+        connection = await uow.current_session().connection()
+        await until_over()
+        await connection.exec_driver_sql(shop.COUNT)
+
+    assert_refused(await handle(work, db, deadline=SHORT))
+    await handle(lambda: shop.insert(3), db)
+    assert [1, 3] == await shop.items(backend)
+    assert 1 == len(made)
 
 
 async def test_commit_is_not_begun(db: Database, backend: Backend) -> None:

@@ -31,8 +31,9 @@ DEFAULTS: Mapping[str, object] = {
     # Errors go to logs and error trackers, parameters are people's data.
     "hide_parameters": True,
 }
-# SQLAlchemy takes these out of what a URL says.
-SQLALCHEMYS = ("prepared_statement_cache_size", "async_fallback")
+# SQLAlchemy takes these out of what the driver gets.
+PREPARED = ("prepared_statement_cache_size", "prepared_statement_name_func")
+SQLALCHEMYS = ("async_fallback", *PREPARED)
 # An in-memory database is its connection: one, for one unit at a time, for good.
 ONE_CONNECTION: Mapping[str, object] = {
     "poolclass": sa.AsyncAdaptedQueuePool,
@@ -70,6 +71,12 @@ def _has(it: Any, method: str) -> bool:
     return callable(getattr(it, method)) and not isinstance(it, type)
 
 
+def _takes(it: Any, number: int) -> bool:
+    with suppress(ValueError):  # of C, without a signature
+        inspect.signature(it, follow_wrapped=False).bind(*range(number))
+    return callable(it)
+
+
 # Names of options, what they must be, and a function that tells whether a value is.
 _BOOLEAN = "True or False", (True, False).__contains__
 _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
@@ -77,12 +84,12 @@ _RULES: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("attempts", "a whole number above 0", lambda it: range(it) and it is not True),
     ("autoflush commit_flushes commit_on_exit", *_BOOLEAN),
     ("backoff keep max_backoff wait", "seconds", _is_finite),
-    ("causal_reads", "CausalReads(secret), or None", lambda it: callable(it.positions)),
+    ("causal_reads", "CausalReads(secret), or None", lambda it: _has(it, "positions")),
     ("commit_timeout deadline hook_timeout", "seconds above 0, or None", _is_above_0),
     ("held_idle", "seconds above 0, or None", _is_above_0),
-    ("commit_when", "a function of status and headers", callable),
+    ("commit_when", "a function of status and headers", lambda it: _takes(it, 2)),
     ("url", "a URL, or a list of URLs", len),
-    ("when", "a function of the scope", lambda it: callable(it) and not _is_async(it)),
+    ("when", "a function of the scope", lambda it: _takes(it, 1) and not _is_async(it)),
     ("scope", "a function of the scope, or None", _observes),
     ("echo echo_pool", "a boolean or 'debug'", (0, 1, None, "debug").__contains__),
     ("error_app", "an ASGI application, or None", callable),
@@ -234,7 +241,6 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
     parsed, database = _read_url(url)
     defaults = {**DEFAULTS, **(database.ENGINE_OPTIONS if database else {})}
     if options.get("poolclass") is None:
-        # SQLAlchemy's 30 seconds are long: a server that is back wakes nobody.
         defaults["pool_timeout"] = 10.0
     forced = ONE_CONNECTION if known.is_memory(parsed) else {}
     check(options)
@@ -245,7 +251,7 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
             message += "out to get the usual one, or name an async one."
             raise ConfigurationError(message)
         engine = create_async_engine(parsed, **{**defaults, **options, **forced})
-        _check_arguments(engine.dialect, parsed)
+        _check_arguments(engine.dialect, parsed, options)
     except ModuleNotFoundError as error:
         driver = parsed.get_driver_name()
         extra = database.EXTRAS.get(driver) if database else None
@@ -255,17 +261,21 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         if database is not None and database.DIALECT is not None:
             message += f" Install {database.DIALECT}."
         raise ConfigurationError(message) from error
-    except (TypeError, sa_exc.ArgumentError) as error:
-        raise ConfigurationError(str(error)) from error
+    except (TypeError, ValueError, sa_exc.ArgumentError) as error:
+        message = f"The engine cannot be made of its URL and options: {error}"
+        raise ConfigurationError(message) from error
     return engine
 
 
-def _check_arguments(dialect: sa.Dialect, url: sa.URL) -> None:
+def _check_arguments(
+    dialect: sa.Dialect, url: sa.URL, options: Mapping[str, Any]
+) -> None:
     """Refuse at once what the driver would refuse when it connects."""
-    driver = known.driver_of(dialect)
-    if (name := driver.connects_with) is not None:
-        taken = {*inspect.signature(resolve_name(name)).parameters, *SQLALCHEMYS}
-        unknown = dialect.create_connect_args(url)[1].keys() - taken
+    driver, given = known.driver_of(dialect), options.get("connect_args") or {}
+    if driver.connects_with is not None and "async_creator_fn" not in given:
+        function = resolve_name(driver.connects_with)
+        taken = {*inspect.signature(function).parameters, *SQLALCHEMYS}
+        unknown = {*dialect.create_connect_args(url)[1], *given} - taken
         for key in unknown.difference(driver.connects_also()):
             message = f"The driver {dialect.driver} takes no {key!r}: leave it out."
             raise ConfigurationError(message)

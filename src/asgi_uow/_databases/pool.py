@@ -253,7 +253,8 @@ class _Policy:
             context.is_disconnect = False  # the connection is the database
         connection = context.connection
         if isinstance(error, errors.AsgiUowError) and not is_late:
-            return  # nothing was sent
+            context.is_disconnect = False  # nothing was sent
+            return
         raw = _raw_if_open(connection)
         if raw is not None and (requests := self.driver.cancellations(raw)):
             stopping = asyncio.wait(requests, timeout=CLOSE_SECONDS)

@@ -76,7 +76,8 @@ class Cursor(aiosqlite.Cursor):
     async def close(self) -> None:
         self._closed, self._rows = True, []
         if self._has_more:
-            await self._conn.call(self._cursor.close)
+            with suppress(ValueError):  # it was closed with its connection
+                await self._conn.call(self._cursor.close)
 
     async def _start(self, method: str, *args: object) -> Self:
         self._check()
@@ -121,16 +122,6 @@ class Cursor(aiosqlite.Cursor):
                 self._cursor.close()
 
 
-class _Nobody:
-    """Waits for an answer of the thread in place of a future."""
-
-    def get_loop(self) -> Self:
-        return self
-
-    def call_soon_threadsafe(self, *_: object) -> None:
-        pass
-
-
 class Connection(aiosqlite.Connection):
     """Stops and undoes what was cancelled before anybody hears of it."""
 
@@ -172,21 +163,32 @@ class Connection(aiosqlite.Connection):
 
     async def close(self) -> None:
         self._take_begin()
-        await super().close()
+        try:
+            with suppress(ValueError, sqlite3.Error):  # it is closed
+                await self.call(self._clean_up)
+        finally:
+            await super().close()
 
     def stop(self) -> asyncio.Future[None] | None:
         """Stop the thread, once: a second request would wait for its answer forever."""
         self._running = False
         if self._stopped is None and self._thread.is_alive():  # not if it was forked
+            self._tx.put_nowait((None, self._clean_up))
             self._stopped = super().stop()
         return self._stopped
 
     def abandon(self) -> None:
         """Close it and stop its thread, for whose answer no loop waits."""
-        self._running, raw, self._connection = False, self._connection, None
-        nobody: Any = _Nobody()
-        self._tx.put_nowait((nobody, raw.close if raw else bool))
-        self._tx.put_nowait((None, lambda: core._STOP_RUNNING_SENTINEL))  # noqa: SLF001
+        self._running = False
+        self._tx.put_nowait((None, self._end))
+
+    def _end(self) -> object:
+        if self._connection is not None:
+            with suppress(sqlite3.Error):
+                self._clean_up()
+            self._connection.close()
+            self._connection = None
+        return core._STOP_RUNNING_SENTINEL  # noqa: SLF001
 
     async def _connect(self) -> Connection:
         try:

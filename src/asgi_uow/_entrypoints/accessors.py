@@ -192,8 +192,8 @@ def deferred(
     at once: `fn.__wrapped__(...)`. Calls outside a unit raise `NoUnitOfWorkError`.
     Raises `TypeError` for what is no function, and for a predicate that is async.
     """
-    if when is not None and is_async(when):
-        message = f"deferred(when={name_of(when)}): the predicate cannot be async."
+    if when is not None and (is_async(when) or not callable(when)):
+        message = f"deferred(when={name_of(when)}): the predicate is a function and cannot be async."
         raise TypeError(message)
 
     def decorate(fn: Callable[P, object]) -> Callable[P, None]:
