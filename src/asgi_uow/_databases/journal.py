@@ -98,12 +98,14 @@ class Journal:
     ended_unseen: bool = False  # committed or not, by what nobody asked the unit for
     commit_sent: bool = False  # given to the driver: it may be carried out from now on
     xid: str | None = None  # its name on the server, once the driver was given PREPARE
-    committed: bool = False  # whether the database has acknowledged COMMIT
+    committed: bool | None = (
+        False  # has the database acknowledged COMMIT? None: unknown
+    )
     last: BaseException | None = None
     implicit_commit: str | None = None  # the verb of what the database committed for
     kept: str | None = None  # the verb of what was kept at once, as nothing was open
     commits_last: bool = False  # whether one of the two is the last statement so far
-    claim: Claim | None = None  # a key that the transaction has claimed
+    claim: Claim | str | None = None  # a key that it has claimed, or a mark of its end
     entries: list[tuple[BaseException, int]] = dataclasses.field(default_factory=list)
     """Errors that aborted the work done at a savepoint depth and deeper."""
     _names: list[str] = dataclasses.field(default_factory=list)

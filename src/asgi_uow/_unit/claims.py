@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import anyio
 
 from asgi_uow._databases.driver_errors import means
-from asgi_uow._unit.ended import ROLLED_BACK
+from asgi_uow._decision import Outcome
 from asgi_uow._unit.finish import completion_of
 from asgi_uow.errors import KeyInUseError
 
@@ -110,7 +110,7 @@ async def _begin_anew(unit: UnitOfWork) -> None:
     """Roll the claim back and return the connection: nothing else was done there."""
     completion, shared = completion_of(unit), unit.share()
     for writer in unit.writers:
-        await completion.roll_back(writer, ROLLED_BACK)
+        await completion.roll_back(writer, Outcome.ROLLED_BACK)
         shared.writers.remove(writer.sync_session)
     for participant in unit.participants.values():
         participant.writer = None

@@ -16,8 +16,7 @@ from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import to_retry
 from asgi_uow._decision import CLOSED, STATE_OF, Cause, Outcome, rollback
 from asgi_uow._sessions.deadline import lift
-from asgi_uow._unit.completion import Completion
-from asgi_uow._unit.ended import COMMITTED, ROLLED_BACK, Ended, stopped_by
+from asgi_uow._unit.completion import Completion, failed
 from asgi_uow._unit.events import add_hooks, note_close, note_end, tell
 from asgi_uow._unit.hook_units import HookRun
 from asgi_uow._unit.hooks import NO_HOOKS, check_callable
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from asgi_uow._sessions.managed import Shared
     from asgi_uow._unit.hooks import Hook
     from asgi_uow._unit.unit import UnitOfWork
+    from asgi_uow.errors import UnitOfWorkFailedError as Failure
 
 
 async def finish(
@@ -45,60 +45,57 @@ async def finish(
         return
     shared = unit.shared or unit.share()
     completion = Completion(shared.events, unit.options.commit_timeout)
-    ended = ROLLED_BACK
     if decision.commit:
         unit.move(_decision.PREPARING)
-        ended = await prepare(unit)
+        unit.failure = await prepare(unit)
         if unit.around is not None or unit.last is not None:
-            ended = await _go_last(unit, ended)
-        if ended.cause is not None:
-            decision = rollback(ended.cause)
-    stopped = error or ended.error
+            unit.failure = await _go_last(unit)
+        if unit.failure is not None:
+            decision = rollback(unit.failure.cause)
+    stopped = error or (unit.failure and unit.failure.__cause__)
     unit.doom = unit.doomed_by
     if decision.commit and unit.doom is not None:
         decision = rollback(Cause.DOOMED, replace_response=True)
     if decision.replace_response:
         kind = errors.CommitFailedError if error is not None else errors.DoomedError
-        ended = Ended(Outcome.ROLLED_BACK, kind, decision.cause, error or unit.doom)
+        unit.failure = failed(kind, decision.cause or Cause.DOOMED, error or unit.doom)
     unit.move(_decision.COMMITTING if decision.commit else _decision.ROLLING_BACK)
     try:
-        interrupted = await _complete(unit, decision, ended, completion) or stopped
+        await _complete(unit, decision, completion)
     finally:
         if shared.events:
             tell(unit)
-    if interrupted is not None and not isinstance(interrupted, Exception):
-        raise interrupted
+    if stopped is not None and not isinstance(stopped, Exception):
+        raise stopped
     completion.shield.deliver()
     if unit.failure is not None and unit.again is None:
         raise unit.failure
 
 
 async def _complete(
-    unit: UnitOfWork, decision: Decision, ended: Ended, completion: Completion
-) -> BaseException | None:
-    """Commit or roll back, and run the hooks; give what has stopped the commit."""
-    writers = unit.writers
-    if decision.commit:
-        ended = COMMITTED  # in name, if nobody asked for a write session
-        if writers:
-            ended = await completion.commit(writers)  # <- here, and nowhere else
-    if ended is not COMMITTED:
-        ended = await completion.prove(ended, decision.cause, writers)
+    unit: UnitOfWork, decision: Decision, completion: Completion
+) -> None:
+    """Commit or roll back, and run the hooks."""
+    writers, cause, outcome = unit.writers, decision.cause, Outcome.COMMITTED
+    if decision.commit and writers:  # in name, if nobody asked for a write session
+        unit.failure = await completion.commit(writers)  # <- here, and nowhere else
+        cause = None if unit.failure is None else unit.failure.cause
+    if cause is not None:
+        failure = await completion.prove(unit.failure, cause, writers)
+        outcome = Outcome.ROLLED_BACK if failure is None else failure.outcome
         for writer in writers:
-            await completion.roll_back(writer, ended)
-        unit.cause = ended.cause or decision.cause
-        if ended.cause is not None:
-            unit.failure = ended.failure(ended.cause, unit.share())
-        if ended.outcome is Outcome.ROLLED_BACK:
-            _ask_for_another(unit, ended)
-    unit.outcome = ended.outcome
-    unit.move(STATE_OF[unit.outcome])
-    note_end(unit, unit.outcome, completion.began)
+            await completion.roll_back(writer, outcome)
+        unit.cause = cause if failure is None else failure.cause
+        unit.failure = failure
+        if outcome is Outcome.ROLLED_BACK:
+            _ask_for_another(unit)
+    unit.outcome = outcome
+    unit.move(STATE_OF[outcome])
+    note_end(unit, outcome, completion.began)
     if unit.hooks is not NO_HOOKS and any(unit.hooks.queues.values()):
         await _run_hooks(unit, completion)
         if (recorder := unit.share().recorder) is not None:
             add_hooks(unit, recorder)
-    return None if ended.error is None or ended.cause is Cause.DOOMED else ended.error
 
 
 def conflict_of(unit: UnitOfWork, error: BaseException | None) -> BaseException | None:
@@ -109,11 +106,15 @@ def conflict_of(unit: UnitOfWork, error: BaseException | None) -> BaseException 
     return to_retry(next(filter(None, (error, *outages, *last)), None), outages)
 
 
-def _ask_for_another(unit: UnitOfWork, ended: Ended) -> None:
+def _ask_for_another(unit: UnitOfWork) -> None:
     """Have its work done again, or tell what is around why it was rolled back."""
-    # A hook may have raised what it has made of the first error.
-    is_hooks = ended.cause is Cause.BEFORE_COMMIT
-    error = unit.doom or (None if is_hooks else ended.error)
+    failure, error = unit.failure, unit.doom
+    if failure is not None:
+        if unit.share().may_repeat(failure.__cause__):
+            failure.retry_after = _decision.RETRY_AFTER
+        if failure.cause is not Cause.BEFORE_COMMIT:
+            # A hook may have raised what it has made of the first error.
+            error = error or failure.__cause__
     if unit.attempts is not None:
         unit.again = unit.attempts.schedule(unit, conflict_of(unit, error))
         unit.is_replayed = unit.again is not None
@@ -149,7 +150,7 @@ async def end_unit(unit: UnitOfWork, decision: Decision) -> None:
         await release(unit)
 
 
-async def prepare(unit: UnitOfWork) -> Ended:
+async def prepare(unit: UnitOfWork) -> Failure | None:
     """Run the `before_commit` hooks and flush, until neither adds to the other.
 
     Each has `hook_timeout` seconds, and may doom what was whole when this end was
@@ -165,10 +166,10 @@ async def prepare(unit: UnitOfWork) -> Ended:
                 waiting = unit.hooks.queue("before_commit")
                 hooks = HookRun(unit, "before_commit", waiting, end_unit)
                 shield = Shield(forwards=True)
-                failed = await hooks.run(shield)
+                stop = await hooks.run(shield)
                 shield.deliver()
-                if failed is not None:
-                    return stopped_by(failed[1], failed[0].name)
+                if stop is not None:
+                    return _stopped_by(stop[1], stop[0].name)
             participants = unit.participants
             for writer in unit.writers:
                 if not writer.sync_session._is_clean():  # noqa: SLF001  # no other way
@@ -177,12 +178,12 @@ async def prepare(unit: UnitOfWork) -> Ended:
             more = unit.hooks.queues.get("before_commit")
             is_all = participants is unit.participants and not more
             if is_all and (unit.until is None or lift(unit.writers)):
-                return ROLLED_BACK
+                return None
     except BaseException as error:  # noqa: BLE001  # raised by finish()
-        return stopped_by(error)
+        return _stopped_by(error)
 
 
-async def _go_last(unit: UnitOfWork, ended: Ended) -> Ended:
+async def _go_last(unit: UnitOfWork) -> Failure | None:
     """Send what COMMIT follows at once; stop what a replayed attempt has left.
 
     The hooks of such an attempt are none.
@@ -190,16 +191,27 @@ async def _go_last(unit: UnitOfWork, ended: Ended) -> Ended:
     for each in (unit, *unit.outwards()):
         if each.is_replayed:
             operation = "COMMIT of a unit that an attempt before has left"
-            return stopped_by(errors.UnitOfWorkClosedError(operation, each.state))
+            return _stopped_by(errors.UnitOfWorkClosedError(operation, each.state))
         if each.is_hook:
             break
-    if ended.cause is None and unit.last is not None:
+    if unit.failure is None and unit.last is not None:
         try:
             with anyio.fail_after(unit.options.hook_timeout):
                 await unit.last()
         except BaseException as error:  # noqa: BLE001  # raised by finish()
-            return stopped_by(error)
-    return ended
+            return _stopped_by(error)
+    return unit.failure
+
+
+def _stopped_by(error: BaseException, hook: str | None = None) -> Failure:
+    """Tell what an error of the flush means, or of a `before_commit` hook."""
+    kind: type[Failure] = errors.CommitFailedError
+    cause = Cause.COMMIT_FAILED if isinstance(error, Exception) else Cause.CANCELLED
+    if hook is not None and isinstance(error, Exception):
+        kind, cause = errors.BeforeCommitError, Cause.BEFORE_COMMIT
+    if isinstance(error, TimeoutError):
+        cause = Cause.TIMEOUT
+    return failed(kind, cause, error, hook or "")
 
 
 def register(unit: UnitOfWork, phase: str, hook: Hook) -> None:
