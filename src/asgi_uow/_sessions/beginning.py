@@ -42,23 +42,22 @@ class BeginningSession(ManagedSession):
             # A unit has two sessions; of others there would be no end.
             operation = "A transaction that on_begin begins for another on_begin"
             raise ConcurrentUseError(operation, "on_begin has not returned")
-        session: Any = async_session(self)
-        await_only(session.own_lock.__aenter__())  # an attribute is loaded without it
+        await_only(self.lock.__aenter__())  # an attribute is loaded without it
         try:
             with self.lock.limit():
                 connection: Any = orm.Session.connection(self)
             if self.begun is not self.get_transaction():
-                self._await_on_begin(session, connection)
+                self._await_on_begin(connection)
         finally:
-            session.own_lock.release()
+            self.lock.release()
 
-    def _await_on_begin(self, session: Any, connection: Any) -> None:
+    def _await_on_begin(self, connection: Any) -> None:
         self.beginning, connection.is_beginning = asyncio.current_task(), True
         token = BEGINNING.set((*BEGINNING.get(), self))
         try:
             if self.database.on_begin is not None:
                 with self.no_autoflush:
-                    await_only(self.database.on_begin(session))
+                    await_only(self.database.on_begin(async_session(self)))
             self.begun = self.get_transaction()
         finally:
             BEGINNING.reset(token)
@@ -93,10 +92,7 @@ class BeginningReadSession(ReadOnlySession, BeginningSession):
     """Leaves it to the write session to begin while it reads in its transaction."""
 
     def begin_first(self) -> None:
-        writer = self.writer
-        host = writer if isinstance(writer, BeginningSession) else self
-        self.executing += 1  # so that the connection is not given back in between
-        try:
-            BeginningSession.begin_first(host)
-        finally:
-            self.executing -= 1
+        host = self.writer
+        BeginningSession.begin_first(
+            host if isinstance(host, BeginningSession) else self
+        )

@@ -241,7 +241,7 @@ class ReadOnlySession(ManagedSession):
         kept = (each for each in self.connections if getattr(each, "is_kept", False))
         is_kept = self.database.read_isolation or any(not each.closed for each in kept)
         is_in_use = self.executing or self.cursors or self._nested_transaction
-        if not (is_in_use or (is_kept and not lend)):
+        if not (is_in_use or self.beginning or (is_kept and not lend)):
             self.release_connection()
 
 

@@ -15,7 +15,6 @@ from weakref import ref
 from asgi_uow._concurrency import Shield
 from asgi_uow._databases import known
 from asgi_uow._databases.connection import raw_of
-from asgi_uow._decision import WRITABLE
 from asgi_uow._timers import timer_of
 from asgi_uow.observers import HeldIdle
 
@@ -48,20 +47,18 @@ PARTS: dict[type, tuple[str, str]] = {
 class Watch:
     """The sessions of one unit that hold a transaction; tells of them at most once."""
 
-    def begin(
+    def __init__(
         self, seconds: float, tell: Callable[[Event], None], task: Task | None
-    ) -> Watch:
+    ) -> None:
         """`task` is the request's: that of the last call may have ended."""
         self.own: ref[Watch] = ref(self)
         self.sessions: list[Session] = []
         self._seconds, self._tell, self._task = seconds, tell, task
+        self.others: dict[Any, None] = {}
         if (loop := _get_running_loop()) is not None:
             self._enter(loop)
-            return self
-        self.others: dict[Any, None] = {}
-        if task is not None:  # a thread asks for the session of a request
+        elif task is not None:  # a thread asks for the session of a request
             task.get_loop().call_soon_threadsafe(self._enter, task.get_loop())
-        return self
 
     def _enter(self, loop: asyncio.AbstractEventLoop) -> None:
         self._context, timer = contextvars.copy_context(), timer_of(loop)
@@ -82,8 +79,7 @@ class Watch:
         return self._seconds - longest
 
     def _idle(self, session: Session) -> float:
-        sync, lock = session.sync_session, session.own_lock
-        states = WRITABLE if sync.access == "write" else session.usable_in
+        sync, lock, states = session.sync_session, session.own_lock, session.usable_in
         held: list[Any] = [
             each for each in sync.connections if not (each.closed or each.invalidated)
         ]

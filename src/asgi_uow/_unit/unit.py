@@ -141,7 +141,7 @@ class UnitOfWork:
     def _look_after(self, session: Session) -> None:
         if (seconds := self.options.held_idle) is not None:
             if self.watch is None:
-                self.watch = Watch().begin(seconds, self._tell_idle, self.task)
+                self.watch = Watch(seconds, self._tell_idle, self.task)
             self.watch.sessions.append(session)
 
     def reading(self, operation: str, db: Engines | None) -> Participant:
