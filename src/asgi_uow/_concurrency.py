@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import os
 import sys
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     AnyTask: TypeAlias = asyncio.Task[object]
+    Granted: TypeAlias = asyncio.Future[None]
 
 T = TypeVar("T")
 
@@ -45,12 +47,9 @@ class Shield:
     https://docs.python.org/3/library/asyncio-extending.html#task-lifetime-support
     """
 
-    seconds: float | None
-    is_late: bool
-    _waiter: asyncio.Future[None] | None
-
     def __init__(self, *, forwards: bool = False) -> None:
         self.cancelled: BaseException | None = None
+        self._waiter: Granted | None = None
         self._forwards = forwards
         self._loop = asyncio.get_running_loop()
 
@@ -72,7 +71,7 @@ class Shield:
         self.is_late = False
         if seconds is not None:
             self._until = self._loop.time() + seconds
-        options, self._waiter = EAGERLY if at_once else {}, None
+        options = EAGERLY if at_once else {}
         step = self._to_its_end(work) if options else work
         task: asyncio.Task[T] = asyncio.Task(step, loop=self._loop, **options)
         if not options:  # it may be cancelled before it begins
@@ -191,35 +190,22 @@ async def bounded(
         shield.deliver()  # what the work raised is its context
 
 
+@dataclasses.dataclass(slots=True, weakref_slot=True, eq=False, repr=False)
 class TaskLock:
     """Lets one task at a time use a session; its owner may take it again."""
 
     # Overlap is what counts: frameworks switch tasks within one request.
-    __slots__ = (
-        "__weakref__",
-        "_depth",
-        "_elsewhere",
-        "_waiting",
-        "last",
-        "limit",
-        "loop",
-        "owner",
-        "released",
-        "resume",
-    )
-
-    def __init__(self, elsewhere: type[Exception] = RuntimeError) -> None:
-        """`elsewhere` is raised for a task of another loop than the first."""
-        self.owner: AnyTask | None = None
-        self.loop: AbstractEventLoop | None = None
-        self._elsewhere = elsewhere
-        self._depth = 0
-        self.limit: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._waiting: list[tuple[AnyTask, asyncio.Future[None]]] = []
-        self.released: float = 0.0  # since when nobody has it: perf_counter()
-        self.last: ref[AnyTask] | None = None  # who had it then
-        self.resume: Callable[[float], None] | None = None
-        """Told, when it is taken, since when nobody had it."""
+    elsewhere: type[Exception] = RuntimeError
+    """Raised for a task of another loop than the first."""
+    owner: AnyTask | None = None
+    loop: AbstractEventLoop | None = None
+    limit: Callable[[], AbstractContextManager[None]] = nullcontext
+    released: float = 0.0  # since when nobody has it: perf_counter()
+    last: ref[AnyTask] | None = None  # who had it then
+    resume: Callable[[float], None] | None = None
+    """Told, when it is taken, since when nobody had it."""
+    _depth: int = 0
+    _waiting: dict[Granted, AnyTask] = dataclasses.field(default_factory=dict)
 
     @property
     def is_mine(self) -> bool:
@@ -241,18 +227,15 @@ class TaskLock:
         """Wait until it is this task's turn; then the lock is taken."""
         loop = asyncio.get_running_loop()
         if self.loop is not loop and self.loop is not None:
-            raise self._elsewhere(repr(self.loop))
+            raise self.elsewhere(repr(self.loop))
         granted = loop.create_future()
-        entry = (task, granted)
-        self._waiting.append(entry)
+        self._waiting[granted] = task
         try:
             with self.limit():
                 await granted
         except BaseException:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
-            else:  # it was granted at the same moment
-                self.release()
+            if self._waiting.pop(granted, None) is None:
+                self.release()  # it was granted at the same moment
             raise
 
     def release(self) -> None:
@@ -261,8 +244,8 @@ class TaskLock:
         if self._depth:
             return
         if self._waiting:
-            self.owner, granted = self._waiting.pop(0)
-            self._depth = 1
+            granted = next(iter(self._waiting))
+            self.owner, self._depth = self._waiting.pop(granted), 1
             # Cancelled in this turn of the loop: wait() will hand it on.
             if not granted.done():
                 granted.set_result(None)

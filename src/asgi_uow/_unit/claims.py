@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from asgi_uow._databases.keys import Claim
     from asgi_uow._unit.unit import UnitOfWork
 
+    Found = sa.Row[*tuple[Any, ...]] | None
+
 LEAST = 1.0  # seconds for the database, however long the turn took
 PAUSE = 0.01  # seconds, after a conflict
 WAIT = 10.0  # seconds for who has the key; then it is in use
@@ -33,7 +35,7 @@ _turns: WeakValueDictionary[tuple[object, ...], asyncio.Lock] = WeakValueDiction
 
 async def claim_key(
     unit: UnitOfWork, claim: Claim, wait: float
-) -> tuple[ExitStack, sa.Row[*tuple[Any, ...]] | None]:
+) -> tuple[ExitStack, Found]:
     """Claim a key for the unit; give its turn in this loop, to be closed, and the row.
 
     That is of who had the key before, if it was kept. Raises `KeyInUseError` after
@@ -52,9 +54,7 @@ async def claim_key(
         return turn.pop_all(), row
 
 
-async def _claim(
-    unit: UnitOfWork, claim: Claim, until: float
-) -> sa.Row[*tuple[Any, ...]] | None:
+async def _claim(unit: UnitOfWork, claim: Claim, until: float) -> Found:
     """Wait in the database for those elsewhere who have the key.
 
     What conflicts there is begun anew, as nothing else was done yet.
@@ -82,9 +82,7 @@ async def _claim(
     raise KeyInUseError
 
 
-async def _take(
-    session: Any, claim: Claim
-) -> tuple[bool, sa.Row[*tuple[Any, ...]] | None]:
+async def _take(session: Any, claim: Claim) -> tuple[bool, Found]:
     """Claim a key; give the row of who has done what it is for."""
     database = session.sync_session.database.facts
     made, row = await session.execute(claim.insert(database)), None

@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 
     Task: TypeAlias = asyncio.Task[Any]
 
-_PATHS = sysconfig.get_paths()
 LIBRARIES = (
-    *(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
     str(Path(__file__).parents[1]),  # this one, also where it is not installed
     "<",  # made at run time
 )
