@@ -8,19 +8,11 @@ import warnings
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from asgi_uow import errors
+from asgi_uow import _decision, errors
 from asgi_uow._databases.configuration import check
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._databases.keys import TABLE, Claim, table_of
-from asgi_uow._decision import (
-    UNDECIDED,
-    WRITABLE,
-    Cause,
-    Outcome,
-    State,
-    decide_exit,
-    rollback,
-)
+from asgi_uow._decision import UNDECIDED, WRITABLE, Cause, Outcome, rollback
 from asgi_uow._sessions.deadline import earlier
 from asgi_uow._unit.claims import WAIT, claim_key, end_with
 from asgi_uow._unit.finish import end_unit
@@ -33,7 +25,6 @@ if TYPE_CHECKING:
     from asgi_uow._databases.engines import Engines
 
 DEFAULTS = UnitOptions()
-DONE: dict[str, object] = {"fingerprint": ""}
 
 
 class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_work(db)
@@ -94,7 +85,7 @@ class unit_of_work:  # noqa: N801  # used like a function: async with unit_of_wo
         claim = Claim.of(table_of(TABLE), "job", key)
         self.turn, row = await claim_key(self.unit, claim, WAIT)
         if row is None:
-            end_with(self.unit, claim, DONE.copy)
+            end_with(self.unit, claim, lambda: {"fingerprint": ""})
             return
         if row.fingerprint is None:
             part, why = Outcome.PARTIAL, Cause.COMMIT_FAILED
@@ -156,9 +147,9 @@ def open_unit(
 
 
 async def leave_unit(unit: UnitOfWork, error: BaseException | None) -> None:
-    decision = decide_exit(
+    decision = _decision.decide_exit(
         error,
-        rollback_only=unit.state is State.ROLLBACK_ONLY,
+        rollback_only=unit.state is _decision.ROLLBACK_ONLY,
         doomed=unit.doomed_by is not None,
         forced=unit.forced,
         commit_on_exit=all(db.commit_on_exit for db in unit.databases),
@@ -167,7 +158,7 @@ async def leave_unit(unit: UnitOfWork, error: BaseException | None) -> None:
         await end_unit(unit, decision)
     finally:
         # Not by a token: generators end in another order, or in another task.
-        left = (each for each in unit.outwards() if each.state is not State.CLOSED)
+        left = (each for each in unit.outwards() if each.state is not _decision.CLOSED)
         unit.around = next(left, None)  # a context may keep the unit, but not a chain
         if current.get() is unit:
             current.set(unit.around)
