@@ -16,8 +16,6 @@ from asgi_uow.observers import Statements, Step, Usage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from asgi_uow._concurrency import TaskLock
-
     Access = Literal["read", "write"]
     Kind = Literal["connection", "statement", "commit", "rollback"]
 
@@ -39,11 +37,11 @@ class Recorder:
         """Seconds of COMMIT and ROLLBACK."""
         return sum(each.ending for each in self.records)
 
-    def attach(self, session: Any, lock: TaskLock) -> None:
+    def attach(self, session: Any) -> None:
         """Have what a synchronous session does recorded."""
-        session.record = record = Record(session, self.timeline, lock)
+        session.record = record = Record(session, self.timeline)
         self.records.append(record)
-        lock.resume = record.resume
+        session.lock.resume = record.resume
 
     def usage(self) -> tuple[Usage, ...]:
         """Give what was done so far to each database, by write and read sessions."""
@@ -65,9 +63,7 @@ class Recorder:
 class Record:
     """Of one session; the times are those of `time.perf_counter()`."""
 
-    def __init__(
-        self, session: Any, timeline: list[Step] | None, lock: TaskLock
-    ) -> None:
+    def __init__(self, session: Any, timeline: list[Step] | None) -> None:
         self.database: str = session.database.name
         self.access: Access = session.access
         self._timeline = timeline
@@ -79,7 +75,7 @@ class Record:
         self.connected: float | None = None  # since when it holds a connection
         self.asked: float | None = None  # since when it waits for one
         self._last = 0.0  # when the last statement ended, or a call began
-        self._lock = ref(lock)  # which resumes this
+        self._lock = ref(session.lock)  # which resumes this
 
     @property
     def held_until_now(self) -> float:
@@ -154,21 +150,15 @@ class Record:
             steps.append(Step(kind, *about, text, failed))
 
 
-class Recording:
-    """A mixin for a synchronous session: notes since when it waits to connect."""
+@functools.cache
+def recording(session: Any) -> Any:
+    """Give the class of a synchronous session that notes since when it waits."""
 
-    record: Record
-
-    def get_bind(self, *args: Any, **kwargs: Any) -> Any:
+    def get_bind(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Note the moment: SQLAlchemy asks just before it connects."""
-        above: Any = super()
-        bind = above.get_bind(*args, **kwargs)
+        bind = session.get_bind(self, *args, **kwargs)
         if self.record.connected is None and isinstance(bind, sa.Engine):
             self.record.asked = time.perf_counter()
         return bind
 
-
-@functools.cache
-def recording(session: Any) -> Any:
-    """Give the class of a synchronous session that records."""
-    return type(session.__name__, (Recording, session), {})
+    return type(session.__name__, (session,), {"get_bind": get_bind})

@@ -113,7 +113,7 @@ class Session(StatementSession):
         sync.database, sync.shared, sync.journal = db, shared, self.journal
         sync.connections, sync.lock = {}, self.own_lock
         if shared.recorder is not None:
-            shared.recorder.attach(sync, self.own_lock)
+            shared.recorder.attach(sync)
 
     async def route_call(self, _: str, method: Call, args: Any, kwargs: Any, /) -> Any:
         """Make a call; on a read session in the writer's transaction, or by a route."""
