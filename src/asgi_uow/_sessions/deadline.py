@@ -73,16 +73,14 @@ class Deadline:
             if is_over:
                 task.uncancel()
 
-    def execute(
-        self, connection: sa.Connection, execute: Callable[..., object], *args: object
-    ) -> None:
+    def execute(self, connection: sa.Connection, send: Callable[[], object]) -> None:
         """Execute a statement, which its server stops at the deadline."""
         raw = connection.connection.driver_connection
         known.driver_of(connection.dialect).hurry(raw)
         statement = info_of(connection).get(CANCEL_SQL)
         try:
             with self.limit():
-                execute(*args)
+                send()
         except DeadlineExceededError as error:
             if error.__cause__ is not None and statement is not None:
                 await_only(cancel_statements([(connection.engine, statement)]))
