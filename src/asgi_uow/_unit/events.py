@@ -55,7 +55,8 @@ def note_end(unit: UnitOfWork, outcome: Outcome, ending_since: float) -> None:
         what = outcome, unit.cause, unit.reason, tuple(db.name for db in used)
         times = now - unit.opened, now - ending_since
         values = *what, *times, *_request(unit), unit.attempt, unit.replayed
-        events.append(UnitFinished(*values, recorder.usage()))
+        figures = recorder.usage(), recorder.hooks, recorder.hook_seconds
+        events.append(UnitFinished(*values, *figures))
     if events:
         stamp(unit)
 
