@@ -98,9 +98,7 @@ class Journal:
     ended_unseen: bool = False  # committed or not, by what nobody asked the unit for
     commit_sent: bool = False  # given to the driver: it may be carried out from now on
     xid: str | None = None  # its name on the server, once the driver was given PREPARE
-    committed: bool | None = (
-        False  # has the database acknowledged COMMIT? None: unknown
-    )
+    committed: bool | None = False  # whether COMMIT was acknowledged; None: in doubt
     last: BaseException | None = None
     implicit_commit: str | None = None  # the verb of what the database committed for
     kept: str | None = None  # the verb of what was kept at once, as nothing was open

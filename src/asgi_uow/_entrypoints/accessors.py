@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ParamSpec, overload
 
 from asgi_uow._concurrency import run_to_completion
 from asgi_uow._decision import State
-from asgi_uow._unit.finish import completion_of, register
+from asgi_uow._unit.completion import Completion
+from asgi_uow._unit.finish import register
 from asgi_uow._unit.hooks import Hook, is_async, name_of
 from asgi_uow._unit.unit import current, require
 from asgi_uow.errors import ConfigurationError
@@ -90,8 +91,8 @@ async def parallel_read(db: Engines | None = None) -> AsyncGenerator[Session]:
     finally:
         if session in participant.readers:  # the unit has not closed it
             participant.readers.remove(session)
-            completion = completion_of(unit)
-            await completion.close_reader(participant, session)
+            completion = Completion(unit.options.commit_timeout)
+            await completion.close_reader(session)
             completion.shield.deliver()
 
 

@@ -11,10 +11,12 @@ from weakref import ref
 import sqlalchemy as sa
 
 from asgi_uow._databases import known
-from asgi_uow.observers import Statements, Step, Usage
+from asgi_uow.observers import ConnectionReleased, Statements, Step, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from asgi_uow.observers import Event
 
     Access = Literal["read", "write"]
     Kind = Literal["connection", "statement", "commit", "rollback"]
@@ -98,6 +100,12 @@ class Record:
 
     def disconnect(self) -> None:
         self.held, self.connected = self.held_until_now, None
+
+    def release(self, events: list[Event]) -> None:
+        """Tell that its session has given its connection back, if it had one."""
+        if self.held_until_now:
+            self.disconnect()
+            events.append(ConnectionReleased(self.database, self.access, self.held))
 
     def resume(self, released: float) -> None:
         """Note that a call begins, and that there was none since `released`."""

@@ -12,7 +12,7 @@ import anyio
 
 from asgi_uow._databases.driver_errors import means
 from asgi_uow._decision import Outcome
-from asgi_uow._unit.finish import completion_of
+from asgi_uow._unit.completion import Completion
 from asgi_uow.errors import KeyInUseError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def end_with(
 
 async def _begin_anew(unit: UnitOfWork) -> None:
     """Roll the claim back and return the connection: nothing else was done there."""
-    completion, shared = completion_of(unit), unit.share()
+    completion, shared = Completion(unit.options.commit_timeout), unit.share()
     for writer in unit.writers:
         await completion.roll_back(writer, Outcome.ROLLED_BACK)
         shared.writers.remove(writer.sync_session)

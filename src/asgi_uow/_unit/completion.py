@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from asgi_uow._sessions.read_session import ReadSession
     from asgi_uow._sessions.session import Session
     from asgi_uow._unit.hooks import Work
-    from asgi_uow._unit.participant import Participant
     from asgi_uow.errors import UnitOfWorkFailedError as Failure
-    from asgi_uow.observers import Event
 
     End = Callable[[ManagedSession], None]
 
@@ -43,11 +41,11 @@ OUTCOMES: dict[type[Failure], Outcome] = {
 class Completion:
     """Ends the sessions of a unit of work, one after the other, each bounded."""
 
-    __slots__ = ("_timeout", "began", "events", "shield")
+    __slots__ = ("_timeout", "began", "shield")
 
-    def __init__(self, events: list[Event], timeout: float | None) -> None:
+    def __init__(self, timeout: float | None) -> None:
         self.shield, self.began = Shield(), time.perf_counter()
-        self.events, self._timeout = events, timeout
+        self._timeout = timeout
 
     async def commit(self, writers: Sequence[Session]) -> Failure | None:
         """COMMIT every session that executed something, in the order of first use.
@@ -163,18 +161,17 @@ class Completion:
             seconds = self._timeout or RESOLVE_SECONDS
             ending = db.end_prepared(xid, seconds, commit=False)
             if await self.shield.run(ending, at_once=False) is None:
-                left = TimeoutError("it is prepared")
-                self.events.append(ReleaseFailed(f"rolling {xid!r} back", left))
+                _tell(session, f"rolling {xid!r} back", TimeoutError("it is prepared"))
 
-    async def close_reader(self, of: Participant, reader: ReadSession) -> None:
+    async def close_reader(self, reader: ReadSession) -> None:
         """Give the connection of a read session back, or throw it away."""
         sync = reader.sync_session
         if sync.in_transaction() or reader.own_lock.owner:
             await self._close(reader, orm.Session.close)
         else:
             orm.Session.close(sync)  # nothing to wait for
-        if of.shared.recorder is not None:
-            of.tell_release(reader)
+        if sync.record is not None:
+            sync.record.release(reader.shared.events)
 
     async def _close(self, session: Session, end: End) -> None:
         error: BaseException | None = None
@@ -189,16 +186,15 @@ class Completion:
         if session.shared.stuck:
             session.sync_session.cut_off()
         if error := await self._try(session, session.lend_connection()):
-            self.events.append(ReleaseFailed("giving a read connection back", error))
+            _tell(session, "giving a read connection back", error)
 
     async def discard(self, session: Session, error: BaseException | None) -> None:
         """Give up a session that could not be closed; its connection is not reused."""
         lost = getattr(error, "connection_invalidated", False)
         if error is not None and not lost and session.doomed_by is None:
-            self.events.append(ReleaseFailed("closing the session", error))
-        again = await self._try(session, session.discard())
-        if again is not None:
-            self.events.append(ReleaseFailed("throwing the connection away", again))
+            _tell(session, "closing the session", error)
+        if again := await self._try(session, session.discard()):
+            _tell(session, "throwing the connection away", again)
 
     async def _try(self, session: Session, work: Work) -> BaseException | None:
         """Give what `work` raised; what takes too long has its connection cut off."""
@@ -289,6 +285,10 @@ def _judge(
         if journal.ended_unseen:
             return failed(errors.OutcomeUnknownError, Cause.DOOMED, journal.doomed_by)
     return failure
+
+
+def _tell(session: Session, operation: str, error: BaseException) -> None:
+    session.shared.events.append(ReleaseFailed(operation, error))
 
 
 def failed(

@@ -44,7 +44,7 @@ async def finish(
         unit.conclude_unused(decision.cause)
         return
     shared = unit.shared or unit.share()
-    completion = Completion(shared.events, unit.options.commit_timeout)
+    completion = Completion(unit.options.commit_timeout)
     if decision.commit:
         unit.move(_decision.PREPARING)
         unit.failure = await prepare(unit)
@@ -242,11 +242,10 @@ async def release(unit: UnitOfWork) -> None:
     try:
         for participant in unit.participants.values():
             while participant.readers:
-                completion = completion or completion_of(unit)
-                reader = participant.readers.pop()
-                await completion.close_reader(participant, reader)
+                completion = completion or Completion(unit.options.commit_timeout)
+                await completion.close_reader(participant.readers.pop())
         if unit.hooks is not NO_HOOKS and unit.outcome is Outcome.COMMITTED:
-            completion = completion or completion_of(unit)
+            completion = completion or Completion(unit.options.commit_timeout)
             hooks = unit.hooks.take("after_response")
             shared.kept[0] += len(hooks)
             run = HookRun(unit, "after_response", hooks, end_unit)
@@ -275,7 +274,3 @@ def _drop_hooks(unit: UnitOfWork, shared: Shared) -> None:
     unit.hooks.queues.clear()
     if not unit.is_nested:
         shared.savepoints.clear()
-
-
-def completion_of(unit: UnitOfWork) -> Completion:
-    return Completion(unit.share().events, unit.options.commit_timeout)

@@ -10,7 +10,7 @@ from asgi_uow._decision import WRITABLE, Outcome
 from asgi_uow._reading.route import Route
 from asgi_uow._sessions.read_session import ReadSession
 from asgi_uow._sessions.session import Session
-from asgi_uow.observers import ConnectionReleased, ImplicitCommit
+from asgi_uow.observers import ImplicitCommit
 
 if TYPE_CHECKING:
     from asgi_uow._databases.engines import Engines
@@ -77,14 +77,7 @@ class Participant:
         if committed is not None or (kept and self.has_written):
             self.shared.committed.add(self.db)
             self.shared.kept[0] += 1
-        if self.shared.recorder is not None:
-            self.tell_release(self.writer)
+        if (record := self.writer.sync_session.record) is not None:
+            record.release(self.shared.events)
         if journal.implicit_commit is not None:
             self.shared.events.append(ImplicitCommit(journal.implicit_commit))
-
-    def tell_release(self, session: Session) -> None:
-        record = session.sync_session.record
-        if record is not None and record.held_until_now:
-            record.disconnect()
-            event = ConnectionReleased(self.db.name, record.access, record.held)
-            self.shared.events.append(event)
