@@ -23,6 +23,7 @@ class Attempts(Protocol):
     number: int
     pause: float | None
     is_last: bool
+    is_gone: bool
 
 
 class Position:
@@ -36,7 +37,7 @@ class Position:
 class Body:
     """What the client has sent so far; each attempt reads it from the beginning."""
 
-    is_complete = is_gone = False
+    is_complete = False
     _lock: asyncio.Lock | None = None  # for the server's receive(), of all attempts
 
     def __init__(self, receive: Receive, most: int) -> None:
@@ -67,7 +68,7 @@ class Body:
             return message
 
     def _known(self, attempts: Attempts, at: Position) -> Message | None:
-        if self.is_gone or at.attempt != attempts.number:
+        if attempts.is_gone or at.attempt != attempts.number:
             return GONE.copy()
         if at.is_ended or not (at.given < len(self._bytes) or self.is_complete):
             return None
@@ -77,7 +78,7 @@ class Body:
 
     def _note(self, message: Message, attempts: Attempts, *, is_left: bool) -> None:
         if message["type"] != "http.request":
-            self.is_gone = attempts.is_last = True
+            attempts.is_gone = attempts.is_last = True
             return
         self.is_complete = not message.get("more_body", False)
         if is_left or not attempts.is_last or attempts.pause is not None:

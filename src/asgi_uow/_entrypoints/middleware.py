@@ -113,7 +113,7 @@ class UnitOfWorkMiddleware:
             unit.until, unit.attempt = outer.until, outer.attempt
         elif self.retry and not replay and self.retry.covers(scope, self.keys):
             replay = Replay(self.retry, scope, receive, send)
-            return await replay.serve(UnitOfWorkMiddleware.__call__, self)
+            return await replay.run(replay.attempt, UnitOfWorkMiddleware.__call__, self)
         exchange = Exchange()
         exchange.unit, exchange.forward = unit, send
         exchange.rules, exchange.stage = self.rules, OPEN

@@ -111,21 +111,15 @@ class Retry:
                 attempts.enter(unit)
                 results[:] = [await fn(*args, **kwargs)]
 
-        while True:
-            try:
-                await attempts.apart(attempt())
-            except Exception:
-                if attempts.pause is None:
-                    raise
-            if attempts.pause is None:
-                return results[0]
-            await attempts.wait()
+        await attempts.run(attempt)
+        return results[0]
 
 
 class Attempts:
     """Those of one request, or of one function."""
 
     number: int = 1
+    is_gone: bool = False  # has the client closed its connection?
     is_last: bool = False  # whatever comes: something has left, or cannot be had again
     pause: float | None = None  # seconds before the next attempt, if there is to be one
     until: float | None = None  # the deadline of the first unit
@@ -136,11 +130,32 @@ class Attempts:
         self._context = contextvars.copy_context()
         self._cancelling = _cancelling()
 
-    def apart(self, work: Work) -> Work:
-        """Have a later attempt see no context variable of those before."""
-        return work if self.number == 1 else self._run_apart(work)
+    async def run(
+        self, attempt: Callable[P, Work], /, *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Make attempts until one is the last, or nobody is there any more."""
+        try:
+            while not self.is_gone:
+                work = attempt(*args, **kwargs)
+                try:
+                    await (work if self.number == 1 else self._run_apart(work))
+                except BaseException as error:
+                    if self.pause is None or not _is_replayed(error):
+                        raise
+                if self.pause is None:
+                    return
+                pause, self.pause = self.pause, None
+                self.number += 1
+                await anyio.sleep(pause)
+        finally:
+            if self.number > 1:
+                self.give_back()
+
+    def give_back(self) -> None:
+        """Leave to the caller what the last attempt has left; a function has none."""
 
     async def _run_apart(self, work: Work) -> None:
+        """Have a later attempt see no context variable of those before."""
         context = self._context.copy()
         try:
             await run_in(context, work)
@@ -188,11 +203,6 @@ class Attempts:
         is_wished = unit.reason is not None or unit.cause in NOT_REPLAYED
         return not (is_kept or is_wished or _cancelling() > self._cancelling)
 
-    async def wait(self) -> None:
-        pause, self.pause = self.pause or 0.0, None
-        self.number += 1
-        await anyio.sleep(pause)
-
 
 class Replay(Attempts):
     """The attempts of one request: the scope, the body, and what is forwarded."""
@@ -207,39 +217,26 @@ class Replay(Attempts):
         self._state = scope.get("state")
         self._body = Body(receive, retry.max_body)
 
-    async def serve(
+    def attempt(
         self, call: Callable[[T, Scope, Receive, Send, Replay], Work], middleware: T
-    ) -> None:
-        """Serve the request until an attempt is the last."""
-        try:
-            while True:
-                receive = self._body.reader(self)
-                scope, forward = self._attempted, self.forward
-                work = call(middleware, scope, receive, forward, self)
-                try:
-                    await self.apart(work)
-                except BaseException as error:
-                    if self.pause is None or not _is_replayed(error):
-                        raise
-                if self.pause is None:
-                    return
-                await self.wait()
-                if self._body.is_gone:  # nobody is there any more
-                    return
-                self._attempted = _copy(self._before)
-        finally:
-            if self._attempted is not self._scope:
-                self._give_back()
+    ) -> Work:
+        """Give the call that serves the request; a later one has a fresh scope."""
+        if self.number > 1:
+            self._attempted = _copy(self._before)
+        receive = self._body.reader(self)
+        return call(middleware, self._attempted, receive, self.forward, self)
 
     def forward(self, message: Message) -> Awaitable[None]:
         """Pass a message on; this attempt is the last then."""
         self.is_last = True
-        if self._attempted is not self._scope and message["type"] == START:
-            self._give_back()
+        if self.number > 1 and message["type"] == START:
+            self.give_back()
         return self._send(message)
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
         """Leave in the caller's scope what the last attempt has left in its own."""
+        if self._attempted is self._scope:
+            return  # cancelled before another one began
         state = self._attempted.get("state")
         self._scope.clear()
         self._scope.update(self._attempted)
@@ -261,9 +258,11 @@ def _copy(scope: Scope) -> dict[str, Any]:
     for key in scope:
         if key not in FIXED and type(value := scope[key]) not in PLAIN:
             copied[key] = _copy_of(value)
-            if key == "session":
-                with suppress(RecursionError):  # a strange one
-                    _copy_inside(copied[key])
+    if isinstance(session := copied.get("session"), dict):
+        with suppress(RecursionError):  # a strange one
+            for key, value in session.items():
+                if isinstance(value, CONTAINERS):
+                    dict.__setitem__(session, key, _deep(value))  # notes no change
     return copied
 
 
@@ -278,12 +277,6 @@ def _copy_of(value: Any) -> Any:
             if hasattr(value, "__dict__"):  # Starlette's notes that it was changed
                 copied.__dict__ = vars(value).copy()
     return copied
-
-
-def _copy_inside(session: Any) -> None:
-    for key, value in session.items() if isinstance(session, dict) else ():
-        if isinstance(value, CONTAINERS):
-            dict.__setitem__(session, key, _deep(value))  # notes no change
 
 
 def _deep(value: Any) -> Any:
