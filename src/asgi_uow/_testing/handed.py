@@ -24,13 +24,11 @@ from asgi_uow._databases import known, loops
 from asgi_uow._databases.connection import POLICY
 from asgi_uow._databases.pool import ABORTING_CODES
 from asgi_uow._testing.nesting import Nesting, Part
-from asgi_uow._testing.thread import hand_over
+from asgi_uow._testing.shared import SharedConnection, hand_over
 from asgi_uow._unit.unit import current
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from asgi_uow._testing.shared import SharedConnection
 
 T = TypeVar("T")
 

@@ -17,8 +17,7 @@ from asgi_uow._concurrency import run_to_completion
 from asgi_uow._databases import loops
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._testing.handed import HandedPool
-from asgi_uow._testing.shared import SharedConnection
-from asgi_uow._testing.thread import background, hand_over
+from asgi_uow._testing.shared import SharedConnection, background, hand_over
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

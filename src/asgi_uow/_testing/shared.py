@@ -1,29 +1,36 @@
-"""The one connection of a sandbox to a database: opened, used in turns, closed."""
+"""The one connection of a sandbox to a database: opened, used in turns, closed.
+
+All are in one loop, which has a thread of its own.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+import atexit
+import contextvars
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow import errors
+from asgi_uow._concurrency import register_at_fork, run_to_completion
 from asgi_uow._databases.connection import raw_of
 from asgi_uow._databases.driver_errors import means
 from asgi_uow._databases.engines import cancel_statements
 from asgi_uow._databases.pool import ABORTING_CODES
 from asgi_uow._testing.nesting import Nesting, Part
-from asgi_uow._testing.thread import background
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import Callable, Coroutine
 
     from asgi_uow._databases.engines import Engines
 
 T = TypeVar("T")
 
 WAIT = 10.0  # seconds for a transaction that is open, or for the database itself
+CLOSE_SECONDS = 5.0  # for the connections that are left at the end of the process
 
 BUSY = (
     "The database is in use by another sandbox, or by a connection outside of it, for "
@@ -43,6 +50,54 @@ INSIDE = (
     "independent=True: a sandbox has one connection. Test it without a sandbox."
 )
 
+_loops: list[asyncio.AbstractEventLoop] = []
+_starting = threading.Lock()
+register_at_fork(after_in_child=_loops.clear)
+
+
+def background() -> asyncio.AbstractEventLoop:
+    """Give the one loop, which runs until the process ends."""
+    with _starting:
+        if not _loops:
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=loop.run_forever, daemon=True)
+            thread.start()
+            atexit.register(_close, loop, thread)
+            _loops.append(loop)
+        return _loops[0]
+
+
+def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    if thread.is_alive():  # pragma: no branch  # it is not in a forked process
+        closing = asyncio.run_coroutine_threadsafe(loop.shutdown_asyncgens(), loop)
+        with suppress(TimeoutError):
+            closing.result(CLOSE_SECONDS)
+
+
+async def hand_over(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
+    """Await here what runs in another loop; it has ended when this has."""
+    here, tasks = asyncio.get_running_loop(), list[asyncio.Task[T]]()
+    ended = here.create_future()
+
+    def tell(_: object) -> None:
+        with suppress(RuntimeError):  # nobody waits: this loop is closed
+            here.call_soon_threadsafe(ended.set_result, None)
+
+    def start() -> None:
+        tasks.append(loop.create_task(work))
+        tasks[0].add_done_callback(tell)
+
+    # A context of its own: timers that were cancelled keep theirs, and units in it.
+    loop.call_soon_threadsafe(start, context=contextvars.Context())
+    try:
+        await asyncio.wait((ended,))
+    except asyncio.CancelledError:
+        loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+        with suppress(asyncio.CancelledError):
+            await run_to_completion(asyncio.wait((ended,)))
+        raise
+    return tasks[0].result()
+
 
 class SharedConnection(Nesting):
     """A connection in a transaction that is rolled back, in turns for who asks."""
@@ -53,7 +108,6 @@ class SharedConnection(Nesting):
         super().__init__(db)
         self.engine, self.is_memory = db.engine.sync_engine, db.is_memory
         self.loop = background()
-        self._undoing: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         """Connect and begin; raises `SandboxError` where that cannot be undone."""
@@ -79,8 +133,6 @@ class SharedConnection(Nesting):
         async with self.turns:
             self.is_over = True
             self.turns.notify_all()
-        while self._undoing:
-            await asyncio.wait(self._undoing)
         await self.close()
 
     async def close(self) -> None:
@@ -92,7 +144,8 @@ class SharedConnection(Nesting):
 
     async def run(self, part: Part, work: Callable[[], T]) -> T:
         """Run `work` in the turn of a connection; a cancelled one is ended first."""
-        async with self._turn(part):
+        async with self.turns:
+            await self._wait_for_turn(part)
             task = asyncio.ensure_future(greenlet_spawn(work))
             try:
                 return await asyncio.shield(task)
@@ -106,6 +159,7 @@ class SharedConnection(Nesting):
                 # Some errors end it on MySQL and SQLite, or what a procedure does.
                 if not self.driver.in_transaction(raw_of(self.dbapi)):
                     self.is_gone = True
+                self.turns.notify_all()
 
     async def _stop(self, task: asyncio.Task[T]) -> None:
         statement = self.driver.cancel_sql(raw_of(self.dbapi))
@@ -115,22 +169,16 @@ class SharedConnection(Nesting):
             task.cancel()
         await asyncio.wait((task,))
 
-    @asynccontextmanager
-    async def _turn(self, part: Part) -> AsyncGenerator[None]:
-        async with self.turns:
-            try:
-                async with asyncio.timeout(WAIT):
-                    await self.turns.wait_for(lambda: self._is_free(part))
-            except TimeoutError:
-                who = self.holder and self.holder.unit
-                message = HELD.format(who or "A connection of an engine")
-                raise errors.SandboxError(message) from None
-            if self.is_over or (self.is_gone and not part.is_gone):
-                raise errors.SandboxError(ENDED if self.is_over else GONE)
-            try:
-                yield
-            finally:
-                self.turns.notify_all()
+    async def _wait_for_turn(self, part: Part) -> None:
+        try:
+            async with asyncio.timeout(WAIT):
+                await self.turns.wait_for(lambda: self._is_free(part))
+        except TimeoutError:
+            who = self.holder and self.holder.unit
+            message = HELD.format(who or "A connection of an engine")
+            raise errors.SandboxError(message) from None
+        if self.is_over or (self.is_gone and not part.is_gone):
+            raise errors.SandboxError(ENDED if self.is_over else GONE)
 
     def _is_free(self, part: Part) -> bool:
         holder, unit = self.holder, part.unit
@@ -144,14 +192,6 @@ class SharedConnection(Nesting):
     def give_up(self, part: Part) -> None:
         """Roll back what was open on a connection that is closed; nobody waits."""
         if part.is_open:
+            undo = self.run(part, lambda: self.rollback(part))
             with suppress(RuntimeError):  # the process ends
-                self.loop.call_soon_threadsafe(self._undo, part)
-
-    def _undo(self, part: Part) -> None:
-        async def undo() -> None:
-            with suppress(errors.SandboxError):
-                await self.run(part, lambda: self.rollback(part))
-
-        task = self.loop.create_task(undo())
-        self._undoing.add(task)
-        task.add_done_callback(self._undoing.discard)
+                asyncio.run_coroutine_threadsafe(undo, self.loop)
