@@ -1,9 +1,11 @@
-"""ASGI's shapes; with a stricter `Scope`, Litestar and asgiref do not type-check."""
+"""ASGI's shapes, as loose as Litestar and asgiref need them, and our own answers."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any, TypeAlias
 
 Scope: TypeAlias = Any
@@ -14,6 +16,8 @@ ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 START = "http.response.start"
 BODY = "http.response.body"
+FAILURE = "asgi_uow.failure"  # the key in the scope of what an `error_app` answers
+RETRY_AFTER = 1  # seconds a client is asked to wait before it tries again
 
 
 async def respond(send: Send, status: int, fields: dict[str, str], body: bytes) -> None:
@@ -21,6 +25,37 @@ async def respond(send: Send, status: int, fields: dict[str, str], body: bytes) 
     headers = [(name.encode(), value.encode()) for name, value in fields.items()]
     await send({"type": START, "status": status, "headers": headers})
     await send({"type": BODY, "body": body})
+
+
+async def problem_details(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
+    """Answer with what `problem` gives for the failure in the scope."""
+    await respond(send, *problem(scope[FAILURE]))
+
+
+def problem(failure: Exception) -> tuple[int, dict[str, str], bytes]:
+    """Give status, headers and body of a small `application/problem+json` (RFC 9457).
+
+    503 with `Retry-After` (RFC 9110, 10.2.3) where the work is proven not kept and
+    trying again may help, otherwise 500. Says nothing about the cause.
+    """
+    # A failure of our own says so itself; any other is a database out of reach.
+    retry_after: int | None = getattr(failure, "retry_after", RETRY_AFTER)
+    if retry_after is None:
+        return described(500, "The request could not be completed.")
+    return described(503, "Nothing was changed; please try again.", retry_after)
+
+
+def described(
+    status: int, detail: str, retry_after: int | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """Give status, headers and body of a problem that has no type of its own."""
+    title = HTTPStatus(status).phrase
+    about = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+    body = json.dumps(about).encode()
+    headers = {"content-type": "application/problem+json"}
+    if retry_after is not None:
+        headers["retry-after"] = str(retry_after)
+    return status, {**headers, "content-length": str(len(body))}, body
 
 
 class Response:

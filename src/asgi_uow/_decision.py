@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     CommitWhen: TypeAlias = Callable[[int, Headers], bool]
 
 REDIRECT_STATUS, ERROR_STATUS, SERVER_ERROR = 300, 400, 500
-RETRY_AFTER = 1  # seconds a client is asked to wait before it tries again
 
 
 class Outcome(enum.Enum):

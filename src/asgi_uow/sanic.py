@@ -12,10 +12,9 @@ from sanic import HTTPResponse
 from sanic.exceptions import ServerError
 from sanic.http.constants import HTTP
 
-from asgi_uow._asgi import START
+from asgi_uow._asgi import START, problem
 from asgi_uow._decision import commit_below_400
 from asgi_uow._entrypoints.middleware import UnitOfWorkMiddleware
-from asgi_uow._entrypoints.problem import problem
 from asgi_uow._unit.unit import current
 from asgi_uow.database import Database
 from asgi_uow.errors import ConfigurationError, UnitOfWorkFailedError

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, cast
 import anyio
 
 from asgi_uow import _decision
-from asgi_uow._asgi import START
+from asgi_uow._asgi import FAILURE, START
 from asgi_uow._concurrency import run_to_completion
 from asgi_uow._decision import ERROR_STATUS, SETTLED, Cause, Outcome
-from asgi_uow._entrypoints.problem import FAILURE
 from asgi_uow._reading.route import written_position
 from asgi_uow._unit.finish import conflict_of, finish
 from asgi_uow._unit.unit import COMMITTED

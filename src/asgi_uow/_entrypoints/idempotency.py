@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import sqlalchemy as sa
 
-from asgi_uow._asgi import BODY, START, respond
+from asgi_uow._asgi import BODY, RETRY_AFTER, START, described, respond
 from asgi_uow._databases.configuration import check
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._databases.keys import TABLE, Claim, is_expired, table_of
 from asgi_uow._entrypoints.body import HashedBody
-from asgi_uow._entrypoints.problem import described
 from asgi_uow._unit.block import unit_of_work
 from asgi_uow._unit.claims import claim_key, end_with
 from asgi_uow._unit.unit import require
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 READ_FIRST = 65536  # bytes of a request's body that come before its key is claimed
 HOLD_SECONDS = 1.0  # then a response without a length that comes in parts is a stream
-RETRY_AFTER = 1  # seconds, for who asks while the first is still at work
 BATCH = 500  # rows that are deleted in one transaction
 KEY = re.compile(rb"[\x20-\x7e]{1,255}")
 # https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1, what a server adds, secrets, and

@@ -6,12 +6,11 @@ from asyncio import current_task
 from typing import TYPE_CHECKING
 
 from asgi_uow import _decision, errors
-from asgi_uow._asgi import Response
+from asgi_uow._asgi import Response, problem_details
 from asgi_uow._databases.configuration import check
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import CLOSED, NEW, UNDECIDED
 from asgi_uow._entrypoints.exchange import OPEN, PASSING, Exchange, Rules
-from asgi_uow._entrypoints.problem import problem_details
 from asgi_uow._entrypoints.replay import Replay
 from asgi_uow._reading.causal import MustSee
 from asgi_uow._sessions.deadline import earlier
