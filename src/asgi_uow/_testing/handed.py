@@ -35,7 +35,7 @@ T = TypeVar("T")
 IN_TRANSACTION, IN_ERROR = 2, 3  # of libpq; 0 is idle
 VERBS = {
     re.compile(r"(?i)\s*(?:BEGIN|START\s+TRANSACTION)\b"): Nesting.begin,
-    re.compile(r"(?i)\s*(?:COMMIT|END)\b(?!\s+PREPARED)"): Nesting.commit,
+    re.compile(r"(?i)\s*(?:COMMIT|END)\b(?!\s+PREPARED)"): Nesting.keep,
     re.compile(r"(?i)\s*ROLLBACK\b(?!\s+(?:TO|PREPARED)\b)"): Nesting.rollback,
 }
 
@@ -115,7 +115,7 @@ class HandedConnection(Part):
     def commit(self) -> None:
         self.is_due = False
         if self.is_open or self.is_gone:  # which is refused
-            self.run(self.shared.commit, self)
+            self.run(self.shared.keep, self)
 
     def rollback(self) -> None:
         self.is_due = False

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from asgi_uow._databases.engines import Engines
     from asgi_uow._unit.unit import UnitOfWork
 
-OUTER, UNIT, CALL, CHECK = (
-    f"asgi_uow_{name}" for name in ("sandbox", "unit", "call", "check")
-)
+OUTER, UNIT, CALL = (f"asgi_uow_{name}" for name in ("sandbox", "unit", "call"))
 WRITES = re.compile(r"(?i)\s*(?:INSERT|UPDATE|DELETE|REPLACE|LOAD)\b")
 ENDS = re.compile(r"(?i)\s*(?:XA|PREPARE\s+TRANSACTION|(?:UN)?LOCK\s+TABLES?)\b")
 SAVEPOINT = re.compile(r"(?i)\s*(SAVEPOINT|RELEASE|ROLLBACK)\b.*?(\S+)\s*$")
@@ -96,18 +94,20 @@ class Nesting:
         statement: str = args[0]
         kind = known.kind_of(statement)
         self._check(part, statement, kind)
+        is_alone = part.is_auto and not (part.is_open or part.is_due)
         try:
             if part.read_only:
                 with self._read_only(part):
                     call()
-            elif part.is_auto and not (part.is_open or part.is_due):
-                with self._savepoint(keep=True):
-                    call()
             else:
                 self.begin(part)
                 call()
-        except self.dialect.loaded_dbapi.Error:
-            part.has_failed = True
+                if is_alone and self.has_transaction():
+                    self.keep(part)
+        except BaseException as error:
+            part.has_failed |= isinstance(error, self.dialect.loaded_dbapi.Error)
+            if is_alone:
+                self.rollback(part)
             raise
         if kind in {"setting", "local"} and part.read_only and part.is_open:
             part.settings.append(args)
@@ -134,7 +134,7 @@ class Nesting:
             self.holder = part
         part.is_open = True
 
-    def commit(self, part: Part) -> None:
+    def keep(self, part: Part) -> None:
         """Check what is left for COMMIT to check, and keep the savepoint's work."""
         if part is self.holder:
             try:
@@ -148,10 +148,7 @@ class Nesting:
 
     def rollback(self, part: Part) -> None:
         if part is self.holder:
-            try:
-                self._end_savepoint(UNIT, keep=False)
-            except self.dialect.loaded_dbapi.Error:
-                self.is_gone = True  # with all savepoints, as after a deadlock
+            self._undo(UNIT)
         self._end(part)
 
     def _end(self, part: Part) -> None:
@@ -168,28 +165,27 @@ class Nesting:
                 error.sqlite_errorname = self.facts.REFUSED
                 raise error
         elif not self.commits_for_ddl and self._ask(DEFERRABLE):
-            execute(self.dbapi, f"SAVEPOINT {CHECK}")
-            execute(self.dbapi, "SET CONSTRAINTS ALL IMMEDIATE")
-            self._end_savepoint(CHECK, keep=False)
+            with self._undone():
+                execute(self.dbapi, "SET CONSTRAINTS ALL IMMEDIATE")
 
     @contextmanager
-    def _savepoint(self, *, keep: bool) -> Generator[None]:
+    def _undone(self) -> Generator[None]:
         execute(self.dbapi, f"SAVEPOINT {CALL}")
-        is_kept = False
         try:
             yield
-            if keep:
-                self._check_constraints()
-            is_kept = keep
         finally:
-            self.is_gone |= not self.driver.in_transaction(raw_of(self.dbapi))
-            if not self.is_gone:
-                self._end_savepoint(CALL, keep=is_kept)
+            self._undo(CALL)
 
-    def _end_savepoint(self, name: str, *, keep: bool) -> None:
-        if not keep:
+    def _undo(self, name: str) -> None:
+        try:
             execute(self.dbapi, f"ROLLBACK TO SAVEPOINT {name}")
-        execute(self.dbapi, f"RELEASE SAVEPOINT {name}")
+            execute(self.dbapi, f"RELEASE SAVEPOINT {name}")
+        except self.dialect.loaded_dbapi.Error:
+            self.is_gone = True  # with all savepoints, as after a deadlock
+
+    def has_transaction(self) -> bool:
+        """Tell whether there is a transaction: some errors end it, or a procedure."""
+        return self.driver.in_transaction(raw_of(self.dbapi))
 
     @contextmanager
     def _read_only(self, part: Part) -> Generator[None]:
@@ -200,7 +196,7 @@ class Nesting:
             finally:
                 execute(self.dbapi, "PRAGMA query_only = OFF")
         else:
-            with self._whole(), self._savepoint(keep=False):
+            with self._whole(), self._undone():
                 if not self.commits_for_ddl:
                     execute(self.dbapi, "SET TRANSACTION READ ONLY")
                 for each in part.settings:

@@ -156,9 +156,7 @@ class SharedConnection(Nesting):
                     task.exception()  # nobody asks for it
                 raise
             finally:
-                # Some errors end it on MySQL and SQLite, or what a procedure does.
-                if not self.driver.in_transaction(raw_of(self.dbapi)):
-                    self.is_gone = True
+                self.is_gone |= not self.has_transaction()
                 self.turns.notify_all()
 
     async def _stop(self, task: asyncio.Task[T]) -> None:
