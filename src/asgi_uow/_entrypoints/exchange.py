@@ -46,14 +46,13 @@ class Stage(enum.Enum):
 
     OPEN = "the application has sent no start"
     DECIDING = "a start is held until the unit of work has ended"
-    PASSING = "what the application sends is forwarded"
+    PASSING = "what is sent is forwarded: the response, or an answer to the failure"
     REFUSED = "the work was not kept, so only an error is forwarded"
-    ANSWERED = "the failure was answered"
     REPLAYED = "what it asks for is done again: nothing of this attempt is forwarded"
 
 
 # Python 3.11 takes long for each member of an enum.
-OPEN, DECIDING, PASSING, REFUSED, ANSWERED, REPLAYED = Stage
+OPEN, DECIDING, PASSING, REFUSED, REPLAYED = Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Exchange:
         if is_start and self.stage is OPEN:
             message = await self._decide(message)
         elif is_start and self.stage is REFUSED and message["status"] >= ERROR_STATUS:
-            self.stage = ANSWERED
+            self.stage = PASSING
         if self.stage is REFUSED or self.stage is REPLAYED:
             operation = "sending a response"
             raise self.unit.failure or UnitOfWorkClosedError(operation, self.unit.state)
@@ -132,7 +131,7 @@ class Exchange:
             try:
                 await error_app(scope, receive, self._answer)
             finally:
-                self.stage = ANSWERED
+                self.stage = PASSING
                 scope.pop(FAILURE, None)  # it refers to frames, and those to the scope
         try:
             if failure is not error:
@@ -145,13 +144,12 @@ class Exchange:
         shared = self.unit.shared
         if shared is not None and self.unit.again is not None:
             self.stage = REPLAYED
-        is_answered = self.stage is ANSWERED
-        if is_answered or not (shared and isinstance(error, Exception | None)):
+        if not (shared and isinstance(error, Exception | None)):
             return None
         if self.unit.failure is None:
             rolled_back = self.unit.outcome is Outcome.ROLLED_BACK
             return error if rolled_back and shared.may_repeat(error) else None
-        return self.unit.failure
+        return None if self.stage is PASSING else self.unit.failure
 
     async def _answer(self, message: Message) -> None:
         """Pass what an `error_app` sends; it may not claim a success."""

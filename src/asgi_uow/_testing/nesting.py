@@ -200,8 +200,7 @@ class Nesting:
                 if not self.commits_for_ddl:
                     execute(self.dbapi, "SET TRANSACTION READ ONLY")
                 for each in part.settings:
-                    with closing(self.dbapi.cursor()) as cursor:
-                        cursor.execute(*each)
+                    self._ask(*each)
                 yield
         part.is_open = not part.is_auto
 
@@ -219,9 +218,9 @@ class Nesting:
             with suppress(self.dialect.loaded_dbapi.Error):
                 execute(self.dbapi, "SELECT 1 / 0")  # aborted, as it was
 
-    def _ask(self, statement: str) -> list[Any]:
+    def _ask(self, statement: str, *parameters: Any) -> list[Any]:
         with closing(self.dbapi.cursor()) as cursor:
-            cursor.execute(statement)
+            cursor.execute(statement, *parameters)
             return [tuple(row) for row in cursor.fetchall()]
 
 
