@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from asgi_uow._databases.engines import Engines
     from asgi_uow._testing.sandbox import sandbox
 
-    Send: TypeAlias = Callable[[Any], None]
-    Fault: TypeAlias = Callable[[Any, Send], None]
+    Fault: TypeAlias = Callable[..., None]
 
 _lock = threading.Lock()
 _blocks: dict[Any, list[Block]] = {}
@@ -69,15 +68,15 @@ def _next(target: object) -> Fault | None:
 def _at_commit(db: Engines, *faults: Fault) -> Block:
     check_databases("a fault", (db,))
     dialect: Any = db.engine.dialect
-    return Block(dialect, "do_commit", partial(_do_commit, dialect), *faults)
-
-
-def _do_commit(dialect: Any, dbapi: Any) -> None:
     send = partial(type(dialect).do_commit, dialect)
-    if (fault := _next(dialect)) is None:
-        send(dbapi)
-    else:
-        fault(dbapi, send)
+
+    def do_commit(dbapi: Any) -> None:
+        if (fault := _next(dialect)) is None:
+            send(dbapi)
+        else:
+            fault(dbapi, send)
+
+    return Block(dialect, "do_commit", do_commit, *faults)
 
 
 def _error(db: Engines, code: int | str, kind: str, what: str) -> Any:
@@ -121,7 +120,7 @@ def lose_commit_answer(db: Engines) -> Block:
     a sandbox on PostgreSQL a key alone can.
     """
 
-    def lose(dbapi: Any, send: Send) -> None:
+    def lose(dbapi: Any, send: Callable[[Any], None]) -> None:
         send(dbapi)
         message = "the answer to COMMIT was lost (asgi_uow.testing)"
         raise ConnectionResetError(message)
@@ -137,17 +136,15 @@ def drop_connection(db: Engines) -> Block:
     check_databases("drop_connection(db)", (db,))
     driver = known.driver_of(db.engine.dialect)
     dropping: Any = copy.copy(driver)
-    dropping.is_dead = partial(_is_dead, db, driver)
-    return Block(db, "driver", dropping, _cut_off)
 
+    def cut_off(raw: Any) -> None:
+        raw.close() if isinstance(raw, HandedConnection) else driver.cut_off(raw)
 
-def _is_dead(db: Engines, driver: Any, raw: Any) -> bool:
-    fault = _next(db) if driver.in_transaction(raw) else None
-    if fault is None:
-        return bool(driver.is_dead(raw))
-    fault(raw, driver.cut_off)
-    return True
+    def is_dead(raw: Any) -> bool:
+        fault = _next(db) if driver.in_transaction(raw) else None
+        if fault is not None:
+            fault(raw)
+        return fault is not None or bool(driver.is_dead(raw))
 
-
-def _cut_off(raw: Any, cut_off: Send) -> None:
-    raw.close() if isinstance(raw, HandedConnection) else cut_off(raw)
+    dropping.is_dead = is_dead
+    return Block(db, "driver", dropping, cut_off)
