@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 GONE: dict[str, str] = {"type": "http.disconnect"}
 
 
-class Attempts(Protocol):
-    """Those of one request."""
+class Progress:
+    """How far the attempts of one request are, or of one function."""
 
-    number: int
-    pause: float | None
-    is_last: bool
-    is_gone: bool
+    number: int = 1
+    is_gone: bool = False  # has the client closed its connection?
+    is_last: bool = False  # whatever comes: something has left, or cannot be had again
+    pause: float | None = None  # seconds before the next attempt, if there is to be one
 
 
 class Position:
@@ -44,13 +44,13 @@ class Body:
         self._receive, self._most = receive, most
         self._bytes = bytearray()
 
-    def reader(self, attempts: Attempts) -> Receive:
+    def reader(self, attempts: Progress) -> Receive:
         """Give what an attempt receives with."""
         at = Position()
         at.attempt = attempts.number
         return functools.partial(self._read, attempts, at)
 
-    async def _read(self, attempts: Attempts, at: Position) -> Message:
+    async def _read(self, attempts: Progress, at: Position) -> Message:
         message = self._known(attempts, at)
         if message is not None:
             return message
@@ -67,7 +67,7 @@ class Body:
                 at.given, at.is_ended = len(self._bytes), self.is_complete
             return message
 
-    def _known(self, attempts: Attempts, at: Position) -> Message | None:
+    def _known(self, attempts: Progress, at: Position) -> Message | None:
         if attempts.is_gone or at.attempt != attempts.number:
             return GONE.copy()
         if at.is_ended or not (at.given < len(self._bytes) or self.is_complete):
@@ -76,7 +76,7 @@ class Body:
         at.given, at.is_ended = len(self._bytes), self.is_complete
         return {"type": "http.request", "body": chunk, "more_body": not at.is_ended}
 
-    def _note(self, message: Message, attempts: Attempts, *, is_left: bool) -> None:
+    def _note(self, message: Message, attempts: Progress, *, is_left: bool) -> None:
         if message["type"] != "http.request":
             attempts.is_gone = attempts.is_last = True
             return

@@ -20,7 +20,7 @@ from asgi_uow._databases.configuration import check
 from asgi_uow._databases.driver_errors import code_of
 from asgi_uow._databases.engines import check_databases
 from asgi_uow._decision import Cause, State
-from asgi_uow._entrypoints.body import Body
+from asgi_uow._entrypoints.body import Body, Progress
 from asgi_uow._entrypoints.exchange import Again
 from asgi_uow._unit.hooks import is_async, name_of, run_in
 from asgi_uow.observers import RetryScheduled
@@ -115,13 +115,9 @@ class Retry:
         return results[0]
 
 
-class Attempts:
+class Attempts(Progress):
     """Those of one request, or of one function."""
 
-    number: int = 1
-    is_gone: bool = False  # has the client closed its connection?
-    is_last: bool = False  # whatever comes: something has left, or cannot be had again
-    pause: float | None = None  # seconds before the next attempt, if there is to be one
     until: float | None = None  # the deadline of the first unit
     before: tuple[int, tuple[object, ...]] = 0, ()  # see `enter`
 
