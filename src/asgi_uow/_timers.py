@@ -62,18 +62,13 @@ class Timer:
                 self._look_at(when)
 
 
-class _Here(threading.local):
-    """The timer of the loop that this thread runs; its loop alone keeps it alive."""
-
-    timer: Callable[[], Timer | None] = staticmethod(lambda: None)
-
-
-_here = _Here()
+_here = threading.local()
+"""Where each thread finds the timer of its loop, which alone keeps that alive."""
 
 
 def timer_of(loop: AbstractEventLoop) -> Timer:
     """Give the timer of the running loop."""
-    timer = _here.timer()
+    timer: Timer | None = getattr(_here, "timer", lambda: None)()
     if timer is None or timer.loop() is not loop:
         timer = Timer(loop)
         _here.timer = ref(timer)
