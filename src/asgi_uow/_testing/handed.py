@@ -138,8 +138,11 @@ class HandedConnection(Part):
         """Undo what is open, as a server does; nobody waits for it."""
         if not self.is_gone:
             self.is_gone = True
-            self.is_due |= self.is_open  # a driver's flag stays as it was
-            self.shared.give_up(self)
+            if self.is_open:
+                self.is_due = True  # a driver's flag stays as it was
+                undo = self.shared.run(self, partial(self.shared.rollback, self))
+                with suppress(RuntimeError):  # the process ends
+                    asyncio.run_coroutine_threadsafe(undo, self.shared.loop)
 
     terminate = abandon = abort = close
 

@@ -123,7 +123,7 @@ class SharedConnection(Nesting):
             await greenlet_spawn(self.begin_all, WAIT)
         except BaseException as error:
             self.is_gone = True
-            await self.close()
+            await self.end()
             if means(error, "conflict"):
                 raise errors.SandboxError(BUSY) from error
             raise
@@ -133,9 +133,6 @@ class SharedConnection(Nesting):
         async with self.turns:
             self.is_over = True
             self.turns.notify_all()
-        await self.close()
-
-    async def close(self) -> None:
         # Of a file none is to be left when somebody deletes it.
         is_left = self.is_changed or self.is_gone or self.facts.SINGLE_WRITER
         if is_left and not self.is_memory:
@@ -186,10 +183,3 @@ class SharedConnection(Nesting):
         if is_inside and not part.read_only:
             raise errors.SandboxError(INSIDE)
         return is_inside
-
-    def give_up(self, part: Part) -> None:
-        """Roll back what was open on a connection that is closed; nobody waits."""
-        if part.is_open:
-            undo = self.run(part, lambda: self.rollback(part))
-            with suppress(RuntimeError):  # the process ends
-                asyncio.run_coroutine_threadsafe(undo, self.loop)
