@@ -80,10 +80,8 @@ class Nesting:
         elif self.facts.BEGIN_WRITE is not None:
             [(timeout,)] = self._ask("PRAGMA busy_timeout")
             execute(self.dbapi, f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
-            try:
-                execute(self.dbapi, self.facts.BEGIN_WRITE)
-            finally:
-                execute(self.dbapi, f"PRAGMA busy_timeout = {timeout}")
+            execute(self.dbapi, self.facts.BEGIN_WRITE)
+            execute(self.dbapi, f"PRAGMA busy_timeout = {timeout}")
             self.orphans = set(self._ask("PRAGMA foreign_key_check"))
         execute(self.dbapi, f"SAVEPOINT {OUTER}")
 
