@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import secrets
 import time
@@ -44,6 +45,7 @@ def idempotency_table(metadata: sa.MetaData, name: str = TABLE) -> sa.Table:
     )
 
 
+@functools.cache
 def table_of(name: str) -> sa.Table:
     """Give the table for statements; "schema.name" is in that schema."""
     schema, _, own = name.rpartition(".")

@@ -6,7 +6,6 @@ https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -82,17 +81,13 @@ class Idempotency:
         check(vars(self))
         object.__setattr__(self, "methods", frozenset(map(str.upper, self.methods)))
 
-    @functools.cached_property
-    def _table(self) -> sa.Table:
-        return table_of(self.table)
-
     async def delete_expired(self, db: Engines) -> int:
         """Delete the keys that are older than `keep` seconds; for a job, not a request.
 
         In transactions of 500 rows, each a unit of work of its own. Gives their number.
         """
         check_databases("delete_expired(db)", (db,))
-        table = self._table
+        table = table_of(self.table)
         deleted = 0
         while True:
             async with unit_of_work(db, independent=True) as unit:
@@ -147,7 +142,7 @@ class Idempotency:
             raise TypeError(message)
         path = scope.get("raw_path") or scope["path"].encode()
         request = scope["method"].encode(), path, scope.get("query_string", b"")
-        return Claim.of(self._table, f"http:{whose}", key.decode(), *request)
+        return Claim.of(table_of(self.table), f"http:{whose}", key.decode(), *request)
 
 
 class _Keyed:
