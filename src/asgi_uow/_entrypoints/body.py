@@ -58,14 +58,7 @@ class Body:
         async with self._lock:
             # Whoever waited before may have it, also one that an attempt has left.
             message = self._known(attempts, at)
-            if message is None:
-                message = await self._receive()
-                is_left = at.attempt != attempts.number
-                self._note(message, attempts, is_left=is_left)
-                if is_left:
-                    return GONE.copy()
-                at.given, at.is_ended = len(self._bytes), self.is_complete
-            return message
+            return message or self._take(await self._receive(), attempts, at)
 
     def _known(self, attempts: Progress, at: Position) -> Message | None:
         if attempts.is_gone or at.attempt != attempts.number:
@@ -76,14 +69,19 @@ class Body:
         at.given, at.is_ended = len(self._bytes), self.is_complete
         return {"type": "http.request", "body": chunk, "more_body": not at.is_ended}
 
-    def _note(self, message: Message, attempts: Progress, *, is_left: bool) -> None:
+    def _take(self, message: Message, attempts: Progress, at: Position) -> Message:
+        is_left = at.attempt != attempts.number
         if message["type"] != "http.request":
             attempts.is_gone = attempts.is_last = True
-            return
-        self.is_complete = not message.get("more_body", False)
-        if is_left or not attempts.is_last or attempts.pause is not None:
-            self._bytes += message.get("body", b"")
-            attempts.is_last = attempts.is_last or len(self._bytes) > self._most
+        else:
+            self.is_complete = not message.get("more_body", False)
+            if is_left or not attempts.is_last or attempts.pause is not None:
+                self._bytes += message.get("body", b"")
+                attempts.is_last = attempts.is_last or len(self._bytes) > self._most
+        if is_left:
+            return GONE.copy()
+        at.given, at.is_ended = len(self._bytes), self.is_complete
+        return message
 
 
 class HashedBody:
