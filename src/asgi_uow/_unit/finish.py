@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from asgi_uow import _decision, errors
+from asgi_uow._asgi import RETRY_AFTER
 from asgi_uow._concurrency import Shield
 from asgi_uow._databases.driver_errors import to_retry
 from asgi_uow._decision import CLOSED, STATE_OF, Cause, Outcome, rollback
@@ -111,7 +112,7 @@ def _ask_for_another(unit: UnitOfWork) -> None:
     failure, error = unit.failure, unit.doom
     if failure is not None:
         if unit.share().may_repeat(failure.__cause__):
-            failure.retry_after = _decision.RETRY_AFTER
+            failure.retry_after = RETRY_AFTER
         if failure.cause is not Cause.BEFORE_COMMIT:
             # A hook may have raised what it has made of the first error.
             error = error or failure.__cause__
