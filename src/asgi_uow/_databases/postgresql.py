@@ -147,7 +147,7 @@ class Asyncpg(_Driver):
 class Psycopg(_Driver):
     # For each host, not 130 seconds.
     connect_args = (
-        ("async_creator_fn", f"{__package__}.psycopg_connection:connect"),
+        ("async_creator_fn", f"{__package__}.psycopg_connection:Connection.connect"),
         ("connect_timeout", 10),
     )
     pooled_args = (("prepare_threshold", None),)
