@@ -182,8 +182,6 @@ class Engines:
         if xid is not None:
             return await self.end_prepared(xid, seconds, commit=True)
         async with _aside(self.engine) as aside:
-            if isinstance(proof, str):
-                return await self.facts.was_committed(aside, proof, seconds)
             return await was_kept(aside, proof, seconds)
 
     async def end_prepared(

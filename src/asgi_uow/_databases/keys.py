@@ -128,13 +128,10 @@ def leave_mark(session: Session, database: known.Database) -> str | Claim:
     return mark
 
 
-async def was_kept(engine: AsyncEngine, claim: Claim, seconds: float) -> bool | None:
-    """Tell whether the transaction of this claim was committed; None if nobody says.
-
-    Who can make the claim again knows that the transaction is gone for good: as long
-    as it is open, on whatever connection, the insert waits for it. It is committed, and
-    deleted at once, since the nodes of a cluster know of each other at COMMIT alone.
-    """
+async def was_kept(
+    engine: AsyncEngine, mark: str | Claim, seconds: float
+) -> bool | None:
+    """Tell whether the transaction of this mark was committed; None if nobody says."""
     database = known.database_of(engine.dialect)
     with anyio.move_on_after(seconds):
         while True:
@@ -142,7 +139,11 @@ async def was_kept(engine: AsyncEngine, claim: Claim, seconds: float) -> bool | 
             with suppress(Exception), anyio.fail_after(seconds / TRIES):
                 async with engine.connect() as connection:
                     try:
-                        return await _is_kept(connection, claim, database)
+                        level = {"isolation_level": "AUTOCOMMIT"}
+                        await connection.execution_options(**level)
+                        if isinstance(mark, str):
+                            return await database.was_committed(connection, mark)
+                        return await _is_kept(connection, mark, database)
                     finally:
                         # To reset its level SQLAlchemy has MySQL commit, unlimited.
                         await connection.invalidate()
@@ -153,7 +154,12 @@ async def was_kept(engine: AsyncEngine, claim: Claim, seconds: float) -> bool | 
 async def _is_kept(
     connection: AsyncConnection, claim: Claim, database: known.Database
 ) -> bool | None:
-    await connection.execution_options(isolation_level="AUTOCOMMIT")
+    """Make the claim again: who can, knows that the transaction is gone for good.
+
+    As long as that is open, on whatever connection, the insert waits for it. It is
+    committed, and deleted at once, since the nodes of a cluster know of each other at
+    COMMIT alone.
+    """
     await connection.execute(claim.insert(database, proves=True))
     # Also where it was inserted by a try before this one, whose answer was lost.
     taken_back = await connection.execute(claim.table.delete().where(claim.is_left))

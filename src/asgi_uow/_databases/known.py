@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from sqlalchemy import URL, Dialect, Insert, Table
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
 Meaning: TypeAlias = Literal[
     "read_only",  # refused, since nothing can be written there
@@ -176,11 +176,9 @@ class Database(_Facts):
     ) -> bool:
         return False
 
-    # What became of a transaction (by TRANSACTION_ID); None if it cannot be told. Asks
-    # again for so many `seconds` while the server is away or still at it.
-    async def was_committed(
-        self, _engine: AsyncEngine, _transaction: str, _seconds: float, /
-    ) -> bool | None:
+    # Given an AUTOCOMMIT connection and what TRANSACTION_ID said: what became of it;
+    # None if it cannot be told. Raises what is to be asked again.
+    async def was_committed(self, *_: object) -> bool | None:
         return None
 
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import sqlalchemy as sa
-from anyio import current_time, move_on_after, sleep
+from anyio import current_time, sleep
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.dialects import postgresql
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
 EXTRAS = {"asyncpg": "postgresql"}
 PACKAGES = frozenset({"asyncpg", "psycopg"})
@@ -258,26 +258,18 @@ def _before_header(lsn: str, page: int, segment: int) -> str:
     return f"{high:X}/{low - header:X}" if low % page == header else lsn
 
 
-async def was_committed(
-    engine: AsyncEngine, transaction: str, seconds: float
-) -> bool | None:
+async def was_committed(connection: AsyncConnection, transaction: str) -> bool | None:
     # After a crash another may have the id of a lost transaction: then "committed"
     # proves nothing; "aborted", or an id that is not given out, still proves the loss.
+    # What is none of these, a KeyError, is asked again.
     number, _, epoch = transaction.partition("@")
-    answer = epoch_now = None
-    with move_on_after(seconds):
-        while answer is None:
-            await sleep(LONGEST_PAUSE)
-            try:
-                async with engine.connect() as connection:
-                    await connection.execution_options(isolation_level="AUTOCOMMIT")
-                    result = await connection.execute(sa.text(STATUS), {"id": number})
-                    status, epoch_now = result.one()
-                    if status == "committed":
-                        await connection.execute(sa.text(AWAIT_STANDBYS))
-            except Exception as error:  # noqa: BLE001  # it stays in doubt
-                status = code_of(error)
-            if status == "committed" and epoch_now != epoch:
-                break
-            answer = ANSWERS.get(status)
-    return answer
+    try:
+        result = await connection.execute(sa.text(STATUS), {"id": number})
+    except sa_exc.DBAPIError as error:
+        return ANSWERS[code_of(error)]
+    status, epoch_now = result.one()
+    if status == "committed":
+        if epoch_now != epoch:
+            return None
+        await connection.execute(sa.text(AWAIT_STANDBYS))
+    return ANSWERS[status]
