@@ -93,9 +93,3 @@ class Nodes:
             [refuses] = cursor.fetchone()
         dbapi.rollback()
         return str(refuses).upper() in NO
-
-
-def doubt(nodes: Nodes | None, *, demoted: bool) -> None:
-    """Have all connect anew if the server in use has said that it takes no writes."""
-    if nodes is not None and demoted:
-        nodes.doubts += 1

@@ -29,7 +29,7 @@ from asgi_uow._databases.connection import (
     execute,
     raw_of,
 )
-from asgi_uow._databases.nodes import NODE, Nodes, doubt
+from asgi_uow._databases.nodes import NODE, Nodes
 from asgi_uow._databases.pool_entry import PoolEntry
 
 if TYPE_CHECKING:
@@ -246,7 +246,8 @@ class _Policy:
         is_late = late is not None and late.__cause__ is not None
         context.invalidate_pool_on_disconnect &= not is_late
         demoted = not read_only and failures.means(error, "demoted")
-        doubt(self.nodes, demoted=demoted)
+        if self.nodes is not None:
+            self.nodes.doubts += demoted  # after which all connect anew
         if is_late or demoted or failures.means(error, "disconnect"):
             context.is_disconnect = True
         if self.is_memory and (is_late or not isinstance(error, Exception)):
