@@ -88,9 +88,10 @@ class Driver(_Facts):
         """Have what waits for the server fail at once; this way, from any thread."""
         # Not close(): what waits for the socket would wait for ever.
         own = self.socket(raw)
-        if own is not None and own.fileno() >= 0:
-            with suppress(OSError), socket.socket(fileno=os.dup(own.fileno())) as same:
-                same.shutdown(socket.SHUT_RDWR)
+        with suppress(Exception):  # also a driver's own: the server was first
+            if own is not None and own.fileno() >= 0:
+                with socket.socket(fileno=os.dup(own.fileno())) as same:
+                    same.shutdown(socket.SHUT_RDWR)
 
     def socket(self, _: Any, /) -> Any:  # or what has its fileno()
         return None

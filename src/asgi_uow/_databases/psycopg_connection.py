@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from asyncio import Task, create_task
-from contextlib import suppress
 from typing import Any
 
-from anyio import CancelScope, move_on_after
+from anyio import CancelScope
 from psycopg import AsyncConnection
+from sqlalchemy.util import greenlet_spawn
 
 from asgi_uow._databases import known, postgresql
-from asgi_uow._databases.connection import SECONDS_TO_FAIL
+from asgi_uow._databases.connection import end_calls
 
 DRIVER = known.Driver(postgresql.Psycopg())
 _endings: set[Task[None]] = set()
@@ -38,10 +38,6 @@ class Connection(AsyncConnection[Any]):
 
     async def _end_when_idle(self) -> None:
         try:
-            with suppress(Exception):  # psycopg's: the server was first
-                DRIVER.cut_off(self)
-            with move_on_after(SECONDS_TO_FAIL):
-                await self.lock.acquire()
-                self.lock.release()
+            await greenlet_spawn(end_calls, DRIVER, self)
         finally:
             await super().close()
