@@ -51,11 +51,7 @@ class Driver(_Facts):
     errors_hide_state: bool = False  # `in_transaction` is that of before an error
     connect_args: tuple[tuple[str, object], ...] = ()  # unless the engine has its own
     pooled_args: tuple[tuple[str, object], ...] = ()  # so that no statement is kept
-
     connects_with: str | None = None  # its signature names what it takes
-
-    def connects_also(self) -> Collection[str]:  # with what no signature names
-        return ()
 
     def __init__(self, said: object = None) -> None:
         # On the object: what is asked for each statement is found sooner there.
@@ -66,20 +62,21 @@ class Driver(_Facts):
         self.is_busy: Callable[[Any], bool] = lambda _: False
         # Which may be `unbuffered_active`: has rows still to be read.
         self.last_result: Callable[[Any], Any] = lambda _: None
+        # Is it not read-only (any more)?
+        self.reports_writable: Callable[[Any], bool] = lambda _: False
+        # What stops a statement, from elsewhere; its own requests to do so.
+        self.cancel_sql: Callable[[Any], str | None] = lambda _: None
+        self.cancellations: Callable[[Any], Collection[Task[None]]] = lambda _: ()
+        self.socket: Callable[[Any], Any] = lambda _: None  # or what has its fileno()
+        self.stop: Callable[[Any], object] = lambda _: None  # its thread, if any
+        self.hurry = self.stop  # what waits for a lock, as its unit has a deadline
+        # With what does it connect that no signature names?
+        self.connects_also: Callable[[], Collection[str]] = tuple
         super().__init__(said)
-
-    def reports_writable(self, _: Any, /) -> bool:  # is it not read-only (any more)?
-        return False
 
     def aborts_transaction(self, _: Any, error: BaseException, /) -> bool:
         """Has the server rolled back more than the statement that failed?"""
         return any(each.code_of(error) in codes("aborting") for each in FACTS)
-
-    def cancel_sql(self, _: Any, /) -> str | None:  # stops a statement, from elsewhere
-        return None
-
-    def cancellations(self, _: Any, /) -> Collection[Task[None]]:  # its own requests
-        return ()
 
     async def is_pooled(self, _: Any, /) -> bool:  # by what answers in its own name
         return False
@@ -92,14 +89,6 @@ class Driver(_Facts):
             if own is not None and own.fileno() >= 0:
                 with socket.socket(fileno=os.dup(own.fileno())) as same:
                     same.shutdown(socket.SHUT_RDWR)
-
-    def socket(self, _: Any, /) -> Any:  # or what has its fileno()
-        return None
-
-    def stop(self, _: Any, /) -> None:  # its thread, if it has one
-        return None
-
-    hurry = stop  # what waits for a lock, as its unit has a deadline
 
 
 class NoLock:
