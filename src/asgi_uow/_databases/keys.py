@@ -139,11 +139,14 @@ async def was_kept(
             with suppress(Exception), anyio.fail_after(seconds / TRIES):
                 async with engine.connect() as connection:
                     try:
-                        level = {"isolation_level": "AUTOCOMMIT"}
-                        await connection.execution_options(**level)
+                        await connection.execution_options(isolation_level="AUTOCOMMIT")
                         if isinstance(mark, str):
-                            return await database.was_committed(connection, mark)
-                        return await _is_kept(connection, mark, database)
+                            is_kept = await database.was_committed(connection, mark)
+                        else:
+                            is_kept = await _is_kept(connection, mark, database)
+                        if is_kept and database.AWAIT_STANDBYS is not None:
+                            await connection.exec_driver_sql(database.AWAIT_STANDBYS)
+                        return is_kept
                     finally:
                         # To reset its level SQLAlchemy has MySQL commit, unlimited.
                         await connection.invalidate()
@@ -170,10 +173,7 @@ async def _is_kept(
     run = (await connection.execute(selected)).scalar_one()
     if run == claim.run != claim.done:
         return None  # something has kept the claim before all was done
-    is_kept: bool = run == claim.done
-    if is_kept and database.AWAIT_STANDBYS is not None:
-        await connection.exec_driver_sql(database.AWAIT_STANDBYS)
-    return is_kept
+    return bool(run == claim.done)
 
 
 def is_expired(table: sa.Table, keep: float) -> sa.ColumnElement[bool]:

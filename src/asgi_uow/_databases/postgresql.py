@@ -268,8 +268,6 @@ async def was_committed(connection: AsyncConnection, transaction: str) -> bool |
     except sa_exc.DBAPIError as error:
         return ANSWERS[code_of(error)]
     status, epoch_now = result.one()
-    if status == "committed":
-        if epoch_now != epoch:
-            return None
-        await connection.execute(sa.text(AWAIT_STANDBYS))
+    if status == "committed" and epoch_now != epoch:
+        return None
     return ANSWERS[status]
