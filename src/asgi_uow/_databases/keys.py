@@ -133,10 +133,11 @@ async def was_kept(
 ) -> bool | None:
     """Tell whether the transaction of this mark was committed; None if nobody says."""
     database = known.database_of(engine.dialect)
+    limit = seconds if isinstance(mark, str) else seconds / TRIES
     with anyio.move_on_after(seconds):
         while True:
             # Whatever a server, or what is in its place, answers: it is asked again.
-            with suppress(Exception), anyio.fail_after(seconds / TRIES):
+            with suppress(Exception), anyio.fail_after(limit):
                 async with engine.connect() as connection:
                     try:
                         await connection.execution_options(isolation_level="AUTOCOMMIT")
