@@ -261,13 +261,11 @@ def _before_header(lsn: str, page: int, segment: int) -> str:
 async def was_committed(connection: AsyncConnection, transaction: str) -> bool | None:
     # After a crash another may have the id of a lost transaction: then "committed"
     # proves nothing; "aborted", or an id that is not given out, still proves the loss.
-    # What is none of these, a KeyError, is asked again.
     number, _, epoch = transaction.partition("@")
     try:
         result = await connection.execute(sa.text(STATUS), {"id": number})
-    except sa_exc.DBAPIError as error:
-        return ANSWERS[code_of(error)]
-    status, epoch_now = result.one()
-    if status == "committed" and epoch_now != epoch:
-        return None
-    return ANSWERS[status]
+        status, epoch_now = result.one()
+        is_another = status == "committed" and epoch_now != epoch
+        return None if is_another else ANSWERS[status]
+    except (KeyError, sa_exc.DBAPIError) as error:
+        return ANSWERS[code_of(error)]  # or it is asked again
