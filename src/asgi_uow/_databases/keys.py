@@ -141,10 +141,7 @@ async def was_kept(
                 async with engine.connect() as connection:
                     try:
                         await connection.execution_options(isolation_level="AUTOCOMMIT")
-                        if isinstance(mark, str):
-                            is_kept = await database.was_committed(connection, mark)
-                        else:
-                            is_kept = await _is_kept(connection, mark, database)
+                        is_kept = await _is_kept(connection, mark, database)
                         if is_kept and database.AWAIT_STANDBYS is not None:
                             await connection.exec_driver_sql(database.AWAIT_STANDBYS)
                         return is_kept
@@ -156,25 +153,25 @@ async def was_kept(
 
 
 async def _is_kept(
-    connection: AsyncConnection, claim: Claim, database: known.Database
+    connection: AsyncConnection, mark: str | Claim, database: known.Database
 ) -> bool | None:
-    """Make the claim again: who can, knows that the transaction is gone for good.
-
-    As long as that is open, on whatever connection, the insert waits for it. It is
-    committed, and deleted at once, since the nodes of a cluster know of each other at
-    COMMIT alone.
-    """
-    await connection.execute(claim.insert(database, proves=True))
+    if isinstance(mark, str):
+        return await database.was_committed(connection, mark)
+    # Who can make the claim again knows that the transaction is gone for good: as long
+    # as it is open, on whatever connection, the insert waits for it. It is committed,
+    # and deleted at once, since the nodes of a cluster know of each other at COMMIT
+    # alone.
+    await connection.execute(mark.insert(database, proves=True))
     # Also where it was inserted by a try before this one, whose answer was lost.
-    taken_back = await connection.execute(claim.table.delete().where(claim.is_left))
+    taken_back = await connection.execute(mark.table.delete().where(mark.is_left))
     if taken_back.rowcount == 1:
         return False
     # Another may have claimed the key since then, and have done what it is for.
-    selected = sa.select(claim.table.c.run).where(claim.is_here)
+    selected = sa.select(mark.table.c.run).where(mark.is_here)
     run = (await connection.execute(selected)).scalar_one()
-    if run == claim.run != claim.done:
+    if run == mark.run != mark.done:
         return None  # something has kept the claim before all was done
-    return bool(run == claim.done)
+    return bool(run == mark.done)
 
 
 def is_expired(table: sa.Table, keep: float) -> sa.ColumnElement[bool]:
