@@ -239,7 +239,7 @@ def create_writer(
 def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
     """Make an engine with defaults that suit the database; `options` win over them."""
     parsed, database = _read_url(url)
-    defaults = {**DEFAULTS, **(database.ENGINE_OPTIONS if database else {})}
+    defaults = {**DEFAULTS, **database.ENGINE_OPTIONS}
     if options.get("poolclass") is None:
         defaults["pool_timeout"] = 10.0
     forced = ONE_CONNECTION if known.is_memory(parsed) else {}
@@ -254,11 +254,10 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         _check_arguments(engine.dialect, parsed, options)
     except ModuleNotFoundError as error:
         driver = parsed.get_driver_name()
-        extra = database.EXTRAS.get(driver) if database else None
-        raise MissingDriverError(driver, extra) from error
+        raise MissingDriverError(driver, database.EXTRAS.get(driver)) from error
     except sa_exc.NoSuchModuleError as error:
         message = f"SQLAlchemy knows no database {parsed.drivername!r}."
-        if database is not None and database.DIALECT is not None:
+        if database.DIALECT is not None:
             message += f" Install {database.DIALECT}."
         raise ConfigurationError(message) from error
     except (TypeError, ValueError, sa_exc.ArgumentError) as error:
@@ -281,7 +280,7 @@ def _check_arguments(
             raise ConfigurationError(message)
 
 
-def _read_url(url: str | sa.URL) -> tuple[sa.URL, known.Database | None]:
+def _read_url(url: str | sa.URL) -> tuple[sa.URL, known.Database]:
     try:
         parsed = sa.make_url(url)
     except (sa_exc.ArgumentError, ValueError):
@@ -291,10 +290,8 @@ def _read_url(url: str | sa.URL) -> tuple[sa.URL, known.Database | None]:
         message += "password with special characters has to be percent-encoded."
         raise ConfigurationError(message) from None
     name = known.ALIASES.get(parsed.drivername, parsed.drivername)
-    database = known.DATABASES.get(name.partition("+")[0])
-    if database is None:
-        return parsed, None
-    if "+" not in name:
+    database = known.DATABASES.get(name.partition("+")[0], known.Database())
+    if "+" not in name and database.EXTRAS:
         name = f"{name}+{next(iter(database.EXTRAS))}"
     try:
         query = database.url_query(parsed.query, name.partition("+")[2])

@@ -112,7 +112,7 @@ NO_LOCK = NoLock()
 class Database(_Facts):
     """What a file of facts says about its database. SQL that is None does not exist."""
 
-    EXTRAS: Mapping[str, str]  # by the driver they install; the first is the default
+    EXTRAS: Mapping[str, str] = {}  # by the driver they install, the usual one first
     DIALECT: str | None = None  # the package it is in, if not in SQLAlchemy
     PACKAGES: frozenset[str]  # where drivers, sync ones too, define their errors
     ENGINE_OPTIONS: Mapping[str, object] = {}
