@@ -146,8 +146,9 @@ async def was_kept(
                             await connection.exec_driver_sql(database.AWAIT_STANDBYS)
                         return is_kept
                     finally:
-                        # To reset its level SQLAlchemy has MySQL commit, unlimited.
-                        await connection.invalidate()
+                        if isinstance(mark, Claim):
+                            # To reset its level SQLAlchemy has MySQL commit, unlimited.
+                            await connection.invalidate()
             await anyio.sleep(PAUSE)
     return None
 
