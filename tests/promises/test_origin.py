@@ -346,6 +346,13 @@ def test_deferred_with_an_async_predicate(when: Callable[[], bool]) -> None:
         uow.deferred(when=when)
 
 
+def test_deferred_with_a_predicate_that_is_none() -> None:
+    """A value in the place of the predicate is an error at once."""
+    always: Any = True
+    with pytest.raises(TypeError, match="the predicate is a function"):
+        uow.deferred(when=always)
+
+
 async def test_deferred_with_arguments_of_any_name(db: Database) -> None:
     """A function keeps its signature, whatever its parameters are called."""
     exported: list[tuple[str, str]] = []

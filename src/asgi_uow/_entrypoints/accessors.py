@@ -194,8 +194,8 @@ def deferred(
     Raises `TypeError` for what is no function, and for a predicate that is async.
     """
     if when is not None and (is_async(when) or not callable(when)):
-        message = f"deferred(when={name_of(when)}): the predicate is a function and cannot be async."
-        raise TypeError(message)
+        message = f"deferred(when={name_of(when)}): the predicate is a function and "
+        raise TypeError(message + "cannot be async.")
 
     def decorate(fn: Callable[P, object]) -> Callable[P, None]:
         if isinstance(fn, staticmethod | classmethod) or not callable(fn):
