@@ -50,9 +50,9 @@ async def insert_1() -> None:
     await shop.insert(1)
 
 
-async def ask(url: str | URL, **options: Any) -> Response:
+async def ask(url: str | URL | Database, **options: Any) -> Response:
     """Send one request that wants to write to a database."""
-    db = Database.from_url(url, **options)
+    db = url if isinstance(url, Database) else Database.from_url(url, **options)
     try:
         return await handle(insert_1, db)
     finally:
@@ -153,9 +153,9 @@ async def test_words_of_a_server(words: str, status: int | None) -> None:
 
 async def test_option_that_psycopg_does_not_know() -> None:
     """A mistake in the options is no outage either."""
-    response = await ask(
-        f"postgresql+psycopg://ann@{HOST}/shop", connect_args={"nonsense": 1}
-    )
+    url = f"postgresql+psycopg://ann@{HOST}/shop"
+    engine = create_async_engine(url, connect_args={"nonsense": 1})
+    response = await ask(Database(engine))
 
     assert [] == response.types
     assert response.error is not None
@@ -275,7 +275,8 @@ async def test_check_raises_nothing(backend: ServerBackend) -> None:
 
 async def test_check_of_an_option_that_cannot_work(backend: ServerBackend) -> None:
     """So is one that the driver refuses to connect to at all."""
-    db = Database.from_url(backend.url, connect_args={"nonsense": 1})
+    engine = create_async_engine(backend.url, connect_args={"nonsense": 1})
+    db = Database(engine)
     report = await db.check(timeout=30)
     await db.dispose()
 

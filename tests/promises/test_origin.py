@@ -6,7 +6,7 @@ import asyncio
 import functools
 import gc
 import inspect
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from sanic import Sanic

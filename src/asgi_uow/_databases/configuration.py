@@ -249,9 +249,9 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         if not parsed.get_dialect().get_async_dialect_cls(parsed).is_async:
             message = f"{parsed.drivername!r} is not an async driver: leave the driver "
             message += "out to get the usual one, or name an async one."
-            raise ConfigurationError(message)
+            raise ConfigurationError(message)  # noqa: TRY301  # goes on as it is
         engine = create_async_engine(parsed, **{**defaults, **options, **forced})
-        _check_arguments(engine.dialect, parsed, options)
+        _check_arguments(engine, options.get("connect_args") or {})
     except ModuleNotFoundError as error:
         driver = parsed.get_driver_name()
         raise MissingDriverError(driver, database.EXTRAS.get(driver)) from error
@@ -260,21 +260,21 @@ def create_engine(url: str | sa.URL, options: Mapping[str, Any]) -> AsyncEngine:
         if database.DIALECT is not None:
             message += f" Install {database.DIALECT}."
         raise ConfigurationError(message) from error
+    except ConfigurationError:
+        raise
     except (TypeError, ValueError, sa_exc.ArgumentError) as error:
         message = f"The engine cannot be made of its URL and options: {error}"
         raise ConfigurationError(message) from error
     return engine
 
 
-def _check_arguments(
-    dialect: sa.Dialect, url: sa.URL, options: Mapping[str, Any]
-) -> None:
+def _check_arguments(engine: AsyncEngine, given: Mapping[str, Any]) -> None:
     """Refuse at once what the driver would refuse when it connects."""
-    driver, given = known.driver_of(dialect), options.get("connect_args") or {}
+    dialect, driver = engine.dialect, known.driver_of(engine.dialect)
     if driver.connects_with is not None and "async_creator_fn" not in given:
         function = resolve_name(driver.connects_with)
         taken = {*inspect.signature(function).parameters, *SQLALCHEMYS}
-        unknown = {*dialect.create_connect_args(url)[1], *given} - taken
+        unknown = {*dialect.create_connect_args(engine.url)[1], *given} - taken
         for key in unknown.difference(driver.connects_also()):
             message = f"The driver {dialect.driver} takes no {key!r}: leave it out."
             raise ConfigurationError(message)
