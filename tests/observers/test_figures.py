@@ -220,6 +220,16 @@ async def test_seconds_past_the_session(db: Database, backend: Backend) -> None:
     assert is_about(ended.held, 4 * NAP)
 
 
+async def test_hooks_before_the_commit_alone(db: Database) -> None:
+    """They count, whether or not other hooks are left to run."""
+
+    async def work() -> None:
+        uow.before_commit(shop.insert, 1)
+        uow.before_commit(asyncio.sleep, 0)
+
+    assert 2 == (await handle(work, db)).events.only(UnitFinished).hooks
+
+
 @on(*DRIVERS)
 async def test_waits_for_a_connection(backend: Backend) -> None:
     """A request that waits for the pool's only connection says for how long."""
