@@ -334,17 +334,8 @@ async def test_first_connections_at_once(backend: Backend) -> None:
         assert {7} == set().union(*await asyncio.gather(*together))
 
 
-@pytest.mark.parametrize("other", ["postgresql+psycopg", "mysql+asyncmy"])
+@pytest.mark.parametrize("other", ["postgresql+psycopg", "mysql"])
 def test_replica_of_another_driver(other: str) -> None:
     """What configures a connection of one driver cannot configure another's."""
     with pytest.raises(ConfigurationError, match="read_urls have to name"):
         Database.from_url("postgresql://h/app", read_urls=[f"{other}://h/app"])
-    reader = create_async_engine(f"{other}://h/app")
-    with pytest.raises(ConfigurationError, match="writer's database and driver"):
-        Database(create_async_engine("postgresql+asyncpg://h/app"), readers=[reader])
-
-
-def test_replica_of_another_name() -> None:
-    """MySQL and MariaDB are one database here."""
-    db = Database.from_url("mysql://h/app", read_urls=["mariadb://h/app"])
-    assert "mariadb" == db.readers[0].url.get_backend_name()

@@ -98,8 +98,6 @@ class Engines:
         if engine.sync_engine.pool in (r.sync_engine.pool for r in self._readers):
             message = "A reader cannot be the writer: it is made read-only."
             raise ConfigurationError(message)
-        for reader in self._readers:
-            loops.check_reader(reader, engine)
         facts = known.database_of(engine.dialect)
         unfit = self.read_isolation if facts.BEGIN_READ_ONLY else facts.SINGLE_WRITER
         unfit = unfit or self.write_options.get("twophase")

@@ -166,17 +166,10 @@ class DerivedEngine(LoopEngine, OptionEngine):
 def derive_engine(engine: AsyncEngine, place: AsyncEngine | None = None) -> AsyncEngine:
     """Make an engine that does all as `engine`, in the place of another if named."""
     place = place or engine
-    check_reader(place, engine)
-    return AsyncEngine(DerivedEngine(engine.sync_engine, place.sync_engine))
-
-
-def check_reader(reader: AsyncEngine, writer: AsyncEngine) -> None:
-    """Raise `ConfigurationError` where another driver, or database, is asked."""
-    one, other = reader.dialect, writer.dialect
-    is_alike = one.driver == other.driver
-    if not (is_alike and known.database_of(one) == known.database_of(other)):
-        message = "readers, read_urls have to name the writer's database and driver."
+    if type(place.dialect) is not type(engine.dialect):
+        message = "read_urls have to name the database and driver of the writer's URL."
         raise ConfigurationError(message)
+    return AsyncEngine(DerivedEngine(engine.sync_engine, place.sync_engine))
 
 
 def attach(engine: Any) -> LoopEngine:

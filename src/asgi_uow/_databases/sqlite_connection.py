@@ -164,31 +164,32 @@ class Connection(aiosqlite.Connection):
     async def close(self) -> None:
         self._take_begin()
         try:
-            with suppress(ValueError, sqlite3.Error):  # it is closed
-                await self.call(self._clean_up)
+            with suppress(ValueError):  # it is being closed
+                await self.call(self._shut)
         finally:
-            await super().close()
+            await (self.stop() or asyncio.sleep(0))
 
     def stop(self) -> asyncio.Future[None] | None:
         """Stop the thread, once: a second request would wait for its answer forever."""
         self._running = False
         if self._stopped is None and self._thread.is_alive():  # not if it was forked
-            self._tx.put_nowait((None, self._clean_up))
+            self._tx.put_nowait((None, self._shut))
             self._stopped = super().stop()
         return self._stopped
 
     def abandon(self) -> None:
         """Close it and stop its thread, for whose answer no loop waits."""
         self._running = False
-        self._tx.put_nowait((None, self._end))
+        self._tx.put_nowait((None, self._shut))
+        self._tx.put_nowait((None, lambda: core._STOP_RUNNING_SENTINEL))  # noqa: SLF001
 
-    def _end(self) -> object:
+    def _shut(self) -> None:
+        """Close it in its thread, where it keeps no lock: whoever has a cursor."""
         if self._connection is not None:
             with suppress(sqlite3.Error):
                 self._clean_up()
             self._connection.close()
             self._connection = None
-        return core._STOP_RUNNING_SENTINEL  # noqa: SLF001
 
     async def _connect(self) -> Connection:
         try:
@@ -197,7 +198,6 @@ class Connection(aiosqlite.Connection):
             if isinstance(error, sqlite3.OperationalError):  # SQLite names no file
                 error.args = (f"{error}: {self.file}; is there such a folder?",)
             await run_to_completion(self.close())
-            await (self._stopped or asyncio.sleep(0))  # the thread answers to this loop
             raise
         return self
 

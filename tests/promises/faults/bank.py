@@ -39,9 +39,6 @@ RUN_SECONDS = 60.0
 NEVER = 10**9
 COMMIT_TIMEOUT = 5.0
 DELAY = 15  # round trips of others for which the answer to a COMMIT is late
-# SQLAlchemy's pool wakes those who wait for a connection when one comes back, not when
-# connecting failed; a server that was down can leave all of them waiting for so long.
-POOL_TIMEOUT = 1.0
 # When asyncpg asks for TLS and the server dies, a future of its own is left with an
 # error that nobody retrieves, and asyncio reports it.
 CONNECT_ARGS = {"asyncpg": {"ssl": False}}
@@ -282,7 +279,6 @@ class Bank:
             **mortal.backend.options,
             pool_size=8,
             max_overflow=4,
-            pool_timeout=POOL_TIMEOUT,
             connect_args=CONNECT_ARGS.get(mortal.backend.driver, {}),
             resolve_unknown=plan.resolves and mortal.server.name == "postgresql",
         )
