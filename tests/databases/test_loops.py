@@ -303,6 +303,26 @@ async def test_memory_goes_from_loop_to_loop() -> None:
     await db.dispose()
 
 
+@on("aiosqlite")
+async def test_memory_beside_a_file(backend: Backend) -> None:
+    """It is not lost where the next loop uses another database first."""
+    memory, file = Database.from_url("sqlite://"), Database.from_url(backend.url)
+
+    async def create() -> None:
+        async with memory:
+            await memory.write.execute("CREATE TABLE numbers (id INTEGER)")
+
+    async def count() -> object:
+        async with file:
+            await file.write.execute("SELECT 1")
+        async with memory:
+            return await memory.read.scalar("SELECT count(*) FROM numbers")
+
+    await to_thread.run_sync(lambda: asyncio.run(create()))
+    assert 0 == await to_thread.run_sync(lambda: asyncio.run(count()))
+    await memory.dispose()
+
+
 async def test_memory_in_two_loops() -> None:
     """An in-memory database refuses a second loop only while another uses it."""
     db = Database.from_url("sqlite://")

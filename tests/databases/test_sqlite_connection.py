@@ -27,14 +27,13 @@ from asgi_uow import (
 )
 from asgi_uow._databases.sqlite_connection import Connection, Cursor
 from tests.servers import eventually
+from tests.servers.backend import SQLiteBackend
 from tests.support import shop
 from tests.support.asgi import endpoint, request
 from tests.support.databases import shop_database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-
-    from tests.servers.backend import SQLiteBackend
 
     Scenario: TypeAlias = Callable[[aiosqlite.Connection], Awaitable[object]]
 
@@ -785,6 +784,23 @@ async def test_ended_in_a_transaction(
     await asyncio.to_thread(connection._thread.join)
     assert not is_locked(sqlite)
     await reading.close()
+
+
+async def test_ended_in_several_ways(
+    connection: Connection, sqlite: SQLiteBackend
+) -> None:
+    """Who closes what was abandoned, or is being stopped, does not wait in vain."""
+    connection.begin_with(BEGIN)
+    await connection.cursor().execute(INSERT)
+    another = SQLiteBackend(sqlite.path.parent)
+    async with asyncio.timeout(10), opened(another) as other:
+        connection.abandon()
+        await asyncio.gather(connection.close(), connection.close())
+        assert connection.stop() is None
+        other.stop()
+        await asyncio.gather(other.close(), other.close())
+    await asyncio.to_thread(connection._thread.join)
+    assert not is_locked(sqlite)
 
 
 async def test_cancelled_while_it_opens(sqlite: SQLiteBackend) -> None:

@@ -120,6 +120,7 @@ def test_what_cannot_be(url: str, message: str) -> None:
         ("postgres://h/d", {"connect_timeout": 3}, "'connect_timeout': leave it out"),
         ("postgresql+psycopg://h/d", {"ssl": True}, "psycopg takes no 'ssl'"),
         ("mysql://h/d", {"timeout": 3}, "asyncmy takes no 'timeout'"),
+        ("mysql://h/d", 7, "cannot be made of its URL and options"),
         ("mysql://h/d", "x", "cannot be made of its URL and options"),
         (
             "mysql://h/d?connect_timeout=abc",

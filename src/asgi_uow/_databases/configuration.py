@@ -272,10 +272,10 @@ def _check_arguments(engine: AsyncEngine, given: Mapping[str, Any]) -> None:
     """Refuse at once what the driver would refuse when it connects."""
     dialect, driver = engine.dialect, known.driver_of(engine.dialect)
     if driver.connects_with is not None and "async_creator_fn" not in given:
-        function = resolve_name(driver.connects_with)
-        taken = {*inspect.signature(function).parameters, *SQLALCHEMYS}
-        unknown = {*dialect.create_connect_args(engine.url)[1], *given} - taken
-        for key in unknown.difference(driver.connects_also()):
+        both = resolve_name(driver.connects_with), dialect.connect  # CockroachDB's
+        taken = {name for each in both for name in inspect.signature(each).parameters}
+        asked = {*dialect.create_connect_args(engine.url)[1], *dict(given)}
+        for key in asked.difference(taken, SQLALCHEMYS, driver.connects_also()):
             message = f"The driver {dialect.driver} takes no {key!r}: leave it out."
             raise ConfigurationError(message)
 

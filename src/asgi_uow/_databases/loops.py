@@ -11,7 +11,7 @@ import weakref
 from asyncio import _get_running_loop
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import sqlalchemy as sa
 from sqlalchemy.engine.base import OptionEngine
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _engines: WeakKeyDictionary[LoopEngine, None] = WeakKeyDictionary()
 owners: WeakKeyDictionary[object, tuple[Loop, known.Driver]] = WeakKeyDictionary()
 """Whose each driver's connection is that this process has made."""
+moving: WeakSet[object] = WeakSet()
+"""Those of in-memory databases, which go from loop to loop."""
 inherited: list[object] = []
 """What belongs to the process that this one was forked from."""
 find_sandbox: Callable[[LoopEngine], sa.Pool | None] | None = None
@@ -87,7 +89,7 @@ class LoopEngine(sa.Engine):
     def enter(self, loop: Loop, pool: sa.Pool) -> sa.Pool:
         """Have the running loop use a pool until its end."""
         for raw in _connections():
-            if raw in owners and owners[raw][0].is_closed():
+            if raw in owners and owners[raw][0].is_closed() and raw not in moving:
                 _cut_off(raw)
         for each in [each for each in tuple(self.pools) if each.is_closed()]:
             self.pools.pop(each, None)

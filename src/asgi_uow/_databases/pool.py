@@ -147,6 +147,8 @@ class _Policy:
         """Find a pooler, before anything is set that it would hand on to others."""
         policy: _Policy = entry.info[POLICY]
         loops.owners[raw_of(dbapi)] = asyncio.get_running_loop(), self.driver
+        if self.is_memory:
+            loops.moving.add(raw_of(dbapi))
         if policy.pooler is None and await_only(self.driver.is_pooled(raw_of(dbapi))):
             if entry.info.get(KEEPS_STATEMENTS):  # not known of a creator's own
                 self.dialect.do_close(dbapi)

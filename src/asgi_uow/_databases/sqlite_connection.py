@@ -165,31 +165,31 @@ class Connection(aiosqlite.Connection):
         self._take_begin()
         try:
             with suppress(ValueError):  # it is being closed
-                await self.call(self._shut)
+                await self.call(partial(self._shut, self._connection))
         finally:
+            self._connection = None
             await (self.stop() or asyncio.sleep(0))
 
     def stop(self) -> asyncio.Future[None] | None:
         """Stop the thread, once: a second request would wait for its answer forever."""
-        self._running = False
-        if self._stopped is None and self._thread.is_alive():  # not if it was forked
-            self._tx.put_nowait((None, self._shut))
+        running, self._running = self._running, False
+        if running and self._thread.is_alive():  # not if it was forked
+            self._tx.put_nowait((None, partial(self._shut, self._connection)))
             self._stopped = super().stop()
         return self._stopped
 
     def abandon(self) -> None:
         """Close it and stop its thread, for whose answer no loop waits."""
-        self._running = False
-        self._tx.put_nowait((None, self._shut))
+        self._running, raw, self._connection = False, self._connection, None
+        self._tx.put_nowait((None, partial(self._shut, raw)))
         self._tx.put_nowait((None, lambda: core._STOP_RUNNING_SENTINEL))  # noqa: SLF001
 
-    def _shut(self) -> None:
+    def _shut(self, raw: sqlite3.Connection | None) -> None:
         """Close it in its thread, where it keeps no lock: whoever has a cursor."""
-        if self._connection is not None:
-            with suppress(sqlite3.Error):
-                self._clean_up()
-            self._connection.close()
-            self._connection = None
+        if raw is not None:
+            with suppress(sqlite3.Error, RuntimeError):  # a cursor was made meanwhile
+                self._clean_up(raw)
+            raw.close()
 
     async def _connect(self) -> Connection:
         try:
@@ -238,12 +238,12 @@ class Connection(aiosqlite.Connection):
             # Once is not enough: SQLite forgets it when nothing is running just then.
             self._conn.interrupt()
             await asyncio.wait((ended,), timeout=0.05)
-        await super()._execute(self._clean_up)  # type: ignore[no-untyped-call]
+        await super()._execute(self._clean_up, self._conn)  # type: ignore[no-untyped-call]
 
-    def _clean_up(self) -> None:
+    def _clean_up(self, raw: sqlite3.Connection) -> None:
         for cursor in list(self.cursors):
             cursor.close()
-        self._conn.rollback()
+        raw.rollback()
 
 
 def _begin_in_pieces(raw: sqlite3.Connection, statement: str, later: list[Any]) -> Any:
