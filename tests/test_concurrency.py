@@ -75,6 +75,20 @@ async def test_native_cancellation(times: int, error: BaseException | None) -> N
     assert times == task.cancelling()
 
 
+async def test_a_cancellation_hides_no_other_error() -> None:
+    """What came before it, and is to end everything, is what is raised at last."""
+    shield, may_end = Shield(), asyncio.Event()
+    shield.raise_later(SystemExit(3))
+    task = asyncio.create_task(shield.run(may_end.wait()))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(0)
+    may_end.set()
+    await task
+    with pytest.raises(SystemExit):
+        shield.deliver()
+
+
 async def test_cancelled_before_it_starts() -> None:
     """A cancellation that is already on its way does not keep the work from ending."""
     work = Work()

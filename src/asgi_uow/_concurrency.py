@@ -121,7 +121,7 @@ class Shield:
                 try:
                     await self._waiter
                 except asyncio.CancelledError as error:
-                    self.cancelled = error
+                    self.raise_later(error)
                     if scope is None:
                         scope = CancelScope(shield=True)
                         scope.__enter__()
@@ -163,6 +163,11 @@ class Shield:
     def _cancel(self, task: AnyTask) -> None:
         self._give(GRACE)
         task.cancel()
+
+    def raise_later(self, error: BaseException) -> None:
+        """Have `deliver()` raise it; a cancellation does not hide another error."""
+        if self.cancelled is None or isinstance(self.cancelled, asyncio.CancelledError):
+            self.cancelled = error
 
     def deliver(self) -> None:
         """Raise the cancellation that came meanwhile, if one did."""

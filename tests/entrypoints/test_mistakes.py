@@ -84,7 +84,7 @@ def test_swapped(app: Any) -> None:
         ("commit_when", True, "a function of status and headers"),
         ("commit_when", None, "a function of status and headers"),
         ("commit_when", lambda: True, "a function of status and headers"),
-        ("commit_when", lambda _: True, "a function of status and headers"),
+        ("commit_when", len, "a function of status and headers"),
         ("commit_timeout", -1, "seconds above 0, or None"),
         ("commit_timeout", 0, "seconds above 0, or None"),
         ("commit_timeout", "30", "seconds above 0, or None"),

@@ -8,8 +8,7 @@ from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import sqlalchemy as sa
-from sqlalchemy import text, update
+from sqlalchemy import event, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
@@ -300,7 +299,11 @@ async def test_what_was_refused_throws_no_connection_away(
 ) -> None:
     """Nothing was sent, so the connection is sound: it is rolled back, and kept."""
     made: list[object] = []
-    sa.event.listen(db.engine.sync_engine, "connect", lambda *it: made.append(it))
+
+    def note(dbapi: object, _: object) -> None:
+        made.append(dbapi)
+
+    event.listen(db.engine.sync_engine, "connect", note)
     await backend.execute("INSERT INTO items (id) VALUES (1)")
 
     async def work() -> None:

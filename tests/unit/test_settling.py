@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event
@@ -12,12 +13,20 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 import asgi_uow as uow
-from asgi_uow import Database, Idempotency, Outcome, Retry, unit_of_work
+from asgi_uow import (
+    Database,
+    Idempotency,
+    Outcome,
+    Retry,
+    UnitOfWorkMiddleware,
+    unit_of_work,
+)
 from asgi_uow._databases.keys import Claim, table_of
 from asgi_uow.errors import (
     CommitFailedError,
     OutcomeUnknownError,
     PartialCommitError,
+    UnitOfWorkClosedError,
 )
 from asgi_uow.observers import CommitFailed, RetryScheduled
 from tests.servers.process import free_port
@@ -114,6 +123,40 @@ async def test_unknown_is_resolved_by_a_mark(backend: ServerBackend, how: str) -
         assert ["commit" if kept else "rollback"] == response.hooks
         assert ([1] if kept else []) == await shop.items(backend)
         assert [(int(kept),)] == await backend.fetch(KEYS)
+
+
+class Broken(BaseException):
+    """What a framework may raise anywhere."""
+
+
+@on("asyncmy")
+async def test_the_look_itself_breaks_off(backend: ServerBackend) -> None:
+    """Then nothing is known, and no success is forwarded: not a second one either."""
+    await create_table(backend)
+    sent: list[Any] = []
+    breaks: list[bool] = []
+
+    def connect(*_: object) -> None:
+        if breaks:
+            raise Broken
+
+    async def send(message: Any) -> None:
+        sent.append(message)  # pragma: no cover  # nothing is
+
+    async def app(_: object, __: object, send: Any) -> None:
+        await insert_1()
+        breaks.append(True)
+        for _ in range(2):
+            with suppress(Broken):
+                await send({"type": "http.response.start", "status": 200})
+
+    async with behind_proxy(backend, resolve_unknown=True) as (db, proxy):
+        event.listen(db.engine.sync_engine, "do_connect", connect)
+        proxy.cut_after(is_commit)
+        middleware = UnitOfWorkMiddleware(app, db)
+        with pytest.raises(UnitOfWorkClosedError):
+            await middleware({"type": "http", "method": "POST"}, asyncio.sleep, send)
+    assert [] == sent
 
 
 @on("aiosqlite", resolve_unknown=True)

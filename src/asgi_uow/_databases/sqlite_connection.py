@@ -24,7 +24,7 @@ from aiosqlite import core
 from asgi_uow._concurrency import run_to_completion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterable
 
 T = TypeVar("T")
 
@@ -165,7 +165,7 @@ class Connection(aiosqlite.Connection):
         self._take_begin()
         try:
             with suppress(ValueError):  # it is being closed
-                await self.call(partial(self._shut, self._connection))
+                await self.call(partial(_shut, self._connection, self.cursors))
         finally:
             self._connection = None
             await (self.stop() or asyncio.sleep(0))
@@ -174,22 +174,15 @@ class Connection(aiosqlite.Connection):
         """Stop the thread, once: a second request would wait for its answer forever."""
         running, self._running = self._running, False
         if running and self._thread.is_alive():  # not if it was forked
-            self._tx.put_nowait((None, partial(self._shut, self._connection)))
+            self._tx.put_nowait((None, partial(_shut, self._connection, self.cursors)))
             self._stopped = super().stop()
         return self._stopped
 
     def abandon(self) -> None:
         """Close it and stop its thread, for whose answer no loop waits."""
         self._running, raw, self._connection = False, self._connection, None
-        self._tx.put_nowait((None, partial(self._shut, raw)))
+        self._tx.put_nowait((None, partial(_shut, raw, self.cursors)))
         self._tx.put_nowait((None, lambda: core._STOP_RUNNING_SENTINEL))  # noqa: SLF001
-
-    def _shut(self, raw: sqlite3.Connection | None) -> None:
-        """Close it in its thread, where it keeps no lock: whoever has a cursor."""
-        if raw is not None:
-            with suppress(sqlite3.Error, RuntimeError):  # a cursor was made meanwhile
-                self._clean_up(raw)
-            raw.close()
 
     async def _connect(self) -> Connection:
         try:
@@ -238,12 +231,21 @@ class Connection(aiosqlite.Connection):
             # Once is not enough: SQLite forgets it when nothing is running just then.
             self._conn.interrupt()
             await asyncio.wait((ended,), timeout=0.05)
-        await super()._execute(self._clean_up, self._conn)  # type: ignore[no-untyped-call]
+        await super()._execute(_clean_up, self._conn, self.cursors)  # type: ignore[no-untyped-call]
 
-    def _clean_up(self, raw: sqlite3.Connection) -> None:
-        for cursor in list(self.cursors):
-            cursor.close()
-        raw.rollback()
+
+def _clean_up(raw: sqlite3.Connection, cursors: Iterable[sqlite3.Cursor]) -> None:
+    for cursor in list(cursors):
+        cursor.close()
+    raw.rollback()
+
+
+def _shut(raw: sqlite3.Connection | None, cursors: Iterable[sqlite3.Cursor]) -> None:
+    """Close it in its thread, where it keeps no lock: whoever has a cursor."""
+    if raw is not None:
+        with suppress(sqlite3.Error, RuntimeError):  # a cursor was made meanwhile
+            _clean_up(raw, cursors)
+        raw.close()
 
 
 def _begin_in_pieces(raw: sqlite3.Connection, statement: str, later: list[Any]) -> Any:

@@ -197,7 +197,8 @@ class Exchange:
             if unit.options.server_timing and unit.shared is not None:
                 _add_timing(cast("Recorder", unit.shared.recorder), headers)
         finally:
-            self.stage = PASSING if unit.failure is None else REFUSED
+            is_known = unit.failure is None and unit.state in SETTLED
+            self.stage = PASSING if is_known else REFUSED
             self.stage = self.stage if unit.again is None else REPLAYED
             if self.settled is not None:
                 self.settled.set()

@@ -96,7 +96,7 @@ class Completion:
         self, session: Session, error: BaseException, writers: Sequence[Session]
     ) -> Failure:
         if not isinstance(error, Exception):
-            self.shield.cancelled = error  # raised later
+            self.shield.raise_later(error)
         session.record_error(error)
         if isinstance(error, ConnectionError | TimeoutError):  # of this file, or Shield
             session.shared.outages.append(error)
@@ -204,7 +204,7 @@ class Completion:
         except BaseException as error:  # noqa: BLE001  # reported; the outcome stands
             session.shared.stuck += isinstance(error, TimeoutError)
             if not isinstance(error, Exception):
-                self.shield.cancelled = error  # raised later
+                self.shield.raise_later(error)
             return error
         return None
 
