@@ -140,6 +140,9 @@ async def test_the_look_itself_breaks_off(backend: ServerBackend) -> None:
         if breaks:
             raise Broken
 
+    async def receive() -> Any:
+        raise NotImplementedError
+
     async def send(message: Any) -> None:
         sent.append(message)  # pragma: no cover  # nothing is
 
@@ -155,7 +158,7 @@ async def test_the_look_itself_breaks_off(backend: ServerBackend) -> None:
         proxy.cut_after(is_commit)
         middleware = UnitOfWorkMiddleware(app, db)
         with pytest.raises(UnitOfWorkClosedError):
-            await middleware({"type": "http", "method": "POST"}, asyncio.sleep, send)
+            await middleware({"type": "http", "method": "POST"}, receive, send)
     assert [] == sent
 
 
