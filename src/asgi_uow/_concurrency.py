@@ -47,6 +47,9 @@ class Shield:
     https://docs.python.org/3/library/asyncio-extending.html#task-lifetime-support
     """
 
+    seconds: float | None
+    is_late: bool
+
     def __init__(self, *, forwards: bool = False) -> None:
         self.cancelled: BaseException | None = None
         self._waiter: Granted | None = None
