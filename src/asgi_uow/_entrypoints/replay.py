@@ -118,6 +118,7 @@ class Retry:
 class Attempts(Progress):
     """Those of one request, or of one function."""
 
+    number: int = 1
     until: float | None = None  # the deadline of the first unit
     before: tuple[int, tuple[object, ...]] = 0, ()  # see `enter`
 
