@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 
 SRC = ROOT / "src" / "asgi_uow"
-MOST_LINES = 11_985
+MOST_LINES = 11_992
 MODULES = {
     path.relative_to(SRC).as_posix(): path.read_text(encoding="utf-8")
     for path in sorted(SRC.rglob("*.py"))

@@ -7,7 +7,7 @@ import gc
 import threading
 import warnings
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from anyio import to_thread
@@ -321,6 +321,22 @@ async def test_memory_beside_a_file(backend: Backend) -> None:
     await to_thread.run_sync(lambda: asyncio.run(create()))
     assert 0 == await to_thread.run_sync(lambda: asyncio.run(count()))
     await memory.dispose()
+
+
+async def test_memory_that_nobody_needs_any_more() -> None:
+    """It ends with its engine: no thread is left, and no warning."""
+    threads: list[threading.Thread] = []
+
+    async def use() -> None:
+        async with Database.from_url("sqlite://") as unit:
+            connection = await unit.session().connection()
+            raw: Any = await connection.get_raw_connection()
+            threads.append(raw.driver_connection._thread)
+
+    await to_thread.run_sync(lambda: asyncio.run(use()))
+    gc.collect()
+    await to_thread.run_sync(threads[0].join, 10)
+    assert not threads[0].is_alive()
 
 
 async def test_memory_in_two_loops() -> None:

@@ -228,6 +228,14 @@ def _state_of(engine: LoopEngine, pool: Any) -> PoolState:
     return PoolState(engine.url, access, idle, used, waiting, size or None, most)
 
 
+def own(raw: object, driver: known.Driver, memory: object) -> None:
+    """Note whose it is; one in `memory`, an engine, lasts as long as that."""
+    owners[raw] = asyncio.get_running_loop(), driver
+    if memory is not None:
+        moving.add(raw)
+        weakref.finalize(memory, driver.stop, raw).atexit = False
+
+
 def leave(raw: object, entry: Any) -> bool:
     """Cut a connection off if it is of another loop, where alone it could be closed."""
     if raw in owners and owners[raw][0] is _get_running_loop():

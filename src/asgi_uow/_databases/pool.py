@@ -146,10 +146,9 @@ class _Policy:
     def on_first(self, dbapi: DBAPI, entry: Entry) -> None:
         """Find a pooler, before anything is set that it would hand on to others."""
         policy: _Policy = entry.info[POLICY]
-        loops.owners[raw_of(dbapi)] = asyncio.get_running_loop(), self.driver
-        if self.is_memory:
-            loops.moving.add(raw_of(dbapi))
-        if policy.pooler is None and await_only(self.driver.is_pooled(raw_of(dbapi))):
+        raw = raw_of(dbapi)
+        loops.own(raw, self.driver, policy.engine if self.is_memory else None)
+        if policy.pooler is None and await_only(self.driver.is_pooled(raw)):
             if entry.info.get(KEEPS_STATEMENTS):  # not known of a creator's own
                 self.dialect.do_close(dbapi)
                 message = POOLER_FOUND.format(self.driver.pooled_args)
